@@ -1,0 +1,276 @@
+//! What lock-db needs of a database: one small trait, implemented once a database. SQL and error codes live in those
+//! files and nowhere else; nothing here or below knows about waiting, renewing or guards.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::secret::Secret;
+use crate::{Kind, LockInfo};
+
+#[cfg(feature = "mysql")]
+mod mysql;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+
+mod sealed {
+    pub trait Sealed {}
+    #[cfg(feature = "postgres")]
+    impl Sealed for sqlx::Postgres {}
+    #[cfg(feature = "mysql")]
+    impl Sealed for sqlx::MySql {}
+    #[cfg(feature = "sqlite")]
+    impl Sealed for sqlx::Sqlite {}
+}
+
+/// A database that can keep locks: `sqlx::Postgres`, `sqlx::MySql` (MySQL 8.0 and MariaDB 10.6 or later) and
+/// `sqlx::Sqlite`, each with the cargo feature of its name. Sealed: the methods are no part of the public interface.
+///
+/// Every method is one step on one connection. None of them waits for a row that somebody else has locked, except
+/// `lock_row` (no longer than its `slice`) and, on InnoDB, `acquire` and `release` (no longer than a second).
+pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
+    /// The folder of the migrations.
+    #[doc(hidden)]
+    const FOLDER: &'static str;
+    /// Whether `lock_row` makes a missing row itself, in the caller's transaction. Elsewhere it must not: on
+    /// PostgreSQL and InnoDB an INSERT there would make others wait for the whole transaction, or deadlock.
+    #[doc(hidden)]
+    const ROW_IS_MADE_IN_TRANSACTION: bool;
+
+    /// Whether connections with these options can see the same database at all.
+    #[doc(hidden)]
+    fn check_options(_options: &<Self::Connection as sqlx::Connection>::Options) -> Result<(), crate::Error> {
+        Ok(())
+    }
+
+    /// Sets up a private connection, once, before its first use.
+    #[doc(hidden)]
+    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Applies the migrations that are missing, one process at a time. Leaves no lock behind but on the connection
+    /// itself, which the caller closes when this failed.
+    #[doc(hidden)]
+    fn migrate(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Fails unless the table has all the columns that are used. `Some`: what else is wrong with it.
+    #[doc(hidden)]
+    fn check_schema(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = sqlx::Result<Option<&'static str>>> + Send;
+
+    /// Reads the row without locking anything.
+    #[doc(hidden)]
+    fn look(
+        connection: &mut Self::Connection,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send;
+
+    /// Makes the row of a name, free. A row that is there already stays as it is.
+    #[doc(hidden)]
+    fn create(
+        connection: &mut Self::Connection,
+        name: &str,
+        kind: Kind,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Takes the lease when it is free, or already ours by this very claim. `None`: not free, or no row.
+    #[doc(hidden)]
+    fn acquire(
+        connection: &mut Self::Connection,
+        claim: &Claim,
+    ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
+
+    /// Moves the deadlines of these leases forward, in one statement or transaction. One answer a lease, in order.
+    #[doc(hidden)]
+    fn renew(
+        connection: &mut Self::Connection,
+        leases: &[Renewal],
+    ) -> impl Future<Output = sqlx::Result<Vec<Standing>>> + Send;
+
+    /// Frees the lease if it is still ours. `Standing::Ours` means that it was, and is free now.
+    #[doc(hidden)]
+    fn release(
+        connection: &mut Self::Connection,
+        name: &str,
+        secret: &Secret,
+    ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
+
+    /// Locks the row of a name in the transaction that is open on the connection, and writes it, waiting no longer
+    /// than `slice` (zero: not at all). After anything but an error the transaction is as usable as before.
+    #[doc(hidden)]
+    fn lock_row(
+        connection: &mut Self::Connection,
+        name: &str,
+        owner: &str,
+        slice: Duration,
+    ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
+
+    /// Fails or answers `false` when the transaction on the connection no longer is the one in which `lock_row`
+    /// answered with this token.
+    #[doc(hidden)]
+    fn still_locked(
+        connection: &mut Self::Connection,
+        name: &str,
+        fencing_token: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// What an error of this database means.
+    #[doc(hidden)]
+    fn classify(error: &sqlx::Error) -> Fault;
+}
+
+/// An attempt to take a lease.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    pub name: Arc<str>,
+    pub secret: Secret,
+    pub owner: Arc<str>,
+    pub ttl: Duration,
+}
+
+/// A lease that was taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Grant {
+    pub fencing_token: i64,
+}
+
+/// A lease to be renewed.
+#[derive(Debug, Clone)]
+pub struct Renewal {
+    pub name: Arc<str>,
+    pub secret: Secret,
+    pub ttl: Duration,
+}
+
+/// What the row said about a lease of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It was ours, and what was asked for was done.
+    Ours,
+    /// It is ours, but somebody has the row locked: nothing was done, ask again.
+    Busy,
+    /// It is not ours any more.
+    NotOurs,
+}
+
+/// What became of an attempt to lock a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowAttempt {
+    /// It is locked until the transaction ends.
+    Locked {
+        /// The number that this wrote into the row.
+        fencing_token: i64,
+    },
+    /// It could not be had: somebody else has it or, when nothing was waited for, there is no such row.
+    Busy,
+    /// There is no such row, as far as this transaction can see.
+    Missing,
+    /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
+    Stale,
+    /// The name is used as an insert lock.
+    WrongKind,
+}
+
+/// A row as it was read.
+#[derive(Debug, Clone)]
+pub struct LockRow {
+    pub kind: Kind,
+    pub owner: String,
+    pub fencing_token: i64,
+    /// All times in microseconds since 1970, by the database's clock.
+    pub created: i64,
+    pub acquired: i64,
+    pub expires: i64,
+    /// Until `expires`; zero or less when free.
+    pub remaining: i64,
+}
+
+impl LockRow {
+    /// How long the holder has left without another renewal; zero when the lease is free.
+    pub(crate) fn remaining(&self) -> Duration {
+        Duration::from_micros(u64::try_from(self.remaining).unwrap_or(0))
+    }
+
+    pub(crate) fn into_info(self, name: &str) -> LockInfo {
+        let held = self.kind == Kind::Insert && self.remaining > 0;
+        LockInfo {
+            name: name.to_owned(),
+            kind: self.kind,
+            owner: self.owner,
+            fencing_token: self.fencing_token,
+            created_at: timestamp(self.created),
+            acquired_at: timestamp(self.acquired),
+            held_until: held.then(|| timestamp(self.expires)),
+        }
+    }
+}
+
+fn timestamp(micros: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp_micros(micros).unwrap_or_default()
+}
+
+/// What an error means for a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Somebody is in the way: nothing was done, and waiting helps. The transaction, if any, goes on.
+    Busy,
+    /// The transaction was ended to break a deadlock.
+    Deadlock,
+    /// The transaction's snapshot is too old.
+    Serialization,
+    /// No such table.
+    TableMissing,
+    /// The table lacks a column.
+    TableDiffers,
+    /// The connection or the server is gone, or not there yet. Whether the statement was carried out is unknown.
+    Disconnected,
+    /// Anything else.
+    Other,
+}
+
+/// The leases of a batch as JSON, for databases that have no arrays: `[["6a6f62", "secret", 30000000], …]`. The name is
+/// in hexadecimal, so nothing in it needs escaping.
+#[cfg(any(feature = "mysql", feature = "sqlite"))]
+fn as_json(leases: &[Renewal]) -> String {
+    use std::fmt::Write as _;
+
+    let mut json = String::with_capacity(2 + leases.len() * 96);
+    json.push('[');
+    for (position, Renewal { name, secret, ttl }) in leases.iter().enumerate() {
+        if position > 0 {
+            json.push(',');
+        }
+        json.push_str("[\"");
+        for byte in name.bytes() {
+            let _infallible = write!(json, "{byte:02x}");
+        }
+        let _infallible = write!(json, "\",\"{}\",{}]", secret.as_str(), crate::limits::micros(*ttl));
+    }
+    json.push(']');
+    json
+}
+
+/// Puts the standings that a batch statement found, in whatever order, back into the order of the request: done, then
+/// ours but locked by somebody, else no longer ours.
+fn in_order(leases: &[Renewal], done: &[String], ours: &[String]) -> Vec<Standing> {
+    use std::collections::HashSet;
+
+    let done: HashSet<&str> = done.iter().map(String::as_str).collect();
+    let ours: HashSet<&str> = ours.iter().map(String::as_str).collect();
+    leases
+        .iter()
+        .map(|lease| {
+            if done.contains(lease.secret.as_str()) {
+                Standing::Ours
+            } else if ours.contains(lease.secret.as_str()) {
+                Standing::Busy
+            } else {
+                Standing::NotOurs
+            }
+        })
+        .collect()
+}

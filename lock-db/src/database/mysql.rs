@@ -1,0 +1,339 @@
+//! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB.
+//!
+//! On private connections every statement that may wait for a row is bound by `innodb_lock_wait_timeout`, and for a
+//! table by `lock_wait_timeout`, both set once a connection.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
+use sqlx::{AssertSqlSafe, Connection, MySql, Row};
+
+use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, as_json, in_order};
+use crate::limits::micros;
+use crate::secret::Secret;
+use crate::{Kind, schema};
+
+/// One second is the least that MySQL knows.
+const PREPARE: &str =
+    "SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1";
+
+const LOOK: &str = "
+SELECT lock_kind, owner, fencing_token,
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time)
+FROM distributed_lock WHERE lock_name = ?";
+
+/// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
+/// tell the two cases apart on a connection of sqlx.
+const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?, ?)";
+
+/// Assignments take effect from left to right: what reads the old secret comes before it is replaced. The new number
+/// is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
+/// last grants brings a number back.
+const ACQUIRE: &str = "
+UPDATE distributed_lock
+SET fencing_token = IF(secret_key = ?, fencing_token, GREATEST(
+        fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(secret_key = ?, acquire_time, UTC_TIMESTAMP(6)),
+    secret_key = ?,
+    owner = ?,
+    expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
+WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)";
+
+const GRANTED: &str = "SELECT fencing_token FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+
+/// Rows that somebody has locked are passed over, so one of them can't hold up the rest of a batch. Never finds a
+/// lease that was released (1970). MySQL wants to be told that JSON is not to be locked; MariaDB knows no `OF`, and
+/// reads it as a comment.
+const LOCK_FOR_RENEWAL: &str = "
+SELECT lease.secret_key
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
+WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'
+FOR UPDATE /*!80000 OF lease */ SKIP LOCKED";
+
+/// Never moves a deadline backwards when the clock was set back.
+const RENEW: &str = "
+UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
+        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
+SET lease.expire_time = GREATEST(lease.expire_time, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)))
+WHERE lease.secret_key = asked.secret_key";
+
+const STILL_OURS: &str = "
+SELECT lease.secret_key
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
+WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
+
+const RELEASE: &str = "
+UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00' WHERE lock_name = ? AND secret_key = ?";
+
+const CHECK_COLUMNS: &str = "
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+FROM distributed_lock LIMIT 0";
+const CHECK_ENGINE: &str = "
+SELECT 1 FROM information_schema.tables
+WHERE table_schema = DATABASE() AND table_name = 'distributed_lock' AND engine <> 'InnoDB'";
+
+/// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
+/// then no lock is held. The name counts on the whole server, so it tells the database.
+const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(CONCAT('lock_db:', SHA2(DATABASE(), 224)), 60), 0)";
+const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(CONCAT('lock_db:', SHA2(DATABASE(), 224)))";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS _lock_db_migrations (
+    version BIGINT NOT NULL PRIMARY KEY,
+    applied_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+) ENGINE = InnoDB";
+const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
+
+/// After a deadlock the transaction is gone but the caller's handle still looks open: what it sends next would commit
+/// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
+const BLOCK_AUTOCOMMIT: &str = "START TRANSACTION READ ONLY";
+
+impl LockDatabase for MySql {
+    const FOLDER: &'static str = "mysql";
+    const ROW_IS_MADE_IN_TRANSACTION: bool = false;
+
+    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    }
+
+    async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+        let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).fetch_one(&mut *connection).await?;
+        if locked != 1 {
+            return Err(sqlx::Error::Protocol("another process has been migrating for a minute".into()));
+        }
+        sqlx::raw_sql(CREATE_LEDGER).execute(&mut *connection).await?;
+        let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *connection).await?;
+        for (version, sql) in MIGRATIONS {
+            if !applied.contains(&version) {
+                sqlx::raw_sql(sql).execute(&mut *connection).await?;
+                sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *connection).await?;
+            }
+        }
+        sqlx::raw_sql(UNLOCK_MIGRATIONS).execute(connection).await.map(drop)
+    }
+
+    async fn check_schema(connection: &mut MySqlConnection) -> sqlx::Result<Option<&'static str>> {
+        sqlx::query(CHECK_COLUMNS).execute(&mut *connection).await?;
+        let other_engine = sqlx::query(CHECK_ENGINE).fetch_optional(connection).await?;
+        Ok(other_engine.map(|_| "its storage engine is not InnoDB, the one with row locks"))
+    }
+
+    async fn look(connection: &mut MySqlConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
+        let row = sqlx::query(LOOK).bind(name.as_bytes()).fetch_optional(connection).await?;
+        row.map(|row| {
+            Ok(LockRow {
+                kind: Kind::parse(row.try_get(0)?),
+                owner: row.try_get(1)?,
+                fencing_token: row.try_get(2)?,
+                created: row.try_get(3)?,
+                acquired: row.try_get(4)?,
+                expires: row.try_get(5)?,
+                remaining: row.try_get(6)?,
+            })
+        })
+        .transpose()
+    }
+
+    async fn create(connection: &mut MySqlConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
+        match sqlx::query(CREATE).bind(name.as_bytes()).bind(kind.as_str()).execute(connection).await {
+            Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+        let secret = claim.secret.as_str();
+        let name = claim.name.as_bytes();
+        let acquired = sqlx::query(ACQUIRE)
+            .bind(secret)
+            .bind(secret)
+            .bind(secret)
+            .bind(&*claim.owner)
+            .bind(micros(claim.ttl))
+            .bind(name)
+            .bind(secret)
+            .execute(&mut *connection)
+            .await?;
+        if acquired.rows_affected() == 0 {
+            return Ok(None);
+        }
+        let token = sqlx::query_scalar(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
+        Ok(token.map(|fencing_token| Grant { fencing_token }))
+    }
+
+    async fn renew(connection: &mut MySqlConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
+        let mut transaction = connection.begin().await?;
+        let locked: Vec<String> =
+            sqlx::query_scalar(LOCK_FOR_RENEWAL).bind(as_json(leases)).fetch_all(&mut *transaction).await?;
+        let unlocked: Vec<Renewal> = leases
+            .iter()
+            .filter(|lease| locked.iter().any(|secret| secret == lease.secret.as_str()))
+            .cloned()
+            .collect();
+        if !unlocked.is_empty() {
+            sqlx::query(RENEW).bind(as_json(&unlocked)).execute(&mut *transaction).await?;
+        }
+        transaction.commit().await?;
+        let ours: Vec<String> = if locked.len() < leases.len() {
+            sqlx::query_scalar(STILL_OURS).bind(as_json(leases)).fetch_all(connection).await?
+        } else {
+            Vec::new()
+        };
+        Ok(in_order(leases, &locked, &ours))
+    }
+
+    async fn release(
+        connection: &mut MySqlConnection,
+        name: &str,
+        secret: &Secret,
+    ) -> sqlx::Result<Standing> {
+        match sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str()).execute(connection).await {
+            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
+            Ok(_) => Ok(Standing::NotOurs),
+            Err(error) if matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
+                Ok(Standing::Busy)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn lock_row(
+        connection: &mut MySqlConnection,
+        name: &str,
+        owner: &str,
+        slice: Duration,
+    ) -> sqlx::Result<RowAttempt> {
+        let attempt = lock_and_write(connection, name, owner, slice).await;
+        match attempt {
+            Err(error) => match Self::classify(&error) {
+                Fault::Busy => Ok(RowAttempt::Busy),
+                Fault::Deadlock | Fault::Serialization => {
+                    sqlx::raw_sql(BLOCK_AUTOCOMMIT).execute(connection).await?;
+                    Err(error)
+                }
+                _ => Err(error),
+            },
+            attempt => attempt,
+        }
+    }
+
+    async fn still_locked(
+        connection: &mut MySqlConnection,
+        name: &str,
+        fencing_token: i64,
+    ) -> sqlx::Result<bool> {
+        let sql = format!(
+            "SELECT 1 FROM distributed_lock WHERE lock_name = {} AND fencing_token = {fencing_token}",
+            literal(name)
+        );
+        Ok(fetch_optional(connection, sql).await?.is_some())
+    }
+
+    fn classify(error: &sqlx::Error) -> Fault {
+        if crate::error::is_connection_failure(error) {
+            return Fault::Disconnected;
+        }
+        match number(error) {
+            // lock wait timeout, NOWAIT, the two forms of "execution time exceeded", interrupted
+            Some(1205 | 3572 | 1969 | 3024 | 1317) => Fault::Busy,
+            // deadlock, and the two forms in which a multi-primary cluster refuses a commit
+            Some(1213 | 1180 | 3101) => Fault::Deadlock,
+            // MariaDB: record has changed since last read
+            Some(1020) => Fault::Serialization,
+            Some(1146) => Fault::TableMissing,
+            Some(1054) => Fault::TableDiffers,
+            // too many connections, shutdown, killed, idle for too long, node not ready
+            Some(1040 | 1053 | 1927 | 4031 | 1047) => Fault::Disconnected,
+            _ => Fault::Other,
+        }
+    }
+}
+
+const DUPLICATE_KEY: u16 = 1062;
+
+/// The SQLSTATE is HY000 for most of them, so the number decides.
+fn number(error: &sqlx::Error) -> Option<u16> {
+    let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
+    Some(error.number())
+}
+
+/// Locks the row, makes sure that this transaction can see what its last holder committed, and writes it.
+///
+/// These statements run in the caller's transaction, on a future that the caller may drop. They go as text, because a
+/// statement that is dropped while it is being prepared leaves a connection of sqlx 0.9 unusable; the name goes as
+/// hexadecimal digits, so there is nothing to escape.
+async fn lock_and_write(
+    connection: &mut MySqlConnection,
+    name: &str,
+    owner: &str,
+    slice: Duration,
+) -> sqlx::Result<RowAttempt> {
+    // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
+    let columns = "id, lock_kind, fencing_token,
+        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))";
+    let name = literal(name);
+    let sql = if slice.is_zero() {
+        format!("SELECT {columns} FROM distributed_lock WHERE lock_name = {name} FOR UPDATE SKIP LOCKED")
+    } else {
+        // Each server reads its own form of the limit and takes the other's for a comment.
+        let milliseconds = slice.as_millis().max(1);
+        format!(
+            "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
+            SELECT /*+ MAX_EXECUTION_TIME({milliseconds}) */ {columns}
+            FROM distributed_lock WHERE lock_name = {name} FOR UPDATE",
+            milliseconds / 1000,
+            milliseconds % 1000,
+        )
+    };
+    let Some(row) = fetch_optional(connection, sql).await? else {
+        return Ok(if slice.is_zero() { RowAttempt::Busy } else { RowAttempt::Missing });
+    };
+    let id: i64 = row.try_get(0)?;
+    if Kind::parse(row.try_get(1)?) != Kind::Row {
+        return Ok(RowAttempt::WrongKind);
+    }
+    let last: i64 = row.try_get(2)?;
+    let now: i64 = row.try_get(3)?;
+
+    // The locking read sees the newest row, the plain one the transaction's snapshot.
+    let sql = format!("SELECT fencing_token FROM distributed_lock WHERE id = {id}");
+    let seen: Option<i64> = fetch_optional(connection, sql).await?.map(|row| row.try_get(0)).transpose()?;
+    if seen != Some(last) {
+        return Ok(RowAttempt::Stale);
+    }
+
+    let fencing_token = last.saturating_add(1).max(now);
+    let sql = format!(
+        "UPDATE distributed_lock
+        SET fencing_token = {fencing_token}, owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
+        WHERE id = {id}",
+        literal(owner)
+    );
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+    Ok(RowAttempt::Locked { fencing_token })
+}
+
+async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::Result<Option<MySqlRow>> {
+    sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(connection).await
+}
+
+/// A text as a literal of hexadecimal digits, which is a binary string to the server.
+fn literal(text: &str) -> String {
+    let mut literal = String::with_capacity(text.len() * 2 + 3);
+    literal.push_str("x'");
+    for byte in text.bytes() {
+        let _infallible = write!(literal, "{byte:02x}");
+    }
+    literal.push('\'');
+    literal
+}

@@ -1,0 +1,294 @@
+//! PostgreSQL 11 and later.
+//!
+//! No statement on a private connection waits for a locked row: what somebody has locked is skipped and asked for
+//! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
+//! a pooler in transaction mode would hand on to other clients.
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnection, PgDatabaseError};
+use sqlx::{Connection, Postgres, Row};
+
+use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, in_order};
+use crate::limits::micros;
+use crate::secret::Secret;
+use crate::{Kind, schema};
+
+/// `clock_timestamp()` everywhere: `now()` stands still inside a transaction.
+const LOOK: &str = "
+SELECT lock_kind, owner, fencing_token,
+       (extract(epoch FROM create_time) * 1000000)::bigint,
+       (extract(epoch FROM acquire_time) * 1000000)::bigint,
+       (extract(epoch FROM expire_time) * 1000000)::bigint,
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint
+FROM distributed_lock WHERE lock_name = $1";
+
+const CREATE: &str = "
+INSERT INTO distributed_lock (lock_name, lock_kind) VALUES ($1, $2)
+ON CONFLICT (lock_name) DO NOTHING";
+
+/// The new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover
+/// that lost the last grants brings a number back.
+const ACQUIRE: &str = "
+UPDATE distributed_lock AS lease
+SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
+        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+    acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
+    expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
+    secret_key = $2,
+    owner = $3
+WHERE lease.id = (
+    SELECT id FROM distributed_lock
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND (expire_time <= clock_timestamp() OR secret_key = $2)
+    FOR UPDATE SKIP LOCKED)
+RETURNING lease.lock_name, lease.secret_key, lease.fencing_token";
+
+/// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
+const RENEW: &str = "
+WITH unlocked AS MATERIALIZED (
+    SELECT lease.id, asked.ttl
+    FROM unnest($1::text[], $2::text[], $3::bigint[]) AS asked (lock_name, secret_key, ttl)
+    JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name AND lease.secret_key = asked.secret_key
+    WHERE lease.expire_time > '1970-01-01 00:00:00+00'
+    FOR NO KEY UPDATE OF lease SKIP LOCKED)
+UPDATE distributed_lock AS lease
+SET expire_time = GREATEST(lease.expire_time, clock_timestamp() + unlocked.ttl * interval '1 microsecond')
+FROM unlocked WHERE lease.id = unlocked.id
+RETURNING lease.secret_key";
+
+const STILL_OURS: &str = "
+SELECT lease.secret_key
+FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name AND lease.secret_key = asked.secret_key
+WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
+
+const RELEASE: &str = "
+UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00+00'
+WHERE id = (
+    SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
+    FOR NO KEY UPDATE SKIP LOCKED)";
+
+const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2";
+
+/// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data.
+const LOCK_ROW_AT_ONCE: &str = "
+UPDATE distributed_lock AS held
+SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+    owner = $2, acquire_time = clock_timestamp()
+WHERE held.id = (
+    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'row'
+    FOR UPDATE SKIP LOCKED)
+RETURNING held.fencing_token";
+
+const LOCK_ROW: &str = "
+UPDATE distributed_lock AS held
+SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+    owner = $2, acquire_time = clock_timestamp()
+WHERE held.id = (
+    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'row'
+    FOR UPDATE)
+RETURNING held.fencing_token";
+
+const LIMIT_LOCK_WAIT: &str = "SELECT current_setting('lock_timeout'), set_config('lock_timeout', $1, true)";
+const RESTORE_LOCK_WAIT: &str = "SELECT set_config('lock_timeout', $1, true)";
+
+const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND fencing_token = $2";
+
+const CHECK_SCHEMA: &str = "
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+FROM distributed_lock LIMIT 0";
+
+/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
+const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
+const LIMIT_MIGRATION_WAIT: &str = "SET LOCAL lock_timeout = '60s'";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS _lock_db_migrations (
+    version BIGINT PRIMARY KEY,
+    applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())";
+const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
+
+impl LockDatabase for Postgres {
+    const FOLDER: &'static str = "postgres";
+    const ROW_IS_MADE_IN_TRANSACTION: bool = false;
+
+    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn migrate(connection: &mut PgConnection) -> sqlx::Result<()> {
+        let mut transaction = connection.begin().await?;
+        sqlx::query(LIMIT_MIGRATION_WAIT).execute(&mut *transaction).await?;
+        sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
+        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
+        let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
+        for (version, sql) in MIGRATIONS {
+            if !applied.contains(&version) {
+                sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+                sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
+            }
+        }
+        transaction.commit().await
+    }
+
+    async fn check_schema(connection: &mut PgConnection) -> sqlx::Result<Option<&'static str>> {
+        sqlx::query(CHECK_SCHEMA).execute(connection).await?;
+        Ok(None)
+    }
+
+    async fn look(connection: &mut PgConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
+        let row = sqlx::query(LOOK).bind(name).fetch_optional(connection).await?;
+        row.map(|row| {
+            Ok(LockRow {
+                kind: Kind::parse(row.try_get(0)?),
+                owner: row.try_get(1)?,
+                fencing_token: row.try_get(2)?,
+                created: row.try_get(3)?,
+                acquired: row.try_get(4)?,
+                expires: row.try_get(5)?,
+                remaining: row.try_get(6)?,
+            })
+        })
+        .transpose()
+    }
+
+    async fn create(connection: &mut PgConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
+        sqlx::query(CREATE).bind(name).bind(kind.as_str()).execute(connection).await.map(drop)
+    }
+
+    async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+        let row = sqlx::query(ACQUIRE)
+            .bind(&*claim.name)
+            .bind(claim.secret.as_str())
+            .bind(&*claim.owner)
+            .bind(micros(claim.ttl))
+            .fetch_optional(connection)
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        // A pooler that mixes up statements answers with somebody else's row: that is no grant.
+        if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
+            return Err(foreign_answer());
+        }
+        Ok(Some(Grant { fencing_token: row.try_get(2)? }))
+    }
+
+    async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
+        let names: Vec<&str> = leases.iter().map(|lease| &*lease.name).collect();
+        let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
+        let ttls: Vec<i64> = leases.iter().map(|lease| micros(lease.ttl)).collect();
+        let renewed: Vec<String> = sqlx::query_scalar(RENEW)
+            .bind(&names)
+            .bind(&secrets)
+            .bind(ttls)
+            .fetch_all(&mut *connection)
+            .await?;
+        let ours: Vec<String> = if renewed.len() < leases.len() {
+            sqlx::query_scalar(STILL_OURS).bind(&names).bind(&secrets).fetch_all(connection).await?
+        } else {
+            Vec::new()
+        };
+        Ok(in_order(leases, &renewed, &ours))
+    }
+
+    async fn release(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<Standing> {
+        let secret = secret.as_str();
+        let released = sqlx::query(RELEASE).bind(name).bind(secret).execute(&mut *connection).await?;
+        if released.rows_affected() > 0 {
+            return Ok(Standing::Ours);
+        }
+        let ours = sqlx::query(IS_OURS).bind(name).bind(secret).fetch_optional(connection).await?;
+        Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+    }
+
+    async fn lock_row(
+        connection: &mut PgConnection,
+        name: &str,
+        owner: &str,
+        slice: Duration,
+    ) -> sqlx::Result<RowAttempt> {
+        if slice.is_zero() {
+            let locked: Option<i64> = sqlx::query_scalar(LOCK_ROW_AT_ONCE)
+                .bind(name)
+                .bind(owner)
+                .fetch_optional(connection)
+                .await?;
+            return Ok(match locked {
+                Some(fencing_token) => RowAttempt::Locked { fencing_token },
+                None => RowAttempt::Busy,
+            });
+        }
+        match wait_for_row(connection, name, owner, slice).await {
+            Ok(Some(fencing_token)) => Ok(RowAttempt::Locked { fencing_token }),
+            Ok(None) => Ok(RowAttempt::Missing),
+            Err(error) if Self::classify(&error) == Fault::Busy => Ok(RowAttempt::Busy),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn still_locked(
+        connection: &mut PgConnection,
+        name: &str,
+        fencing_token: i64,
+    ) -> sqlx::Result<bool> {
+        let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
+        Ok(row.is_some())
+    }
+
+    fn classify(error: &sqlx::Error) -> Fault {
+        if crate::error::is_connection_failure(error) {
+            return Fault::Disconnected;
+        }
+        let Some(error) =
+            error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>())
+        else {
+            return Fault::Other;
+        };
+        match error.code() {
+            // lock_not_available: NOWAIT or lock_timeout
+            "55P03" => Fault::Busy,
+            "40P01" => Fault::Deadlock,
+            "40001" => Fault::Serialization,
+            "42P01" => Fault::TableMissing,
+            "42703" => Fault::TableDiffers,
+            // admin_shutdown, crash_shutdown, cannot_connect_now, too_many_connections, idle in transaction too long
+            "57P01" | "57P02" | "57P03" | "53300" | "25P03" | "25P04" => Fault::Disconnected,
+            code if code.starts_with("08") => Fault::Disconnected,
+            _ => Fault::Other,
+        }
+    }
+}
+
+/// Waits in the server's queue for the row. A lock timeout would end the caller's transaction, so it happens inside a
+/// savepoint, which is rolled back; also when this future is dropped, before the connection's next statement.
+async fn wait_for_row(
+    connection: &mut PgConnection,
+    name: &str,
+    owner: &str,
+    slice: Duration,
+) -> sqlx::Result<Option<i64>> {
+    // Zero would mean no limit at all.
+    let limit = format!("{}ms", slice.as_millis().max(1));
+    let mut savepoint = connection.begin().await?;
+    let before: String =
+        sqlx::query(LIMIT_LOCK_WAIT).bind(limit).fetch_one(&mut *savepoint).await?.try_get(0)?;
+    match sqlx::query_scalar(LOCK_ROW).bind(name).bind(owner).fetch_optional(&mut *savepoint).await {
+        Ok(locked) => {
+            sqlx::query(RESTORE_LOCK_WAIT).bind(before).execute(&mut *savepoint).await?;
+            savepoint.commit().await?;
+            Ok(locked)
+        }
+        Err(error) => {
+            savepoint.rollback().await?;
+            Err(error)
+        }
+    }
+}
+
+fn foreign_answer() -> sqlx::Error {
+    sqlx::Error::Protocol(
+        "the server answered with the row of another statement: a pooler in transaction mode needs support for prepared \
+         statements (PgBouncer 1.21 or later with max_prepared_statements above 0)"
+            .into(),
+    )
+}

@@ -1,0 +1,291 @@
+//! SQLite 3.42 and later, in a file that several processes of one host may open.
+//!
+//! There is one writer at a time in the whole database, so there are no row locks: `lock_row` takes the write lock.
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Waker};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
+
+use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, as_json, in_order};
+use crate::limits::micros;
+use crate::secret::Secret;
+use crate::{Error, Kind, schema};
+
+/// How long a private connection waits for another writer before it answers "busy".
+const PREPARE: &str = "PRAGMA busy_timeout = 100";
+
+/// The longest wait for the write lock at once: SQLite's own wait sleeps longer and longer, and is not fair.
+const LONGEST_SLICE: Duration = Duration::from_millis(50);
+
+const LOOK: &str = "
+SELECT lock_kind, owner, fencing_token,
+       CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
+       CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
+       CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
+       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER)
+FROM distributed_lock WHERE lock_name = ?1";
+
+const CREATE: &str = "
+INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?1, ?2)
+ON CONFLICT (lock_name) DO NOTHING";
+
+/// The new number is never below the clock's microseconds, so that a row that was cleaned away does not bring a number
+/// back. They are bound (`?5`): the clock of an embedded database is ours, and its own functions cut it to milliseconds.
+const ACQUIRE: &str = "
+UPDATE distributed_lock
+SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
+    acquire_time = CASE WHEN secret_key = ?2 THEN acquire_time
+        ELSE strftime('%Y-%m-%d %H:%M:%f000', 'now') END,
+    expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
+    secret_key = ?2,
+    owner = ?3
+WHERE lock_name = ?1 AND lock_kind = 'insert'
+  AND (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now') OR secret_key = ?2)
+RETURNING lock_name, secret_key, fencing_token";
+
+/// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
+const RENEW: &str = "
+UPDATE distributed_lock
+SET expire_time = max(expire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now',
+        printf('+%d.%03d seconds', asked.ttl / 1000000, asked.ttl / 1000 % 1000)))
+FROM (SELECT CAST(unhex(value ->> 0) AS TEXT) AS name, value ->> 1 AS secret, value ->> 2 AS ttl
+      FROM json_each(?1)) AS asked
+WHERE lock_name = asked.name AND secret_key = asked.secret AND expire_time > '1970-01-01 00:00:00.000000'
+RETURNING secret_key";
+
+const RELEASE: &str = "
+UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
+WHERE lock_name = ?1 AND secret_key = ?2";
+
+/// Written, not only locked: a write is what takes the write lock.
+const LOCK_ROW: &str = "
+INSERT INTO distributed_lock (lock_name, lock_kind, owner, fencing_token) VALUES (?1, 'row', ?2, ?3)
+ON CONFLICT (lock_name) DO UPDATE
+SET fencing_token = max(fencing_token + 1, excluded.fencing_token),
+    owner = excluded.owner,
+    acquire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now')
+WHERE lock_kind = 'row'
+RETURNING fencing_token";
+
+const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token = ?2";
+
+const CHECK_SCHEMA: &str = "
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+FROM distributed_lock LIMIT 0";
+
+const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
+const LOCK_MIGRATIONS: &str = "BEGIN IMMEDIATE";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS _lock_db_migrations (
+    version INTEGER PRIMARY KEY,
+    applied_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')))";
+const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?1)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
+
+impl LockDatabase for Sqlite {
+    const FOLDER: &'static str = "sqlite";
+    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+
+    fn check_options(options: &SqliteConnectOptions) -> Result<(), Error> {
+        let file = options.get_filename();
+        if file.as_os_str().is_empty() || file.as_os_str() == ":memory:" {
+            return Err(Error::InvalidOption {
+                option: "pool",
+                value: "a SQLite database in memory that each connection has to itself".into(),
+                reason: "locks need a database that all connections share: a file, or `sqlite::memory:` as a URL",
+            });
+        }
+        Ok(())
+    }
+
+    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    }
+
+    async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
+        let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
+        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
+        let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
+        for (version, sql) in MIGRATIONS {
+            if !applied.contains(&version) {
+                sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+                sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
+            }
+        }
+        transaction.commit().await?;
+        Self::prepare(connection).await
+    }
+
+    async fn check_schema(connection: &mut SqliteConnection) -> sqlx::Result<Option<&'static str>> {
+        sqlx::query(CHECK_SCHEMA).execute(connection).await?;
+        Ok(None)
+    }
+
+    async fn look(connection: &mut SqliteConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
+        let row = sqlx::query(LOOK).bind(name).fetch_optional(connection).await?;
+        row.map(|row| {
+            Ok(LockRow {
+                kind: Kind::parse(row.try_get(0)?),
+                owner: row.try_get(1)?,
+                fencing_token: row.try_get(2)?,
+                created: row.try_get(3)?,
+                acquired: row.try_get(4)?,
+                expires: row.try_get(5)?,
+                remaining: row.try_get(6)?,
+            })
+        })
+        .transpose()
+    }
+
+    async fn create(connection: &mut SqliteConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
+        sqlx::query(CREATE).bind(name).bind(kind.as_str()).execute(connection).await.map(drop)
+    }
+
+    async fn acquire(connection: &mut SqliteConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+        let ttl = format!("+{}.{:03} seconds", claim.ttl.as_secs(), claim.ttl.subsec_millis());
+        let row = sqlx::query(ACQUIRE)
+            .bind(&*claim.name)
+            .bind(claim.secret.as_str())
+            .bind(&*claim.owner)
+            .bind(ttl)
+            .bind(clock_micros())
+            .fetch_optional(connection)
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
+            return Err(sqlx::Error::Protocol(
+                "the database answered with the row of another statement".into(),
+            ));
+        }
+        Ok(Some(Grant { fencing_token: row.try_get(2)? }))
+    }
+
+    async fn renew(connection: &mut SqliteConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
+        let renewed: Vec<String> =
+            sqlx::query_scalar(RENEW).bind(as_json(leases)).fetch_all(connection).await?;
+        Ok(in_order(leases, &renewed, &[]))
+    }
+
+    async fn release(
+        connection: &mut SqliteConnection,
+        name: &str,
+        secret: &Secret,
+    ) -> sqlx::Result<Standing> {
+        match sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await {
+            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
+            Ok(_) => Ok(Standing::NotOurs),
+            Err(error) if Self::classify(&error) == Fault::Busy => Ok(Standing::Busy),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn lock_row(
+        connection: &mut SqliteConnection,
+        name: &str,
+        owner: &str,
+        slice: Duration,
+    ) -> sqlx::Result<RowAttempt> {
+        let limited = LimitedWait::set(connection, slice.min(LONGEST_SLICE)).await?;
+        let locked = sqlx::query_scalar(LOCK_ROW)
+            .bind(name)
+            .bind(owner)
+            .bind(clock_micros())
+            .fetch_optional(&mut *limited.connection)
+            .await;
+        limited.restore().await?;
+        match locked {
+            Ok(Some(fencing_token)) => Ok(RowAttempt::Locked { fencing_token }),
+            Ok(None) => Ok(RowAttempt::WrongKind),
+            Err(error) if Self::classify(&error) == Fault::Busy => Ok(RowAttempt::Busy),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn still_locked(
+        connection: &mut SqliteConnection,
+        name: &str,
+        fencing_token: i64,
+    ) -> sqlx::Result<bool> {
+        let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
+        Ok(row.is_some())
+    }
+
+    fn classify(error: &sqlx::Error) -> Fault {
+        if crate::error::is_connection_failure(error) {
+            return Fault::Disconnected;
+        }
+        let Some(error) = error.as_database_error() else {
+            return Fault::Other;
+        };
+        match error.code().as_deref() {
+            // SQLITE_BUSY_SNAPSHOT: another writer committed after this transaction's first read
+            Some("517") => Fault::Serialization,
+            // SQLITE_BUSY with _RECOVERY and _TIMEOUT, SQLITE_LOCKED with _SHAREDCACHE
+            Some("5" | "261" | "773" | "6" | "262") => Fault::Busy,
+            // A plain SQLITE_ERROR: only the text tells.
+            _ if error.message().starts_with("no such table: distributed_lock") => Fault::TableMissing,
+            _ if error.message().starts_with("no such column")
+                || error.message().contains("has no column named") =>
+            {
+                Fault::TableDiffers
+            }
+            _ => Fault::Other,
+        }
+    }
+}
+
+fn clock_micros() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    micros(since_1970)
+}
+
+/// The application's connection with another busy timeout, which is put back afterwards, whatever happens.
+struct LimitedWait<'a> {
+    connection: &'a mut SqliteConnection,
+    /// What to put back; `None` once it was.
+    restore: Option<i64>,
+}
+
+impl<'a> LimitedWait<'a> {
+    async fn set(connection: &'a mut SqliteConnection, wait: Duration) -> sqlx::Result<Self> {
+        let before: i64 = sqlx::query_scalar("PRAGMA busy_timeout").fetch_one(&mut *connection).await?;
+        let mut limited = Self { connection, restore: Some(before) };
+        let wait = i64::try_from(wait.as_millis()).unwrap_or(0);
+        if wait == before {
+            limited.restore = None;
+        } else {
+            sqlx::raw_sql(busy_timeout(wait)).execute(&mut *limited.connection).await?;
+        }
+        Ok(limited)
+    }
+
+    async fn restore(mut self) -> sqlx::Result<()> {
+        if let Some(before) = self.restore {
+            sqlx::raw_sql(busy_timeout(before)).execute(&mut *self.connection).await?;
+            self.restore = None;
+        }
+        Ok(())
+    }
+}
+
+/// When the future that waits is dropped midway. The first poll hands the statement to the connection's own thread,
+/// which carries it out after what it is doing now, whether anybody looks at the answer or not.
+impl Drop for LimitedWait<'_> {
+    fn drop(&mut self) {
+        if let Some(before) = self.restore.take() {
+            let restoring = pin!(sqlx::raw_sql(busy_timeout(before)).execute(&mut *self.connection));
+            let _queued = restoring.poll(&mut Context::from_waker(Waker::noop()));
+        }
+    }
+}
+
+/// A pragma takes no parameters.
+fn busy_timeout(milliseconds: i64) -> AssertSqlSafe<String> {
+    AssertSqlSafe(format!("PRAGMA busy_timeout = {milliseconds}"))
+}

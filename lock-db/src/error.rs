@@ -1,0 +1,337 @@
+//! The one error type.
+
+use std::time::Duration;
+
+use crate::database::{Fault, LockDatabase};
+use crate::{Kind, LockInfo};
+
+/// What can go wrong with a lock: what was tried, on which lock, and what to do next.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The lock was not free within the wait that the caller allowed.
+    #[error(
+        "gave up on lock `{name}` after {waited:.3?}, waiting for {waiting_for}{}: try again later, or allow a longer `wait`",
+        holder(.held_by.as_deref())
+    )]
+    Timeout {
+        /// The name of the lock.
+        name: String,
+        /// How long it was tried.
+        waited: Duration,
+        /// What it was that did not come in time.
+        waiting_for: WaitingFor,
+        /// Who held it when it was last looked at.
+        held_by: Option<Box<LockInfo>>,
+    },
+
+    /// The lock is no longer ours: somebody else may hold it by now.
+    #[error(
+        "lock `{name}` is lost: {reason}; stop the work that it protects, and begin anew with a new lock"
+    )]
+    Lost {
+        /// The name of the lock.
+        name: String,
+        /// How it was noticed.
+        reason: Loss,
+    },
+
+    /// The database ended the transaction to break a deadlock. Nothing of it was kept.
+    #[error(
+        "the database ended the transaction that was locking `{name}` to break a deadlock: roll back and run the whole transaction again; take several locks in one order"
+    )]
+    Deadlock {
+        /// The name of the lock.
+        name: String,
+        /// What the database said.
+        source: sqlx::Error,
+    },
+
+    /// The transaction's snapshot is older than the last holder's commit: going on would work on old data.
+    #[error(
+        "the transaction began before the last holder of lock `{name}` committed and would read old data: roll back and run the whole transaction again, with the lock as its first statement"
+    )]
+    Serialization {
+        /// The name of the lock.
+        name: String,
+        /// What the database said; `None` when lock-db saw it first.
+        source: Option<sqlx::Error>,
+    },
+
+    /// The name can't be stored on every database. Nothing was sent.
+    #[error("`{name}` can't be the name of a lock: {reason}; a name has 1 to 255 bytes of UTF-8 without NUL")]
+    InvalidName {
+        /// The name, shortened.
+        name: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+
+    /// An option has a value that can't work. Nothing was sent.
+    #[error("option `{option}` can't be {value}: {reason}")]
+    InvalidOption {
+        /// The option.
+        option: &'static str,
+        /// What it was set to.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+
+    /// The name belongs to the other kind of lock. The two do not exclude each other, so one name never has both.
+    #[error(
+        "`{name}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, DELETE FROM distributed_lock WHERE lock_name = '{name}'"
+    )]
+    WrongKind {
+        /// The name of the lock.
+        name: String,
+        /// What was asked for.
+        wanted: Kind,
+        /// What the table says.
+        found: Kind,
+    },
+
+    /// A lock was entered again by way of an owner whose own hold has ended.
+    #[error(
+        "lock `{name}` can't be entered again: the hold that this would go on with has ended; take the lock anew"
+    )]
+    Reentry {
+        /// The name of the lock.
+        name: String,
+    },
+
+    /// The connection is not in a transaction, so a row lock would end with its own statement.
+    #[error(
+        "lock `{name}` was asked for on a connection that is not in a transaction, where it would end at once: call `pool.begin()` first (a BEGIN sent as text is not seen)"
+    )]
+    NotInTransaction {
+        /// The name of the lock.
+        name: String,
+    },
+
+    /// An annotated function was called where no `Locks` is known.
+    #[error(
+        "lock `{name}`: {reason}: call `locks.install()` once when the program starts, run the call inside `locks.scope(..)`, or write `locks = …` in the attribute"
+    )]
+    NotInstalled {
+        /// The name of the lock.
+        name: String,
+        /// What is missing.
+        reason: String,
+    },
+
+    /// The table `distributed_lock` is not there, or not as this version of lock-db needs it.
+    #[error(
+        "{reason}: run `locks.migrate().await` at start, or apply the SQL files of lock-db's folder `migrations/{folder}` (also in `lock_db::schema`) with your own migration tool"
+    )]
+    SchemaMissing {
+        /// What is missing.
+        reason: String,
+        /// The folder of this database's migrations.
+        folder: &'static str,
+        /// What the database said.
+        source: Option<sqlx::Error>,
+    },
+
+    /// The `Locks` was closed.
+    #[error("this `Locks` is closed: take locks before `close()`, or make a new one")]
+    Closed,
+
+    /// The database answered with an error that is no matter of locking.
+    #[error("could not {action}{}: {source}", on_lock(.name.as_deref()))]
+    Database {
+        /// What was tried.
+        action: &'static str,
+        /// The name of the lock, if it was about one.
+        name: Option<String>,
+        /// What sqlx or the database said.
+        source: sqlx::Error,
+    },
+}
+
+/// What a wait was for when its time ran out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WaitingFor {
+    /// Somebody else holds the lock.
+    Lock,
+    /// The pool had no connection to spare.
+    Connection,
+}
+
+impl std::fmt::Display for WaitingFor {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Lock => "the lock",
+            Self::Connection => "a connection of the pool",
+        })
+    }
+}
+
+/// How the loss of a lock was noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Loss {
+    /// The lease could not be renewed in time, so that the database may have given it to somebody else.
+    NotRenewed,
+    /// The row carries another secret key: somebody else has it, or it was released by hand.
+    TakenOver,
+    /// The transaction or connection that held it is gone.
+    TransactionEnded,
+    /// The `Locks` was closed, which releases what is still held.
+    Closed,
+}
+
+impl std::fmt::Display for Loss {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::NotRenewed => "its lease could not be renewed in time",
+            Self::TakenOver => "the table names another owner, or it was released by hand",
+            Self::TransactionEnded => "the transaction that held it is gone",
+            Self::Closed => "its `Locks` was closed",
+        })
+    }
+}
+
+impl Error {
+    /// Whether nothing was done and the same call may succeed when it is made again: after `Deadlock` and
+    /// `Serialization` together with its whole transaction, after `Timeout` and a broken connection as it is.
+    ///
+    /// `Lost` is not: work was under way, and only its author knows whether it may be repeated.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
+            Self::Database { source, .. } => is_connection_failure(source),
+            _ => false,
+        }
+    }
+
+    /// The name of the lock that it was about, if it was about one.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Timeout { name, .. }
+            | Self::Lost { name, .. }
+            | Self::Deadlock { name, .. }
+            | Self::Serialization { name, .. }
+            | Self::InvalidName { name, .. }
+            | Self::WrongKind { name, .. }
+            | Self::Reentry { name }
+            | Self::NotInTransaction { name }
+            | Self::NotInstalled { name, .. } => Some(name),
+            Self::Database { name, .. } => name.as_deref(),
+            Self::InvalidOption { .. } | Self::SchemaMissing { .. } | Self::Closed => None,
+        }
+    }
+}
+
+/// An error of a database with what it means for a lock.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) fault: Fault,
+    pub(crate) source: sqlx::Error,
+    /// Of the database's migrations.
+    folder: &'static str,
+}
+
+impl Failure {
+    pub(crate) fn new<DB: LockDatabase>(source: sqlx::Error) -> Self {
+        Self { fault: DB::classify(&source), source, folder: DB::FOLDER }
+    }
+
+    /// A server that does not answer, whatever it does with what it was sent.
+    pub(crate) fn no_answer<DB: LockDatabase>(limit: Duration) -> Self {
+        let message = format!("{} did not answer within {limit:?}", DB::NAME);
+        Self::new::<DB>(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
+    }
+
+    /// A table that has all columns and still can't be used.
+    pub(crate) fn unfit_table<DB: LockDatabase>(wrong: &'static str) -> Self {
+        let source = sqlx::Error::Configuration(wrong.into());
+        Self { fault: Fault::TableDiffers, source, folder: DB::FOLDER }
+    }
+
+    /// Whether it will pass when others have finished.
+    pub(crate) fn is_contention(&self) -> bool {
+        matches!(self.fault, Fault::Busy | Fault::Deadlock | Fault::Serialization)
+    }
+
+    /// For the caller: `action` completes "could not …".
+    pub(crate) fn into_error(self, action: &'static str, name: Option<&str>) -> Error {
+        let Self { fault, source, folder } = self;
+        let known = || name.unwrap_or_default().to_owned();
+        match fault {
+            Fault::TableMissing => Error::SchemaMissing {
+                reason: "the table `distributed_lock` does not exist".into(),
+                folder,
+                source: Some(source),
+            },
+            Fault::TableDiffers => Error::SchemaMissing {
+                reason: format!(
+                    "the table `distributed_lock` is not what this version of lock-db needs ({source})"
+                ),
+                folder,
+                source: Some(source),
+            },
+            Fault::Deadlock => Error::Deadlock { name: known(), source },
+            Fault::Serialization => Error::Serialization { name: known(), source: Some(source) },
+            Fault::Busy | Fault::Disconnected | Fault::Other => {
+                Error::Database { action, name: name.map(str::to_owned), source }
+            }
+        }
+    }
+}
+
+/// Failures of the way to the database, as sqlx reports them whatever the database.
+pub(crate) fn is_connection_failure(error: &sqlx::Error) -> bool {
+    matches!(
+        error,
+        sqlx::Error::Io(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::WorkerCrashed
+    )
+}
+
+fn holder(info: Option<&LockInfo>) -> String {
+    match info {
+        Some(LockInfo { owner, acquired_at, held_until: Some(until), .. }) => {
+            format!(" (held by {owner} since {acquired_at}, until {until} at least)")
+        }
+        _ => String::new(),
+    }
+}
+
+fn on_lock(name: Option<&str>) -> String {
+    name.map(|name| format!(" (lock `{name}`)")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_say_what_to_do() {
+        let message =
+            Error::WrongKind { name: "a".into(), wanted: Kind::Row, found: Kind::Insert }.to_string();
+        assert!(
+            message.contains("`a` is used as an insert lock and can't be taken as a row lock"),
+            "{message}"
+        );
+        let message = Error::Timeout {
+            name: "a".into(),
+            waited: Duration::from_millis(1500),
+            waiting_for: WaitingFor::Lock,
+            held_by: None,
+        }
+        .to_string();
+        assert!(message.starts_with("gave up on lock `a` after 1.500s, waiting for the lock"), "{message}");
+    }
+
+    #[test]
+    fn errors_cross_threads() {
+        fn crosses<T: Send + Sync + 'static>() {}
+        crosses::<Error>();
+    }
+}

@@ -1,0 +1,59 @@
+//! What the table says about a lock, for people.
+
+use chrono::{DateTime, Utc};
+
+/// Which kind of lock a name is used for. A name is used with one kind only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// A lease, held by the row itself: [`Locks::insert_lock`](crate::Locks::insert_lock).
+    Insert,
+    /// A row lock, held by a transaction: [`Locks::row_lock`](crate::Locks::row_lock).
+    Row,
+}
+
+impl Kind {
+    /// As it stands in the column `lock_kind`.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Insert => "insert",
+            Self::Row => "row",
+        }
+    }
+
+    pub(crate) fn parse(column: &str) -> Self {
+        if column == "row" { Self::Row } else { Self::Insert }
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Insert => "an insert lock",
+            Self::Row => "a row lock",
+        })
+    }
+}
+
+/// The row of a lock as it was read: true at that moment, for a dashboard, a message or a log line.
+///
+/// Never decide by it whether work may go on; that is what [`Lease::is_held`](crate::Lease::is_held) is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LockInfo {
+    /// The name of the lock.
+    pub name: String,
+    /// What the name is used for.
+    pub kind: Kind,
+    /// Host, process id and label of the present or last holder. Empty before the first one.
+    pub owner: String,
+    /// The number of the present or last grant.
+    pub fencing_token: i64,
+    /// When the name was first used, by the database's clock.
+    pub created_at: DateTime<Utc>,
+    /// When the present or last holder got the lock, by the database's clock.
+    pub acquired_at: DateTime<Utc>,
+    /// Until when the lease is valid, by the database's clock. `None` when it is free: released or run out. Always
+    /// `None` for a row lock, which the table can't show: it lives in the transaction that holds it.
+    pub held_until: Option<DateTime<Utc>>,
+}

@@ -1,0 +1,152 @@
+//! Asking for an insert lock.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Hold, Lease};
+use crate::database::LockDatabase;
+use crate::secret::Secret;
+use crate::session::{Acquire, Request};
+use crate::{Error, Locks, limits, name};
+
+/// A request for an insert lock, from [`Locks::insert_lock`]. Nothing happens before one of its async methods is
+/// called.
+#[derive(Debug, Clone)]
+#[must_use = "this only describes a lock; call `acquire`, `try_acquire` or `run`"]
+pub struct InsertLock<DB: LockDatabase> {
+    locks: Locks<DB>,
+    name: String,
+    ttl: Option<Duration>,
+    wait: Option<Duration>,
+}
+
+impl<DB: LockDatabase> InsertLock<DB> {
+    pub(crate) fn new(locks: Locks<DB>, name: &str) -> Self {
+        Self { locks, name: name.to_owned(), ttl: None, wait: None }
+    }
+
+    /// How long the lock outlives a holder that is gone: 50 ms to 365 days. It is renewed at a third of it as long as the
+    /// [`Lease`] exists, so it need not cover the work.
+    ///
+    /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
+    pub const fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// How long [`acquire`](Self::acquire) and [`run`](Self::run) may wait, all in all: for callers of this process that
+    /// came before, for the holder, and for a database that is away. At most 365 days; zero asks once.
+    ///
+    /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
+    pub const fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] when the wait was over first; [`Error::WrongKind`] when the name is used for row locks;
+    /// [`Error::SchemaMissing`], [`Error::Closed`], [`Error::InvalidName`], [`Error::InvalidOption`];
+    /// [`Error::Database`] when the database was away until the wait was over, or refuses for good.
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
+    pub async fn acquire(self) -> Result<Lease<DB>, Error> {
+        let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait).await?;
+        Ok(Lease::new(hold, self.locks))
+    }
+
+    /// Takes the lock if it is free now. `None` when somebody holds it, or waits for it in this process.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time: a lock that was granted meanwhile is released.
+    pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
+        let hold = self.locks.hold(&self.name, self.ttl, None).await?;
+        Ok(hold.map(|hold| Lease::new(hold, self.locks)))
+    }
+
+    /// Takes the lock, runs `work` under it, and releases it, whatever comes of the work.
+    ///
+    /// When the lock is lost on the way, the future of `work` is dropped at its next await and [`Error::Lost`] comes
+    /// back. That does not undo what it has done, nor stop tasks that it spawned. The result of work that ended while the
+    /// lock was held is returned as it is, even if the release then fails.
+    ///
+    /// ```no_run
+    /// # async fn example<DB: lock_db::LockDatabase>(locks: lock_db::Locks<DB>) -> Result<(), lock_db::Error> {
+    /// let pages = locks
+    ///     .insert_lock("report:daily")
+    ///     .run(async |lease| {
+    ///         println!("writing with number {}", lease.fencing_token());
+    ///         Ok::<_, lock_db::Error>(12)
+    ///     })
+    ///     .await?;
+    /// # let _: i32 = pages;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The error of the work; or, turned into its type, those of [`acquire`](Self::acquire) and [`Error::Lost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the work is dropped with it and the lock is released in the background.
+    pub async fn run<T, E, F>(self, work: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&Lease<DB>) -> Result<T, E>,
+        E: From<Error>,
+    {
+        let lease = self.acquire().await?;
+        let result = lease.run_until_lost(work(&lease)).await;
+        release_quietly(lease.release().await);
+        result?
+    }
+}
+
+/// What an insert lock is taken by, whatever its guard looks like.
+impl<DB: LockDatabase> Locks<DB> {
+    /// `None` stands for the defaults.
+    pub(crate) async fn hold_waiting(
+        &self,
+        name: &str,
+        ttl: Option<Duration>,
+        wait: Option<Duration>,
+    ) -> Result<Hold, Error> {
+        let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
+        // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
+        self.hold(name, ttl, Some(wait)).await?.ok_or(Error::Closed)
+    }
+
+    /// `wait: None` is a try.
+    async fn hold(
+        &self,
+        name: &str,
+        ttl: Option<Duration>,
+        wait: Option<Duration>,
+    ) -> Result<Option<Hold>, Error> {
+        let started = Instant::now();
+        let name = name::check(name)?;
+        let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
+        let secret = Secret::generate()?;
+        let owner = Arc::clone(self.owner());
+        self.session()
+            .ask(|answer| Request::Acquire(Acquire { name, secret, owner, ttl, wait, started, answer }))
+            .await
+    }
+}
+
+/// The work is done and stands, so a release that fails is only told to the operator.
+pub(crate) fn release_quietly(released: Result<(), Error>) {
+    if let Err(error) = released {
+        tracing::warn!(%error, "a lock could not be released after its work was done");
+    }
+}

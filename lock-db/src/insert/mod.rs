@@ -1,0 +1,9 @@
+//! The insert lock: a lease, kept by a row of `distributed_lock`.
+
+mod lease;
+mod lock;
+
+pub(crate) use self::lease::Hold;
+pub use self::lease::Lease;
+pub use self::lock::InsertLock;
+pub(crate) use self::lock::release_quietly;

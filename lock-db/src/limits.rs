@@ -1,0 +1,57 @@
+//! Durations: what is refused before any SQL, and what holds when the caller says nothing.
+
+use std::time::Duration;
+
+use crate::Error;
+
+/// How long a lease lasts without renewal when the caller says nothing.
+pub(crate) const DEFAULT_TTL: Duration = Duration::from_secs(30);
+/// How long an acquire waits when the caller says nothing.
+pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+
+/// Below this the renewal of a lease is a race with the network.
+const SHORTEST_TTL: Duration = Duration::from_millis(50);
+/// Above this no clock arithmetic of any of the databases is asked to go.
+const LONGEST: Duration = Duration::from_hours(365 * 24);
+
+pub(crate) fn check_ttl(ttl: Duration) -> Result<Duration, Error> {
+    if ttl < SHORTEST_TTL {
+        return Err(invalid("ttl", ttl, "a lease needs 50 ms at least, to be renewed in time"));
+    }
+    check_longest("ttl", ttl)
+}
+
+pub(crate) fn check_wait(wait: Duration) -> Result<Duration, Error> {
+    check_longest("wait", wait)
+}
+
+fn check_longest(option: &'static str, duration: Duration) -> Result<Duration, Error> {
+    if duration > LONGEST {
+        return Err(invalid(option, duration, "365 days is the longest"));
+    }
+    Ok(duration)
+}
+
+fn invalid(option: &'static str, duration: Duration, reason: &'static str) -> Error {
+    Error::InvalidOption { option, value: format!("{duration:?}"), reason }
+}
+
+/// A duration in the unit of the databases' clocks.
+pub(crate) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absurd_durations_are_refused() {
+        assert!(check_ttl(Duration::ZERO).is_err());
+        assert!(check_ttl(Duration::from_millis(49)).is_err());
+        assert!(check_ttl(Duration::MAX).is_err());
+        assert!(check_ttl(DEFAULT_TTL).is_ok());
+        assert!(check_wait(Duration::ZERO).is_ok());
+        assert!(check_wait(Duration::MAX).is_err());
+    }
+}

@@ -1,0 +1,228 @@
+//! `Locks`: what a service keeps.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Pool;
+
+use crate::database::LockDatabase;
+use crate::insert::InsertLock;
+use crate::limits::{DEFAULT_TTL, DEFAULT_WAIT};
+use crate::row::{KnownRows, RowLock};
+use crate::session::{Request, Session};
+use crate::{Error, LockInfo, name};
+
+/// The locks of a database. Cheap to clone; make one for each pool and keep it as long as the program runs.
+///
+/// It uses at most two connections of its own, however many locks are held through it, made like those of the pool
+/// (same options, same hooks). They and their thread start with the first use.
+pub struct Locks<DB: LockDatabase> {
+    shared: Arc<Shared<DB>>,
+}
+
+struct Shared<DB: LockDatabase> {
+    pool: Pool<DB>,
+    session: Session,
+    owner: Arc<str>,
+    default_ttl: Duration,
+    default_wait: Duration,
+    known_rows: KnownRows,
+}
+
+impl<DB: LockDatabase> Locks<DB> {
+    /// Locks in the database of this pool, with the default settings. Connects to nothing yet.
+    #[must_use]
+    pub fn new(pool: Pool<DB>) -> Self {
+        Self::builder(pool).build()
+    }
+
+    /// For settings of your own.
+    pub fn builder(pool: Pool<DB>) -> LocksBuilder<DB> {
+        LocksBuilder { pool, label: String::new(), default_ttl: DEFAULT_TTL, default_wait: DEFAULT_WAIT }
+    }
+
+    /// Creates the table `distributed_lock` if it is missing, and brings it up to date. Any number of processes may call
+    /// this at the same time. Which migrations were applied is noted in `_lock_db_migrations`; sqlx's own table
+    /// `_sqlx_migrations` is not touched.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Database`] when a statement fails, the right to create tables is missing, or another process has been
+    /// migrating for a minute. Nothing is left locked.
+    ///
+    /// # Cancel safety
+    ///
+    /// The migration goes on when the future is dropped; only the answer is lost.
+    pub async fn migrate(&self) -> Result<(), Error> {
+        self.session().ask(|answer| Request::Migrate { answer }).await
+    }
+
+    /// Checks that the table is there and as this version of lock-db needs it: for the start of a service that applies the
+    /// migrations by other means.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SchemaMissing`] when it is not; [`Error::Database`] when the database can't be asked.
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time.
+    pub async fn check(&self) -> Result<(), Error> {
+        self.session().ask(|answer| Request::CheckSchema { answer }).await
+    }
+
+    /// A lock that is a lease: held by a row of the table without any connection, renewed in the background, free after
+    /// its TTL when its holder is gone. For jobs, for work longer than one transaction, and behind PgBouncer.
+    ///
+    /// The name is compared byte by byte, has 1 to 255 bytes of UTF-8, and is used with this kind of lock only.
+    pub fn insert_lock(&self, name: impl AsRef<str>) -> InsertLock<DB> {
+        InsertLock::new(self.clone(), name.as_ref())
+    }
+
+    /// A lock that is a locked row: held by a transaction, which may be the caller's own, and free when that ends. For
+    /// short critical sections inside one transaction.
+    ///
+    /// The name is compared byte by byte, has 1 to 255 bytes of UTF-8, and is used with this kind of lock only.
+    pub fn row_lock(&self, name: impl AsRef<str>) -> RowLock<DB> {
+        RowLock::new(self.clone(), name.as_ref())
+    }
+
+    /// What the table says about a name: for a dashboard or a log, not to decide by. `None` if it was never used.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidName`], [`Error::SchemaMissing`], [`Error::Closed`], [`Error::Database`].
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time.
+    pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
+        let name = name::check(name.as_ref())?;
+        let row = self.session().ask(|answer| Request::Look { name: Arc::clone(&name), answer }).await?;
+        Ok(row.map(|row| row.into_info(&name)))
+    }
+
+    /// Releases every insert lock that is still held through this `Locks` and its clones, and refuses all further use. A
+    /// lease that is open somewhere counts as lost. Row locks that are held go on until their transactions end.
+    ///
+    /// Call it when a service shuts down, after its last request: what is not released then stays taken until its TTL is
+    /// over. Returns within ten seconds, whatever the database does.
+    ///
+    /// # Cancel safety
+    ///
+    /// The releases go on when the future is dropped.
+    pub async fn close(&self) {
+        self.session().close().await;
+    }
+
+    pub(crate) fn session(&self) -> &Session {
+        &self.shared.session
+    }
+
+    pub(crate) fn pool(&self) -> &Pool<DB> {
+        &self.shared.pool
+    }
+
+    pub(crate) fn owner(&self) -> &Arc<str> {
+        &self.shared.owner
+    }
+
+    pub(crate) fn default_ttl(&self) -> Duration {
+        self.shared.default_ttl
+    }
+
+    pub(crate) fn default_wait(&self) -> Duration {
+        self.shared.default_wait
+    }
+
+    pub(crate) fn known_rows(&self) -> &KnownRows {
+        &self.shared.known_rows
+    }
+}
+
+impl<DB: LockDatabase> Clone for Locks<DB> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<DB: LockDatabase> std::fmt::Debug for Locks<DB> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Locks")
+            .field("database", &DB::NAME)
+            .field("owner", &self.shared.owner)
+            .field("session", &self.shared.session)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Settings of a [`Locks`]. Values that can't work are refused by the first lock that meets them.
+#[derive(Debug, Clone)]
+#[must_use = "call `build`"]
+pub struct LocksBuilder<DB: LockDatabase> {
+    pool: Pool<DB>,
+    label: String,
+    default_ttl: Duration,
+    default_wait: Duration,
+}
+
+impl<DB: LockDatabase> LocksBuilder<DB> {
+    /// What people see as the owner, beside host and process id: the name of the service, say.
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = label.into();
+        self
+    }
+
+    /// For insert locks that say nothing of their own: 50 ms to 365 days. Default: 30 seconds.
+    pub fn default_ttl(mut self, ttl: Duration) -> Self {
+        self.default_ttl = ttl;
+        self
+    }
+
+    /// For locks that say nothing of their own: at most 365 days. Default: 30 seconds.
+    pub fn default_wait(mut self, wait: Duration) -> Self {
+        self.default_wait = wait;
+        self
+    }
+
+    /// The `Locks`. Connects to nothing yet.
+    #[must_use]
+    pub fn build(self) -> Locks<DB> {
+        let Self { pool, label, default_ttl, default_wait } = self;
+        let shared = Shared {
+            session: Session::new(pool.clone()),
+            pool,
+            owner: owner(&label),
+            default_ttl,
+            default_wait,
+            known_rows: KnownRows::default(),
+        };
+        Locks { shared: Arc::new(shared) }
+    }
+}
+
+/// Host, process id and label, within the 255 characters of the column.
+fn owner(label: &str) -> Arc<str> {
+    const LONGEST: usize = 255;
+    let host = hostname::get().unwrap_or_default();
+    let mut owner = format!("{}/{}", host.to_string_lossy(), std::process::id());
+    if !label.is_empty() {
+        owner.push('/');
+        owner.push_str(label);
+    }
+    // PostgreSQL can't store NUL.
+    owner.chars().filter(|character| *character != '\0').take(LONGEST).collect::<String>().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::owner;
+
+    #[test]
+    fn an_owner_fits_its_column() {
+        assert!(owner("billing").ends_with(&format!("/{}/billing", std::process::id())));
+        assert_eq!(owner(&"ü".repeat(300)).chars().count(), 255);
+        assert!(!owner("a\0b").contains('\0'));
+    }
+}

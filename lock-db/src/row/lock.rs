@@ -1,0 +1,228 @@
+//! Asking for a row lock.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::{Connection, Transaction};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use tracing::Instrument;
+
+use super::attempt::Attempt;
+use super::{HeldRow, RowGuard};
+use crate::database::{Fault, LockDatabase};
+use crate::error::{Failure, WaitingFor};
+use crate::{Error, Locks, limits, name};
+
+/// How long a caller who does not want to wait for the lock waits for a connection.
+const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
+
+/// Before beginning anew after a broken connection or a deadlock.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// A request for a row lock, from [`Locks::row_lock`]. Nothing happens before one of its async methods is called.
+///
+/// The lock is the row of the name in `distributed_lock`, locked and written by a transaction, and is held until that
+/// transaction ends. Waiters queue in the database, which wakes them in order.
+///
+/// SQLite has no row locks: there this takes the write lock of the whole database, as `BEGIN IMMEDIATE` does, so all
+/// row locks exclude one another and every other writer.
+#[derive(Debug, Clone)]
+#[must_use = "this only describes a lock; call `acquire` or `acquire_in`"]
+pub struct RowLock<DB: LockDatabase> {
+    locks: Locks<DB>,
+    name: String,
+    wait: Option<Duration>,
+}
+
+impl<DB: LockDatabase> RowLock<DB> {
+    pub(crate) fn new(locks: Locks<DB>, name: &str) -> Self {
+        Self { locks, name: name.to_owned(), wait: None }
+    }
+
+    /// How long to wait, all in all: for a connection of the pool, where one is needed, and for the lock. At most 365
+    /// days; zero asks once.
+    ///
+    /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
+    pub const fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Takes the lock in a transaction of its own, begun on a connection of the application's pool.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] when the wait was over first, and for what it was; [`Error::WrongKind`] when the name is used for
+    /// insert locks; [`Error::Deadlock`], [`Error::Serialization`], [`Error::SchemaMissing`], [`Error::Closed`],
+    /// [`Error::InvalidName`], [`Error::InvalidOption`], [`Error::Database`].
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time. The transaction is rolled back and its connection returned within two seconds, the
+    /// longest that one statement waits on the server.
+    pub async fn acquire(self) -> Result<RowGuard<DB>, Error> {
+        let wait = self.checked_wait()?;
+        let name = self.name.clone();
+        self.in_task(Some(wait)).await?.ok_or_else(|| Error::Timeout {
+            name,
+            waited: wait,
+            waiting_for: WaitingFor::Lock,
+            held_by: None,
+        })
+    }
+
+    /// As [`acquire`](Self::acquire), without waiting for the holder: `None` when somebody has it.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire); `Timeout` only when the pool had no connection.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`acquire`](Self::acquire).
+    pub async fn try_acquire(self) -> Result<Option<RowGuard<DB>>, Error> {
+        self.in_task(None).await
+    }
+
+    /// Takes the lock in the caller's transaction: no other connection is used, and the end of the transaction frees it.
+    /// It should be the first statement there (in REPEATABLE READ and above a snapshot from before the lock is refused).
+    ///
+    /// After [`Error::Timeout`] the transaction is as usable as before. After [`Error::Deadlock`] and
+    /// [`Error::Serialization`] it has to be rolled back and run again from its beginning.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotInTransaction`] when the connection is not in a transaction that sqlx began; else as
+    /// [`acquire`](Self::acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the transaction may or may not have the lock, and its connection answers the next
+    /// statement when the one under way has ended: within two seconds.
+    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldRow, Error> {
+        let wait = self.checked_wait()?;
+        let name = self.name.clone();
+        self.take_in(transaction, Some(wait)).await?.ok_or_else(|| Error::Timeout {
+            name,
+            waited: wait,
+            waiting_for: WaitingFor::Lock,
+            held_by: None,
+        })
+    }
+
+    /// As [`acquire_in`](Self::acquire_in), without waiting for the holder: `None` when somebody has it.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire_in`](Self::acquire_in), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`acquire_in`](Self::acquire_in).
+    pub async fn try_acquire_in(self, transaction: &mut DB::Connection) -> Result<Option<HeldRow>, Error> {
+        self.take_in(transaction, None).await
+    }
+
+    fn checked_wait(&self) -> Result<Duration, Error> {
+        limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Option<Duration>,
+    ) -> Result<Option<HeldRow>, Error> {
+        let started = Instant::now();
+        let name = name::check(&self.name)?;
+        if !transaction.is_in_transaction() {
+            return Err(Error::NotInTransaction { name: self.name });
+        }
+        let attempt = Attempt { locks: &self.locks, name: &name, wait, started };
+        let locked = attempt.lock(transaction, || true).await?;
+        Ok(locked.map(|_fencing_token| HeldRow::new(name)))
+    }
+
+    /// In a task, which a caller who goes away can't cut off in the middle of a statement.
+    async fn in_task(self, wait: Option<Duration>) -> Result<Option<RowGuard<DB>>, Error> {
+        let started = Instant::now();
+        let name = name::check(&self.name)?;
+        let runtime = Handle::try_current().map_err(|_| Error::InvalidOption {
+            option: "runtime",
+            value: "none".into(),
+            reason: "row locks are taken inside a tokio runtime, like everything of sqlx",
+        })?;
+        let (answer, answered) = oneshot::channel();
+        let task = async move {
+            let attempt = Attempt { locks: &self.locks, name: &name, wait, started };
+            let taken = take(&attempt, || !answer.is_closed()).await;
+            // An answer that comes too late is a dropped guard, which rolls back.
+            let _ = answer.send(taken);
+        };
+        runtime.spawn(task.in_current_span());
+        answered.await.unwrap_or(Err(Error::Closed))
+    }
+}
+
+/// Begins a transaction and locks the row in it; again with another connection when one turns out to be broken.
+async fn take<DB: LockDatabase>(
+    attempt: &Attempt<'_, DB>,
+    is_wanted: impl Fn() -> bool,
+) -> Result<Option<RowGuard<DB>>, Error> {
+    let mut broken = 0_u32;
+    loop {
+        let mut transaction = begin(attempt).await?;
+        let error = match attempt.lock(&mut transaction, &is_wanted).await {
+            Ok(Some(fencing_token)) => {
+                let name = Arc::clone(attempt.name);
+                return Ok(Some(RowGuard::new(transaction, name, fencing_token, Handle::current())));
+            }
+            Ok(None) => {
+                rollback(transaction).await;
+                return Ok(None);
+            }
+            Err(error) => error,
+        };
+        rollback(transaction).await;
+        // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
+        let again = match &error {
+            Error::Database { source, .. } => DB::classify(source) == Fault::Disconnected,
+            Error::Serialization { .. } | Error::Deadlock { .. } => true,
+            _ => false,
+        };
+        broken += 1;
+        let in_time = attempt.wait.is_some_and(|wait| attempt.started.elapsed() < wait);
+        if !again || !is_wanted() || (!in_time && broken > 1) {
+            return Err(error);
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Waits for the connection no longer than the caller does. The `begin` itself is a task of its own: in sqlx 0.9 one
+/// that is dropped midway puts its connection back into the pool with the transaction open.
+async fn begin<DB: LockDatabase>(attempt: &Attempt<'_, DB>) -> Result<Transaction<'static, DB>, Error> {
+    let pool = attempt.locks.pool().clone();
+    let begun = tokio::spawn(async move { pool.begin().await });
+    let left = attempt.wait.map(|wait| wait.saturating_sub(attempt.started.elapsed()).max(SHORTEST_CONNECT));
+    let result = match left {
+        Some(left) => timeout(left, begun).await.map_err(|_| attempt.timed_out(WaitingFor::Connection))?,
+        None => begun.await,
+    };
+    match result {
+        Ok(Ok(transaction)) => Ok(transaction),
+        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection)),
+        Ok(Err(error)) => {
+            Err(Failure::new::<DB>(error).into_error("begin a transaction", Some(attempt.name)))
+        }
+        Err(_runtime_shut_down) => Err(Error::Closed),
+    }
+}
+
+/// A rollback that fails has lost its connection, which rolls back too.
+async fn rollback<DB: LockDatabase>(transaction: Transaction<'static, DB>) {
+    if let Err(error) = transaction.rollback().await {
+        tracing::debug!(%error, "rolling back");
+    }
+}

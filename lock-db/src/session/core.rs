@@ -1,0 +1,274 @@
+//! The thread of a session: what it keeps, and who answers which request.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::Pool;
+use tokio::runtime::Builder;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{LocalSet, spawn_local};
+use tokio::time::timeout;
+
+use super::alarm::Alarm;
+use super::lane::Lane;
+use super::lease_state::LeaseState;
+use super::request::Request;
+use super::turns::{Turn, Turns};
+use super::{acquire, release, renewal};
+use crate::database::{Fault, LockDatabase, LockRow, Renewal};
+use crate::error::{Failure, Loss};
+use crate::insert::Hold;
+use crate::secret::Secret;
+use crate::{Error, Kind};
+
+/// One for what callers wait for, one for renewals, which must not wait behind it.
+const CONNECTIONS: u32 = 2;
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long requests under way may take when everybody is gone.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+/// The part of the TTL on which a holder relies: it gives up a little before the database does.
+const RELIABLE: (u32, u32) = (9, 10);
+
+/// Starts the thread. It ends after `Close`, or when the sender and all its clones are gone.
+pub(super) fn start<DB: LockDatabase>(
+    application: &Pool<DB>,
+) -> Result<mpsc::UnboundedSender<Request>, Error> {
+    let connect_options = application.connect_options();
+    DB::check_options(&connect_options)?;
+    let options = application
+        .options()
+        .clone()
+        .max_connections(CONNECTIONS)
+        .min_connections(0)
+        .acquire_timeout(CONNECT_LIMIT)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .test_before_acquire(false);
+    let (sender, requests) = mpsc::unbounded_channel();
+    let weak = sender.downgrade();
+    let runtime = Builder::new_current_thread().enable_all().build().map_err(no_thread)?;
+    std::thread::Builder::new()
+        .name("lock-db".into())
+        .spawn(move || {
+            let local = LocalSet::new();
+            runtime.block_on(async {
+                local
+                    .run_until(async move {
+                        let pool = options.connect_lazy_with((*connect_options).clone());
+                        let core = Core::new(pool, weak);
+                        serve(&core, requests).await;
+                    })
+                    .await;
+                let _in_time = timeout(FINISH_LIMIT, local).await;
+            });
+        })
+        .map_err(no_thread)?;
+    Ok(sender)
+}
+
+fn no_thread(error: std::io::Error) -> Error {
+    Error::Database {
+        action: "start the thread that keeps the locks",
+        name: None,
+        source: sqlx::Error::Io(error),
+    }
+}
+
+/// Answers requests until everybody is gone or the session is closed. Each is a task of its own.
+async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) {
+    spawn_local(renewal::renew(Rc::clone(core)));
+    spawn_local(renewal::watch_deadlines(Rc::clone(core)));
+    while let Some(request) = requests.recv().await {
+        let core = Rc::clone(core);
+        match request {
+            Request::Acquire(request) => drop(spawn_local(acquire::acquire(core, request))),
+            Request::Release { lease, answer } => {
+                drop(spawn_local(async move {
+                    let released = release::release(&core, &lease).await;
+                    match (answer, released) {
+                        (Some(answer), released) => drop(answer.send(released)),
+                        (None, Err(error)) => {
+                            tracing::warn!(lock = &*lease.name, %error, "a dropped lock could not be released");
+                        }
+                        (None, Ok(())) => {}
+                    }
+                }));
+            }
+            Request::EnsureRow { name, kind, answer } => drop(spawn_local(async move {
+                let _ = answer.send(core.ensure_row(&name, kind).await);
+            })),
+            Request::Look { name, answer } => drop(spawn_local(async move {
+                let row = twice(async || core.lane.look(&name).await).await;
+                let _ = answer.send(row.map_err(|failure| failure.into_error("read the row", Some(&name))));
+            })),
+            Request::Migrate { answer } => drop(spawn_local(async move {
+                let migrated = twice(async || core.lane.migrate().await).await;
+                let _ = answer
+                    .send(migrated.map_err(|failure| failure.into_error("create `distributed_lock`", None)));
+            })),
+            Request::CheckSchema { answer } => drop(spawn_local(async move {
+                let _ = answer.send(core.check_schema().await);
+            })),
+            Request::Close { answer } => {
+                core.closing.send_replace(true);
+                release::release_all(&core).await;
+                let _ = answer.send(());
+                break;
+            }
+        }
+    }
+    core.closing.send_replace(true);
+}
+
+/// What a session keeps. All of it lives on its own thread.
+pub(super) struct Core {
+    /// For what callers wait for.
+    pub(super) lane: Lane,
+    /// For renewals.
+    pub(super) renewals: Lane,
+    pub(super) turns: Rc<Turns>,
+    pub(super) leases: RefCell<HashMap<u64, Held>>,
+    last_key: Cell<u64>,
+    /// For guards, which keep the session alive; weak, so that the session doesn't.
+    requests: mpsc::WeakUnboundedSender<Request>,
+    /// When a lease is due for renewal, and when one is over.
+    pub(super) due: Alarm,
+    pub(super) over: Alarm,
+    pub(super) closing: watch::Sender<bool>,
+}
+
+/// A lease that this process holds.
+pub(super) struct Held {
+    pub(super) state: Arc<LeaseState>,
+    pub(super) ttl: Duration,
+    pub(super) deadline: Instant,
+    pub(super) next_renewal: Instant,
+    lost: watch::Sender<Option<Loss>>,
+    _turn: Turn,
+}
+
+impl Core {
+    fn new<DB: LockDatabase>(pool: Pool<DB>, requests: mpsc::WeakUnboundedSender<Request>) -> Rc<Self> {
+        Rc::new(Self {
+            lane: Lane::start(pool.clone()),
+            renewals: Lane::start(pool),
+            turns: Rc::default(),
+            leases: RefCell::default(),
+            last_key: Cell::new(0),
+            requests,
+            due: Alarm::default(),
+            over: Alarm::default(),
+            closing: watch::Sender::new(false),
+        })
+    }
+
+    /// Resolves when the session ends.
+    pub(super) async fn closed(&self) {
+        let mut closing = self.closing.subscribe();
+        let _ = closing.wait_for(|closing| *closing).await;
+    }
+
+    /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
+    pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
+        let requests = self.requests.upgrade()?;
+        let Granted { name, secret, fencing_token, ttl, sent } = granted;
+        let key = self.last_key.get() + 1;
+        self.last_key.set(key);
+        let deadline = deadline(sent, ttl);
+        let (state, lost) = LeaseState::new(key, name, secret, fencing_token, deadline);
+        let held = Held {
+            state: Arc::clone(&state),
+            ttl,
+            deadline,
+            next_renewal: sent + ttl / 3,
+            lost,
+            _turn: turn,
+        };
+        self.due.no_later_than(held.next_renewal);
+        self.over.no_later_than(held.deadline);
+        self.leases.borrow_mut().insert(key, held);
+        Some(Hold::new(state, requests))
+    }
+
+    /// A lease that is gone: its guard is told, and the next caller of this process gets its turn.
+    pub(super) fn lose(&self, key: u64, loss: Loss) {
+        let lost = self.leases.borrow_mut().remove(&key);
+        if let Some(held) = lost {
+            tracing::warn!(
+                lock = &*held.state.name,
+                fencing_token = held.state.fencing_token,
+                "lock lost: {loss}"
+            );
+            held.lost.send_replace(Some(loss));
+        }
+    }
+
+    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<bool, Error> {
+        let failed = |failure: Failure| {
+            if failure.is_contention() {
+                // Some transaction, perhaps the caller's own, has locked the place where the row belongs.
+                Error::Serialization { name: name.to_string(), source: Some(failure.source) }
+            } else {
+                failure.into_error("make the row", Some(name))
+            }
+        };
+        let mut made = false;
+        loop {
+            match twice(async || self.lane.look(name).await).await.map_err(failed)? {
+                Some(LockRow { kind: found, .. }) if found == kind => return Ok(made),
+                Some(LockRow { kind: found, .. }) => {
+                    return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found });
+                }
+                None => {
+                    twice(async || self.lane.create(name, kind).await).await.map_err(failed)?;
+                    made = true;
+                }
+            }
+        }
+    }
+
+    async fn check_schema(&self) -> Result<(), Error> {
+        let checked = twice(async || self.lane.check_schema().await).await;
+        checked.map_err(|failure| failure.into_error("check the table `distributed_lock`", None))
+    }
+}
+
+/// A lease that the database granted.
+pub(super) struct Granted {
+    pub(super) name: Arc<str>,
+    pub(super) secret: Secret,
+    pub(super) fencing_token: i64,
+    pub(super) ttl: Duration,
+    /// When the request for it was sent.
+    pub(super) sent: Instant,
+}
+
+/// Until when the holder may rely on a lease that was asked for at `sent`: counted from before the request went out,
+/// on our own monotonic clock, and less than what the database counts from later on.
+pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
+    sent + ttl * RELIABLE.0 / RELIABLE.1
+}
+
+impl Held {
+    pub(super) fn renewal(&self) -> Renewal {
+        Renewal { name: Arc::clone(&self.state.name), secret: self.state.secret.clone(), ttl: self.ttl }
+    }
+
+    pub(super) fn renewed(&mut self, sent: Instant) {
+        self.deadline = self.deadline.max(deadline(sent, self.ttl));
+        self.next_renewal = sent + self.ttl / 3;
+        self.state.extend(self.deadline);
+    }
+}
+
+/// Once more when the connection was gone: the server may have closed it while it was idle. For what can be asked
+/// twice without harm, which is everything.
+pub(super) async fn twice<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
+    match operation().await {
+        Err(Failure { fault: Fault::Disconnected, .. }) => operation().await,
+        answer => answer,
+    }
+}

@@ -1,0 +1,203 @@
+//! A lane: one private connection and the requests that wait for it.
+//!
+//! The connection belongs to a task of its own, so a caller who gives up never leaves a statement cut in half: it is
+//! carried out, and its answer falls on the floor. Requests that wait together are taken together, which is where
+//! statements for several of them belong.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::{Connection, Pool};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::Kind;
+use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, Standing};
+use crate::error::Failure;
+use crate::secret::Secret;
+
+/// How long a server may take for one statement, connecting included. Then the connection is given up.
+const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
+/// Migrations wait for other processes that migrate.
+const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
+/// How many requests are taken from the queue at once.
+const ROUND: usize = 64;
+
+type Reply<T> = oneshot::Sender<Result<T, Failure>>;
+
+enum Operation {
+    Acquire(Claim, Reply<(Option<Grant>, Instant)>),
+    Look(Arc<str>, Reply<Option<LockRow>>),
+    Create(Arc<str>, Kind, Reply<()>),
+    Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
+    Release(Arc<str>, Secret, Reply<Standing>),
+    Migrate(Reply<()>),
+    CheckSchema(Reply<()>),
+}
+
+/// The way to a lane. Its connection is closed when this is dropped.
+#[derive(Debug)]
+pub(super) struct Lane {
+    operations: mpsc::UnboundedSender<Operation>,
+    no_answer: fn() -> Failure,
+}
+
+impl Lane {
+    /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
+    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>) -> Self {
+        let (operations, queue) = mpsc::unbounded_channel();
+        tokio::task::spawn_local(Server { pool, connection: None }.serve(queue));
+        Self { operations, no_answer: || Failure::no_answer::<DB>(STATEMENT_LIMIT) }
+    }
+
+    /// Takes a lease if it is free. Also answers when the statement was sent: its TTL counts from there.
+    pub(super) async fn acquire(&self, claim: Claim) -> Result<(Option<Grant>, Instant), Failure> {
+        self.ask(|reply| Operation::Acquire(claim, reply)).await
+    }
+
+    pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
+        self.ask(|reply| Operation::Look(Arc::clone(name), reply)).await
+    }
+
+    pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<(), Failure> {
+        self.ask(|reply| Operation::Create(Arc::clone(name), kind, reply)).await
+    }
+
+    /// Renews leases, in `limit` at most. Also answers when the statement was sent.
+    pub(super) async fn renew(
+        &self,
+        leases: Vec<Renewal>,
+        limit: Duration,
+    ) -> Result<(Vec<Standing>, Instant), Failure> {
+        self.ask(|reply| Operation::Renew(leases, limit, reply)).await
+    }
+
+    pub(super) async fn release(&self, name: &Arc<str>, secret: &Secret) -> Result<Standing, Failure> {
+        self.ask(|reply| Operation::Release(Arc::clone(name), secret.clone(), reply)).await
+    }
+
+    pub(super) async fn migrate(&self) -> Result<(), Failure> {
+        self.ask(Operation::Migrate).await
+    }
+
+    pub(super) async fn check_schema(&self) -> Result<(), Failure> {
+        self.ask(Operation::CheckSchema).await
+    }
+
+    /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.
+    async fn ask<T>(&self, operation: impl FnOnce(Reply<T>) -> Operation) -> Result<T, Failure> {
+        let (reply, replied) = oneshot::channel();
+        let sent = self.operations.send(operation(reply)).is_ok();
+        match replied.await {
+            Ok(answer) if sent => answer,
+            _ => Err((self.no_answer)()),
+        }
+    }
+}
+
+struct Server<DB: LockDatabase> {
+    /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
+    pool: Pool<DB>,
+    connection: Option<DB::Connection>,
+}
+
+impl<DB: LockDatabase> Server<DB> {
+    async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
+        let mut round = Vec::with_capacity(ROUND);
+        while queue.recv_many(&mut round, ROUND).await > 0 {
+            for operation in round.drain(..) {
+                self.carry_out(operation).await;
+            }
+        }
+        if let Some(connection) = self.connection {
+            let _in_time = timeout(Duration::from_secs(1), connection.close()).await;
+        }
+    }
+
+    /// An answer that nobody waits for any more is dropped.
+    async fn carry_out(&mut self, operation: Operation) {
+        match operation {
+            Operation::Acquire(claim, reply) => {
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |connection| {
+                        let sent = Instant::now();
+                        Ok((DB::acquire(connection, &claim).await?, sent))
+                    })
+                    .await;
+                let _ = reply.send(answer);
+            }
+            Operation::Look(name, reply) => {
+                let answer = self.on_connection(STATEMENT_LIMIT, async |c| DB::look(c, &name).await).await;
+                let _ = reply.send(answer);
+            }
+            Operation::Create(name, kind, reply) => {
+                let answer =
+                    self.on_connection(STATEMENT_LIMIT, async |c| DB::create(c, &name, kind).await).await;
+                let _ = reply.send(answer);
+            }
+            Operation::Renew(leases, limit, reply) => {
+                let answer = self
+                    .on_connection(limit, async |connection| {
+                        let sent = Instant::now();
+                        Ok((DB::renew(connection, &leases).await?, sent))
+                    })
+                    .await;
+                let _ = reply.send(answer);
+            }
+            Operation::Release(name, secret, reply) => {
+                let answer =
+                    self.on_connection(STATEMENT_LIMIT, async |c| DB::release(c, &name, &secret).await).await;
+                let _ = reply.send(answer);
+            }
+            Operation::Migrate(reply) => {
+                let answer = self.on_connection(MIGRATION_LIMIT, async |c| DB::migrate(c).await).await;
+                if answer.is_err() {
+                    // Whatever it locked goes with the connection.
+                    self.connection = None;
+                }
+                let _ = reply.send(answer);
+            }
+            Operation::CheckSchema(reply) => {
+                let checked = self.on_connection(STATEMENT_LIMIT, async |c| DB::check_schema(c).await).await;
+                let answer = checked.and_then(|wrong| match wrong {
+                    None => Ok(()),
+                    Some(wrong) => Err(Failure::unfit_table::<DB>(wrong)),
+                });
+                let _ = reply.send(answer);
+            }
+        }
+    }
+
+    /// Runs one operation, and gives the connection up when it is broken or does not answer in time.
+    async fn on_connection<T>(
+        &mut self,
+        limit: Duration,
+        operation: impl AsyncFnOnce(&mut DB::Connection) -> sqlx::Result<T>,
+    ) -> Result<T, Failure> {
+        let kept = self.connection.take();
+        let running = async {
+            let mut connection = match kept {
+                Some(connection) => connection,
+                None => self.connect().await?,
+            };
+            let result = operation(&mut connection).await.map_err(Failure::new::<DB>);
+            Ok((connection, result))
+        };
+        match timeout(limit, running).await {
+            Ok(Ok((connection, result))) => {
+                if !matches!(result, Err(Failure { fault: Fault::Disconnected, .. })) {
+                    self.connection = Some(connection);
+                }
+                result
+            }
+            Ok(Err(not_connected)) => Err(Failure::new::<DB>(not_connected)),
+            Err(_elapsed) => Err(Failure::no_answer::<DB>(limit)),
+        }
+    }
+
+    async fn connect(&self) -> sqlx::Result<DB::Connection> {
+        let mut connection = self.pool.acquire().await?.detach();
+        DB::prepare(&mut connection).await?;
+        Ok(connection)
+    }
+}

@@ -1,0 +1,88 @@
+//! Giving leases back.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use super::core::Core;
+use super::lease_state::LeaseState;
+use crate::Error;
+use crate::database::{Claim, Fault, Standing};
+use crate::error::{Failure, Loss};
+use crate::secret::Secret;
+
+/// How long a caller waits for a release that the database does not confirm.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Releases a lease whose guard is done with it, and says whether it was still ours.
+pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState) -> Result<(), Error> {
+    let loss = lease.loss();
+    // Out of the renewal first, so that nothing renews what is being released. The turn of this process goes to the
+    // next waiter at the end, when the row is free.
+    let held = core.leases.borrow_mut().remove(&lease.key);
+    let until = Instant::now() + held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl.min(ANSWER_LIMIT));
+    let released = until_settled(core, &lease.name, &lease.secret, until).await;
+    drop(held);
+    let lost = |reason| Error::Lost { name: lease.name.to_string(), reason };
+    match (loss, released) {
+        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
+        (Some(reason), _) => Err(lost(reason)),
+        (None, Ok(Standing::Ours)) => Ok(()),
+        (None, Ok(_)) => Err(lost(Loss::TakenOver)),
+        (None, Err(failure)) => Err(failure.into_error("release", Some(&lease.name))),
+    }
+}
+
+/// Gives back what an attempt may have got, in the background.
+pub(super) fn undo(core: &Rc<Core>, claim: &Claim) {
+    let core = Rc::clone(core);
+    let Claim { name, secret, ttl, .. } = claim.clone();
+    spawn_local(async move {
+        // Later than that it is free anyway.
+        let until = Instant::now() + ttl;
+        let _free_by_then = until_settled(&core, &name, &secret, until).await;
+    });
+}
+
+/// Releases everything that is held and tells the holders.
+pub(super) async fn release_all(core: &Rc<Core>) {
+    let held: Vec<Arc<LeaseState>> =
+        core.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
+    for lease in held {
+        // Told first: what others may take must not look held to us.
+        core.lose(lease.key, Loss::Closed);
+        let until = Instant::now() + ANSWER_LIMIT;
+        if let Err(failure) = until_settled(core, &lease.name, &lease.secret, until).await {
+            let error = failure.into_error("release", Some(&lease.name));
+            tracing::warn!(lock = &*lease.name, %error, "not released: it is free when its TTL is over");
+        }
+    }
+}
+
+/// Asks again while the row is busy or the database is gone, once at least.
+async fn until_settled(
+    core: &Rc<Core>,
+    name: &Arc<str>,
+    secret: &Secret,
+    until: Instant,
+) -> Result<Standing, Failure> {
+    let mut unsettled = false;
+    loop {
+        let answer = core.lane.release(name, secret).await;
+        let in_time = Instant::now() < until;
+        match answer {
+            Ok(Standing::Busy) if in_time => {}
+            // The answer to an earlier attempt was lost, and that one may have released it: then somebody else may
+            // have taken it since. The secret was ours, so it touched nobody.
+            Ok(Standing::NotOurs) if unsettled => return Ok(Standing::Ours),
+            Err(Failure { fault: Fault::Disconnected, .. }) if in_time => unsettled = true,
+            Err(failure) if failure.is_contention() && in_time => {}
+            answer => return answer,
+        }
+        sleep(PAUSE).await;
+    }
+}

@@ -1,0 +1,91 @@
+//! The watchdog: one for all leases of a session.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::select;
+
+use super::core::{Core, Held};
+use crate::database::{Renewal, Standing};
+use crate::error::Loss;
+
+/// How many leases travel in one statement.
+const BATCH: usize = 500;
+/// A renewal that has no answer in its interval is made again on another connection; within these bounds, so that a
+/// lease with a very short TTL does not cut off the others' statement.
+const SHORTEST_STATEMENT: Duration = Duration::from_secs(1);
+const LONGEST_STATEMENT: Duration = Duration::from_secs(5);
+
+/// Renews every lease at a third of its TTL, those that are due at about the same time together.
+pub(super) async fn renew(core: Rc<Core>) {
+    loop {
+        let next = core.leases.borrow().values().map(|held| held.next_renewal).min();
+        select! {
+            () = core.closed() => return,
+            () = core.due.sleep_until(next) => {}
+        }
+        let due = take_due(&core, Instant::now());
+        for batch in due.chunks(BATCH) {
+            renew_batch(&core, batch).await;
+        }
+    }
+}
+
+/// The leases that are due now, and those that will be within a quarter of their interval: a little early, so that
+/// leases taken at different times end up in the same statement.
+fn take_due(core: &Core, now: Instant) -> Vec<(u64, Renewal, Duration)> {
+    let mut due = Vec::new();
+    for (&key, held) in &mut *core.leases.borrow_mut() {
+        let interval = held.ttl / 3;
+        if held.next_renewal <= now + interval / 4 {
+            // The next attempt, in case nothing is heard of this one.
+            held.next_renewal = now + interval / 4;
+            due.push((key, held.renewal(), interval));
+        }
+    }
+    due
+}
+
+async fn renew_batch(core: &Core, batch: &[(u64, Renewal, Duration)]) {
+    let shortest = batch.iter().map(|(_, _, interval)| *interval).min().unwrap_or(LONGEST_STATEMENT);
+    let leases = batch.iter().map(|(_, renewal, _)| renewal.clone()).collect();
+    let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
+    match core.renewals.renew(leases, limit).await {
+        Ok((standings, sent)) => {
+            for ((key, _, _), standing) in batch.iter().zip(standings) {
+                match standing {
+                    Standing::Ours => {
+                        if let Some(held) = core.leases.borrow_mut().get_mut(key) {
+                            held.renewed(sent);
+                        }
+                    }
+                    // Locked by somebody for a moment, so it is still ours: asked again soon.
+                    Standing::Busy => {}
+                    // Unless it was released while this was under way.
+                    Standing::NotOurs => core.lose(*key, Loss::TakenOver),
+                }
+            }
+        }
+        // Not heard is not lost: asked again until the deadline, which ends the lease without any answer.
+        Err(failure) => {
+            tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
+        }
+    }
+}
+
+/// Ends every lease that was not renewed by its deadline, whatever the database and the network do.
+pub(super) async fn watch_deadlines(core: Rc<Core>) {
+    loop {
+        let next = core.leases.borrow().values().map(|held| held.deadline).min();
+        select! {
+            () = core.closed() => return,
+            () = core.over.sleep_until(next) => {}
+        }
+        let now = Instant::now();
+        let is_over = |(&key, held): (&u64, &Held)| (held.deadline <= now).then_some(key);
+        let over: Vec<u64> = core.leases.borrow().iter().filter_map(is_over).collect();
+        for key in over {
+            core.lose(key, Loss::NotRenewed);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The queue of a process before a name: first come, first served, and only the first one asks the database.
+//!
+//! A turn is kept as long as the lease that was taken with it, so that the next caller of the same process does not
+//! poll for a lock that its own neighbour holds.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    /// One permit a name. An entry goes with the last turn and the last waiter.
+    names: RefCell<HashMap<Arc<str>, Weak<Semaphore>>>,
+}
+
+impl Turns {
+    /// Waits for the turn. Dropping the future leaves the queue.
+    pub(super) async fn enter(self: &Rc<Self>, name: &Arc<str>) -> Turn {
+        let queue = self.queue(name);
+        // Made before the wait, so that it also tidies up behind a waiter that leaves.
+        let mut turn = self.turn(name, &queue);
+        // The semaphore is never closed, so this only says that there is no permit to give back.
+        turn.permit = queue.acquire_owned().await.ok();
+        turn
+    }
+
+    /// The turn, if nobody has it and nobody waits for it.
+    pub(super) fn try_enter(self: &Rc<Self>, name: &Arc<str>) -> Option<Turn> {
+        let queue = self.queue(name);
+        let mut turn = self.turn(name, &queue);
+        turn.permit = Some(queue.try_acquire_owned().ok()?);
+        Some(turn)
+    }
+
+    fn turn(self: &Rc<Self>, name: &Arc<str>, queue: &Arc<Semaphore>) -> Turn {
+        Turn { permit: None, queue: Some(Arc::clone(queue)), name: Arc::clone(name), turns: Rc::clone(self) }
+    }
+
+    fn queue(&self, name: &Arc<str>) -> Arc<Semaphore> {
+        let mut names = self.names.borrow_mut();
+        if let Some(queue) = names.get(name).and_then(Weak::upgrade) {
+            return queue;
+        }
+        let queue = Arc::new(Semaphore::new(1));
+        names.insert(Arc::clone(name), Arc::downgrade(&queue));
+        queue
+    }
+}
+
+/// The right to ask the database for a name. Dropping it lets the next waiter of this process ask.
+#[derive(Debug)]
+pub(super) struct Turn {
+    permit: Option<OwnedSemaphorePermit>,
+    queue: Option<Arc<Semaphore>>,
+    name: Arc<str>,
+    turns: Rc<Turns>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        drop(self.queue.take());
+        let mut names = self.turns.names.borrow_mut();
+        if names.get(&self.name).is_some_and(|queue| queue.strong_count() == 0) {
+            names.remove(&self.name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    fn poll<F: Future>(future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn first_come_first_served() {
+        let turns = Rc::new(Turns::default());
+        let name: Arc<str> = "a".into();
+        let held = turns.try_enter(&name).unwrap();
+        assert!(turns.try_enter(&name).is_none());
+        assert!(turns.try_enter(&"b".into()).is_some());
+
+        let (mut second, mut third) = (pin!(turns.enter(&name)), pin!(turns.enter(&name)));
+        assert!(poll(second.as_mut()).is_pending());
+        assert!(poll(third.as_mut()).is_pending());
+        drop(held);
+        assert!(poll(third.as_mut()).is_pending());
+        assert!(turns.try_enter(&name).is_none());
+        let Poll::Ready(turn) = poll(second.as_mut()) else { panic!("it was second's turn") };
+        drop(turn);
+        assert!(poll(third.as_mut()).is_ready());
+    }
+
+    #[test]
+    fn a_name_that_nobody_uses_is_forgotten() {
+        let turns = Rc::new(Turns::default());
+        for number in 0..1000 {
+            drop(turns.try_enter(&format!("name {number}").into()));
+        }
+        let name: Arc<str> = "left".into();
+        let held = turns.try_enter(&name);
+        {
+            let mut waiter = pin!(turns.enter(&name));
+            assert!(poll(waiter.as_mut()).is_pending());
+            drop(held);
+        }
+        assert!(turns.names.borrow().is_empty());
+    }
+}

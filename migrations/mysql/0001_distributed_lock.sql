@@ -1,0 +1,19 @@
+-- The locks of lock-db, on MySQL and MariaDB. A row is made when its name is first used and kept when the lock is
+-- released, so that fencing tokens go on growing. Free means: expire_time is past. All times are UTC.
+CREATE TABLE IF NOT EXISTS distributed_lock (
+    id            BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY,
+    -- VARBINARY is the one type that both compare byte by byte: every collation folds case, accents or trailing blanks.
+    lock_name     VARBINARY(255) NOT NULL,
+    -- 'insert' (a lease) or 'row' (SELECT ... FOR UPDATE): a name is used with one kind only.
+    lock_kind     VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'insert',
+    -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
+    secret_key    VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT '',
+    fencing_token BIGINT NOT NULL DEFAULT 0,
+    -- For people: host, process id and label of the present or last holder.
+    owner         VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL DEFAULT '',
+    create_time   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+    acquire_time  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+    -- 1970-01-01 once released.
+    expire_time   DATETIME(6) NOT NULL DEFAULT '1970-01-01 00:00:00',
+    CONSTRAINT distributed_lock_name UNIQUE (lock_name)
+) ENGINE = InnoDB ROW_FORMAT = DYNAMIC;

@@ -1,0 +1,18 @@
+-- The locks of lock-db. A row is made when its name is first used and kept when the lock is released, so that
+-- fencing tokens go on growing. Free means: expire_time is past. Times are UTC, 'YYYY-MM-DD HH:MM:SS.ffffff'.
+CREATE TABLE IF NOT EXISTS distributed_lock (
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
+    lock_name     TEXT COLLATE BINARY NOT NULL CHECK (length(CAST(lock_name AS BLOB)) BETWEEN 1 AND 255),
+    -- 'insert' (a lease) or 'row' (the row lock): a name is used with one kind only.
+    lock_kind     TEXT NOT NULL DEFAULT 'insert' CHECK (lock_kind IN ('insert', 'row')),
+    -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
+    secret_key    TEXT NOT NULL DEFAULT '',
+    fencing_token INTEGER NOT NULL DEFAULT 0,
+    -- For people: host, process id and label of the present or last holder.
+    owner         TEXT NOT NULL DEFAULT '',
+    create_time   TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    acquire_time  TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
+    -- 1970-01-01 once released.
+    expire_time   TEXT NOT NULL DEFAULT '1970-01-01 00:00:00.000000',
+    CONSTRAINT distributed_lock_name UNIQUE (lock_name)
+);
