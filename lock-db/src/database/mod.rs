@@ -99,12 +99,13 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         secret: &Secret,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
-    /// Locks the row of a name in the transaction that is open on the connection, and writes it, waiting no longer
-    /// than `slice` (zero: not at all). After anything but an error the transaction is as usable as before.
+    /// Locks a row in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
+    /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
+    /// whatever its owner sends; after everything else but a broken connection it is as usable as before.
     #[doc(hidden)]
     fn lock_row(
         connection: &mut Self::Connection,
-        name: &str,
+        key: &RowKey,
         owner: &str,
         slice: Duration,
     ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
@@ -157,6 +158,14 @@ pub enum Standing {
     NotOurs,
 }
 
+/// Which row to lock.
+#[derive(Debug, Clone)]
+pub struct RowKey {
+    pub name: Arc<str>,
+    /// As it was read last; not used where the transaction makes the row.
+    pub id: i64,
+}
+
 /// What became of an attempt to lock a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowAttempt {
@@ -178,6 +187,7 @@ pub enum RowAttempt {
 /// A row as it was read.
 #[derive(Debug, Clone)]
 pub struct LockRow {
+    pub id: i64,
     pub kind: Kind,
     pub owner: String,
     pub fencing_token: i64,

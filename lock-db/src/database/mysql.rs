@@ -9,7 +9,9 @@ use std::time::Duration;
 use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
-use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, as_json, in_order};
+use super::{
+    Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, as_json, in_order,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -19,7 +21,7 @@ const PREPARE: &str =
     "SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1";
 
 const LOOK: &str = "
-SELECT lock_kind, owner, fencing_token,
+SELECT id, lock_kind, owner, fencing_token,
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
@@ -96,7 +98,7 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
 /// After a deadlock the transaction is gone but the caller's handle still looks open: what it sends next would commit
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
-const BLOCK_AUTOCOMMIT: &str = "START TRANSACTION READ ONLY";
+const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
@@ -132,13 +134,14 @@ impl LockDatabase for MySql {
         let row = sqlx::query(LOOK).bind(name.as_bytes()).fetch_optional(connection).await?;
         row.map(|row| {
             Ok(LockRow {
-                kind: Kind::parse(row.try_get(0)?),
-                owner: row.try_get(1)?,
-                fencing_token: row.try_get(2)?,
-                created: row.try_get(3)?,
-                acquired: row.try_get(4)?,
-                expires: row.try_get(5)?,
-                remaining: row.try_get(6)?,
+                id: row.try_get(0)?,
+                kind: Kind::parse(row.try_get(1)?),
+                owner: row.try_get(2)?,
+                fencing_token: row.try_get(3)?,
+                created: row.try_get(4)?,
+                acquired: row.try_get(5)?,
+                expires: row.try_get(6)?,
+                remaining: row.try_get(7)?,
             })
         })
         .transpose()
@@ -209,22 +212,21 @@ impl LockDatabase for MySql {
 
     async fn lock_row(
         connection: &mut MySqlConnection,
-        name: &str,
+        key: &RowKey,
         owner: &str,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        let attempt = lock_and_write(connection, name, owner, slice).await;
-        match attempt {
-            Err(error) => match Self::classify(&error) {
-                Fault::Busy => Ok(RowAttempt::Busy),
-                Fault::Deadlock | Fault::Serialization => {
-                    sqlx::raw_sql(BLOCK_AUTOCOMMIT).execute(connection).await?;
-                    Err(error)
-                }
-                _ => Err(error),
-            },
-            attempt => attempt,
+        let attempt = lock_and_write(connection, key, owner, slice).await;
+        let fault = attempt.as_ref().err().map(Self::classify);
+        if fault == Some(Fault::Busy) {
+            return Ok(RowAttempt::Busy);
         }
+        if matches!(fault, Some(Fault::Deadlock | Fault::Serialization))
+            || matches!(attempt, Ok(RowAttempt::Stale))
+        {
+            sqlx::raw_sql(DOOM).execute(connection).await?;
+        }
+        attempt
     }
 
     async fn still_locked(
@@ -270,27 +272,29 @@ fn number(error: &sqlx::Error) -> Option<u16> {
 /// Locks the row, makes sure that this transaction can see what its last holder committed, and writes it.
 ///
 /// These statements run in the caller's transaction, on a future that the caller may drop. They go as text, because a
-/// statement that is dropped while it is being prepared leaves a connection of sqlx 0.9 unusable; the name goes as
+/// statement that is dropped while it is being prepared leaves a connection of sqlx 0.9 unusable; the owner goes as
 /// hexadecimal digits, so there is nothing to escape.
 async fn lock_and_write(
     connection: &mut MySqlConnection,
-    name: &str,
+    key: &RowKey,
     owner: &str,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
+    // By the primary key: locked by its name, a row of MariaDB takes the gap before it along, and nobody could make the
+    // row of a name that sorts there until the transaction ends.
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
-    let columns = "id, lock_kind, fencing_token,
+    let id = key.id;
+    let columns = "lock_name, lock_kind, fencing_token,
         TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))";
-    let name = literal(name);
     let sql = if slice.is_zero() {
-        format!("SELECT {columns} FROM distributed_lock WHERE lock_name = {name} FOR UPDATE SKIP LOCKED")
+        format!("SELECT {columns} FROM distributed_lock WHERE id = {id} FOR UPDATE SKIP LOCKED")
     } else {
         // Each server reads its own form of the limit and takes the other's for a comment.
         let milliseconds = slice.as_millis().max(1);
         format!(
             "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
             SELECT /*+ MAX_EXECUTION_TIME({milliseconds}) */ {columns}
-            FROM distributed_lock WHERE lock_name = {name} FOR UPDATE",
+            FROM distributed_lock WHERE id = {id} FOR UPDATE",
             milliseconds / 1000,
             milliseconds % 1000,
         )
@@ -298,7 +302,9 @@ async fn lock_and_write(
     let Some(row) = fetch_optional(connection, sql).await? else {
         return Ok(if slice.is_zero() { RowAttempt::Busy } else { RowAttempt::Missing });
     };
-    let id: i64 = row.try_get(0)?;
+    if row.try_get::<&[u8], _>(0)? != key.name.as_bytes() {
+        return Ok(RowAttempt::Missing);
+    }
     if Kind::parse(row.try_get(1)?) != Kind::Row {
         return Ok(RowAttempt::WrongKind);
     }
@@ -308,7 +314,8 @@ async fn lock_and_write(
     // The locking read sees the newest row, the plain one the transaction's snapshot.
     let sql = format!("SELECT fencing_token FROM distributed_lock WHERE id = {id}");
     let seen: Option<i64> = fetch_optional(connection, sql).await?.map(|row| row.try_get(0)).transpose()?;
-    if seen != Some(last) {
+    // A row that nobody has held yet may be newer than the snapshot.
+    if seen.unwrap_or(0) != last {
         return Ok(RowAttempt::Stale);
     }
 

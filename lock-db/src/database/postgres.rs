@@ -9,14 +9,14 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgDatabaseError};
 use sqlx::{Connection, Postgres, Row};
 
-use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, in_order};
+use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, in_order};
 use crate::limits::micros;
 use crate::secret::Secret;
 use crate::{Kind, schema};
 
 /// `clock_timestamp()` everywhere: `now()` stands still inside a transaction.
 const LOOK: &str = "
-SELECT lock_kind, owner, fencing_token,
+SELECT id, lock_kind, owner, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
@@ -92,6 +92,10 @@ RETURNING held.fencing_token";
 const LIMIT_LOCK_WAIT: &str = "SELECT current_setting('lock_timeout'), set_config('lock_timeout', $1, true)";
 const RESTORE_LOCK_WAIT: &str = "SELECT set_config('lock_timeout', $1, true)";
 
+/// Fails, and with it every later statement of the transaction.
+const DOOM: &str =
+    "SELECT CAST('lock-db met a deadlock or an old snapshot: roll this transaction back' AS integer)";
+
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND fencing_token = $2";
 
 const CHECK_SCHEMA: &str = "
@@ -141,13 +145,14 @@ impl LockDatabase for Postgres {
         let row = sqlx::query(LOOK).bind(name).fetch_optional(connection).await?;
         row.map(|row| {
             Ok(LockRow {
-                kind: Kind::parse(row.try_get(0)?),
-                owner: row.try_get(1)?,
-                fencing_token: row.try_get(2)?,
-                created: row.try_get(3)?,
-                acquired: row.try_get(4)?,
-                expires: row.try_get(5)?,
-                remaining: row.try_get(6)?,
+                id: row.try_get(0)?,
+                kind: Kind::parse(row.try_get(1)?),
+                owner: row.try_get(2)?,
+                fencing_token: row.try_get(3)?,
+                created: row.try_get(4)?,
+                acquired: row.try_get(5)?,
+                expires: row.try_get(6)?,
+                remaining: row.try_get(7)?,
             })
         })
         .transpose()
@@ -203,10 +208,11 @@ impl LockDatabase for Postgres {
 
     async fn lock_row(
         connection: &mut PgConnection,
-        name: &str,
+        key: &RowKey,
         owner: &str,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
+        let name = &*key.name;
         if slice.is_zero() {
             let locked: Option<i64> = sqlx::query_scalar(LOCK_ROW_AT_ONCE)
                 .bind(name)
@@ -280,6 +286,10 @@ async fn wait_for_row(
         }
         Err(error) => {
             savepoint.rollback().await?;
+            if matches!(Postgres::classify(&error), Fault::Deadlock | Fault::Serialization) {
+                // The savepoint has saved the transaction, locks and old snapshot included.
+                let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
+            }
             Err(error)
         }
     }

@@ -10,7 +10,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
-use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, Standing, as_json, in_order};
+use super::{
+    Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, as_json, in_order,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 use crate::{Error, Kind, schema};
@@ -22,7 +24,7 @@ const PREPARE: &str = "PRAGMA busy_timeout = 100";
 const LONGEST_SLICE: Duration = Duration::from_millis(50);
 
 const LOOK: &str = "
-SELECT lock_kind, owner, fencing_token,
+SELECT id, lock_kind, owner, fencing_token,
        CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
@@ -131,13 +133,14 @@ impl LockDatabase for Sqlite {
         let row = sqlx::query(LOOK).bind(name).fetch_optional(connection).await?;
         row.map(|row| {
             Ok(LockRow {
-                kind: Kind::parse(row.try_get(0)?),
-                owner: row.try_get(1)?,
-                fencing_token: row.try_get(2)?,
-                created: row.try_get(3)?,
-                acquired: row.try_get(4)?,
-                expires: row.try_get(5)?,
-                remaining: row.try_get(6)?,
+                id: row.try_get(0)?,
+                kind: Kind::parse(row.try_get(1)?),
+                owner: row.try_get(2)?,
+                fencing_token: row.try_get(3)?,
+                created: row.try_get(4)?,
+                acquired: row.try_get(5)?,
+                expires: row.try_get(6)?,
+                remaining: row.try_get(7)?,
             })
         })
         .transpose()
@@ -187,13 +190,13 @@ impl LockDatabase for Sqlite {
 
     async fn lock_row(
         connection: &mut SqliteConnection,
-        name: &str,
+        key: &RowKey,
         owner: &str,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
         let limited = LimitedWait::set(connection, slice.min(LONGEST_SLICE)).await?;
         let locked = sqlx::query_scalar(LOCK_ROW)
-            .bind(name)
+            .bind(&*key.name)
             .bind(owner)
             .bind(clock_micros())
             .fetch_optional(&mut *limited.connection)

@@ -106,9 +106,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
         E: From<Error>,
     {
         let lease = self.acquire().await?;
-        let result = lease.run_until_lost(work(&lease)).await;
+        let result = lease.run_until_lost(work(&lease)).await?;
         release_quietly(lease.release().await);
-        result?
+        result
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use crate::database::{LockDatabase, RowAttempt};
+use crate::database::{LockDatabase, RowAttempt, RowKey};
 use crate::error::{Failure, WaitingFor};
 use crate::session::Request;
 use crate::{Error, Kind, Locks};
@@ -38,10 +38,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
         }
-        let mut checked = self.ensure_row().await?;
+        let (mut key, mut checked) = self.ensure_row().await?;
         let mut slice = Duration::ZERO;
         loop {
-            match self.step(connection, slice).await? {
+            match self.step(connection, &key, slice).await? {
                 RowAttempt::Locked { fencing_token } => return Ok(Some(fencing_token)),
                 RowAttempt::Stale => return Err(self.stale()),
                 RowAttempt::WrongKind => {
@@ -60,7 +60,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 // row can be made only for the next transaction.
                 checked = true;
                 self.locks.known_rows().remove(self.name);
-                if self.ask_for_row().await? {
+                let made;
+                (key, made) = self.ask_for_row().await?;
+                if made {
                     continue;
                 }
             }
@@ -76,9 +78,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    async fn step(&self, connection: &mut DB::Connection, slice: Duration) -> Result<RowAttempt, Error> {
+    async fn step(
+        &self,
+        connection: &mut DB::Connection,
+        key: &RowKey,
+        slice: Duration,
+    ) -> Result<RowAttempt, Error> {
         let limit = slice + ANSWER_LIMIT;
-        let answer = timeout(limit, DB::lock_row(connection, self.name, self.locks.owner(), slice)).await;
+        let answer = timeout(limit, DB::lock_row(connection, key, self.locks.owner(), slice)).await;
         let failure = match answer {
             Ok(Ok(attempt)) => return Ok(attempt),
             Ok(Err(error)) => Failure::new::<DB>(error),
@@ -88,22 +95,18 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Makes sure that the row is there before the transaction touches it. Answers whether that was just seen.
-    async fn ensure_row(&self) -> Result<bool, Error> {
-        if DB::ROW_IS_MADE_IN_TRANSACTION {
-            return Ok(true);
+    async fn ensure_row(&self) -> Result<(RowKey, bool), Error> {
+        match self.locks.known_rows().get(self.name) {
+            Some(id) => Ok((self.key(id), false)),
+            None => Ok((self.ask_for_row().await?.0, true)),
         }
-        if self.locks.known_rows().contains(self.name) {
-            return Ok(false);
-        }
-        self.ask_for_row().await?;
-        Ok(true)
     }
 
     /// On a connection of the session: never in the caller's transaction, where it would be seen only at the end of it,
-    /// and would make others wait for that.
-    async fn ask_for_row(&self) -> Result<bool, Error> {
+    /// and would make others wait for that. Answers whether the row had to be made.
+    async fn ask_for_row(&self) -> Result<(RowKey, bool), Error> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
-            return Ok(false);
+            return Ok((self.key(0), false));
         }
         let asked = self.locks.session().ask(|answer| Request::EnsureRow {
             name: Arc::clone(self.name),
@@ -111,12 +114,16 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             answer,
         });
         let left = self.wait.unwrap_or(ANSWER_LIMIT).saturating_sub(self.started.elapsed());
-        let Ok(made) = timeout(left.max(SHORTEST_PREPARATION), asked).await else {
+        let Ok(answer) = timeout(left.max(SHORTEST_PREPARATION), asked).await else {
             return Err(self.timed_out(WaitingFor::Connection));
         };
-        let made = made?;
-        self.locks.known_rows().insert(Arc::clone(self.name));
-        Ok(made)
+        let (id, made) = answer?;
+        self.locks.known_rows().insert(Arc::clone(self.name), id);
+        Ok((self.key(id), made))
+    }
+
+    fn key(&self, id: i64) -> RowKey {
+        RowKey { name: Arc::clone(self.name), id }
     }
 
     fn stale(&self) -> Error {

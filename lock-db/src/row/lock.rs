@@ -18,6 +18,8 @@ use crate::{Error, Locks, limits, name};
 /// How long a caller who does not want to wait for the lock waits for a connection.
 const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
 
+/// How much longer than the wait an attempt may take that the server leaves without an answer.
+const GRACE: Duration = Duration::from_secs(2);
 /// Before beginning anew after a broken connection or a deadlock.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -153,6 +155,7 @@ impl<DB: LockDatabase> RowLock<DB> {
             value: "none".into(),
             reason: "row locks are taken inside a tokio runtime, like everything of sqlx",
         })?;
+        let own_name = self.name.clone();
         let (answer, answered) = oneshot::channel();
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, wait, started };
@@ -161,7 +164,17 @@ impl<DB: LockDatabase> RowLock<DB> {
             let _ = answer.send(taken);
         };
         runtime.spawn(task.in_current_span());
-        answered.await.unwrap_or(Err(Error::Closed))
+        let Some(wait) = wait else { return answered.await.unwrap_or(Err(Error::Closed)) };
+        // The task minds the wait; this is for a server that does not answer at all.
+        match timeout(wait + GRACE, answered).await {
+            Ok(answer) => answer.unwrap_or(Err(Error::Closed)),
+            Err(_elapsed) => Err(Error::Timeout {
+                name: own_name,
+                waited: started.elapsed(),
+                waiting_for: WaitingFor::Connection,
+                held_by: None,
+            }),
+        }
     }
 }
 

@@ -20,6 +20,9 @@ use crate::{Error, Kind};
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
+/// How much longer than the wait an attempt may take that the database leaves without an answer.
+const GRACE: Duration = Duration::from_secs(1);
+
 const ACTION: &str = "acquire";
 
 /// Answers an acquire or a try. When the caller has gone, whatever was reached is undone.
@@ -30,7 +33,7 @@ pub(super) async fn acquire(core: Rc<Core>, mut request: Acquire) {
             biased;
             () = request.answer.closed() => return,
             () = core.closed() => Err(Error::Closed),
-            result = attempt.run() => result,
+            result = attempt.run_in_time() => result,
         }
     };
     // An answer that comes too late is a dropped guard, which releases.
@@ -45,6 +48,7 @@ struct Attempt {
     /// Whether a statement was sent whose outcome is not known.
     unsettled: bool,
     last_seen: Option<LockRow>,
+    last_failure: Option<Failure>,
 }
 
 impl Attempt {
@@ -56,7 +60,25 @@ impl Attempt {
             ttl: request.ttl,
         };
         let (wait, started) = (request.wait, request.started);
-        Self { core: Rc::clone(core), claim, wait, started, unsettled: false, last_seen: None }
+        Self {
+            core: Rc::clone(core),
+            claim,
+            wait,
+            started,
+            unsettled: false,
+            last_seen: None,
+            last_failure: None,
+        }
+    }
+
+    /// Ends soon after the wait is over, also when the database does not answer at all.
+    async fn run_in_time(&mut self) -> Result<Option<Hold>, Error> {
+        let Some(wait) = self.wait else { return self.run().await };
+        let limit = (wait + GRACE).saturating_sub(self.started.elapsed());
+        match timeout(limit, self.run()).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(self.timed_out()),
+        }
     }
 
     async fn run(&mut self) -> Result<Option<Hold>, Error> {
@@ -76,13 +98,16 @@ impl Attempt {
     }
 
     /// Waits for the callers of this process that came before.
-    async fn turn(&self) -> Result<Option<Turn>, Error> {
+    async fn turn(&mut self) -> Result<Option<Turn>, Error> {
         let (turns, name) = (&self.core.turns, &self.claim.name);
         if let Some(turn) = turns.try_enter(name) {
             return Ok(Some(turn));
         }
         let Some(left) = self.left() else { return Ok(None) };
-        timeout(left, turns.enter(name)).await.map(Some).map_err(|_elapsed| self.timed_out())
+        match timeout(left, turns.enter(name)).await {
+            Ok(turn) => Ok(Some(turn)),
+            Err(_elapsed) => Err(self.timed_out()),
+        }
     }
 
     /// Asks the database until it grants the lease. `None`: a try, and it was not free.
@@ -94,6 +119,7 @@ impl Attempt {
                 Ok(Reply::Granted(granted)) => return Ok(Some(granted)),
                 Ok(Reply::HeldFor(remaining)) => {
                     failures = 0;
+                    self.last_failure = None;
                     remaining
                 }
                 Ok(Reply::WrongKind(found)) => {
@@ -103,12 +129,12 @@ impl Attempt {
                 // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
                 Err(failure) if failure.fault == Fault::Disconnected => {
                     failures += 1;
-                    let out_of_time = self.left().is_none_or(|left| left.is_zero());
-                    if out_of_time && failures > 1 {
-                        return Err(failure.into_error(ACTION, Some(&self.claim.name)));
-                    }
+                    self.last_failure = Some(failure);
                     if failures == 1 {
                         continue;
+                    }
+                    if self.wait.is_none() {
+                        return Err(self.timed_out());
                     }
                     LONGEST_PAUSE
                 }
@@ -140,7 +166,8 @@ impl Attempt {
             self.last_seen = Some(row);
             return Ok(Reply::HeldFor(remaining));
         }
-        loop {
+        // The second time with the row that the first time made.
+        for _ in 0..2 {
             self.unsettled = true;
             let (grant, sent) = match core.lane.acquire(self.claim.clone()).await {
                 Err(failure) if failure.fault != Fault::Disconnected => {
@@ -169,6 +196,7 @@ impl Attempt {
                 }
             }
         }
+        Ok(Reply::HeldFor(Duration::ZERO))
     }
 
     /// What is left of the wait; `None` for a try.
@@ -176,8 +204,12 @@ impl Attempt {
         self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
     }
 
-    fn timed_out(&self) -> Error {
+    /// A database that was away to the end is worth more words than the wait.
+    fn timed_out(&mut self) -> Error {
         let name = &self.claim.name;
+        if let Some(failure) = self.last_failure.take() {
+            return failure.into_error(ACTION, Some(name));
+        }
         let held_by = self.last_seen.clone().map(|row| Box::new(row.into_info(name)));
         Error::Timeout {
             name: name.to_string(),

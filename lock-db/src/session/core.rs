@@ -87,7 +87,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             Request::Acquire(request) => drop(spawn_local(acquire::acquire(core, request))),
             Request::Release { lease, answer } => {
                 drop(spawn_local(async move {
-                    let released = release::release(&core, &lease).await;
+                    let released = release::release(&core, &lease, answer.is_some()).await;
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
                         (None, Err(error)) => {
@@ -206,7 +206,7 @@ impl Core {
         }
     }
 
-    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<bool, Error> {
+    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<(i64, bool), Error> {
         let failed = |failure: Failure| {
             if failure.is_contention() {
                 // Some transaction, perhaps the caller's own, has locked the place where the row belongs.
@@ -218,7 +218,7 @@ impl Core {
         let mut made = false;
         loop {
             match twice(async || self.lane.look(name).await).await.map_err(failed)? {
-                Some(LockRow { kind: found, .. }) if found == kind => return Ok(made),
+                Some(LockRow { id, kind: found, .. }) if found == kind => return Ok((id, made)),
                 Some(LockRow { kind: found, .. }) => {
                     return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found });
                 }

@@ -19,12 +19,15 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Releases a lease whose guard is done with it, and says whether it was still ours.
-pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState) -> Result<(), Error> {
+///
+/// Tried for a TTL, after which it is free anyway; not so long when `somebody_waits` for the answer.
+pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits: bool) -> Result<(), Error> {
     let loss = lease.loss();
     // Out of the renewal first, so that nothing renews what is being released. The turn of this process goes to the
     // next waiter at the end, when the row is free.
     let held = core.leases.borrow_mut().remove(&lease.key);
-    let until = Instant::now() + held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl.min(ANSWER_LIMIT));
+    let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
+    let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
     let released = until_settled(core, &lease.name, &lease.secret, until).await;
     drop(held);
     let lost = |reason| Error::Lost { name: lease.name.to_string(), reason };
@@ -52,10 +55,10 @@ pub(super) fn undo(core: &Rc<Core>, claim: &Claim) {
 pub(super) async fn release_all(core: &Rc<Core>) {
     let held: Vec<Arc<LeaseState>> =
         core.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
+    let until = Instant::now() + ANSWER_LIMIT;
     for lease in held {
         // Told first: what others may take must not look held to us.
         core.lose(lease.key, Loss::Closed);
-        let until = Instant::now() + ANSWER_LIMIT;
         if let Err(failure) = until_settled(core, &lease.name, &lease.secret, until).await {
             let error = failure.into_error("release", Some(&lease.name));
             tracing::warn!(lock = &*lease.name, %error, "not released: it is free when its TTL is over");

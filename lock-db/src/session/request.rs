@@ -21,11 +21,11 @@ pub(crate) enum Request {
         lease: Arc<LeaseState>,
         answer: Option<Answer<()>>,
     },
-    /// Makes sure that the row of a name is there and of this kind. Answers whether it had to be made.
+    /// Makes sure that the row of a name is there and of this kind. Answers its id, and whether it had to be made.
     EnsureRow {
         name: Arc<str>,
         kind: Kind,
-        answer: Answer<bool>,
+        answer: Answer<(i64, bool)>,
     },
     Look {
         name: Arc<str>,

@@ -1,0 +1,74 @@
+//! The values of `ttl` and `wait`.
+
+use std::time::Duration;
+
+use syn::spanned::Spanned;
+use syn::{Error, Expr, Lit, Result};
+
+/// What lock-db takes at run time; a literal is held against the same limits while compiling.
+const SHORTEST_TTL: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_hours(365 * 24);
+
+/// A length of time.
+pub(crate) enum Length {
+    /// A literal, read and checked.
+    Fixed(Duration),
+    /// An expression of type `Duration`.
+    Computed(Expr),
+}
+
+impl Length {
+    pub(super) fn parse_ttl(value: Expr) -> Result<Self> {
+        Self::parse(value, |ttl| {
+            if ttl.is_zero() {
+                return Some("a `ttl` of zero would end with its beginning: write \"30s\", or leave it out");
+            }
+            (ttl < SHORTEST_TTL).then_some("a `ttl` needs 50ms at least, to be renewed in time")
+        })
+    }
+
+    pub(super) fn parse_wait(value: Expr) -> Result<Self> {
+        Self::parse(value, |_| None)
+    }
+
+    fn parse(value: Expr, objection: impl FnOnce(Duration) -> Option<&'static str>) -> Result<Self> {
+        let length = match super::literal(&value) {
+            Some(Lit::Str(text)) => read(&text.value()).map_err(|message| Error::new(value.span(), message))?,
+            Some(Lit::Int(number)) => return Err(without_quotes(&value, number.base10_digits(), number.suffix())),
+            Some(Lit::Float(number)) => {
+                return Err(without_quotes(&value, number.base10_digits(), number.suffix()));
+            }
+            Some(_) => return Err(Error::new(value.span(), format!("expected a duration: {FORMS}"))),
+            None => return Ok(Self::Computed(value)),
+        };
+        let too_long = (length > LONGEST).then_some("365 days is the longest");
+        match objection(length).or(too_long) {
+            Some(message) => Err(Error::new(value.span(), message)),
+            None => Ok(Self::Fixed(length)),
+        }
+    }
+}
+
+const FORMS: &str = r#"write it like "30s", "1m 30s" or "500ms", or as an expression of type `Duration`"#;
+
+fn read(text: &str) -> std::result::Result<Duration, String> {
+    let number = text.trim();
+    // humantime takes a bare zero.
+    if !number.is_empty() && number.chars().all(|letter| letter.is_ascii_digit() || letter == '.') {
+        return Err(needs_unit(number));
+    }
+    humantime::parse_duration(text).map_err(|error| format!("not a duration: {error}; {FORMS}"))
+}
+
+fn without_quotes(value: &Expr, digits: &str, unit: &str) -> Error {
+    let message = if unit.is_empty() || unit.starts_with(['u', 'i', 'f']) {
+        needs_unit(digits)
+    } else {
+        format!("a duration is written in quotes: \"{digits}{unit}\"")
+    };
+    Error::new(value.span(), message)
+}
+
+fn needs_unit(number: &str) -> String {
+    format!("a duration needs a unit: \"{number}s\" or \"{number}ms\"")
+}

@@ -1,0 +1,154 @@
+//! What the attribute stands on: which functions it can change, and where in them.
+
+use proc_macro2::{Ident, TokenStream, TokenTree};
+use syn::parse::{ParseStream, Parser};
+use syn::{
+    Attribute, Block, Error, Expr, ExprCall, FnArg, GenericParam, ItemFn, Local, Pat, Result, Signature,
+    Stmt, Token, Type, Visibility,
+};
+
+/// The function, or what is wrong with what stands there instead.
+pub(super) fn parse(item: TokenStream) -> Result<ItemFn> {
+    syn::parse2(item.clone()).map_err(|error| reason.parse2(item).unwrap_or(error))
+}
+
+/// Why something is no function with a body. Fails when it can't say it better than syn.
+fn reason(input: ParseStream) -> Result<Error> {
+    Attribute::parse_outer(input)?;
+    input.parse::<Visibility>()?;
+    if let Ok(signature) = input.fork().parse::<Signature>() {
+        input.parse::<Signature>()?;
+        input.parse::<Token![;]>()?;
+        skip_rest(input)?;
+        let message = "a method without a body has nothing to lock: put `#[distributed_lock]` on the \
+                       implementations of the trait";
+        return Ok(Error::new(signature.ident.span(), message));
+    }
+    let word = input.parse::<TokenTree>()?;
+    skip_rest(input)?;
+    let message = format!("`#[distributed_lock]` goes on an `async fn`, not on `{word}`");
+    Ok(Error::new(word.span(), message))
+}
+
+fn skip_rest(input: ParseStream) -> Result<()> {
+    input.parse::<TokenStream>().map(drop)
+}
+
+/// Where the function's asynchronous body is.
+pub(super) enum Kind {
+    /// In an `async fn`.
+    Async,
+    /// In the `Box::pin(async move { … })` that a function returns: what `#[async_trait]` makes of an `async fn`.
+    Boxed,
+}
+
+pub(super) fn kind(function: &ItemFn) -> Result<Kind> {
+    let signature = &function.sig;
+    if signature.asyncness.is_some() {
+        return Ok(Kind::Async);
+    }
+    if boxed_block_in(&function.block).is_some() {
+        return Ok(Kind::Boxed);
+    }
+    Err(match &signature.constness {
+        Some(constness) => Error::new(constness.span, "a `const fn` can't wait for a lock: make it an `async fn`"),
+        None => Error::new(
+            signature.fn_token.span,
+            "only an `async fn` can wait for a lock; if another attribute takes the `async` away, as \
+             `#[tokio::test]` does, put `#[distributed_lock]` above it",
+        ),
+    })
+}
+
+/// The arguments of `Box::pin(async move { … })`, when that is all that the function does: what stood in front of it
+/// would run without the lock.
+fn boxed_block_in(block: &Block) -> Option<&Block> {
+    let (Stmt::Expr(Expr::Call(call), None), items) = block.stmts.split_last()? else { return None };
+    if !items.iter().all(|statement| matches!(statement, Stmt::Item(_))) || !is_box_pin(call) {
+        return None;
+    }
+    match call.args.first() {
+        Some(Expr::Async(future)) if future.capture.is_some() => Some(&future.block),
+        _ => None,
+    }
+}
+
+pub(super) fn boxed_block(block: &mut Block) -> Option<&mut Block> {
+    boxed_block_in(block)?;
+    match block.stmts.last_mut()? {
+        Stmt::Expr(Expr::Call(call), None) => match call.args.first_mut()? {
+            Expr::Async(future) => Some(&mut future.block),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn is_box_pin(call: &ExprCall) -> bool {
+    let Expr::Path(function) = &*call.func else { return false };
+    let mut segments = function.path.segments.iter().rev();
+    call.args.len() == 1
+        && segments.next().is_some_and(|segment| segment.ident == "pin")
+        && segments.next().is_some_and(|segment| segment.ident == "Box")
+}
+
+/// An asynchronous body, in its parts.
+pub(super) struct AsyncBody<'a> {
+    /// What `#[async_trait]` puts in front, so that the arguments are called as in the source.
+    pub(super) bindings: &'a [Stmt],
+    /// What `#[async_trait]` calls `self`.
+    pub(super) receiver: Option<&'a Ident>,
+    pub(super) statements: &'a [Stmt],
+}
+
+/// How many `let argument = argument;` an `#[async_trait]` writes for this function: one for `self` and for each
+/// argument that is no reference. `None`: it is not from `#[async_trait]`.
+pub(super) fn async_trait_bindings(function: &ItemFn) -> Option<usize> {
+    let is_async_trait = function
+        .sig
+        .generics
+        .params
+        .iter()
+        .any(|parameter| matches!(parameter, GenericParam::Lifetime(given) if given.lifetime.ident == "async_trait"));
+    let is_bound = |argument: &&FnArg| match argument {
+        FnArg::Receiver(_) => true,
+        FnArg::Typed(argument) => !matches!(*argument.ty, Type::Reference(_)),
+    };
+    is_async_trait.then(|| function.sig.inputs.iter().filter(is_bound).count())
+}
+
+/// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
+/// wrapped it already: then the arguments still have their own names.
+pub(super) fn split(statements: &[Stmt], bindings: Option<usize>) -> AsyncBody<'_> {
+    let whole = AsyncBody { bindings: &[], receiver: None, statements };
+    let Some(count) = bindings else { return whole };
+    let edge = usize::from(matches!(statements.first(), Some(Stmt::Expr(Expr::If(_), _))));
+    match statements.split_at_checked(edge + count) {
+        Some((bindings, rest)) if bindings[edge..].iter().all(is_binding) => {
+            AsyncBody { bindings, receiver: bindings.iter().find_map(receiver), statements: rest }
+        }
+        _ => whole,
+    }
+}
+
+/// `let x = x;` or `let (a, b) = { let __arg = __arg; __arg };`
+fn is_binding(statement: &Stmt) -> bool {
+    let Stmt::Local(Local { init: Some(init), .. }) = statement else { return false };
+    match &*init.expr {
+        Expr::Path(_) => true,
+        Expr::Block(block) => matches!(
+            &*block.block.stmts,
+            [inner @ Stmt::Local(_), Stmt::Expr(Expr::Path(_), None)] if is_binding(inner)
+        ),
+        _ => false,
+    }
+}
+
+/// The name in `let __self = self;`.
+fn receiver(statement: &Stmt) -> Option<&Ident> {
+    let Stmt::Local(Local { pat: Pat::Ident(pattern), init: Some(init), .. }) = statement else { return None };
+    match &*init.expr {
+        Expr::Path(path) if path.path.is_ident("self") => Some(&pattern.ident),
+        _ => None,
+    }
+}

@@ -1,0 +1,283 @@
+//! The row lock: on a transaction of its own and on the caller's.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use lock_db::{Error, Locks};
+use lock_tests::{Backend, TestDatabase, eventually, for_each_database};
+use sqlx::Connection;
+use tokio::task::JoinSet;
+
+for_each_database! {
+    one_holder_among_many_tasks,
+    the_guard_is_a_transaction,
+    dropping_the_guard_rolls_back,
+    a_guard_whose_transaction_died_does_not_commit,
+    the_callers_transaction_holds_it,
+    a_try_does_not_wait,
+    a_wait_ends_in_time_and_the_transaction_goes_on,
+    the_waiter_gets_it_after_commit_and_after_rollback,
+    taking_it_again_in_the_same_transaction_is_fine,
+    a_connection_outside_of_a_transaction_is_refused,
+    a_pool_of_one_is_enough_for_the_callers_transaction,
+    an_exhausted_pool_is_named_in_the_timeout,
+    a_row_cleaned_away_is_made_again,
+    settings_of_the_callers_connection_stay,
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const MOMENT: Duration = Duration::from_millis(300);
+
+async fn counter<T: TestDatabase>(database: &T) {
+    database.run("CREATE TABLE counter (id BIGINT PRIMARY KEY, n BIGINT)").await;
+    database.run("INSERT INTO counter VALUES (1, 0)").await;
+}
+
+/// Read, add, write: what loses updates without a lock.
+async fn increment<DB: Backend>(connection: &mut DB::Connection) {
+    let n = DB::find_number(connection, "SELECT n FROM counter WHERE id = 1").await.unwrap().unwrap();
+    tokio::task::yield_now().await;
+    DB::run(connection, &format!("UPDATE counter SET n = {} WHERE id = 1", n + 1)).await.unwrap();
+}
+
+async fn one_holder_among_many_tasks<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let pool = database.pool(8).await;
+    let mut contending = JoinSet::new();
+    for task in 0..16 {
+        let (locks, pool) = (locks.clone(), pool.clone());
+        contending.spawn(async move {
+            for _ in 0..5 {
+                if task % 2 == 0 {
+                    let mut guard = locks.row_lock("counter").wait(PATIENCE * 6).acquire().await.unwrap();
+                    increment::<T::Database>(&mut guard).await;
+                    guard.commit().await.unwrap();
+                } else {
+                    let mut transaction = pool.begin().await.unwrap();
+                    locks.row_lock("counter").wait(PATIENCE * 6).acquire_in(&mut transaction).await.unwrap();
+                    increment::<T::Database>(&mut transaction).await;
+                    transaction.commit().await.unwrap();
+                }
+            }
+        });
+    }
+    while let Some(task) = contending.join_next().await {
+        task.unwrap();
+    }
+    assert_eq!(database.number("SELECT n FROM counter").await, 80);
+}
+
+async fn the_guard_is_a_transaction<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let mut guard = locks.row_lock("a").acquire().await.unwrap();
+    assert_eq!(guard.name(), "a");
+    increment::<T::Database>(&mut guard).await;
+    guard.commit().await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 1);
+
+    let mut guard = locks.row_lock("a").acquire().await.unwrap();
+    increment::<T::Database>(&mut guard).await;
+    guard.rollback().await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 1);
+}
+
+async fn dropping_the_guard_rolls_back<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let mut guard = locks.row_lock("a").acquire().await.unwrap();
+    increment::<T::Database>(&mut guard).await;
+    // Outside of the runtime, too.
+    std::thread::spawn(move || drop(guard)).join().unwrap();
+    locks.row_lock("a").wait(PATIENCE).acquire().await.unwrap().rollback().await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 0);
+}
+
+async fn a_guard_whose_transaction_died_does_not_commit<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let mut guard = locks.row_lock("a").acquire().await.unwrap();
+    increment::<T::Database>(&mut guard).await;
+    // As an error that the work swallowed: on PostgreSQL the transaction is doomed, and COMMIT would still answer Ok.
+    let _ = T::Database::run(&mut guard, "INSERT INTO counter VALUES (1, 0)").await;
+    T::Database::run(&mut guard, "ROLLBACK").await.unwrap();
+    assert!(matches!(guard.commit().await, Err(Error::Lost { .. })));
+    assert_eq!(database.number("SELECT n FROM counter").await, 0);
+}
+
+async fn the_callers_transaction_holds_it<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    let mut transaction = pool.begin().await.unwrap();
+    let held = locks.row_lock("a").acquire_in(&mut transaction).await.unwrap();
+    assert_eq!(held.name(), "a");
+    // The receipt is not what holds it.
+    drop(held);
+    assert!(locks.row_lock("a").try_acquire().await.unwrap().is_none());
+    transaction.commit().await.unwrap();
+    let guard = locks.row_lock("a").try_acquire().await.unwrap().expect("it is free");
+    guard.commit().await.unwrap();
+}
+
+async fn a_try_does_not_wait<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    let held = locks.row_lock("a").acquire().await.unwrap();
+    let mut transaction = pool.begin().await.unwrap();
+    let started = Instant::now();
+    assert!(locks.row_lock("a").try_acquire().await.unwrap().is_none());
+    assert!(locks.row_lock("a").try_acquire_in(&mut transaction).await.unwrap().is_none());
+    assert!(started.elapsed() < PATIENCE);
+    held.commit().await.unwrap();
+    assert!(locks.row_lock("a").try_acquire_in(&mut transaction).await.unwrap().is_some());
+    transaction.commit().await.unwrap();
+}
+
+async fn a_wait_ends_in_time_and_the_transaction_goes_on<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    let mut held = locks.row_lock("a").acquire().await.unwrap();
+    let started = Instant::now();
+    let error = locks.row_lock("a").wait(MOMENT).acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert!(started.elapsed() >= MOMENT);
+
+    let mut transaction = pool.begin().await.unwrap();
+    let started = Instant::now();
+    let error = locks.row_lock("a").wait(MOMENT).acquire_in(&mut transaction).await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert!(started.elapsed() >= MOMENT && started.elapsed() < PATIENCE);
+    increment::<T::Database>(&mut held).await;
+    held.commit().await.unwrap();
+    // The timeout has not doomed it: it takes the lock now, writes and commits.
+    locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 2);
+}
+
+async fn the_waiter_gets_it_after_commit_and_after_rollback<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    for commit in [true, false] {
+        let held = locks.row_lock("a").acquire().await.unwrap();
+        let waiting = tokio::spawn(locks.row_lock("a").wait(PATIENCE).acquire());
+        // On a server the waiter stands in its queue before the holder ends.
+        if T::NAME != "sqlite" {
+            eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
+        }
+        assert!(!waiting.is_finished());
+        if commit { held.commit().await.unwrap() } else { held.rollback().await.unwrap() }
+        waiting.await.unwrap().unwrap().commit().await.unwrap();
+    }
+}
+
+async fn taking_it_again_in_the_same_transaction_is_fine<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    let mut transaction = pool.begin().await.unwrap();
+    locks.row_lock("a").acquire_in(&mut transaction).await.unwrap();
+    locks.row_lock("a").acquire_in(&mut transaction).await.unwrap();
+    assert!(locks.row_lock("a").try_acquire_in(&mut transaction).await.unwrap().is_some());
+    transaction.commit().await.unwrap();
+}
+
+async fn a_connection_outside_of_a_transaction_is_refused<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    let mut connection = pool.acquire().await.unwrap();
+    let error = locks.row_lock("a").acquire_in(&mut connection).await.unwrap_err();
+    assert!(matches!(error, Error::NotInTransaction { .. }), "{error:?}");
+    let error = locks.row_lock("a").try_acquire_in(&mut connection).await.unwrap_err();
+    assert!(matches!(error, Error::NotInTransaction { .. }), "{error:?}");
+    let mut transaction = connection.begin().await.unwrap();
+    locks.row_lock("a").acquire_in(&mut transaction).await.unwrap();
+    transaction.commit().await.unwrap();
+}
+
+async fn a_pool_of_one_is_enough_for_the_callers_transaction<T: TestDatabase>(database: &T) {
+    let pool = database.pool(1).await;
+    let locks = Locks::new(pool.clone());
+    locks.migrate().await.unwrap();
+    for _ in 0..3 {
+        let mut transaction = pool.begin().await.unwrap();
+        locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
+        transaction.commit().await.unwrap();
+    }
+}
+
+async fn an_exhausted_pool_is_named_in_the_timeout<T: TestDatabase>(database: &T) {
+    let pool = database.pool(1).await;
+    let locks = Locks::new(pool.clone());
+    locks.migrate().await.unwrap();
+    let taken = pool.acquire().await.unwrap();
+    let error = locks.row_lock("a").wait(2 * MOMENT).acquire().await.unwrap_err();
+    assert!(
+        matches!(error, Error::Timeout { waiting_for: lock_db::WaitingFor::Connection, .. }),
+        "{error:?}"
+    );
+    drop(taken);
+    locks.row_lock("a").acquire().await.unwrap().commit().await.unwrap();
+}
+
+async fn a_row_cleaned_away_is_made_again<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    locks.row_lock("a").acquire().await.unwrap().commit().await.unwrap();
+    for own in [true, false, true] {
+        database.run("DELETE FROM distributed_lock").await;
+        if own {
+            locks.row_lock("a").acquire().await.unwrap().commit().await.unwrap();
+            continue;
+        }
+        // In a transaction that was open before, InnoDB may answer that it has to be run again.
+        let mut tries = 0;
+        loop {
+            let mut transaction = pool.begin().await.unwrap();
+            match locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await {
+                Ok(_) => break transaction.commit().await.unwrap(),
+                Err(error) => assert!(error.is_retryable(), "{error:?}"),
+            }
+            transaction.rollback().await.unwrap();
+            tries += 1;
+            assert!(tries < 3, "running it again helps");
+        }
+    }
+}
+
+async fn settings_of_the_callers_connection_stay<T: TestDatabase>(database: &T) {
+    let setting = match T::NAME {
+        "postgres" => "SELECT CAST(REPLACE(current_setting('lock_timeout'), 'ms', '') AS BIGINT)",
+        "sqlite" => "PRAGMA busy_timeout",
+        _ => "SELECT @@innodb_lock_wait_timeout",
+    };
+    let change = match T::NAME {
+        "postgres" => "SET lock_timeout = '4321ms'",
+        "sqlite" => "PRAGMA busy_timeout = 4321",
+        _ => "SET SESSION innodb_lock_wait_timeout = 4321",
+    };
+    let locks = database.locks().await;
+    let mut connection = database.connection().await;
+    T::Database::run(&mut connection, change).await.unwrap();
+    let held = locks.row_lock("a").acquire().await.unwrap();
+    let mut transaction = connection.begin().await.unwrap();
+    let error = locks.row_lock("a").wait(MOMENT).acquire_in(&mut transaction).await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert_eq!(T::Database::find_number(&mut transaction, setting).await.unwrap(), Some(4321));
+    let (taken, ended) = tokio::join!(
+        locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction),
+        // Once the waiter waits.
+        async {
+            if T::NAME != "sqlite" {
+                eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
+            }
+            held.commit().await
+        }
+    );
+    taken.unwrap();
+    ended.unwrap();
+    assert_eq!(T::Database::find_number(&mut transaction, setting).await.unwrap(), Some(4321));
+    transaction.commit().await.unwrap();
+}

@@ -1,0 +1,105 @@
+//! Turns the cases of a suite into tests, one for each kind of database.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Duration;
+
+use tokio::runtime::Builder;
+
+use crate::TestDatabase;
+
+/// Longer than any case takes on a slow machine: what passes it hangs.
+const PATIENCE: Duration = Duration::from_mins(3);
+
+/// Makes a test of each case on each kind of database, named `postgres::case`, `mariadb::case`, `mysql::case` and
+/// `sqlite::case`. Once in a module:
+///
+/// ```ignore
+/// for_each_database! {
+///     excludes,
+///     survives_a_blocked_runtime (current_thread);
+///     on servers:
+///     survives_a_cut_connection,
+/// }
+/// ```
+///
+/// A case is an `async fn case<T: TestDatabase>(database: &T)` or, below `on servers`, an
+/// `async fn case<T: TestServer>(database: &T)`. It runs on a runtime of two worker threads, or on the one thread of
+/// the test when it says so.
+#[macro_export]
+macro_rules! for_each_database {
+    (
+        $($case:ident $(($runtime:ident))?),* $(,)?
+        $(; on servers: $($on_server:ident $(($server_runtime:ident))?),* $(,)?)?
+    ) => {
+        $crate::for_each_server!(
+            $($case $(($runtime))?,)*
+            $($($on_server $(($server_runtime))?,)*)?
+        );
+        $crate::__tests_on!(sqlite SqliteFile $($case $(($runtime))?),*);
+    };
+}
+
+/// [`for_each_database!`] without SQLite. A case is an `async fn case<T: TestServer>(database: &T)`.
+#[macro_export]
+macro_rules! for_each_server {
+    ($($case:ident $(($runtime:ident))?),* $(,)?) => {
+        $crate::__tests_on!(postgres PostgresServer $($case $(($runtime))?),*);
+        $crate::__tests_on!(mariadb MariaDbServer $($case $(($runtime))?),*);
+        $crate::__tests_on!(mysql MySqlServer $($case $(($runtime))?),*);
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __tests_on {
+    ($module:ident $database:ident $($case:ident $(($runtime:ident))?),*) => {
+        mod $module {
+            $(
+                #[test]
+                fn $case() {
+                    let case = async |database: &$crate::$database| super::$case(database).await;
+                    $crate::run_case($crate::__runtime!($($runtime)?), case);
+                }
+            )*
+        }
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __runtime {
+    () => {
+        $crate::CaseRuntime::TwoWorkers
+    };
+    (current_thread) => {
+        $crate::CaseRuntime::CurrentThread
+    };
+}
+
+/// What a case runs on.
+#[derive(Debug, Clone, Copy)]
+pub enum CaseRuntime {
+    TwoWorkers,
+    CurrentThread,
+}
+
+/// Runs a case on a new database, if this run has such a server. The database is dropped last, however the case ends.
+pub fn run_case<T: TestDatabase>(runtime: CaseRuntime, case: impl AsyncFnOnce(&T)) {
+    let mut builder = match runtime {
+        CaseRuntime::TwoWorkers => Builder::new_multi_thread(),
+        CaseRuntime::CurrentThread => Builder::new_current_thread(),
+    };
+    let runtime = builder.worker_threads(2).enable_all().build().expect("starts a runtime");
+    let Some(database) = runtime.block_on(T::create()) else { return };
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        runtime.block_on(async {
+            let in_time = tokio::time::timeout(PATIENCE, case(&database)).await;
+            assert!(in_time.is_ok(), "the case hangs: it did not end within {PATIENCE:?}");
+        });
+    }));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    drop(database);
+    if let Err(panic) = outcome {
+        resume_unwind(panic);
+    }
+}

@@ -1,0 +1,163 @@
+//! What a suite may ask of a database, whatever its kind.
+
+use std::future::Future;
+use std::time::Duration;
+
+use lock_db::{LockDatabase, Locks};
+use sqlx::pool::PoolOptions;
+use sqlx::{AssertSqlSafe, Connection, MySql, Pool, Postgres, Row, Sqlite};
+
+/// An empty database for one test, of one kind. Dropping it drops it on the server too.
+pub trait TestDatabase: Sized + Send + Sync + 'static {
+    type Database: Backend;
+
+    /// As it stands in `LOCK_DB_TEST_REQUIRE` and in the names of tests.
+    const NAME: &'static str;
+
+    /// A new database; `None` when this run has no such server and need not have one (it says so, loudly).
+    fn create() -> impl Future<Output = Option<Self>> + Send;
+
+    fn url(&self) -> &str;
+
+    /// The connections to this database and what they are doing; not those of the harness itself.
+    fn activity(&self) -> impl Future<Output = Activity> + Send;
+
+    /// Runs statements on a connection of the harness.
+    fn run(&self, sql: &str) -> impl Future<Output = u64> + Send;
+
+    /// The first column of the first row, read on a connection of the harness. `None`: no row, or NULL.
+    fn find_number(&self, sql: &str) -> impl Future<Output = Option<i64>> + Send;
+
+    /// The first column of the first row, read on a connection of the harness. `None`: no row, or NULL.
+    fn find_text(&self, sql: &str) -> impl Future<Output = Option<String>> + Send;
+
+    /// [`find_number`](Self::find_number) where there must be one.
+    fn number(&self, sql: &str) -> impl Future<Output = i64> + Send {
+        async move { self.find_number(sql).await.unwrap_or_else(|| panic!("no number: {sql}")) }
+    }
+
+    /// [`find_text`](Self::find_text) where there must be one.
+    fn text(&self, sql: &str) -> impl Future<Output = String> + Send {
+        async move { self.find_text(sql).await.unwrap_or_else(|| panic!("no text: {sql}")) }
+    }
+
+    fn pool(&self, max_connections: u32) -> impl Future<Output = Pool<Self::Database>> + Send {
+        async move { pool(self.url(), max_connections).await }
+    }
+
+    fn connection(&self) -> impl Future<Output = <Self::Database as sqlx::Database>::Connection> + Send {
+        async { connection::<Self::Database>(self.url()).await }
+    }
+
+    /// Locks on a pool of their own, with the table made.
+    fn locks(&self) -> impl Future<Output = Locks<Self::Database>> + Send {
+        async { migrated(Locks::new(self.pool(8).await)).await }
+    }
+}
+
+/// A database behind a network.
+pub trait TestServer: TestDatabase {
+    /// Host and port.
+    fn address(&self) -> (String, u16);
+
+    /// The URL of the same database by another way, usually that of a [`Proxy`](crate::Proxy).
+    fn url_by(&self, address: std::net::SocketAddr) -> String;
+
+    /// Ends every connection to this database but the harness's own, at the server, as an administrator would.
+    fn end_connections(&self) -> impl Future<Output = ()> + Send;
+
+    /// A proxy in front of the server. [`url_by`](Self::url_by) gives the way through it.
+    fn proxy(&self) -> crate::Proxy {
+        crate::Proxy::new(self.address())
+    }
+}
+
+/// What is going on in a database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activity {
+    /// Open connections. On SQLite: of this process only, and a closed one may be counted for as long as another
+    /// one is in the middle of something.
+    pub connections: usize,
+    /// Transactions that are open, running statements included. On MySQL and MariaDB: those that have touched a table.
+    /// On SQLite: one if somebody has the write lock.
+    pub transactions: usize,
+    /// Connections that wait for a lock of the server. Always 0 on SQLite, where waiting is done by the client.
+    pub waiting: usize,
+}
+
+/// SQL as literal text, the same on every driver: no placeholders, no prepared statements, types as they come.
+pub trait Backend: LockDatabase {
+    /// Runs statements. Answers the number of rows that they changed.
+    fn run(connection: &mut Self::Connection, sql: &str) -> impl Future<Output = sqlx::Result<u64>> + Send;
+
+    /// The first column of the first row. `None`: no row, or NULL.
+    fn find_number(
+        connection: &mut Self::Connection,
+        sql: &str,
+    ) -> impl Future<Output = sqlx::Result<Option<i64>>> + Send;
+
+    /// The first column of the first row. `None`: no row, or NULL.
+    fn find_text(
+        connection: &mut Self::Connection,
+        sql: &str,
+    ) -> impl Future<Output = sqlx::Result<Option<String>>> + Send;
+
+    /// The first column of all rows.
+    fn numbers(
+        connection: &mut Self::Connection,
+        sql: &str,
+    ) -> impl Future<Output = sqlx::Result<Vec<i64>>> + Send;
+}
+
+macro_rules! backend {
+    ($($database:ty)*) => {$(
+        impl Backend for $database {
+            async fn run(connection: &mut Self::Connection, sql: &str) -> sqlx::Result<u64> {
+                let result = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+                Ok(result.rows_affected())
+            }
+
+            async fn find_number(connection: &mut Self::Connection, sql: &str) -> sqlx::Result<Option<i64>> {
+                match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(connection).await? {
+                    Some(row) => row.try_get_unchecked(0),
+                    None => Ok(None),
+                }
+            }
+
+            async fn find_text(connection: &mut Self::Connection, sql: &str) -> sqlx::Result<Option<String>> {
+                match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(connection).await? {
+                    Some(row) => row.try_get_unchecked(0),
+                    None => Ok(None),
+                }
+            }
+
+            async fn numbers(connection: &mut Self::Connection, sql: &str) -> sqlx::Result<Vec<i64>> {
+                let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?;
+                rows.iter().map(|row| row.try_get_unchecked(0)).collect()
+            }
+        }
+    )*};
+}
+
+backend!(Postgres MySql Sqlite);
+
+/// A connection to the test's database.
+pub async fn connection<DB: Backend>(url: &str) -> DB::Connection {
+    DB::Connection::connect(url).await.expect("connects to the test's database")
+}
+
+/// A pool such as an application has, but patient: the machine may be busy with other tests.
+pub async fn pool<DB: Backend>(url: &str, max_connections: u32) -> Pool<DB> {
+    PoolOptions::new()
+        .max_connections(max_connections)
+        .acquire_timeout(Duration::from_mins(1))
+        .connect(url)
+        .await
+        .expect("connects to the test's database")
+}
+
+/// The same locks, with the table made.
+pub async fn migrated<DB: Backend>(locks: Locks<DB>) -> Locks<DB> {
+    locks.migrate().await.expect("makes the table");
+    locks
+}

@@ -1,0 +1,30 @@
+//! What the test suites stand on: a database of its own for each test on every kind of database, a proxy that makes a
+//! network slow, silent or dead, and real processes that can be stopped and killed.
+//!
+//! A suite is a file in `tests/suites`: its cases are written once, for any [`TestDatabase`], and
+//! [`for_each_database!`] makes a test of each of them on each kind of database.
+
+#![allow(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    clippy::must_use_candidate,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs
+)]
+
+mod cases;
+mod database;
+mod eventually;
+mod process;
+mod proxy;
+mod servers;
+mod sqlite;
+
+pub use cases::{CaseRuntime, run_case};
+pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
+pub use eventually::eventually;
+pub use process::{Parent, Process, RoleForAll, become_child};
+pub use proxy::{Direction, Proxy};
+pub use servers::{MariaDbServer, MySqlServer, PostgresServer, Server, ServerDialect, ServerKind};
+pub use sqlite::SqliteFile;

@@ -1,0 +1,231 @@
+//! Real processes: the test's own program, started once more in a role, which can be stopped, continued and killed.
+//!
+//! A suite declares its roles with [`child_roles!`](crate::child_roles). Parent and child talk in lines of text, over
+//! the child's standard input and output.
+
+use std::env;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Write};
+use std::pin::Pin;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+const ROLE: &str = "LOCK_TESTS_ROLE";
+const URL: &str = "LOCK_TESTS_URL";
+const ARGUMENTS: &str = "LOCK_TESTS_ARGUMENTS";
+const SEPARATOR: char = '\u{1f}';
+
+/// The test that the roles of a suite are run by.
+const ENTRY: &str = "child_process";
+
+/// Starts each line that the child says, in the middle of what the test program prints by itself.
+const MARK: &str = "\u{1e}child: ";
+
+/// How long a child may take to say something that is waited for.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Declares the roles that [`Process::spawn`] can start: each an `async fn role<DB: Backend>(parent: Parent)`, where
+/// `DB` is what the URL says that the process was given. Once in a suite, at its top level.
+#[macro_export]
+macro_rules! child_roles {
+    ($($role:ident),* $(,)?) => {
+        /// Does nothing unless this process was started as a child.
+        #[test]
+        fn child_process() {
+            $crate::become_child(&[$((
+                stringify!($role),
+                $crate::RoleForAll {
+                    postgres: |parent| Box::pin($role::<::sqlx::Postgres>(parent)),
+                    mysql: |parent| Box::pin($role::<::sqlx::MySql>(parent)),
+                    sqlite: |parent| Box::pin($role::<::sqlx::Sqlite>(parent)),
+                },
+            )),*]);
+        }
+    };
+}
+
+type Role = fn(Parent) -> Pin<Box<dyn Future<Output = ()>>>;
+
+/// One role, for each kind of database.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy)]
+pub struct RoleForAll {
+    pub postgres: Role,
+    pub mysql: Role,
+    pub sqlite: Role,
+}
+
+/// A child process. Dropping it kills it, stopped or not.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    input: Option<ChildStdin>,
+    lines: UnboundedReceiver<String>,
+}
+
+impl Process {
+    /// Starts this program once more, in a role.
+    pub fn spawn<A: AsRef<str>>(role: &str, url: &str, arguments: impl IntoIterator<Item = A>) -> Self {
+        let arguments: Vec<String> =
+            arguments.into_iter().map(|argument| argument.as_ref().to_owned()).collect();
+        let mut child = Command::new(env::current_exe().expect("knows its own program"))
+            .args([ENTRY, "--exact", "--nocapture"])
+            .env(ROLE, role)
+            .env(URL, url)
+            .env(ARGUMENTS, arguments.join(SEPARATOR.encode_utf8(&mut [0; 4])))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starts a child process");
+
+        let output = child.stdout.take().expect("the output is piped");
+        let (say, lines) = unbounded_channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let Some((_, line)) = line.split_once(MARK)
+                    && say.send(line.to_owned()).is_err()
+                {
+                    return;
+                }
+            }
+        });
+        Self { input: child.stdin.take(), child, lines }
+    }
+
+    /// Its number on this machine.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a line to the child.
+    pub fn say(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("the input is piped");
+        writeln!(input, "{line}").expect("the child listens");
+    }
+
+    /// The next line that the child says; panics when it ends or says nothing for a minute.
+    pub async fn hear(&mut self) -> String {
+        let line = tokio::time::timeout(PATIENCE, self.lines.recv())
+            .await
+            .unwrap_or_else(|_| panic!("the child process said nothing for {PATIENCE:?}"));
+        line.unwrap_or_else(|| panic!("the child process ended: {:?}", self.child.wait()))
+    }
+
+    /// Waits for a line, which must be this one.
+    pub async fn expect(&mut self, line: &str) {
+        assert_eq!(self.hear().await, line);
+    }
+
+    /// Kills it (SIGKILL): it has no chance to do anything any more. Returns when it is dead.
+    pub fn kill(&mut self) -> ExitStatus {
+        self.child.kill().expect("kills the child process");
+        self.child.wait().expect("waits for the child process")
+    }
+
+    /// Stops it (SIGSTOP), as a long pause would: its clocks go on. Returns when it stands.
+    pub fn stop(&self) {
+        kill_process(self.pid(), Signal::STOP).expect("stops the child process");
+        waitid(WaitId::Pid(self.pid()), WaitIdOptions::STOPPED).expect("waits for the child process to stop");
+    }
+
+    /// Continues it after [`stop`](Self::stop).
+    pub fn resume(&self) {
+        kill_process(self.pid(), Signal::CONT).expect("continues the child process");
+    }
+
+    /// Closes its input, which a child listens to as a sign to end, and waits for its end.
+    pub async fn wait(mut self) -> ExitStatus {
+        drop(self.input.take());
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        // The output ends with the process.
+        while let Some(_line) = tokio::time::timeout_at(deadline, self.lines.recv())
+            .await
+            .unwrap_or_else(|_| panic!("the child process did not end within {PATIENCE:?}"))
+        {}
+        self.child.wait().expect("waits for the child process")
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// The parent, as its child sees it.
+#[derive(Debug)]
+pub struct Parent {
+    url: String,
+    arguments: Vec<String>,
+    lines: UnboundedReceiver<String>,
+}
+
+impl Parent {
+    /// Of the database.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// An argument that [`Process::spawn`] was given.
+    pub fn argument(&self, index: usize) -> &str {
+        self.arguments.get(index).unwrap_or_else(|| panic!("no argument {index}"))
+    }
+
+    /// Sends a line to the parent.
+    pub fn say(&self, line: impl std::fmt::Display) {
+        let mut output = std::io::stdout().lock();
+        writeln!(output, "\n{MARK}{line}").and_then(|()| output.flush()).expect("the parent listens");
+    }
+
+    /// The next line that the parent says; `None` when it wants an end.
+    pub async fn hear(&mut self) -> Option<String> {
+        self.lines.recv().await
+    }
+
+    fn from_environment(role: &OsStr) -> Self {
+        let url = env::var(URL).unwrap_or_else(|_| panic!("{URL} is not set for {}", role.display()));
+        let arguments = env::var(ARGUMENTS).unwrap_or_default();
+        let arguments = arguments.split(SEPARATOR).map(str::to_owned).collect();
+        let (say, lines) = unbounded_channel();
+        thread::spawn(move || {
+            for line in std::io::stdin().lines().map_while(Result::ok) {
+                if say.send(line).is_err() {
+                    return;
+                }
+            }
+            drop(say);
+            // A child whose parent has gone, or which does not mind that it should end, must not live on.
+            thread::sleep(PATIENCE);
+            std::process::exit(1);
+        });
+        Self { url, arguments, lines }
+    }
+}
+
+/// Runs the role that this process was started for; returns at once when it is no child.
+#[doc(hidden)]
+pub fn become_child(roles: &[(&str, RoleForAll)]) {
+    let Some(name) = env::var_os(ROLE) else { return };
+    let (_, role) = roles
+        .iter()
+        .find(|(role, _)| name == *role)
+        .unwrap_or_else(|| panic!("this suite has no role {}", name.display()));
+    let parent = Parent::from_environment(&name);
+    let role = match parent.url().split(':').next() {
+        Some("postgres" | "postgresql") => role.postgres,
+        Some("mysql" | "mariadb") => role.mysql,
+        Some("sqlite") => role.sqlite,
+        scheme => panic!("no database has the scheme {scheme:?}"),
+    };
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(2).enable_all().build().expect("starts a runtime").block_on(role(parent));
+}

@@ -1,0 +1,327 @@
+//! A network that can be made slow, silent or dead.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// A TCP proxy on 127.0.0.1. It lives on a thread of its own, so that a test may block its runtime. Dropping it closes
+/// everything.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    state: Arc<State>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    ToServer,
+    ToClient,
+}
+
+#[derive(Debug)]
+struct State {
+    server: (String, u16),
+    admission: watch::Sender<Admission>,
+    /// Counts the cuts; a connection ends when it changes.
+    cut: watch::Sender<u64>,
+    to_server: Way,
+    to_client: Way,
+    opened: AtomicUsize,
+    open: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Way {
+    delay: watch::Sender<Duration>,
+    paused: watch::Sender<bool>,
+    reads: AtomicUsize,
+    held: AtomicUsize,
+}
+
+/// What happens to new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    Pass,
+    Refuse,
+    Swallow,
+}
+
+impl Proxy {
+    /// A proxy in front of a server, which passes everything on at once until told otherwise.
+    pub fn new(server: (String, u16)) -> Self {
+        let state = Arc::new(State {
+            server,
+            admission: watch::Sender::new(Admission::Pass),
+            cut: watch::Sender::new(0),
+            to_server: Way::new(),
+            to_client: Way::new(),
+            opened: AtomicUsize::new(0),
+            open: AtomicUsize::new(0),
+        });
+        let (stop, stopped) = oneshot::channel();
+        let (started, start) = std::sync::mpsc::channel();
+        let shared = Arc::clone(&state);
+        let thread = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("starts a runtime").block_on(async {
+                let listener =
+                    listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("listens on loopback");
+                let address = listener.local_addr().expect("has an address");
+                started.send(address).expect("the proxy is waited for");
+                tokio::select! {
+                    () = serve(listener, address, shared) => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        let address = start.recv().expect("the proxy starts");
+        Self { address, state, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Where it listens. `TestServer::url_by` makes a URL of it.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What is read from now on arrives that much later. The bandwidth stays.
+    pub fn delay(&self, direction: Direction, delay: Duration) {
+        self.way(direction).delay.send_replace(delay);
+    }
+
+    /// Holds everything that goes this way, on all connections, until [`resume`](Self::resume).
+    pub fn pause(&self, direction: Direction) {
+        self.way(direction).paused.send_replace(true);
+    }
+
+    /// Lets go what was held.
+    pub fn resume(&self, direction: Direction) {
+        self.way(direction).paused.send_replace(false);
+    }
+
+    /// Bytes that are delayed or held at the moment: when a statement's answer is among them, the server has done it.
+    pub fn held(&self, direction: Direction) -> usize {
+        self.way(direction).held.load(Ordering::SeqCst)
+    }
+
+    /// Ends all connections. What is held is lost.
+    pub fn cut(&self) {
+        self.state.cut.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// New connections are refused, as by a server that is down. Does not touch those that are open.
+    pub fn refuse(&self) {
+        self.state.admission.send_replace(Admission::Refuse);
+    }
+
+    /// New connections are taken, but nobody answers. Does not touch those that are open.
+    pub fn swallow(&self) {
+        self.state.admission.send_replace(Admission::Swallow);
+    }
+
+    /// New connections reach the server again.
+    pub fn admit(&self) {
+        self.state.admission.send_replace(Admission::Pass);
+    }
+
+    /// How many connections there have been, swallowed ones too.
+    pub fn opened(&self) -> usize {
+        self.state.opened.load(Ordering::SeqCst)
+    }
+
+    /// How many connections there are.
+    pub fn open(&self) -> usize {
+        self.state.open.load(Ordering::SeqCst)
+    }
+
+    /// How often something was read that goes this way: about one a message when client and server take turns.
+    pub fn reads(&self, direction: Direction) -> usize {
+        self.way(direction).reads.load(Ordering::SeqCst)
+    }
+
+    fn way(&self, direction: Direction) -> &Way {
+        self.state.way(direction)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+impl State {
+    fn way(&self, direction: Direction) -> &Way {
+        match direction {
+            Direction::ToServer => &self.to_server,
+            Direction::ToClient => &self.to_client,
+        }
+    }
+}
+
+impl Way {
+    fn new() -> Self {
+        Self {
+            delay: watch::Sender::new(Duration::ZERO),
+            paused: watch::Sender::new(false),
+            reads: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+        }
+    }
+}
+
+/// A listener that can have the same address again after it was closed.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(1024)
+}
+
+async fn serve(listener: TcpListener, address: SocketAddr, state: Arc<State>) {
+    let mut admission = state.admission.subscribe();
+    let mut listener = Some(listener);
+    let mut connections = JoinSet::new();
+    loop {
+        let admitted = *admission.borrow_and_update();
+        if admitted == Admission::Refuse {
+            listener = None;
+            drop(admission.changed().await);
+            continue;
+        }
+        let open = listener.get_or_insert_with(|| listen(address).expect("listens again"));
+        tokio::select! {
+            biased;
+            _ = admission.changed() => {}
+            Some(_) = connections.join_next() => {}
+            accepted = open.accept() => {
+                if let Ok((client, _)) = accepted {
+                    connections.spawn(connect(client, admitted, Arc::clone(&state)));
+                }
+            }
+        }
+    }
+}
+
+/// One connection, from its first byte to its end.
+async fn connect(client: TcpStream, admitted: Admission, state: Arc<State>) {
+    let _count = Open::new(&state);
+    let mut cut = state.cut.subscribe();
+    let pass = async {
+        match admitted {
+            Admission::Pass => pass(client, &state).await,
+            Admission::Refuse | Admission::Swallow => {
+                let mut client = client;
+                tokio::io::copy(&mut client, &mut tokio::io::sink()).await.map(drop)
+            }
+        }
+    };
+    tokio::select! {
+        _ = pass => {}
+        _ = cut.changed() => {}
+    }
+}
+
+async fn pass(client: TcpStream, state: &State) -> io::Result<()> {
+    let server = TcpStream::connect((state.server.0.as_str(), state.server.1)).await?;
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    tokio::try_join!(
+        pump(from_client, to_server, &state.to_server),
+        pump(from_server, to_client, &state.to_client),
+    )?;
+    Ok(())
+}
+
+/// Carries bytes one way. It goes on reading while it holds what it has read, as a network does.
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: &Way) -> io::Result<()> {
+    let mut delay = way.delay.subscribe();
+    let mut paused = way.paused.subscribe();
+    let mut held = Held { way, pieces: VecDeque::new() };
+    let mut buffer = vec![0; 64 * 1024];
+    let mut at_end = false;
+    loop {
+        let due = held.pieces.front().map(|(due, _)| *due);
+        if at_end && due.is_none() {
+            return to.shutdown().await;
+        }
+        let is_paused = *paused.borrow_and_update();
+        tokio::select! {
+            biased;
+            read = from.read(&mut buffer), if !at_end => match read? {
+                0 => at_end = true,
+                length => {
+                    let arrival = Instant::now() + *delay.borrow_and_update();
+                    held.push(arrival, buffer[..length].to_vec());
+                }
+            },
+            _ = paused.changed() => {}
+            () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() && !is_paused => {
+                let piece = held.pop();
+                to.write_all(&piece).await?;
+            }
+        }
+    }
+}
+
+/// What is on its way, and counted as such.
+struct Held<'a> {
+    way: &'a Way,
+    pieces: VecDeque<(Instant, Vec<u8>)>,
+}
+
+impl Held<'_> {
+    fn push(&mut self, due: Instant, bytes: Vec<u8>) {
+        self.way.reads.fetch_add(1, Ordering::SeqCst);
+        self.way.held.fetch_add(bytes.len(), Ordering::SeqCst);
+        self.pieces.push_back((due, bytes));
+    }
+
+    fn pop(&mut self) -> Vec<u8> {
+        let (_, bytes) = self.pieces.pop_front().unwrap_or_else(|| (Instant::now(), Vec::new()));
+        self.way.held.fetch_sub(bytes.len(), Ordering::SeqCst);
+        bytes
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        while !self.pieces.is_empty() {
+            self.pop();
+        }
+    }
+}
+
+struct Open<'a>(&'a State);
+
+impl<'a> Open<'a> {
+    fn new(state: &'a State) -> Self {
+        state.opened.fetch_add(1, Ordering::SeqCst);
+        state.open.fetch_add(1, Ordering::SeqCst);
+        Self(state)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}

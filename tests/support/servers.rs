@@ -1,0 +1,317 @@
+//! The servers of this run, as `tests/run` or a person has named them in the environment.
+
+use std::collections::HashSet;
+use std::env;
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io::Write;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+use std::sync::Mutex as StdMutex;
+use std::thread;
+use std::time::Duration;
+
+use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres};
+use tokio::sync::Mutex;
+use url::Url;
+
+use crate::{Activity, Backend, TestDatabase, TestServer};
+
+/// A comma-separated list of the databases that must be there: one that is not fails its tests, instead of skipping them.
+const REQUIRE: &str = "LOCK_DB_TEST_REQUIRE";
+
+/// A kind of server.
+pub trait ServerKind: Send + Sync + 'static {
+    type Database: ServerDialect;
+    const NAME: &'static str;
+    /// Names the environment variable with the URL.
+    const VARIABLE: &'static str;
+}
+
+#[derive(Debug)]
+pub enum PostgresKind {}
+#[derive(Debug)]
+pub enum MariaDbKind {}
+#[derive(Debug)]
+pub enum MySqlKind {}
+
+impl ServerKind for PostgresKind {
+    type Database = Postgres;
+    const NAME: &'static str = "postgres";
+    const VARIABLE: &'static str = "LOCK_DB_TEST_POSTGRES_URL";
+}
+
+impl ServerKind for MariaDbKind {
+    type Database = MySql;
+    const NAME: &'static str = "mariadb";
+    const VARIABLE: &'static str = "LOCK_DB_TEST_MARIADB_URL";
+}
+
+/// Of either make: whatever the person has who runs the tests.
+impl ServerKind for MySqlKind {
+    type Database = MySql;
+    const NAME: &'static str = "mysql";
+    const VARIABLE: &'static str = "LOCK_DB_TEST_MYSQL_URL";
+}
+
+/// A database for one test on a PostgreSQL server.
+pub type PostgresServer = Server<PostgresKind>;
+/// A database for one test on a MariaDB server.
+pub type MariaDbServer = Server<MariaDbKind>;
+/// A database for one test on a MySQL server.
+pub type MySqlServer = Server<MySqlKind>;
+
+/// A database for one test on a server.
+pub struct Server<K: ServerKind> {
+    name: String,
+    url: Url,
+    /// The harness's own connection to the database.
+    observer: Mutex<<K::Database as sqlx::Database>::Connection>,
+    /// The database from which others are created and dropped.
+    administration: Url,
+    kind: PhantomData<K>,
+}
+
+impl<K: ServerKind> fmt::Debug for Server<K> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Server")
+            .field("kind", &K::NAME)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<K: ServerKind> TestDatabase for Server<K> {
+    type Database = K::Database;
+    const NAME: &'static str = K::NAME;
+
+    async fn create() -> Option<Self> {
+        let administration = configured_server::<K>()?;
+        let name = format!("lock_db_test_{:016x}", RandomState::new().hash_one(std::process::id()));
+        let mut url = administration.clone();
+        url.set_path(&name);
+
+        let mut administrator = connect::<K::Database>(&administration).await;
+        let create = format!("CREATE DATABASE {name} {}", K::Database::CREATE_OPTIONS);
+        K::Database::run(&mut administrator, &create).await.expect("creates a database for the test");
+        drop(administrator.close().await);
+        let observer = Mutex::new(connect::<K::Database>(&url).await);
+        Some(Self { name, url, observer, administration, kind: PhantomData })
+    }
+
+    fn url(&self) -> &str {
+        self.url.as_str()
+    }
+
+    async fn activity(&self) -> Activity {
+        let mut observer = self.observer.lock().await;
+        K::Database::activity(&mut observer).await.expect("reads the activity of the database")
+    }
+
+    async fn run(&self, sql: &str) -> u64 {
+        let mut observer = self.observer.lock().await;
+        K::Database::run(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+    }
+
+    async fn find_number(&self, sql: &str) -> Option<i64> {
+        let mut observer = self.observer.lock().await;
+        K::Database::find_number(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+    }
+
+    async fn find_text(&self, sql: &str) -> Option<String> {
+        let mut observer = self.observer.lock().await;
+        K::Database::find_text(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+    }
+}
+
+impl<K: ServerKind> TestServer for Server<K> {
+    fn address(&self) -> (String, u16) {
+        let host = self.url.host_str().expect("the URL names a host");
+        (host.to_owned(), self.url.port().unwrap_or(K::Database::PORT))
+    }
+
+    fn url_by(&self, address: SocketAddr) -> String {
+        let mut url = self.url.clone();
+        url.set_ip_host(address.ip()).expect("the URL has a host");
+        url.set_port(Some(address.port())).expect("the URL has a host");
+        url.into()
+    }
+
+    async fn end_connections(&self) {
+        let mut observer = self.observer.lock().await;
+        K::Database::end_connections(&mut observer).await.expect("ends the connections to the database");
+    }
+}
+
+impl<K: ServerKind> Drop for Server<K> {
+    fn drop(&mut self) {
+        // On a thread of its own, because this may be a runtime's thread, and one that is going down at that.
+        let (administration, url, name) = (self.administration.clone(), self.url.clone(), self.name.clone());
+        let dropped = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.map_err(sqlx::Error::from)?.block_on(async {
+                let dropping = K::Database::drop_database(&administration, &url, &name);
+                tokio::time::timeout(Duration::from_secs(30), dropping)
+                    .await
+                    .map_err(|_| sqlx::Error::PoolTimedOut)?
+            })
+        });
+        if let Ok(Err(error)) = dropped.join() {
+            say(&format!("the database {} is left on the server: {error}", self.name));
+        }
+    }
+}
+
+/// What only the two kinds of server know.
+pub trait ServerDialect: Backend {
+    const PORT: u16;
+    const CREATE_OPTIONS: &'static str;
+
+    fn activity(observer: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Activity>> + Send;
+
+    fn end_connections(observer: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Drops it whoever is connected.
+    fn drop_database(
+        administration: &Url,
+        url: &Url,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+}
+
+impl ServerDialect for Postgres {
+    const PORT: u16 = 5432;
+    const CREATE_OPTIONS: &'static str = "TEMPLATE template0";
+
+    async fn activity(observer: &mut PgConnection) -> sqlx::Result<Activity> {
+        const OTHERS: &str = "FROM pg_stat_activity
+            WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        let connections = Self::numbers(observer, &format!("SELECT pid {OTHERS}")).await?;
+        let transactions =
+            Self::numbers(observer, &format!("SELECT pid {OTHERS} AND xact_start IS NOT NULL")).await?;
+        let waiting =
+            Self::numbers(observer, &format!("SELECT pid {OTHERS} AND wait_event_type = 'Lock'")).await?;
+        Ok(Activity {
+            connections: connections.len(),
+            transactions: transactions.len(),
+            waiting: waiting.len(),
+        })
+    }
+
+    async fn end_connections(observer: &mut PgConnection) -> sqlx::Result<()> {
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        Self::run(observer, sql).await.map(drop)
+    }
+
+    async fn drop_database(administration: &Url, _url: &Url, name: &str) -> sqlx::Result<()> {
+        let mut administrator = PgConnection::connect(administration.as_str()).await?;
+        Self::run(&mut administrator, &format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await?;
+        administrator.close().await
+    }
+}
+
+impl ServerDialect for MySql {
+    const PORT: u16 = 3306;
+    const CREATE_OPTIONS: &'static str = "";
+
+    /// `information_schema.innodb_trx` would be simpler, but it is a copy that is made anew only when nobody on the
+    /// whole server has read it for a tenth of a second.
+    async fn activity(observer: &mut MySqlConnection) -> sqlx::Result<Activity> {
+        const OTHERS: &str = "FROM information_schema.processlist
+            WHERE db = DATABASE() AND id <> CONNECTION_ID()";
+        let connections = Self::numbers(observer, &format!("SELECT id {OTHERS}")).await?;
+        let waiting_elsewhere =
+            format!("SELECT id {OTHERS} AND (state = 'User lock' OR state LIKE 'Waiting for %')");
+        let mut waiting: HashSet<i64> =
+            Self::numbers(observer, &waiting_elsewhere).await?.into_iter().collect();
+
+        let status = sqlx::raw_sql("SHOW ENGINE INNODB STATUS").fetch_one(observer).await?;
+        let status: String = sqlx::Row::try_get_unchecked(&status, 2)?;
+        let mut transactions = 0;
+        for transaction in status.split("---TRANSACTION").skip(1).filter(|text| text.contains(", ACTIVE")) {
+            let Some(connection) = connection_of(transaction).filter(|id| connections.contains(id)) else {
+                continue;
+            };
+            transactions += 1;
+            if transaction.contains("LOCK WAIT") {
+                waiting.insert(connection);
+            }
+        }
+        Ok(Activity { connections: connections.len(), transactions, waiting: waiting.len() })
+    }
+
+    async fn end_connections(observer: &mut MySqlConnection) -> sqlx::Result<()> {
+        let sql = "SELECT id FROM information_schema.processlist
+            WHERE db = DATABASE() AND id <> CONNECTION_ID()";
+        for connection in Self::numbers(observer, sql).await? {
+            // It may have gone by itself.
+            drop(Self::run(observer, &format!("KILL {connection}")).await);
+        }
+        Ok(())
+    }
+
+    /// Would wait for any open transaction that has read a table in it.
+    async fn drop_database(_administration: &Url, url: &Url, name: &str) -> sqlx::Result<()> {
+        let mut administrator = MySqlConnection::connect(url.as_str()).await?;
+        Self::run(&mut administrator, "SET lock_wait_timeout = 2").await?;
+        loop {
+            <Self as ServerDialect>::end_connections(&mut administrator).await?;
+            let dropped = Self::run(&mut administrator, &format!("DROP DATABASE IF EXISTS {name}")).await;
+            match dropped {
+                // ER_LOCK_WAIT_TIMEOUT: somebody has connected in between. The caller has a deadline.
+                Err(sqlx::Error::Database(error)) if error.message().contains("ock wait timeout") => {}
+                other => return other.map(drop),
+            }
+        }
+    }
+}
+
+/// Which connection a transaction of `SHOW ENGINE INNODB STATUS` belongs to.
+fn connection_of(transaction: &str) -> Option<i64> {
+    let (_, after) = transaction.split_once("thread id ")?;
+    after.split(',').next()?.trim().parse().ok()
+}
+
+async fn connect<DB: sqlx::Database>(url: &Url) -> DB::Connection {
+    DB::Connection::connect(url.as_str())
+        .await
+        .unwrap_or_else(|error| panic!("cannot connect to {}: {error}", without_password(url)))
+}
+
+fn without_password(url: &Url) -> Url {
+    let mut url = url.clone();
+    let _ = url.set_password(None);
+    url
+}
+
+fn configured_server<K: ServerKind>() -> Option<Url> {
+    let url = env::var(K::VARIABLE).ok().filter(|url| !url.is_empty());
+    if let Some(url) = url {
+        return Some(Url::parse(&url).unwrap_or_else(|error| panic!("{}: {error}", K::VARIABLE)));
+    }
+    let required = env::var(REQUIRE).unwrap_or_default();
+    let is_required = required.split(',').any(|name| name.trim() == K::NAME);
+    assert!(!is_required, "{REQUIRE} names {}, but {} is not set", K::NAME, K::VARIABLE);
+    say_once(&format!(
+        "NOT TESTED: {}, because {} is not set (tests/run starts servers)",
+        K::NAME,
+        K::VARIABLE
+    ));
+    None
+}
+
+fn say_once(message: &str) {
+    static SAID: StdMutex<Vec<String>> = StdMutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap();
+    if !said.iter().any(|old| old == message) {
+        said.push(message.to_owned());
+        say(message);
+    }
+}
+
+/// On the real standard error: what goes through `eprintln!` is hidden when the test passes.
+fn say(message: &str) {
+    let _ = writeln!(std::io::stderr(), "lock-tests: {message}");
+}
