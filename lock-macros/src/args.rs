@@ -108,7 +108,8 @@ impl Parse for Args {
 }
 
 fn parse_name(input: ParseStream) -> Result<Name> {
-    const NEEDED: &str = r#"a lock needs a name, before any option: `#[distributed_lock("order:{order_id}")]`"#;
+    const NEEDED: &str =
+        r#"a lock needs a name, before any option: `#[distributed_lock("order:{order_id}")]`"#;
     if input.is_empty() {
         return Err(Error::new(Span::call_site(), NEEDED));
     }

@@ -3,12 +3,12 @@
 mod function;
 mod output;
 
-use proc_macro2::{Group, Ident, Span, TokenStream, TokenTree};
+use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Expr, ItemFn, Result, Stmt, Type};
 
-use self::function::{AsyncBody, Kind};
+use self::function::AsyncBody;
 use crate::args::{Args, Given, Length, Mode, Name};
 
 /// The function with its lock; or the errors, and the item as it was, so that its callers do not fail as well.
@@ -31,22 +31,11 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
 }
 
 fn lock(args: &Args, mut function: ItemFn) -> Result<ItemFn> {
-    let kind = function::kind(&function)?;
-    let output = output::of(&function.sig, &kind)?;
-    let code = Code::new(args, output.as_ref());
-    match kind {
-        Kind::Async => {
-            let body = AsyncBody { bindings: &[], receiver: None, statements: &function.block.stmts };
-            function.block.stmts = code.locked(&body);
-        }
-        Kind::Boxed => {
-            let bindings = function::async_trait_bindings(&function);
-            if let Some(block) = function::boxed_block(&mut function.block) {
-                let body = function::split(&block.stmts, bindings);
-                block.stmts = code.locked(&body);
-            }
-        }
-    }
+    let bindings = function::async_trait_bindings(&function.sig);
+    let block = function::async_block(&function.sig, &mut function.block)?;
+    let output = output::of(&function.sig)?;
+    let code = Code { args, output: output.as_ref() };
+    block.stmts = code.locked(&function::split(block, bindings));
     Ok(function)
 }
 
@@ -54,8 +43,6 @@ fn lock(args: &Args, mut function: ItemFn) -> Result<ItemFn> {
 struct Code<'a> {
     args: &'a Args,
     output: Option<&'a Type>,
-    /// `lock_db::__private`.
-    private: TokenStream,
 }
 
 /// The span of everything that is not the caller's: names of ours and of the caller can't meet, and lints know that
@@ -69,71 +56,88 @@ fn ours_at(code: &impl ToTokens) -> Span {
     ours().located_at(code.span())
 }
 
-impl<'a> Code<'a> {
-    fn new(args: &'a Args, output: Option<&'a Type>) -> Self {
-        let lock_db = args.options.lock_db.as_ref().map(|given| given.value.to_token_stream());
-        let lock_db = lock_db.unwrap_or_else(|| quote_spanned!(ours()=> ::lock_db));
-        let private = quote_spanned!(ours()=> #lock_db::__private);
-        Self { args, output, private }
+impl Code<'_> {
+    /// `lock_db::__private`; mistakes in how it is used are shown at the span.
+    fn private(&self, span: Span) -> TokenStream {
+        let given = self.args.options.lock_db.as_ref().map(|given| given.value.to_token_stream());
+        let lock_db = given.unwrap_or_else(|| quote_spanned!(span=> ::lock_db));
+        quote_spanned!(span=> #lock_db::__private)
     }
 
-    /// The body: take the lock or return its error, then run the statements under it.
+    /// The body: take the lock, run the statements under it, and return what came of it.
     fn locked(&self, body: &AsyncBody) -> Vec<Stmt> {
-        let assertion = self.assertion();
         let bindings = body.bindings;
-        let acquire = self.acquire(body.receiver);
-        let run = self.run(body.statements);
-        vec![Stmt::Expr(Expr::Verbatim(quote!(#assertion #(#bindings)* #acquire #run)), None)]
+        let taken = self.taken(body.receiver);
+        let run = self.run(body);
+        let refused = self.refused();
+        // A lifetime that is too short is noticed here: it then points at the return type.
+        let returned = quote_spanned! {self.at_output()=>
+            match __outcome {
+                ::core::result::Result::Ok(__output) => __output,
+                ::core::result::Result::Err(__error) => #refused,
+            }
+        };
+        let code = quote_spanned! {ours()=>
+            #(#bindings)*
+            let __taken = #taken;
+            let __outcome = match __taken {
+                ::core::result::Result::Ok(__held) => #run,
+                ::core::result::Result::Err(__error) => ::core::result::Result::Err(__error),
+            };
+            #returned
+        };
+        vec![Stmt::Expr(Expr::Verbatim(code), None)]
     }
 
-    /// Says once, at the return type, that it has no room for the error of the lock.
-    fn assertion(&self) -> Option<TokenStream> {
-        let output = self.output.filter(|output| !output::contains_impl_trait(output))?;
-        let private = &self.private;
-        Some(quote_spanned!(ours_at(output)=> #private::assert_locked_output::<#output>();))
-    }
-
-    /// `let __held = …`. All that it evaluates is gone behind it, so that the body may move the arguments.
-    fn acquire(&self, receiver: Option<&Ident>) -> TokenStream {
-        let private = &self.private;
+    /// Takes the lock. All that it evaluates is gone behind it, so that the body may move the arguments.
+    fn taken(&self, receiver: Option<&Ident>) -> TokenStream {
+        let private = self.private(ours());
         let options = &self.args.options;
         let locks = self.source(receiver);
         let name = self.name(receiver);
+        let ttl = length(options.ttl.as_ref(), receiver);
         let wait = length(options.wait.as_ref(), receiver);
-        let take = match (options.mode(), &options.tx) {
+        let taken = match (options.mode(), &options.tx) {
             (Mode::Insert, _) => {
-                let ttl = length(options.ttl.as_ref(), receiver);
-                quote_spanned!(ours()=> #private::insert(__locks, &*__name, #ttl, #wait))
+                quote_spanned!(ours()=> #private::insert(__locks, &*__name, #ttl, #wait).await)
             }
-            (Mode::Row, None) => quote_spanned!(ours()=> #private::row(__locks, &*__name, #wait)),
+            (Mode::Row, None) => quote_spanned!(ours()=> #private::row(__locks, &*__name, #wait).await),
             (Mode::Row, Some(Given { value: tx, .. })) => {
-                let tx_tokens = with_receiver(tx, receiver);
-                let tx = quote_spanned!(ours_at(tx)=> &mut *(#tx_tokens));
-                quote_spanned!(ours()=> #private::row_in(__locks, &*__name, #wait, #tx))
+                let tokens = with_receiver(tx, receiver);
+                let (span, private) = (ours_at(tx), self.private(ours_at(tx)));
+                quote_spanned!(span=> #private::row_in(__locks, &*__name, #wait, &mut *(#tokens)).await)
             }
         };
         quote_spanned! {ours()=>
-            let __held = {
+            {
                 let __locks = #locks;
                 let __name = #name;
-                match #take.await {
-                    ::core::result::Result::Ok(__held) => __held,
-                    ::core::result::Result::Err(__error) => {
-                        return #private::LockedOutput::refused(__error);
-                    }
-                }
-            };
+                #taken
+            }
         }
     }
 
+    /// Makes an output of an error. Nothing else needs the return type to have room for one: so a wrong type is reported
+    /// once, there.
+    fn refused(&self) -> TokenStream {
+        let span = self.at_output();
+        let private = self.private(span);
+        let output = self.output.filter(|output| !output::contains_impl_trait(output));
+        let output = output.map_or_else(|| quote_spanned!(span=> _), ToTokens::to_token_stream);
+        quote_spanned!(span=> <#output as #private::LockedOutput>::refused(__error))
+    }
+
+    fn at_output(&self) -> Span {
+        self.output.map_or_else(ours, ours_at)
+    }
+
     fn source(&self, receiver: Option<&Ident>) -> TokenStream {
-        let private = &self.private;
-        match &self.args.options.locks {
-            None => quote_spanned!(ours()=> #private::ambient()),
-            Some(Given { value: locks, .. }) => {
-                let tokens = with_receiver(locks, receiver);
-                quote_spanned!(ours_at(locks)=> #private::explicit(&(#tokens)))
-            }
+        let given = self.args.options.locks.as_ref().map(|given| &given.value);
+        let span = given.map_or_else(ours, ours_at);
+        let private = self.private(span);
+        match given.map(|locks| with_receiver(locks, receiver)) {
+            None => quote_spanned!(span=> #private::ambient()),
+            Some(locks) => quote_spanned!(span=> #private::explicit(&(#locks))),
         }
     }
 
@@ -149,24 +153,36 @@ impl<'a> Code<'a> {
             Name::Format { text, .. } => quote_spanned!(ours()=> ::std::format!(#text)),
             Name::Computed(expression) => {
                 let tokens = with_receiver(expression, receiver);
-                let text = quote_spanned!(ours_at(expression)=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
+                let text =
+                    quote_spanned!(ours_at(expression)=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
                 quote_spanned!(ours()=> ::std::string::String::from(#text))
             }
         }
     }
 
     /// Runs the body and ends the lock; in the caller's transaction there is nothing to end.
-    fn run(&self, statements: &[Stmt]) -> TokenStream {
-        let private = &self.private;
+    ///
+    /// The body is boxed: it would otherwise be copied into each future on the way, and functions with a lock that call
+    /// one another would more than triple in size with each call.
+    fn run(&self, body: &AsyncBody) -> TokenStream {
+        let private = self.private(ours());
         // Items in front of other statements stay there: a lint wants them so.
-        let items = statements.iter().take_while(|statement| matches!(statement, Stmt::Item(_))).count();
-        let (items, statements) = statements.split_at(items);
+        let items = body.statements.iter().take_while(|statement| matches!(statement, Stmt::Item(_))).count();
+        let (items, statements) = body.statements.split_at(items);
         let return_edge = self.return_edge();
-        let body = quote_spanned!(ours()=> async move { #(#items)* #return_edge #(#statements)* });
-        if self.args.options.tx.is_some() {
-            quote_spanned!(ours()=> #body.await)
+        let mut block = Group::new(Delimiter::Brace, quote!(#(#items)* #return_edge #(#statements)*));
+        block.set_span(body.end);
+        let outcome = quote_spanned!(ours()=> ::core::result::Result::Ok(__body.await));
+        let run = if self.args.options.tx.is_some() {
+            outcome
         } else {
-            quote_spanned!(ours()=> #private::hold(__held, #body).await)
+            quote_spanned!(ours()=> #private::hold(__held, async move { #outcome }).await)
+        };
+        quote_spanned! {ours()=>
+            {
+                let __body = ::std::boxed::Box::pin(async move #block);
+                #run
+            }
         }
     }
 
@@ -174,7 +190,7 @@ impl<'a> Code<'a> {
     /// coercions as in a function.
     fn return_edge(&self) -> Option<TokenStream> {
         let output = output::erase_impl_trait(self.output?);
-        Some(quote_spanned! {ours()=>
+        Some(quote_spanned! {ours_at(&output)=>
             if let ::core::option::Option::Some(__output) = ::core::option::Option::None::<#output> {
                 return __output;
             }
@@ -184,17 +200,23 @@ impl<'a> Code<'a> {
 
 /// `Option<Duration>`.
 fn length(given: Option<&Given<Length>>, receiver: Option<&Ident>) -> TokenStream {
-    match given.map(|given| &given.value) {
+    match given {
         None => quote_spanned!(ours()=> ::core::option::Option::None),
-        Some(Length::Fixed(length)) => {
+        Some(Given { value: Length::Fixed(length), .. }) => {
             let (seconds, nanoseconds) = (length.as_secs(), length.subsec_nanos());
             quote_spanned! {ours()=>
                 ::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanoseconds))
             }
         }
-        Some(Length::Computed(expression)) => {
+        Some(Given { value: Length::Computed(expression), key }) => {
             let tokens = with_receiver(expression, receiver);
-            quote_spanned!(ours()=> ::core::option::Option::Some(#tokens))
+            let duration = quote_spanned!(ours_at(key)=> ::core::time::Duration);
+            quote_spanned! {ours()=>
+                ::core::option::Option::Some({
+                    let __duration: #duration = #tokens;
+                    __duration
+                })
+            }
         }
     }
 }
@@ -216,7 +238,10 @@ fn rename_self(tokens: TokenStream, receiver: &Ident) -> TokenStream {
                 // `self::function` is a path.
                 let is_path = matches!(tokens.peek(), Some(TokenTree::Punct(next)) if next.as_char() == ':');
                 if word == "self" && !is_path {
-                    TokenTree::Ident(Ident::new(&receiver.to_string(), receiver.span().located_at(word.span())))
+                    TokenTree::Ident(Ident::new(
+                        &receiver.to_string(),
+                        receiver.span().located_at(word.span()),
+                    ))
                 } else {
                     TokenTree::Ident(word)
                 }

@@ -240,6 +240,14 @@ fn order() -> Order {
     Order { kind: "book".into(), id: 1, patience: Duration::from_secs(5) }
 }
 
+/// Names that the attribute uses as well.
+#[distributed_lock(__name, locks = __locks, ttl = __duration)]
+async fn same_names(__locks: &Locks<Sqlite>, __name: &str, __duration: Duration, __body: i64) -> Answer {
+    let (__held, __error, __outcome, __output) = (__body, 1, 1, 1);
+    under(__locks, __name).await;
+    Ok(__held + __error + __outcome + __output)
+}
+
 #[tokio::test]
 async fn names_and_options() {
     with_locks(|locks| async move {
@@ -254,7 +262,9 @@ async fn names_and_options() {
         locks_in_arc(Arc::new(locks.clone())).await?;
         renamed_crate(&locks).await?;
         from_a_macro(&locks).await?;
-        also_from_a_macro(&locks).await
+        also_from_a_macro(&locks).await?;
+        assert_eq!(same_names(&locks, "same", Duration::from_secs(1), 1).await?, 4);
+        Ok(())
     })
     .await;
 }
@@ -527,8 +537,8 @@ async fn nested(locks: &Locks<Sqlite>, depth: u32) -> Answer<u32> {
     Ok(below + 1)
 }
 
-#[distributed_lock("second:{number}")]
-#[distributed_lock("first")]
+#[distributed_lock("second:{number}", wait = "0s")]
+#[distributed_lock("first", wait = "0s")]
 async fn stacked(locks: &Locks<Sqlite>, number: i64) -> Answer<Box<dyn Debug + Send>> {
     under(locks, "first").await;
     under(locks, "second:4").await;
@@ -561,6 +571,11 @@ async fn statements_and_inference() {
         assert_eq!(patterns((1, 2), order(), 3, [4, 5]).await?, "book12");
         assert_eq!(nested(&locks, 2).await?, 2);
         assert_eq!(format!("{:?}", stacked(&locks, 4).await?), "4");
+        let leases =
+            (locks.insert_lock("first").acquire().await?, locks.insert_lock("second:4").acquire().await?);
+        let refused = stacked(&locks, 4).await;
+        assert!(matches!(refused, Err(ShopError::Lock(Error::Timeout { name, .. })) if name == "first"));
+        drop(leases);
         assert_eq!(format!("{:?}", boxed(&locks).await?), "1");
         Ok(())
     })

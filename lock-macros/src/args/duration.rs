@@ -21,7 +21,9 @@ impl Length {
     pub(super) fn parse_ttl(value: Expr) -> Result<Self> {
         Self::parse(value, |ttl| {
             if ttl.is_zero() {
-                return Some("a `ttl` of zero would end with its beginning: write \"30s\", or leave it out");
+                return Some(
+                    "a `ttl` of zero is over at once: write \"30s\", or leave it out for the default",
+                );
             }
             (ttl < SHORTEST_TTL).then_some("a `ttl` needs 50ms at least, to be renewed in time")
         })
@@ -33,15 +35,19 @@ impl Length {
 
     fn parse(value: Expr, objection: impl FnOnce(Duration) -> Option<&'static str>) -> Result<Self> {
         let length = match super::literal(&value) {
-            Some(Lit::Str(text)) => read(&text.value()).map_err(|message| Error::new(value.span(), message))?,
-            Some(Lit::Int(number)) => return Err(without_quotes(&value, number.base10_digits(), number.suffix())),
+            Some(Lit::Str(text)) => {
+                read(&text.value()).map_err(|message| Error::new(value.span(), message))?
+            }
+            Some(Lit::Int(number)) => {
+                return Err(without_quotes(&value, number.base10_digits(), number.suffix()));
+            }
             Some(Lit::Float(number)) => {
                 return Err(without_quotes(&value, number.base10_digits(), number.suffix()));
             }
             Some(_) => return Err(Error::new(value.span(), format!("expected a duration: {FORMS}"))),
             None => return Ok(Self::Computed(value)),
         };
-        let too_long = (length > LONGEST).then_some("365 days is the longest");
+        let too_long = (length > LONGEST).then_some("too long: 365 days at most");
         match objection(length).or(too_long) {
             Some(message) => Err(Error::new(value.span(), message)),
             None => Ok(Self::Fixed(length)),

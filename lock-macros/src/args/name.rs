@@ -98,7 +98,9 @@ fn captured(capture: &str) -> std::result::Result<&str, String> {
     if Ident::parse_any.parse_str(argument).is_ok() {
         Ok(argument)
     } else if argument.is_empty() || argument.chars().all(|letter| letter.is_ascii_digit()) {
-        Err(format!("`{{{capture}}}` has no argument to show: write the argument's name into the braces, `{{order_id}}`"))
+        Err(format!(
+            "`{{{capture}}}` has no argument to show: write the argument's name into the braces, `{{order_id}}`"
+        ))
     } else {
         Err(format!(
             "`{{{capture}}}` is more than the name of an argument: write an expression instead of the text, `format!(\"…{{}}\", {argument})`"

@@ -1,10 +1,10 @@
 //! What the attribute stands on: which functions it can change, and where in them.
 
-use proc_macro2::{Ident, TokenStream, TokenTree};
+use proc_macro2::{Ident, Span, TokenStream, TokenTree};
 use syn::parse::{ParseStream, Parser};
 use syn::{
-    Attribute, Block, Error, Expr, ExprCall, FnArg, GenericParam, ItemFn, Local, Pat, Result, Signature,
-    Stmt, Token, Type, Visibility,
+    Attribute, Block, Error, Expr, ExprCall, FnArg, ItemFn, Local, Pat, Result, Signature, Stmt, Token, Type,
+    Visibility,
 };
 
 /// The function, or what is wrong with what stands there instead.
@@ -26,7 +26,11 @@ fn reason(input: ParseStream) -> Result<Error> {
     }
     let word = input.parse::<TokenTree>()?;
     skip_rest(input)?;
-    let message = format!("`#[distributed_lock]` goes on an `async fn`, not on `{word}`");
+    let inside = match word.to_string().as_str() {
+        "impl" | "trait" | "mod" => ": put it on the functions inside",
+        _ => "",
+    };
+    let message = format!("`#[distributed_lock]` goes on an `async fn`, not on `{word}`{inside}");
     Ok(Error::new(word.span(), message))
 }
 
@@ -34,24 +38,16 @@ fn skip_rest(input: ParseStream) -> Result<()> {
     input.parse::<TokenStream>().map(drop)
 }
 
-/// Where the function's asynchronous body is.
-pub(super) enum Kind {
-    /// In an `async fn`.
-    Async,
-    /// In the `Box::pin(async move { … })` that a function returns: what `#[async_trait]` makes of an `async fn`.
-    Boxed,
-}
-
-pub(super) fn kind(function: &ItemFn) -> Result<Kind> {
-    let signature = &function.sig;
+/// The asynchronous body: that of an `async fn`, or of the `Box::pin(async move { … })` that a function returns, which is
+/// what `#[async_trait]` makes of an `async fn`.
+pub(super) fn async_block<'a>(signature: &Signature, block: &'a mut Block) -> Result<&'a mut Block> {
     if signature.asyncness.is_some() {
-        return Ok(Kind::Async);
+        return Ok(block);
     }
-    if boxed_block_in(&function.block).is_some() {
-        return Ok(Kind::Boxed);
-    }
-    Err(match &signature.constness {
-        Some(constness) => Error::new(constness.span, "a `const fn` can't wait for a lock: make it an `async fn`"),
+    boxed_block(block).ok_or_else(|| match &signature.constness {
+        Some(constness) => {
+            Error::new(constness.span, "a `const fn` can't wait for a lock: make it an `async fn`")
+        }
         None => Error::new(
             signature.fn_token.span,
             "only an `async fn` can wait for a lock; if another attribute takes the `async` away, as \
@@ -60,26 +56,15 @@ pub(super) fn kind(function: &ItemFn) -> Result<Kind> {
     })
 }
 
-/// The arguments of `Box::pin(async move { … })`, when that is all that the function does: what stood in front of it
-/// would run without the lock.
-fn boxed_block_in(block: &Block) -> Option<&Block> {
-    let (Stmt::Expr(Expr::Call(call), None), items) = block.stmts.split_last()? else { return None };
-    if !items.iter().all(|statement| matches!(statement, Stmt::Item(_))) || !is_box_pin(call) {
+/// The block in `Box::pin(async move { … })`, when that is all that the function does: what stood in front of it would
+/// run without the lock.
+fn boxed_block(block: &mut Block) -> Option<&mut Block> {
+    let (Stmt::Expr(Expr::Call(call), None), before) = block.stmts.split_last_mut()? else { return None };
+    if !is_box_pin(call) || !before.iter().all(|statement| matches!(statement, Stmt::Item(_))) {
         return None;
     }
-    match call.args.first() {
-        Some(Expr::Async(future)) if future.capture.is_some() => Some(&future.block),
-        _ => None,
-    }
-}
-
-pub(super) fn boxed_block(block: &mut Block) -> Option<&mut Block> {
-    boxed_block_in(block)?;
-    match block.stmts.last_mut()? {
-        Stmt::Expr(Expr::Call(call), None) => match call.args.first_mut()? {
-            Expr::Async(future) => Some(&mut future.block),
-            _ => None,
-        },
+    match call.args.first_mut()? {
+        Expr::Async(future) if future.capture.is_some() => Some(&mut future.block),
         _ => None,
     }
 }
@@ -99,33 +84,38 @@ pub(super) struct AsyncBody<'a> {
     /// What `#[async_trait]` calls `self`.
     pub(super) receiver: Option<&'a Ident>,
     pub(super) statements: &'a [Stmt],
+    /// Where it ends: what is missing is missing there.
+    pub(super) end: Span,
+}
+
+impl<'a> AsyncBody<'a> {
+    pub(super) fn whole(block: &'a Block) -> Self {
+        let end = Span::mixed_site().located_at(block.brace_token.span.close());
+        Self { bindings: &[], receiver: None, statements: &block.stmts, end }
+    }
 }
 
 /// How many `let argument = argument;` an `#[async_trait]` writes for this function: one for `self` and for each
 /// argument that is no reference. `None`: it is not from `#[async_trait]`.
-pub(super) fn async_trait_bindings(function: &ItemFn) -> Option<usize> {
-    let is_async_trait = function
-        .sig
-        .generics
-        .params
-        .iter()
-        .any(|parameter| matches!(parameter, GenericParam::Lifetime(given) if given.lifetime.ident == "async_trait"));
+pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
+    let is_async_trait =
+        signature.generics.lifetimes().any(|parameter| parameter.lifetime.ident == "async_trait");
     let is_bound = |argument: &&FnArg| match argument {
         FnArg::Receiver(_) => true,
         FnArg::Typed(argument) => !matches!(*argument.ty, Type::Reference(_)),
     };
-    is_async_trait.then(|| function.sig.inputs.iter().filter(is_bound).count())
+    is_async_trait.then(|| signature.inputs.iter().filter(is_bound).count())
 }
 
 /// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
 /// wrapped it already: then the arguments still have their own names.
-pub(super) fn split(statements: &[Stmt], bindings: Option<usize>) -> AsyncBody<'_> {
-    let whole = AsyncBody { bindings: &[], receiver: None, statements };
+pub(super) fn split(block: &Block, bindings: Option<usize>) -> AsyncBody<'_> {
+    let whole = AsyncBody::whole(block);
     let Some(count) = bindings else { return whole };
-    let edge = usize::from(matches!(statements.first(), Some(Stmt::Expr(Expr::If(_), _))));
-    match statements.split_at_checked(edge + count) {
-        Some((bindings, rest)) if bindings[edge..].iter().all(is_binding) => {
-            AsyncBody { bindings, receiver: bindings.iter().find_map(receiver), statements: rest }
+    let edge = usize::from(matches!(block.stmts.first(), Some(Stmt::Expr(Expr::If(_), _))));
+    match block.stmts.split_at_checked(edge + count) {
+        Some((bindings, statements)) if bindings[edge..].iter().all(is_binding) => {
+            AsyncBody { bindings, receiver: bindings.iter().find_map(receiver), statements, ..whole }
         }
         _ => whole,
     }
@@ -146,7 +136,9 @@ fn is_binding(statement: &Stmt) -> bool {
 
 /// The name in `let __self = self;`.
 fn receiver(statement: &Stmt) -> Option<&Ident> {
-    let Stmt::Local(Local { pat: Pat::Ident(pattern), init: Some(init), .. }) = statement else { return None };
+    let Stmt::Local(Local { pat: Pat::Ident(pattern), init: Some(init), .. }) = statement else {
+        return None;
+    };
     match &*init.expr {
         Expr::Path(path) if path.path.is_ident("self") => Some(&pattern.ident),
         _ => None,

@@ -6,20 +6,14 @@ use syn::{
     Error, GenericArgument, PathArguments, Result, ReturnType, Signature, Type, TypeInfer, TypeParamBound,
 };
 
-use super::function::Kind;
-
 /// The declared type, if the signature shows it: an alias such as `BoxFuture` does not.
-pub(super) fn of(signature: &Signature, kind: &Kind) -> Result<Option<Type>> {
-    let returned = match &signature.output {
+pub(super) fn of(signature: &Signature) -> Result<Option<Type>> {
+    let output = match &signature.output {
         ReturnType::Default => None,
-        ReturnType::Type(_, returned) => Some(&**returned),
-    };
-    let output = match kind {
-        Kind::Async => returned,
-        Kind::Boxed => match returned.map(future_output) {
-            Some(Some(output)) => Some(output),
-            Some(None) => return Ok(None),
-            None => None,
+        ReturnType::Type(_, output) if signature.asyncness.is_some() => Some(&**output),
+        ReturnType::Type(_, boxed) => match future_output(boxed) {
+            Some(output) => Some(output),
+            None => return Ok(None),
         },
     };
     match output {
@@ -44,10 +38,12 @@ fn is_unit(output: &Type) -> bool {
 /// `T` in `Pin<Box<dyn Future<Output = T> + Send>>`.
 fn future_output(boxed: &Type) -> Option<&Type> {
     match boxed {
-        Type::Path(path) => arguments(&path.path.segments.last()?.arguments).find_map(|argument| match argument {
-            GenericArgument::Type(inner) => future_output(inner),
-            _ => None,
-        }),
+        Type::Path(path) => {
+            arguments(&path.path.segments.last()?.arguments).find_map(|argument| match argument {
+                GenericArgument::Type(inner) => future_output(inner),
+                _ => None,
+            })
+        }
         Type::TraitObject(object) => object.bounds.iter().find_map(|bound| match bound {
             TypeParamBound::Trait(bound) => {
                 arguments(&bound.path.segments.last()?.arguments).find_map(|argument| match argument {
@@ -90,7 +86,8 @@ impl VisitMut for Eraser {
     fn visit_type_mut(&mut self, part: &mut Type) {
         if let Type::ImplTrait(_) = part {
             self.found = true;
-            *part = Type::Infer(TypeInfer { attrs: Vec::new(), underscore_token: syn::Token![_](part.span()) });
+            *part =
+                Type::Infer(TypeInfer { attrs: Vec::new(), underscore_token: syn::Token![_](part.span()) });
         } else {
             visit_mut::visit_type_mut(self, part);
         }
