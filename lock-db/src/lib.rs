@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+// Without any driver there is nothing that uses the better part of it; it compiles all the same.
+#![cfg_attr(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")), allow(dead_code))]
 
 #[doc(hidden)]
 #[path = "private.rs"]

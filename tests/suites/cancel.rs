@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks, RowGuard};
 use lock_tests::{Backend, Direction, Proxy, TestServer, eventually, for_each_server};
-use sqlx::Pool;
 use sqlx::pool::PoolOptions;
+use sqlx::{Pool, Transaction};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
@@ -186,34 +186,52 @@ fn moments() -> impl Iterator<Item = usize> {
 
 // ---------------------------------------------------------------------------------------------------- leases
 
+/// What there is of a lock when it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lock {
+    /// Not even its row.
+    New,
+    Free,
+    Held,
+}
+
 async fn acquiring_a_lease<T: TestServer>(database: &T) {
-    let scene = Scene::new(database).await;
-    scene.connect().await;
-    for moment in moments() {
-        // A row that has to be made, then one that is there.
-        let name = format!("a {moment}");
-        let acquiring = || scene.locks.insert_lock(&name).ttl(TTL).acquire();
-        let trying = || scene.locks.insert_lock(&name).ttl(TTL).try_acquire();
-        let made = scene.drop_after(moment, acquiring()).await;
-        let has_ended = made.is_some();
-        drop(made.map(Result::unwrap));
-        scene.lease_is_free(&name).await;
-        drop(scene.drop_after(moment, acquiring()).await.map(Result::unwrap));
-        scene.lease_is_free(&name).await;
-        drop(scene.drop_after(moment, trying()).await.map(Result::unwrap));
-        scene.lease_is_free(&name).await;
-        // The turn in this process is free again, too.
-        acquiring().await.unwrap().release().await.unwrap();
-        scene.drop_unread(2, acquiring()).await;
-        scene.lease_is_free(&name).await;
-        scene.drop_unread(2, trying()).await;
-        scene.lease_is_free(&name).await;
-        if has_ended {
-            break;
+    let near = Scene::new(database).await.near;
+    let acquiring = async |found: Lock, is_try: bool| {
+        let scene = Scene::beside(database, &near);
+        scene.connect().await;
+        for moment in moments() {
+            let name = format!("{found:?} {is_try} {moment}");
+            if found == Lock::Free {
+                scene.lease_is_free(&name).await;
+            }
+            let lock = || scene.locks.insert_lock(&name).ttl(TTL).wait(SOON);
+            let taken = if is_try {
+                scene.drop_after(moment, lock().try_acquire()).await.map(|taken| taken.unwrap().unwrap())
+            } else {
+                scene.drop_after(moment, lock().acquire()).await.map(Result::unwrap)
+            };
+            let has_ended = taken.is_some();
+            drop(taken);
+            scene.lease_is_free(&name).await;
+            // The turn in this process is free again, too.
+            lock().acquire().await.unwrap().release().await.unwrap();
+            scene.drop_unread(2, lock().acquire()).await;
+            scene.lease_is_free(&name).await;
+            if has_ended {
+                break;
+            }
         }
-    }
-    scene.nothing_goes_on().await;
-    scene.pool_is_whole().await;
+        scene.pool_is_whole().await;
+        scene
+    };
+    let scenes = tokio::join!(
+        acquiring(Lock::New, false),
+        acquiring(Lock::New, true),
+        acquiring(Lock::Free, false),
+        acquiring(Lock::Free, true),
+    );
+    scenes.0.nothing_goes_on().await;
 }
 
 async fn waiting_for_a_lease<T: TestServer>(database: &T) {
@@ -306,37 +324,54 @@ async fn acquiring_on_a_new_connection<T: TestServer>(database: &T) {
 }
 
 async fn acquiring_a_row_lock<T: TestServer>(database: &T) {
-    let scene = Scene::new(database).await;
-    scene.connect().await;
-    for moment in moments() {
-        let name = format!("a {moment}");
-        let acquiring = || scene.locks.row_lock(&name).wait(8 * DELAY).acquire();
-        let trying = || scene.locks.row_lock(&name).try_acquire();
-        let made = scene.drop_after(moment, acquiring()).await;
-        let mut has_ended = made.is_some();
-        drop(made.map(Result::unwrap));
-        scene.row_is_free(&name).await;
-        drop(scene.drop_after(moment, trying()).await.map(Result::unwrap));
-        scene.row_is_free(&name).await;
-
-        // Behind a holder, through the end of the wait.
-        let held = scene.near.row_lock(&name).acquire().await.unwrap();
-        let waited = scene.drop_after(moment, acquiring()).await;
-        has_ended &= waited.is_some();
-        assert!(matches!(waited, None | Some(Err(Error::Timeout { .. }))), "{waited:?}");
-        let tried = scene.drop_after(moment, trying()).await;
-        assert!(matches!(tried, None | Some(Ok(None))), "{tried:?}");
-        held.rollback().await.unwrap();
-        scene.row_is_free(&name).await;
-
-        scene.drop_unread(4, acquiring()).await;
-        scene.row_is_free(&name).await;
-        scene.pool_is_whole().await;
-        scene.nothing_goes_on().await;
-        if has_ended {
-            break;
+    let near = Scene::new(database).await.near;
+    let acquiring = async |found: Lock, is_try: bool| {
+        let scene = Scene::beside(database, &near);
+        scene.connect().await;
+        for moment in moments() {
+            let name = format!("{found:?} {is_try} {moment}");
+            let held = match found {
+                Lock::New => None,
+                Lock::Free => {
+                    scene.row_is_free(&name).await;
+                    None
+                }
+                Lock::Held => Some(near.row_lock(&name).acquire().await.unwrap()),
+            };
+            // Through the end of the wait.
+            let lock = || scene.locks.row_lock(&name).wait(12 * DELAY);
+            let taken = if is_try {
+                scene.drop_after(moment, lock().try_acquire()).await
+            } else {
+                scene.drop_after(moment, async { lock().acquire().await.map(Some) }).await
+            };
+            let has_ended = taken.is_some();
+            match taken.transpose() {
+                Ok(taken) => assert_eq!(taken.is_some_and(|guard| guard.is_none()), has_ended && held.is_some()),
+                Err(error) => assert!(matches!(error, Error::Timeout { .. }), "{error:?}"),
+            }
+            if let Some(held) = held {
+                held.rollback().await.unwrap();
+            }
+            scene.row_is_free(&name).await;
+            scene.drop_unread(2, lock().acquire()).await;
+            scene.row_is_free(&name).await;
+            scene.pool_is_whole().await;
+            if has_ended {
+                break;
+            }
         }
-    }
+        scene
+    };
+    let scenes = tokio::join!(
+        acquiring(Lock::New, false),
+        acquiring(Lock::New, true),
+        acquiring(Lock::Free, false),
+        acquiring(Lock::Free, true),
+        acquiring(Lock::Held, false),
+        acquiring(Lock::Held, true),
+    );
+    scenes.0.nothing_goes_on().await;
 }
 
 async fn ending_a_row_lock<T: TestServer>(database: &T) {
@@ -381,14 +416,15 @@ async fn with_each_ending<T: TestServer>(database: &T, case: impl AsyncFn(&Scene
         let scene = Scene::beside(database, &near);
         scene.connect().await;
         case(&scene, ending).await;
+        scene
     };
-    tokio::join!(
+    let scenes = tokio::join!(
         with(Ending::RollBack),
         with(Ending::WriteAndRollBack),
         with(Ending::WriteAndCommit),
         with(Ending::Drop)
     );
-    Scene::beside(database, &near).nothing_goes_on().await;
+    scenes.0.nothing_goes_on().await;
 }
 
 impl<T: TestServer> Scene<'_, T> {
@@ -407,15 +443,11 @@ impl<T: TestServer> Scene<'_, T> {
         let has_ended = self.drop_after(moment, lock(&mut transaction)).await.is_some();
 
         match ending {
-            Ending::RollBack => {
-                let rolled_back = timeout(SOON, transaction.rollback()).await.expect(&case);
-                rolled_back.unwrap_or_else(|error| panic!("{case}: {error}"));
-            }
+            Ending::RollBack => self.roll_back(transaction).await,
             Ending::WriteAndRollBack => {
                 // What was dropped may have doomed the transaction; then it refuses this.
                 let _ = timeout(SOON, self.write(&mut transaction, &after)).await.expect(&case);
-                let rolled_back = timeout(SOON, transaction.rollback()).await.expect(&case);
-                rolled_back.unwrap_or_else(|error| panic!("{case}: {error}"));
+                self.roll_back(transaction).await;
             }
             Ending::WriteAndCommit => {
                 let written = timeout(SOON, self.write(&mut transaction, &after)).await.expect(&case);
@@ -436,22 +468,37 @@ impl<T: TestServer> Scene<'_, T> {
         }
         has_ended
     }
+
+    /// On MySQL and MariaDB the statement that was dropped may end with an error, which sqlx gives to the next one: then
+    /// the transaction is rolled back when it is dropped.
+    async fn roll_back(&self, transaction: Transaction<'_, T::Database>) {
+        let rolled_back = timeout(SOON, transaction.rollback()).await.expect("the connection answers");
+        if T::NAME == "postgres" {
+            rolled_back.unwrap();
+        }
+    }
 }
 
 async fn locking_a_row_in_the_callers_transaction<T: TestServer>(database: &T) {
     with_each_ending(database, async |scene, ending| {
+        // Its row has to be made.
         for moment in moments() {
-            // Its row has to be made, then it is known.
             let name = format!("{ending:?} {moment}");
-            let lock = || scene.locks.row_lock(&name);
-            let has_ended = scene
-                .drop_in_transaction(moment, ending, async |tx| lock().acquire_in(tx).await.unwrap())
-                .await;
+            let lock = async |tx: &mut _| scene.locks.row_lock(&name).acquire_in(tx).await.unwrap();
+            let has_ended = scene.drop_in_transaction(moment, ending, lock).await;
             scene.row_is_free(&name).await;
-            scene.drop_in_transaction(moment, ending, async |tx| lock().acquire_in(tx).await.unwrap()).await;
+            if has_ended {
+                break;
+            }
+        }
+        // Its row is known.
+        let name = format!("{ending:?} 0");
+        for moment in moments() {
+            let lock = async |tx: &mut _| scene.locks.row_lock(&name).acquire_in(tx).await.unwrap();
+            let has_ended = scene.drop_in_transaction(moment, ending, lock).await;
             scene.row_is_free(&name).await;
-            let trying = async |tx: &mut _| lock().try_acquire_in(tx).await.unwrap();
-            scene.drop_in_transaction(moment, ending, trying).await;
+            let lock = async |tx: &mut _| scene.locks.row_lock(&name).try_acquire_in(tx).await.unwrap();
+            scene.drop_in_transaction(moment, ending, lock).await;
             scene.row_is_free(&name).await;
             if has_ended {
                 break;
@@ -524,7 +571,7 @@ async fn a_dropped_waiter_leaves_the_server_within_its_slice<T: TestServer>(data
             () = eventually(SOON, async || database.activity().await.waiting == 2) => {}
         }
     }
-    timeout(SOON, transaction.rollback()).await.expect("its connection answers").unwrap();
+    scene.roll_back(transaction).await;
     eventually(SOON, async || {
         let activity = database.activity().await;
         (activity.transactions, activity.waiting) == (1, 0)

@@ -523,7 +523,7 @@ async fn nested(locks: &Locks<Sqlite>, depth: u32) -> Answer<u32> {
         under(locks, "nested:1").await;
         return Ok(0);
     }
-    let below = Box::pin(nested(locks, depth - 1)).await?;
+    let below = nested(locks, depth - 1).await?;
     Ok(below + 1)
 }
 

@@ -1,0 +1,21 @@
+//! How the compiler words mistakes around `#[distributed_lock]`, and what it points at. What the macro says by itself is
+//! tested in lock-macros.
+//!
+//! After a change that is meant, `TRYBUILD=overwrite` writes the `.stderr` files anew: read them before you keep them.
+
+use std::process::Command;
+
+/// Compilers differ in their words, so only that one is asked which wrote the `.stderr` files.
+const COMPILER: &str = "rustc 1.95.";
+
+#[test]
+fn mistakes_point_at_the_right_place() {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version =
+        Command::new(rustc).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
+    if version.starts_with(COMPILER.as_bytes()) {
+        trybuild::TestCases::new().compile_fail("ui/*.rs");
+    } else {
+        eprintln!("NOT TESTED: the messages of a compiler other than {COMPILER}x");
+    }
+}

@@ -154,7 +154,7 @@ impl<K: ServerKind> Drop for Server<K> {
                 let dropping = K::Database::drop_database(&administration, &url, &name);
                 tokio::time::timeout(Duration::from_secs(30), dropping)
                     .await
-                    .map_err(|_| sqlx::Error::PoolTimedOut)?
+                    .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))?
             })
         });
         if let Ok(Err(error)) = dropped.join() {

@@ -114,6 +114,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         slice: Duration,
     ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
 
+    /// Sees to it that some transaction is open, so that the rollback of a handle whose own one has ended succeeds.
+    #[doc(hidden)]
+    fn reopen(_connection: &mut Self::Connection) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
     /// Fails or answers `false` when the transaction on the connection no longer is the one in which `lock_row`
     /// answered with this token.
     #[doc(hidden)]

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgDatabaseError};
-use sqlx::{Connection, Postgres, Row};
+use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
     Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
@@ -93,21 +93,11 @@ WHERE held.id = (
     FOR UPDATE SKIP LOCKED)
 RETURNING held.fencing_token";
 
-const LOCK_ROW: &str = "
-UPDATE distributed_lock AS held
-SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
-    owner = $2, acquire_time = clock_timestamp()
-WHERE held.id = (
-    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'row'
-    FOR UPDATE)
-RETURNING held.fencing_token";
-
-const LIMIT_LOCK_WAIT: &str = "SELECT current_setting('lock_timeout'), set_config('lock_timeout', $1, true)";
-const RESTORE_LOCK_WAIT: &str = "SELECT set_config('lock_timeout', $1, true)";
-
 /// Fails, and with it every later statement of the transaction.
 const DOOM: &str =
     "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
+
+const IS_VISIBLE: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND fencing_token = $2";
 
@@ -237,12 +227,18 @@ impl LockDatabase for Postgres {
                 None => RowAttempt::Busy,
             });
         }
-        match wait_for_row(connection, name, owner, slice).await {
-            Ok(Some(fencing_token)) => Ok(RowAttempt::Locked { fencing_token }),
-            Ok(None) => Ok(RowAttempt::Missing),
-            Err(error) if Self::classify(&error) == Fault::Busy => Ok(RowAttempt::Busy),
-            Err(error) => Err(error),
+        wait_for_row(connection, key.id, slice).await?;
+        // Locked by ourselves now, or still by somebody else.
+        let locked: Option<i64> = sqlx::query_scalar(LOCK_ROW_AT_ONCE)
+            .bind(name)
+            .bind(owner)
+            .fetch_optional(&mut *connection)
+            .await?;
+        if let Some(fencing_token) = locked {
+            return Ok(RowAttempt::Locked { fencing_token });
         }
+        let visible = sqlx::query(IS_VISIBLE).bind(key.id).bind(name).fetch_optional(connection).await?;
+        Ok(if visible.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
     async fn still_locked(
@@ -300,33 +296,26 @@ impl LockDatabase for Postgres {
 }
 
 /// Waits in the server's queue for the row. A lock timeout would end the caller's transaction, so it happens inside a
-/// savepoint, which is rolled back; also when this future is dropped, before the connection's next statement.
-async fn wait_for_row(
-    connection: &mut PgConnection,
-    name: &str,
-    owner: &str,
-    slice: Duration,
-) -> sqlx::Result<Option<i64>> {
+/// savepoint; a deadlock and an old snapshot do end it.
+///
+/// The savepoint is that of a block with an exception handler, so that it begins and ends on the server, in one message:
+/// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
+/// would commit by itself.
+async fn wait_for_row(connection: &mut PgConnection, id: i64, slice: Duration) -> sqlx::Result<()> {
     // Zero would mean no limit at all.
-    let limit = format!("{}ms", slice.as_millis().max(1));
-    let mut savepoint = connection.begin().await?;
-    let before: String =
-        sqlx::query(LIMIT_LOCK_WAIT).bind(limit).fetch_one(&mut *savepoint).await?.try_get(0)?;
-    match sqlx::query_scalar(LOCK_ROW).bind(name).bind(owner).fetch_optional(&mut *savepoint).await {
-        Ok(locked) => {
-            sqlx::query(RESTORE_LOCK_WAIT).bind(before).execute(&mut *savepoint).await?;
-            savepoint.commit().await?;
-            Ok(locked)
-        }
-        Err(error) => {
-            savepoint.rollback().await?;
-            if matches!(Postgres::classify(&error), Fault::Deadlock | Fault::Serialization) {
-                // The savepoint has saved the transaction, locks and old snapshot included.
-                Postgres::doom(connection).await;
-            }
-            Err(error)
-        }
-    }
+    let limit = slice.as_millis().max(1);
+    let sql = format!(
+        "DO $lock_db$
+        DECLARE before text := current_setting('lock_timeout');
+        BEGIN
+            PERFORM set_config('lock_timeout', '{limit}ms', true);
+            PERFORM 1 FROM distributed_lock WHERE id = {id} FOR UPDATE;
+            PERFORM set_config('lock_timeout', before, true);
+        EXCEPTION WHEN lock_not_available THEN
+            NULL;
+        END $lock_db$"
+    );
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
 fn foreign_answer() -> sqlx::Error {

@@ -260,6 +260,12 @@ impl LockDatabase for Sqlite {
     /// SQLite has no way to refuse a commit beforehand.
     async fn doom(_connection: &mut SqliteConnection) {}
 
+    /// A ROLLBACK without a transaction is an error here, after which sqlx takes the connection for one that is still in
+    /// a transaction, for ever.
+    async fn reopen(connection: &mut SqliteConnection) {
+        let _open_anyway = sqlx::raw_sql("BEGIN").execute(connection).await;
+    }
+
     fn classify(error: &sqlx::Error) -> Fault {
         if crate::error::is_connection_failure(error) {
             return Fault::Disconnected;

@@ -172,6 +172,7 @@ async fn guard_and_commit<DB: LockDatabase>(
 
 async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
     DB::unmark(&mut transaction).await?;
+    DB::reopen(&mut transaction).await;
     transaction.rollback().await
 }
 

@@ -62,6 +62,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
             // deadlock through one by one: what tells is whether our own write is still there.
             let lost = || Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded };
             if !matches!(DB::still_locked(&mut transaction, &name, fencing_token).await, Ok(true)) {
+                DB::reopen(&mut transaction).await;
                 let _ = transaction.rollback().await;
                 return Err(lost());
             }

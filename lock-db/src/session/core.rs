@@ -13,6 +13,7 @@ use tokio::task::{LocalSet, spawn_local};
 use tokio::time::timeout;
 
 use super::alarm::Alarm;
+use super::busy::Busy;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
 use super::request::Request;
@@ -85,8 +86,15 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
     while let Some(request) = requests.recv().await {
         let core = Rc::clone(core);
         match request {
-            Request::Acquire(request) => drop(spawn_local(acquire::acquire(core, request))),
+            Request::Acquire(request) => {
+                let busy = core.busy.enter();
+                drop(spawn_local(async move {
+                    acquire::acquire(core, request).await;
+                    drop(busy);
+                }));
+            }
             Request::Release { lease, answer } => {
+                let busy = core.busy.enter();
                 drop(spawn_local(async move {
                     let released = release::release(&core, &lease, answer.is_some()).await;
                     match (answer, released) {
@@ -96,6 +104,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                         }
                         (None, Ok(())) => {}
                     }
+                    drop(busy);
                 }));
             }
             Request::ReleasedIn { lease } => core.look_after(lease.number),
@@ -117,7 +126,9 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             })),
             Request::Close { answer } => {
                 core.closing.send_replace(true);
-                release::release_all(&core).await;
+                release::release_all(&core);
+                // Those that were dropped before, and what attempts that end now may have got, are given back as well.
+                let _in_time = timeout(FINISH_LIMIT, core.busy.nobody()).await;
                 let _ = answer.send(());
                 break;
             }
@@ -141,6 +152,8 @@ pub(super) struct Core {
     pub(super) due: Alarm,
     pub(super) over: Alarm,
     pub(super) closing: watch::Sender<bool>,
+    /// Who may still have something to give back.
+    pub(super) busy: Busy,
 }
 
 /// A lease that this process holds.
@@ -165,6 +178,7 @@ impl Core {
             due: Alarm::default(),
             over: Alarm::default(),
             closing: watch::Sender::new(false),
+            busy: Busy::default(),
         })
     }
 
@@ -203,7 +217,7 @@ impl Core {
             let (name, fencing_token) = (held.state.name(), held.state.fencing_token);
             match loss {
                 Loss::Closed | Loss::Released => {
-                    tracing::debug!(lock = name, fencing_token, "lock ended: {loss}")
+                    tracing::debug!(lock = name, fencing_token, "lock ended: {loss}");
                 }
                 _ => tracing::warn!(lock = name, fencing_token, "lock lost: {loss}"),
             }
@@ -219,26 +233,27 @@ impl Core {
         }
     }
 
+    /// Answers the id of the row, and whether it was missing.
     async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<(i64, bool), Error> {
-        let failed = |failure: Failure| {
-            if failure.is_contention() {
-                // Some transaction, perhaps the caller's own, has locked the place where the row belongs.
-                Error::Serialization { name: name.to_string(), source: Some(failure.source) }
-            } else {
-                failure.into_error("make the row", Some(name))
-            }
-        };
-        let mut made = false;
+        let failed = |failure: Failure| failure.into_error("make the row", Some(name));
+        let mut missing = false;
         loop {
-            match twice(async || self.lane.look(name).await).await.map_err(failed)? {
-                Some(LockRow { id, kind: found, .. }) if found == kind => return Ok((id, made)),
-                Some(LockRow { kind: found, .. }) => {
-                    return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found });
+            let row = twice(async || self.lane.look(name).await).await.map_err(failed)?;
+            if let Some(LockRow { id, kind: found, .. }) = row {
+                if found == kind {
+                    return Ok((id, missing));
                 }
-                None => {
-                    twice(async || self.lane.create(name, kind).await).await.map_err(failed)?;
-                    made = true;
-                }
+                return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found });
+            }
+            if missing {
+                // Some transaction, perhaps the caller's own, has locked the place where the row belongs.
+                return Err(Error::Serialization { name: name.to_string(), source: None });
+            }
+            missing = true;
+            match twice(async || self.lane.create(name, kind).await).await {
+                Err(failure) if !failure.is_contention() => return Err(failed(failure)),
+                // Made, or in the way of somebody who makes it: the next look tells.
+                _ => {}
             }
         }
     }

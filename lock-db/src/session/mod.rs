@@ -6,6 +6,7 @@
 
 mod acquire;
 mod alarm;
+mod busy;
 mod core;
 mod lane;
 mod lease_state;

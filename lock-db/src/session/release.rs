@@ -42,27 +42,34 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
 
 /// Gives back what an attempt may have got, in the background.
 pub(super) fn undo(core: &Rc<Core>, claim: &Claim) {
-    let core = Rc::clone(core);
+    let (core, busy) = (Rc::clone(core), core.busy.enter());
     let Claim { name, secret, ttl, .. } = claim.clone();
     spawn_local(async move {
         // Later than that it is free anyway.
         let until = Instant::now() + ttl;
         let _free_by_then = until_settled(&core, &name, &secret, until).await;
+        drop(busy);
     });
 }
 
-/// Releases everything that is held and tells the holders.
-pub(super) async fn release_all(core: &Rc<Core>) {
+/// Tells all holders, and releases everything that is held in the background.
+pub(super) fn release_all(core: &Rc<Core>) {
     let held: Vec<Arc<LeaseState>> =
         core.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
+    // All are told first: what others may take must not look held to us.
+    for lease in &held {
+        core.lose(lease.number, Loss::Closed);
+    }
     let until = Instant::now() + ANSWER_LIMIT;
     for lease in held {
-        // Told first: what others may take must not look held to us.
-        core.lose(lease.number, Loss::Closed);
-        if let Err(failure) = until_settled(core, &lease.key.row.name, &lease.key.secret, until).await {
-            let error = failure.into_error("release", Some(lease.name()));
-            tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
-        }
+        let (core, busy) = (Rc::clone(core), core.busy.enter());
+        spawn_local(async move {
+            if let Err(failure) = until_settled(&core, &lease.key.row.name, &lease.key.secret, until).await {
+                let error = failure.into_error("release", Some(lease.name()));
+                tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
+            }
+            drop(busy);
+        });
     }
 }
 
