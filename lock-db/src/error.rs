@@ -180,6 +180,8 @@ pub enum Loss {
     TransactionEnded,
     /// The `Locks` was closed, which releases what is still held.
     Closed,
+    /// It was released, by a transaction that has committed.
+    Released,
 }
 
 impl std::fmt::Display for Loss {
@@ -189,6 +191,7 @@ impl std::fmt::Display for Loss {
             Self::TakenOver => "the table names another owner, or it was released by hand",
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",
+            Self::Released => "a transaction has released it",
         })
     }
 }
@@ -252,6 +255,11 @@ impl Failure {
         Self { fault: Fault::TableDiffers, source, folder: DB::FOLDER }
     }
 
+    /// Whether the transaction in which it happened can't go on.
+    pub(crate) fn ends_transaction(&self) -> bool {
+        matches!(self.fault, Fault::Deadlock | Fault::Serialization)
+    }
+
     /// Whether it will pass when others have finished.
     pub(crate) fn is_contention(&self) -> bool {
         matches!(self.fault, Fault::Busy | Fault::Deadlock | Fault::Serialization)
@@ -274,6 +282,7 @@ impl Failure {
                 folder,
                 source: Some(source),
             },
+            Fault::TransactionEnded => Error::Lost { name: known(), reason: Loss::TransactionEnded },
             Fault::Deadlock => Error::Deadlock { name: known(), source },
             Fault::Serialization => Error::Serialization { name: known(), source: Some(source) },
             Fault::Busy | Fault::Disconnected | Fault::Other => {

@@ -23,7 +23,7 @@ mod session;
 pub use self::database::LockDatabase;
 pub use self::error::{Error, Loss, WaitingFor};
 pub use self::info::{Kind, LockInfo};
-pub use self::insert::{InsertLock, Lease};
+pub use self::insert::{GuardedTransaction, InsertLock, Lease};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::row::{HeldRow, RowGuard, RowLock};
 

@@ -15,5 +15,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     acquire_time  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
     -- 1970-01-01 once released.
     expire_time   DATETIME(6) NOT NULL DEFAULT '1970-01-01 00:00:00',
+    -- Written by the guard of a transaction where a shared lock on the row is not enough: on multi-primary clusters.
+    guard_count   BIGINT NOT NULL DEFAULT 0,
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 ) ENGINE = InnoDB ROW_FORMAT = DYNAMIC;

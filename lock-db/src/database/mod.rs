@@ -47,9 +47,13 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         Ok(())
     }
 
-    /// Sets up a private connection, once, before its first use.
+    /// The statement that begins a guarded transaction, where it is not the usual one.
     #[doc(hidden)]
-    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    const BEGIN_GUARDED: Option<&'static str> = None;
+
+    /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
+    #[doc(hidden)]
+    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Cluster>> + Send;
 
     /// Applies the migrations that are missing, one process at a time. Leaves no lock behind but on the connection
     /// itself, which the caller closes when this failed.
@@ -125,6 +129,28 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         fencing_token: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
+    /// Marks a transaction that has just begun, so that `guard` can tell it from what comes after its end, and so that
+    /// what is sent after an end that its owner has not seen is refused as far as the database can do that.
+    #[doc(hidden)]
+    fn mark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Takes back what `mark` did to the connection, before a marked transaction is rolled back.
+    #[doc(hidden)]
+    fn unmark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Asks in a transaction whether the lease is ours, and if so holds off every takeover until the transaction ends.
+    /// A marked transaction is unmarked with it.
+    #[doc(hidden)]
+    fn guard(
+        connection: &mut Self::Connection,
+        lease: &LeaseKey,
+        guard: Guard,
+    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
+
+    /// Sees to it that the transaction can only be rolled back, as far as the database can do that.
+    #[doc(hidden)]
+    fn doom(connection: &mut Self::Connection) -> impl Future<Output = ()> + Send;
+
     /// What an error of this database means.
     #[doc(hidden)]
     fn classify(error: &sqlx::Error) -> Fault;
@@ -142,7 +168,53 @@ pub struct Claim {
 /// A lease that was taken.
 #[derive(Debug, Clone, Copy)]
 pub struct Grant {
+    /// Of the row.
+    pub id: i64,
     pub fencing_token: i64,
+}
+
+/// A lease, as the statements in a transaction name it.
+#[derive(Debug, Clone)]
+pub struct LeaseKey {
+    pub row: RowKey,
+    pub secret: Secret,
+    pub cluster: Cluster,
+}
+
+/// What is asked of a guard.
+#[derive(Debug, Clone, Copy)]
+pub struct Guard {
+    /// Whether the transaction was marked when it began.
+    pub marked: bool,
+    /// Whether the lease becomes free with the commit of the transaction.
+    pub release: bool,
+}
+
+/// What a guard found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guarded {
+    /// The lease is ours, and stays so to the end of the transaction.
+    Ours,
+    /// It is not ours any more.
+    NotOurs,
+    /// The marked transaction has ended already.
+    Ended,
+}
+
+impl Guarded {
+    fn when(ours: bool) -> Self {
+        if ours { Self::Ours } else { Self::NotOurs }
+    }
+}
+
+/// How far a row lock reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cluster {
+    /// To everybody who may write.
+    SinglePrimary,
+    /// To the clients of one node only: Galera, multi-primary group replication. What must exclude clients of other
+    /// nodes has to be a write, which certification finds.
+    MultiPrimary,
 }
 
 /// A lease to be renewed.
@@ -242,6 +314,8 @@ pub enum Fault {
     TableMissing,
     /// The table lacks a column.
     TableDiffers,
+    /// The transaction was ended, or can only be rolled back.
+    TransactionEnded,
     /// The connection or the server is gone, or not there yet. Whether the statement was carried out is unknown.
     Disconnected,
     /// Anything else.

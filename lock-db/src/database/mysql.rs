@@ -10,7 +10,8 @@ use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::{
-    Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
+    RowKey, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -19,6 +20,10 @@ use crate::{Kind, schema};
 /// One second is the least that MySQL knows.
 const PREPARE: &str =
     "SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1";
+
+const CLUSTER_SETTINGS: &str = "
+SHOW GLOBAL VARIABLES WHERE Variable_name IN (
+    'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode')";
 
 const LOOK: &str = "
 SELECT id, lock_kind, owner, fencing_token,
@@ -45,7 +50,7 @@ SET fencing_token = IF(secret_key = ?, fencing_token, GREATEST(
     expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
 WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)";
 
-const GRANTED: &str = "SELECT fencing_token FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 /// Rows that somebody has locked are passed over, so one of them can't hold up the rest of a batch. Never finds a
 /// lease that was released (1970). MySQL wants to be told that JSON is not to be locked; MariaDB knows no `OF`, and
@@ -77,7 +82,8 @@ const RELEASE: &str = "
 UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00' WHERE lock_name = ? AND secret_key = ?";
 
 const CHECK_COLUMNS: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time,
+       guard_count
 FROM distributed_lock LIMIT 0";
 const CHECK_ENGINE: &str = "
 SELECT 1 FROM information_schema.tables
@@ -96,6 +102,12 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
+/// For the transactions after this one, which there are only if this one ends without its owner's knowledge: what is
+/// sent then would commit by itself, and is refused instead. The savepoint is gone as well then.
+const MARK: &str = "SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
+const UNMARK: &str = "SET SESSION TRANSACTION READ WRITE";
+const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
+
 /// After a deadlock the transaction is gone but the caller's handle still looks open: what it sends next would commit
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
 const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
@@ -104,8 +116,13 @@ impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<Cluster> {
+        sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
+        let mut settings = std::collections::HashMap::new();
+        for row in sqlx::raw_sql(CLUSTER_SETTINGS).fetch_all(connection).await? {
+            settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
+        }
+        Ok(cluster(|setting| settings.get(setting).map_or("", String::as_str)))
     }
 
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
@@ -170,8 +187,8 @@ impl LockDatabase for MySql {
         if acquired.rows_affected() == 0 {
             return Ok(None);
         }
-        let token = sqlx::query_scalar(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
-        Ok(token.map(|fencing_token| Grant { fencing_token }))
+        let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
+        row.map(|row| Ok(Grant { fencing_token: row.try_get(0)?, id: row.try_get(1)? })).transpose()
     }
 
     async fn renew(connection: &mut MySqlConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
@@ -224,7 +241,7 @@ impl LockDatabase for MySql {
         if matches!(fault, Some(Fault::Deadlock | Fault::Serialization))
             || matches!(attempt, Ok(RowAttempt::Stale))
         {
-            sqlx::raw_sql(DOOM).execute(connection).await?;
+            Self::doom(connection).await;
         }
         attempt
     }
@@ -239,6 +256,52 @@ impl LockDatabase for MySql {
             literal(name)
         );
         Ok(fetch_optional(connection, sql).await?.is_some())
+    }
+
+    async fn mark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
+    }
+
+    async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(UNMARK).execute(connection).await.map(drop)
+    }
+
+    /// In one message, whatever it takes.
+    async fn guard(
+        connection: &mut MySqlConnection,
+        lease: &LeaseKey,
+        guard: Guard,
+    ) -> sqlx::Result<Guarded> {
+        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
+        let first = if guard.marked { format!("{UNMARK}; {IS_MARKED};") } else { String::new() };
+        let write = match (guard.release, lease.cluster) {
+            (true, _) => Some("expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1"),
+            (false, Cluster::MultiPrimary) => Some("guard_count = guard_count + 1"),
+            (false, Cluster::SinglePrimary) => None,
+        };
+        let ours = if let Some(write) = write {
+            let sql = format!(
+                "{first} UPDATE distributed_lock SET {write}
+                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii)"
+            );
+            let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
+            written.map(|written| written.rows_affected() > 0)
+        } else {
+            let sql =
+                format!("{first} SELECT secret_key FROM distributed_lock WHERE id = {id} LOCK IN SHARE MODE");
+            let row = fetch_optional(connection, sql).await;
+            let owner = row.and_then(|row| row.map(|row| row.try_get::<String, _>(0)).transpose());
+            owner.map(|owner| owner.as_deref() == Some(lease.secret.as_str()))
+        };
+        match ours {
+            Ok(ours) => Ok(Guarded::when(ours)),
+            Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn doom(connection: &mut MySqlConnection) {
+        let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
     }
 
     fn classify(error: &sqlx::Error) -> Fault {
@@ -262,6 +325,18 @@ impl LockDatabase for MySql {
 }
 
 const DUPLICATE_KEY: u16 = 1062;
+const NO_SUCH_SAVEPOINT: u16 = 1305;
+
+/// By the settings of the server: MariaDB and MySQL each know only their own.
+fn cluster<'a>(setting: impl Fn(&str) -> &'a str) -> Cluster {
+    let is_galera = setting("wsrep_on") == "ON";
+    let is_group = !setting("group_replication_group_name").is_empty();
+    if is_galera || (is_group && setting("group_replication_single_primary_mode") == "OFF") {
+        Cluster::MultiPrimary
+    } else {
+        Cluster::SinglePrimary
+    }
+}
 
 /// The SQLSTATE is HY000 for most of them, so the number decides.
 fn number(error: &sqlx::Error) -> Option<u16> {
@@ -343,4 +418,25 @@ fn literal(text: &str) -> String {
     }
     literal.push('\'');
     literal
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn multi_primary_servers_are_told_by_their_settings() {
+        let of = |settings: &[(&str, &'static str)]| {
+            let settings: std::collections::HashMap<_, _> = settings.iter().copied().collect();
+            cluster(|setting| settings.get(setting).copied().unwrap_or_default())
+        };
+        assert_eq!(of(&[]), Cluster::SinglePrimary);
+        assert_eq!(of(&[("wsrep_on", "OFF")]), Cluster::SinglePrimary);
+        assert_eq!(of(&[("wsrep_on", "ON")]), Cluster::MultiPrimary);
+        let group = ("group_replication_group_name", "aaaaaaaa-aaaa-aaaa-aaaa-aaaaaaaaaaaa");
+        let mode = |mode| ("group_replication_single_primary_mode", mode);
+        assert_eq!(of(&[group, mode("ON")]), Cluster::SinglePrimary);
+        assert_eq!(of(&[group, mode("OFF")]), Cluster::MultiPrimary);
+        assert_eq!(of(&[("group_replication_group_name", ""), mode("OFF")]), Cluster::SinglePrimary);
+    }
 }

@@ -9,7 +9,10 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
-use super::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, in_order};
+use super::{
+    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
+    RowKey, Standing, in_order,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -41,7 +44,7 @@ WHERE lease.id = (
     SELECT id FROM distributed_lock
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (expire_time <= clock_timestamp() OR secret_key = $2)
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.lock_name, lease.secret_key, lease.fencing_token";
+RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
 const RENEW: &str = "
@@ -68,6 +71,16 @@ WHERE id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
+/// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
+const GUARD: &str = "
+SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
+FOR KEY SHARE";
+
+const GUARD_AND_RELEASE: &str = "
+UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00+00'
+WHERE lock_name = $1 AND secret_key = $2
+RETURNING id";
+
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2";
 
 /// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data.
@@ -79,6 +92,10 @@ WHERE held.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'row'
     FOR UPDATE SKIP LOCKED)
 RETURNING held.fencing_token";
+
+/// Fails, and with it every later statement of the transaction.
+const DOOM: &str =
+    "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
 
 const IS_VISIBLE: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 
@@ -103,8 +120,8 @@ impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
+    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Cluster> {
+        Ok(Cluster::SinglePrimary)
     }
 
     async fn migrate(connection: &mut PgConnection) -> sqlx::Result<()> {
@@ -161,7 +178,7 @@ impl LockDatabase for Postgres {
         if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
             return Err(foreign_answer());
         }
-        Ok(Some(Grant { fencing_token: row.try_get(2)? }))
+        Ok(Some(Grant { fencing_token: row.try_get(2)?, id: row.try_get(3)? }))
     }
 
     async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
@@ -233,6 +250,25 @@ impl LockDatabase for Postgres {
         Ok(row.is_some())
     }
 
+    /// Nothing to do: after an error the server itself refuses all but a rollback.
+    async fn mark(_connection: &mut PgConnection) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn unmark(_connection: &mut PgConnection) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, guard: Guard) -> sqlx::Result<Guarded> {
+        let sql = if guard.release { GUARD_AND_RELEASE } else { GUARD };
+        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+        Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
+    }
+
+    async fn doom(connection: &mut PgConnection) {
+        let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
+    }
+
     fn classify(error: &sqlx::Error) -> Fault {
         if crate::error::is_connection_failure(error) {
             return Fault::Disconnected;
@@ -245,6 +281,8 @@ impl LockDatabase for Postgres {
         match error.code() {
             // lock_not_available: NOWAIT or lock_timeout
             "55P03" => Fault::Busy,
+            // in_failed_sql_transaction, no_active_sql_transaction
+            "25P02" | "25P01" => Fault::TransactionEnded,
             "40P01" => Fault::Deadlock,
             "40001" => Fault::Serialization,
             "42P01" => Fault::TableMissing,

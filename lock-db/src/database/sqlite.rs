@@ -11,7 +11,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
-    Claim, Fault, Grant, LockDatabase, LockRow, Renewal, RowAttempt, RowKey, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
+    RowKey, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -47,7 +48,7 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     owner = ?3
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now') OR secret_key = ?2)
-RETURNING lock_name, secret_key, fencing_token";
+RETURNING lock_name, secret_key, fencing_token, id";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
 const RENEW: &str = "
@@ -62,6 +63,13 @@ RETURNING secret_key";
 const RELEASE: &str = "
 UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
 WHERE lock_name = ?1 AND secret_key = ?2";
+
+/// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
+const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2";
+
+/// Some errors end a transaction of SQLite by themselves; the savepoint is gone then.
+const MARK: &str = "SAVEPOINT lock_db_guard";
+const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// Written, not only locked: a write is what takes the write lock.
 const LOCK_ROW: &str = "
@@ -92,6 +100,8 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
 impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+    /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
+    const BEGIN_GUARDED: Option<&'static str> = Some("BEGIN IMMEDIATE");
 
     fn check_options(options: &SqliteConnectOptions) -> Result<(), Error> {
         let file = options.get_filename();
@@ -105,8 +115,9 @@ impl LockDatabase for Sqlite {
         Ok(())
     }
 
-    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<Cluster> {
+        sqlx::raw_sql(PREPARE).execute(connection).await?;
+        Ok(Cluster::SinglePrimary)
     }
 
     async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
@@ -121,7 +132,7 @@ impl LockDatabase for Sqlite {
             }
         }
         transaction.commit().await?;
-        Self::prepare(connection).await
+        sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
     }
 
     async fn check_schema(connection: &mut SqliteConnection) -> sqlx::Result<Option<&'static str>> {
@@ -166,7 +177,7 @@ impl LockDatabase for Sqlite {
                 "the database answered with the row of another statement".into(),
             ));
         }
-        Ok(Some(Grant { fencing_token: row.try_get(2)? }))
+        Ok(Some(Grant { fencing_token: row.try_get(2)?, id: row.try_get(3)? }))
     }
 
     async fn renew(connection: &mut SqliteConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
@@ -218,6 +229,36 @@ impl LockDatabase for Sqlite {
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
         Ok(row.is_some())
     }
+
+    async fn mark(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
+    }
+
+    async fn unmark(_connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn guard(
+        connection: &mut SqliteConnection,
+        lease: &LeaseKey,
+        guard: Guard,
+    ) -> sqlx::Result<Guarded> {
+        if guard.marked {
+            match sqlx::raw_sql(IS_MARKED).execute(&mut *connection).await {
+                Ok(_) => {}
+                Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => {
+                    return Ok(Guarded::Ended);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let sql = if guard.release { RELEASE } else { GUARD };
+        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+        Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
+    }
+
+    /// SQLite has no way to refuse a commit beforehand.
+    async fn doom(_connection: &mut SqliteConnection) {}
 
     /// A ROLLBACK without a transaction is an error here, after which sqlx takes the connection for one that is still in
     /// a transaction, for ever.

@@ -1,11 +1,15 @@
 //! The guard of an insert lock.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use sqlx::Connection;
 use tokio::select;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::database::LockDatabase;
+use super::GuardedTransaction;
+use crate::database::{Guard, Guarded, LockDatabase};
+use crate::error::{Failure, Loss};
 use crate::session::{LeaseState, Request};
 use crate::{Error, Locks};
 
@@ -25,18 +29,20 @@ use crate::{Error, Locks};
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
     hold: Arc<Hold>,
+    /// One more for each handle. Guarded transactions hold on to the lock as well, but are no handles.
+    handles: Arc<()>,
     locks: Locks<DB>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
     pub(super) fn new(hold: Hold, locks: Locks<DB>) -> Self {
-        Self { hold: Arc::new(hold), locks }
+        Self { hold: Arc::new(hold), handles: Arc::default(), locks }
     }
 
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.hold.lease.name
+        self.hold.lease.name()
     }
 
     /// The number of this grant. Every later grant of the same name has a larger one, for ever, so a resource that
@@ -52,7 +58,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// `secret_key`. Who knows it can release the lock, so it belongs in no log.
     #[must_use]
     pub fn secret_key(&self) -> &str {
-        self.hold.lease.secret.as_str()
+        self.hold.lease.key.secret.as_str()
     }
 
     /// Whether the lock is ours, by what the database last confirmed and a deadline on the local monotonic clock that
@@ -67,7 +73,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// How many handles hold this lock: one, and one more for each [`reenter`](Self::reenter) that is not dropped yet.
     #[must_use]
     pub fn hold_count(&self) -> usize {
-        Arc::strong_count(&self.hold)
+        Arc::strong_count(&self.handles)
     }
 
     /// Resolves when the lock is lost: it was not renewed in time, somebody else has it, or the `Locks` was closed.
@@ -88,7 +94,121 @@ impl<DB: LockDatabase> Lease<DB> {
     /// [`Error::Lost`] when there is nothing left to enter.
     pub fn reenter(&self) -> Result<Self, Error> {
         self.hold.check()?;
-        Ok(Self { hold: Arc::clone(&self.hold), locks: self.locks.clone() })
+        let (hold, handles) = (Arc::clone(&self.hold), Arc::clone(&self.handles));
+        Ok(Self { hold, handles, locks: self.locks.clone() })
+    }
+
+    /// Begins a transaction on a connection of the application's pool that commits only while this lease is ours.
+    ///
+    /// Begun after the lease was granted, it sees everything that earlier holders have committed, at every isolation level.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: lock_db::Lease<sqlx::Postgres>) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut transaction = lease.begin().await?;
+    /// sqlx::query("UPDATE stock SET left_over = left_over - 1").execute(&mut *transaction).await?;
+    /// transaction.commit().await?;    // Err(Error::Lost) if somebody else has the lock by now, and nothing is written
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] at once when the lease is lost, or when it gets lost while the pool has no connection;
+    /// [`Error::Timeout`] when the pool gave up first; [`Error::Database`].
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time: a transaction that was begun meanwhile is rolled back.
+    pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
+        GuardedTransaction::begin(&self.locks, &self.hold).await
+    }
+
+    /// Makes sure, in a transaction of the caller's own, that the lease is ours, and that nobody else can take it before
+    /// the transaction ends. Best the last statement before the commit: on MySQL and MariaDB the lease can't be renewed
+    /// from here to there, and on SQLite nobody else can write.
+    ///
+    /// The transaction must be in the database of the lock, and begun after the lease was granted: else it may
+    /// have read what an earlier holder has changed since.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] when somebody else has the lock: the transaction must be rolled back, and except on SQLite can't be
+    /// committed any more. [`Error::NotInTransaction`]; [`Error::Serialization`] and [`Error::Deadlock`] when the database
+    /// ended the transaction; [`Error::Database`].
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back: nobody knows whether the lease was ours.
+    pub async fn verify_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        self.ask_in(transaction, false).await
+    }
+
+    /// Releases the lock together with the commit of a transaction: others get it exactly then, and not at all when the
+    /// transaction is rolled back, in which case the lease goes on. Includes what [`verify_in`](Self::verify_in) does.
+    ///
+    /// Until the transaction has ended nobody knows which it is, and [`is_held`](Self::is_held) is `false`. The transaction
+    /// should end within the TTL.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify_in`](Self::verify_in). In REPEATABLE READ and above on PostgreSQL also [`Error::Serialization`] when the
+    /// lease was renewed since the transaction's first statement.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back.
+    pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        self.hold.lease.doubt();
+        let released = self.ask_in(transaction, true).await;
+        // From the moment on at which the row is locked.
+        self.hold.lease.doubt();
+        let _session_may_be_gone =
+            self.hold.session.send(Request::ReleasedIn { lease: Arc::clone(&self.hold.lease) });
+        released
+    }
+
+    /// Commits a guarded transaction of this lease and releases the lock with it: check, release and commit cost one
+    /// statement more than the bare commit.
+    ///
+    /// # Errors
+    ///
+    /// As [`GuardedTransaction::commit`]; then the lock is released in the background, if it was still ours.
+    /// [`Error::InvalidOption`] when the transaction is of another lease; it is rolled back.
+    ///
+    /// # Cancel safety
+    ///
+    /// The commit goes on when the future is dropped; only the answer is lost.
+    pub async fn commit_and_release(self, transaction: GuardedTransaction<DB>) -> Result<(), Error> {
+        if !transaction.is_of(&self.hold) {
+            return Err(Error::InvalidOption {
+                option: "transaction",
+                value: format!("{transaction:?}"),
+                reason: "it was begun by another lease",
+            });
+        }
+        transaction.end(true).await
+    }
+
+    async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
+        let key = &self.hold.lease.key;
+        let name = &*key.row.name;
+        if !transaction.is_in_transaction() {
+            return Err(Error::NotInTransaction { name: name.to_owned() });
+        }
+        match DB::guard(transaction, key, Guard { marked: false, release }).await {
+            Ok(Guarded::Ours) => Ok(()),
+            Ok(Guarded::NotOurs | Guarded::Ended) => {
+                DB::doom(transaction).await;
+                Err(Error::Lost { name: name.to_owned(), reason: Loss::TakenOver })
+            }
+            Err(error) => {
+                let failure = Failure::new::<DB>(error);
+                if failure.ends_transaction() {
+                    DB::doom(transaction).await;
+                }
+                Err(failure.into_error("verify the lock", Some(name)))
+            }
+        }
     }
 
     /// Releases the lock and waits until the database has confirmed it: others can take it from then on. On a handle
@@ -131,57 +251,69 @@ impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {
 
 /// What keeps a lease: the last owner of this releases it.
 pub(crate) struct Hold {
-    lease: Arc<LeaseState>,
+    pub(super) lease: Arc<LeaseState>,
     /// Also keeps the session alive.
     session: mpsc::UnboundedSender<Request>,
-    released: bool,
+    released: AtomicBool,
 }
 
 impl Hold {
     pub(crate) fn new(lease: Arc<LeaseState>, session: mpsc::UnboundedSender<Request>) -> Self {
-        Self { lease, session, released: false }
+        Self { lease, session, released: AtomicBool::new(false) }
     }
 
     /// Fails when the lease is lost.
-    fn check(&self) -> Result<(), Error> {
-        match self.lease.loss() {
-            None => Ok(()),
-            Some(reason) => Err(Error::Lost { name: self.lease.name.to_string(), reason }),
-        }
+    pub(super) fn check(&self) -> Result<(), Error> {
+        self.lease.loss().map_or(Ok(()), |reason| Err(self.lost(reason)))
+    }
+
+    pub(super) fn lost(&self, reason: Loss) -> Error {
+        Error::Lost { name: self.lease.name().to_owned(), reason }
     }
 
     fn check_if_shared(self: &Arc<Self>) -> Result<(), Error> {
         if Arc::strong_count(self) > 1 { self.check() } else { Ok(()) }
     }
 
-    /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands.
+    /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands; not when the work
+    /// itself has released it, with the commit of a transaction.
     pub(crate) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
+        let mut work = std::pin::pin!(work);
         let output = select! {
             biased;
-            output = work => output,
-            reason = self.lease.lost() => {
-                return Err(Error::Lost { name: self.lease.name.to_string(), reason });
-            }
+            output = &mut work => output,
+            reason = self.lease.lost() => match reason {
+                Loss::Released => work.await,
+                reason => return Err(self.lost(reason)),
+            },
         };
-        // Work that blocked the runtime, or was paused together with it, may finish after the lease did.
-        self.check()?;
-        Ok(output)
+        match self.lease.loss() {
+            None | Some(Loss::Released) => Ok(output),
+            // Work that blocked the runtime, or was paused together with it, may finish after the lease did.
+            Some(reason) => Err(self.lost(reason)),
+        }
     }
 
-    pub(crate) async fn release(mut self) -> Result<(), Error> {
-        self.released = true;
+    pub(crate) async fn release(self) -> Result<(), Error> {
+        if self.released.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
         let (answer, answered) = oneshot::channel();
-        let lease = Arc::clone(&self.lease);
-        let gone = || Error::Lost { name: lease.name.to_string(), reason: crate::error::Loss::Closed };
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
-        self.session.send(request).map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+        self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
+        answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
+    }
+
+    /// A transaction that has committed released it.
+    pub(super) fn was_released(&self) {
+        self.released.store(true, Ordering::SeqCst);
+        let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if !self.released {
+        if !self.released.load(Ordering::SeqCst) {
             // Fails only when the session is gone, which has released it.
             let _ = self.session.send(Request::Release { lease: Arc::clone(&self.lease), answer: None });
         }

@@ -1,8 +1,10 @@
 //! The insert lock: a lease, kept by a row of `distributed_lock`.
 
+mod guarded;
 mod lease;
 mod lock;
 
+pub use self::guarded::GuardedTransaction;
 pub(crate) use self::lease::Hold;
 pub use self::lease::Lease;
 pub use self::lock::InsertLock;

@@ -11,7 +11,7 @@ use super::core::{Core, Granted, deadline};
 use super::release;
 use super::request::Acquire;
 use super::turns::Turn;
-use crate::database::{Claim, Fault, LockRow};
+use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::{Error, Kind};
@@ -169,7 +169,7 @@ impl Attempt {
         // The second time with the row that the first time made.
         for _ in 0..2 {
             self.unsettled = true;
-            let (grant, sent) = match core.lane.acquire(self.claim.clone()).await {
+            let (grant, cluster, sent) = match core.lane.acquire(self.claim.clone()).await {
                 Err(failure) if failure.fault != Fault::Disconnected => {
                     self.unsettled = false;
                     return Err(failure);
@@ -178,12 +178,13 @@ impl Attempt {
             };
             if let Some(grant) = grant {
                 let Claim { name, secret, ttl, .. } = self.claim.clone();
+                let Grant { id, fencing_token } = grant;
                 // An answer that took longer than the lease lasts is worth nothing. It goes on to be released.
                 if Instant::now() >= deadline(sent, ttl) {
                     return Ok(Reply::HeldFor(Duration::ZERO));
                 }
-                let fencing_token = grant.fencing_token;
-                return Ok(Reply::Granted(Granted { name, secret, fencing_token, ttl, sent }));
+                let key = LeaseKey { row: RowKey { name, id }, secret, cluster };
+                return Ok(Reply::Granted(Granted { key, fencing_token, ttl, sent }));
             }
             self.unsettled = false;
             match core.lane.look(&name).await? {

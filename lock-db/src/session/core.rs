@@ -19,10 +19,9 @@ use super::lease_state::LeaseState;
 use super::request::Request;
 use super::turns::{Turn, Turns};
 use super::{acquire, release, renewal};
-use crate::database::{Fault, LockDatabase, LockRow, Renewal};
+use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Renewal};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
-use crate::secret::Secret;
 use crate::{Error, Kind};
 
 /// One for what callers wait for, one for renewals, which must not wait behind it.
@@ -30,6 +29,8 @@ const CONNECTIONS: u32 = 2;
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long requests under way may take when everybody is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
+/// How soon the end of a transaction that has released a lease is noticed.
+const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// The part of the TTL on which a holder relies: it gives up a little before the database does.
 const RELIABLE: (u32, u32) = (9, 10);
 
@@ -99,13 +100,15 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
                         (None, Err(error)) => {
-                            tracing::warn!(lock = &*lease.name, %error, "a dropped lock could not be released");
+                            tracing::warn!(lock = lease.name(), %error, "a dropped lock could not be released");
                         }
                         (None, Ok(())) => {}
                     }
                     drop(busy);
                 }));
             }
+            Request::ReleasedIn { lease } => core.look_after(lease.number),
+            Request::Released { lease } => core.lose(lease.number, Loss::Released),
             Request::EnsureRow { name, kind, answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.ensure_row(&name, kind).await);
             })),
@@ -142,7 +145,7 @@ pub(super) struct Core {
     pub(super) renewals: Lane,
     pub(super) turns: Rc<Turns>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
-    last_key: Cell<u64>,
+    last_number: Cell<u64>,
     /// For guards, which keep the session alive; weak, so that the session doesn't.
     requests: mpsc::WeakUnboundedSender<Request>,
     /// When a lease is due for renewal, and when one is over.
@@ -170,7 +173,7 @@ impl Core {
             renewals: Lane::start(pool),
             turns: Rc::default(),
             leases: RefCell::default(),
-            last_key: Cell::new(0),
+            last_number: Cell::new(0),
             requests,
             due: Alarm::default(),
             over: Alarm::default(),
@@ -188,11 +191,11 @@ impl Core {
     /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
     pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
-        let Granted { name, secret, fencing_token, ttl, sent } = granted;
-        let key = self.last_key.get() + 1;
-        self.last_key.set(key);
+        let Granted { key, fencing_token, ttl, sent } = granted;
+        let number = self.last_number.get() + 1;
+        self.last_number.set(number);
         let deadline = deadline(sent, ttl);
-        let (state, lost) = LeaseState::new(key, name, secret, fencing_token, deadline);
+        let (state, lost) = LeaseState::new(number, key, fencing_token, deadline);
         let held = Held {
             state: Arc::clone(&state),
             ttl,
@@ -203,20 +206,30 @@ impl Core {
         };
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.deadline);
-        self.leases.borrow_mut().insert(key, held);
+        self.leases.borrow_mut().insert(number, held);
         Some(Hold::new(state, requests))
     }
 
     /// A lease that is gone: its guard is told, and the next caller of this process gets its turn.
-    pub(super) fn lose(&self, key: u64, loss: Loss) {
-        let lost = self.leases.borrow_mut().remove(&key);
+    pub(super) fn lose(&self, number: u64, loss: Loss) {
+        let lost = self.leases.borrow_mut().remove(&number);
         if let Some(held) = lost {
-            tracing::warn!(
-                lock = &*held.state.name,
-                fencing_token = held.state.fencing_token,
-                "lock lost: {loss}"
-            );
+            let (name, fencing_token) = (held.state.name(), held.state.fencing_token);
+            match loss {
+                Loss::Closed | Loss::Released => {
+                    tracing::debug!(lock = name, fencing_token, "lock ended: {loss}");
+                }
+                _ => tracing::warn!(lock = name, fencing_token, "lock lost: {loss}"),
+            }
             held.lost.send_replace(Some(loss));
+        }
+    }
+
+    /// The transaction that released a lease may have ended: the watchdog looks.
+    fn look_after(&self, number: u64) {
+        if let Some(held) = self.leases.borrow_mut().get_mut(&number) {
+            held.next_renewal = Instant::now();
+            self.due.no_later_than(held.next_renewal);
         }
     }
 
@@ -253,8 +266,7 @@ impl Core {
 
 /// A lease that the database granted.
 pub(super) struct Granted {
-    pub(super) name: Arc<str>,
-    pub(super) secret: Secret,
+    pub(super) key: LeaseKey,
     pub(super) fencing_token: i64,
     pub(super) ttl: Duration,
     /// When the request for it was sent.
@@ -269,13 +281,20 @@ pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
 
 impl Held {
     pub(super) fn renewal(&self) -> Renewal {
-        Renewal { name: Arc::clone(&self.state.name), secret: self.state.secret.clone(), ttl: self.ttl }
+        let LeaseKey { row, secret, .. } = &self.state.key;
+        Renewal { name: Arc::clone(&row.name), secret: secret.clone(), ttl: self.ttl }
+    }
+
+    /// How long after now it is looked after again, if nothing comes of this time.
+    pub(super) fn pause(&self) -> Duration {
+        let pause = self.ttl / 12;
+        if self.state.is_in_doubt() { pause.min(LOOK_AFTER) } else { pause }
     }
 
     pub(super) fn renewed(&mut self, sent: Instant) {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
         self.next_renewal = sent + self.ttl / 3;
-        self.state.extend(self.deadline);
+        self.state.confirm(sent, self.deadline);
     }
 }
 

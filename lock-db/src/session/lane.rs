@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::Kind;
-use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Renewal, Standing};
+use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Standing};
 use crate::error::Failure;
 use crate::secret::Secret;
 
@@ -26,7 +26,7 @@ const ROUND: usize = 64;
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
-    Acquire(Claim, Reply<(Option<Grant>, Instant)>),
+    Acquire(Claim, Reply<(Option<Grant>, Cluster, Instant)>),
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
@@ -46,12 +46,15 @@ impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
     pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
-        tokio::task::spawn_local(Server { pool, connection: None }.serve(queue));
+        tokio::task::spawn_local(
+            Server { pool, connection: None, cluster: Cluster::SinglePrimary }.serve(queue),
+        );
         Self { operations, no_answer: || Failure::no_answer::<DB>(STATEMENT_LIMIT) }
     }
 
-    /// Takes a lease if it is free. Also answers when the statement was sent: its TTL counts from there.
-    pub(super) async fn acquire(&self, claim: Claim) -> Result<(Option<Grant>, Instant), Failure> {
+    /// Takes a lease if it is free. Also answers by what kind of server, and when the statement was sent: its TTL counts
+    /// from there.
+    pub(super) async fn acquire(&self, claim: Claim) -> Result<(Option<Grant>, Cluster, Instant), Failure> {
         self.ask(|reply| Operation::Acquire(claim, reply)).await
     }
 
@@ -99,6 +102,8 @@ struct Server<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
     connection: Option<DB::Connection>,
+    /// Of the server that the connection leads to.
+    cluster: Cluster,
 }
 
 impl<DB: LockDatabase> Server<DB> {
@@ -124,7 +129,8 @@ impl<DB: LockDatabase> Server<DB> {
                         Ok((DB::acquire(connection, &claim).await?, sent))
                     })
                     .await;
-                let _ = reply.send(answer);
+                let cluster = self.cluster;
+                let _ = reply.send(answer.map(|(grant, sent)| (grant, cluster, sent)));
             }
             Operation::Look(name, reply) => {
                 let answer = self.on_connection(STATEMENT_LIMIT, async |c| DB::look(c, &name).await).await;
@@ -195,9 +201,9 @@ impl<DB: LockDatabase> Server<DB> {
         }
     }
 
-    async fn connect(&self) -> sqlx::Result<DB::Connection> {
+    async fn connect(&mut self) -> sqlx::Result<DB::Connection> {
         let mut connection = self.pool.acquire().await?.detach();
-        DB::prepare(&mut connection).await?;
+        self.cluster = DB::prepare(&mut connection).await?;
         Ok(connection)
     }
 }

@@ -1,21 +1,22 @@
 //! What the session and the guard of a lease share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::database::LeaseKey;
 use crate::error::Loss;
-use crate::secret::Secret;
 
 /// A lease as its guard sees it.
 #[derive(Debug)]
 pub(crate) struct LeaseState {
-    pub(super) key: u64,
-    pub(crate) name: Arc<str>,
-    pub(crate) secret: Secret,
+    pub(super) number: u64,
+    pub(crate) key: LeaseKey,
     pub(crate) fencing_token: i64,
+    /// When a transaction that is still open released it. Whether it is ours will be known when that ends.
+    in_doubt: Mutex<Option<Instant>>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
 }
@@ -23,19 +24,45 @@ pub(crate) struct LeaseState {
 impl LeaseState {
     /// The sender stays with the session: if its thread ever dies, the lease counts as lost.
     pub(super) fn new(
-        key: u64,
-        name: Arc<str>,
-        secret: Secret,
+        number: u64,
+        key: LeaseKey,
         fencing_token: i64,
         deadline: Instant,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
         let (sender, lost) = watch::channel(None);
-        let state = Self { key, name, secret, fencing_token, deadline: Deadline::new(deadline), lost };
+        let state = Self {
+            number,
+            key,
+            fencing_token,
+            in_doubt: Mutex::default(),
+            deadline: Deadline::new(deadline),
+            lost,
+        };
         (Arc::new(state), sender)
     }
 
-    pub(super) fn extend(&self, deadline: Instant) {
+    pub(crate) fn name(&self) -> &str {
+        &self.key.row.name
+    }
+
+    /// The database has confirmed what was asked at `sent`: ours until then.
+    pub(super) fn confirm(&self, sent: Instant, deadline: Instant) {
         self.deadline.extend(deadline);
+        // An answer to an earlier question says nothing about the transaction.
+        self.doubts().take_if(|since| *since < sent);
+    }
+
+    /// A transaction has released it, but has not ended yet.
+    pub(crate) fn doubt(&self) {
+        *self.doubts() = Some(Instant::now());
+    }
+
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        self.doubts().is_some()
+    }
+
+    fn doubts(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
@@ -43,6 +70,7 @@ impl LeaseState {
         let noticed = *self.lost.borrow();
         match noticed {
             None if self.lost.has_changed().is_err() || self.deadline.is_past() => Some(Loss::NotRenewed),
+            None if self.is_in_doubt() => Some(Loss::Released),
             noticed => noticed,
         }
     }

@@ -25,18 +25,18 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
     let loss = lease.loss();
     // Out of the renewal first, so that nothing renews what is being released. The turn of this process goes to the
     // next waiter at the end, when the row is free.
-    let held = core.leases.borrow_mut().remove(&lease.key);
+    let held = core.leases.borrow_mut().remove(&lease.number);
     let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
     let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
-    let released = until_settled(core, &lease.name, &lease.secret, until).await;
+    let released = until_settled(core, &lease.key.row.name, &lease.key.secret, until).await;
     drop(held);
-    let lost = |reason| Error::Lost { name: lease.name.to_string(), reason };
+    let lost = |reason| Error::Lost { name: lease.name().to_owned(), reason };
     match (loss, released) {
         // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
         (Some(reason), _) => Err(lost(reason)),
         (None, Ok(Standing::Ours)) => Ok(()),
         (None, Ok(_)) => Err(lost(Loss::TakenOver)),
-        (None, Err(failure)) => Err(failure.into_error("release", Some(&lease.name))),
+        (None, Err(failure)) => Err(failure.into_error("release", Some(lease.name()))),
     }
 }
 
@@ -58,15 +58,15 @@ pub(super) fn release_all(core: &Rc<Core>) {
         core.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
     // All are told first: what others may take must not look held to us.
     for lease in &held {
-        core.lose(lease.key, Loss::Closed);
+        core.lose(lease.number, Loss::Closed);
     }
     let until = Instant::now() + ANSWER_LIMIT;
     for lease in held {
         let (core, busy) = (Rc::clone(core), core.busy.enter());
         spawn_local(async move {
-            if let Err(failure) = until_settled(&core, &lease.name, &lease.secret, until).await {
-                let error = failure.into_error("release", Some(&lease.name));
-                tracing::warn!(lock = &*lease.name, %error, "not released: it is free when its TTL is over");
+            if let Err(failure) = until_settled(&core, &lease.key.row.name, &lease.key.secret, until).await {
+                let error = failure.into_error("release", Some(lease.name()));
+                tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
             }
             drop(busy);
         });

@@ -39,7 +39,7 @@ fn take_due(core: &Core, now: Instant) -> Vec<(u64, Renewal, Duration)> {
         let interval = held.ttl / 3;
         if held.next_renewal <= now + interval / 4 {
             // The next attempt, in case nothing is heard of this one.
-            held.next_renewal = now + interval / 4;
+            held.next_renewal = now + held.pause();
             due.push((key, held.renewal(), interval));
         }
     }
@@ -62,7 +62,7 @@ async fn renew_batch(core: &Core, batch: &[(u64, Renewal, Duration)]) {
                     // Locked by somebody for a moment, so it is still ours: asked again soon.
                     Standing::Busy => {}
                     // Unless it was released while this was under way.
-                    Standing::NotOurs => core.lose(*key, Loss::TakenOver),
+                    Standing::NotOurs => core.lose(*key, gone(core, *key)),
                 }
             }
         }
@@ -71,6 +71,12 @@ async fn renew_batch(core: &Core, batch: &[(u64, Renewal, Duration)]) {
             tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
         }
     }
+}
+
+/// What it means that a row is not ours: a transaction that released it has committed, or somebody else was quicker.
+fn gone(core: &Core, number: u64) -> Loss {
+    let in_doubt = core.leases.borrow().get(&number).is_some_and(|held| held.state.is_in_doubt());
+    if in_doubt { Loss::Released } else { Loss::TakenOver }
 }
 
 /// Ends every lease that was not renewed by its deadline, whatever the database and the network do.

@@ -21,6 +21,14 @@ pub(crate) enum Request {
         lease: Arc<LeaseState>,
         answer: Option<Answer<()>>,
     },
+    /// A transaction that is still open has released it.
+    ReleasedIn {
+        lease: Arc<LeaseState>,
+    },
+    /// A transaction that has committed released it.
+    Released {
+        lease: Arc<LeaseState>,
+    },
     /// Makes sure that the row of a name is there and of this kind. Answers its id, and whether it had to be made.
     EnsureRow {
         name: Arc<str>,

@@ -1,0 +1,219 @@
+//! The guarded transaction: it commits only while the lease is ours, decided by the database.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Transaction;
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::time::sleep;
+
+use super::Hold;
+use crate::database::{Fault, Guard, Guarded, LeaseKey, LockDatabase};
+use crate::error::{Failure, Loss, WaitingFor};
+use crate::{Error, Locks};
+
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A transaction that commits only if its lease is still the current one, from [`Lease::begin`](crate::Lease::begin).
+/// It derefs to the connection: `&mut *transaction` runs statements in it.
+///
+/// [`commit`](Self::commit) asks for the lock's row as its last statement before COMMIT, in a way that a takeover has
+/// to wait for. So either the takeover came first, and nothing is committed, or it comes after the commit: the database
+/// orders the two, and no clock, pause or network can change that.
+///
+/// The lease is released only when its last guarded transaction has ended. Dropping the transaction rolls it back.
+#[must_use = "the transaction is rolled back when it is dropped"]
+#[clippy::has_significant_drop]
+pub struct GuardedTransaction<DB: LockDatabase> {
+    /// Taken only by what consumes or drops this.
+    transaction: Option<Transaction<'static, DB>>,
+    hold: Arc<Hold>,
+    /// What ends the transaction runs in tasks: cut in half, it would leave the connection in the middle of something.
+    runtime: Handle,
+}
+
+impl<DB: LockDatabase> GuardedTransaction<DB> {
+    /// Begins on a connection of the application's pool, unless the lease is lost first.
+    pub(super) async fn begin(locks: &Locks<DB>, hold: &Arc<Hold>) -> Result<Self, Error> {
+        hold.check()?;
+        let runtime = Handle::try_current().map_err(|_| Error::InvalidOption {
+            option: "runtime",
+            value: "none".into(),
+            reason: "transactions are begun inside a tokio runtime, like everything of sqlx",
+        })?;
+        let (pool, for_task, for_guard) = (locks.pool().clone(), Arc::clone(hold), runtime.clone());
+        let begun = runtime.spawn(async move {
+            loop {
+                let begun = match DB::BEGIN_GUARDED {
+                    Some(statement) => pool.begin_with(statement).await,
+                    None => pool.begin().await,
+                };
+                match begun {
+                    Ok(transaction) => {
+                        let transaction = Some(transaction);
+                        let mut guarded = Self { transaction, hold: for_task, runtime: for_guard };
+                        DB::mark(&mut guarded).await?;
+                        return Ok(guarded);
+                    }
+                    // SQLite: somebody else is writing.
+                    Err(error) if DB::classify(&error) == Fault::Busy && for_task.check().is_ok() => {
+                        sleep(PAUSE).await;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        });
+        let result = select! {
+            begun = begun => begun,
+            reason = hold.lease.lost() => return Err(hold.lost(reason)),
+        };
+        match result {
+            Ok(Ok(guarded)) => Ok(guarded),
+            Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
+                name: hold.lease.name().to_owned(),
+                waited: locks.pool().options().get_acquire_timeout(),
+                waiting_for: WaitingFor::Connection,
+                held_by: None,
+            }),
+            Ok(Err(error)) => {
+                let failure = Failure::new::<DB>(error);
+                Err(failure.into_error("begin a guarded transaction", Some(hold.lease.name())))
+            }
+            Err(_runtime_shut_down) => Err(hold.lost(Loss::TransactionEnded)),
+        }
+    }
+
+    /// Commits the transaction if the lease is still ours, by what the database says at that moment; the local deadline
+    /// plays no part. Else it is rolled back.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] when somebody else has the lock, or when the transaction had ended before (by a deadlock, say, whose
+    /// error was swallowed): nothing was committed. [`Error::Serialization`] and [`Error::Deadlock`] likewise, when it is
+    /// that by which the database tells. [`Error::Database`] when the commit itself failed; after a broken connection
+    /// nobody knows whether it was carried out, but if it was, the lease was ours.
+    ///
+    /// # Cancel safety
+    ///
+    /// The commit goes on when the future is dropped; only the answer is lost.
+    pub async fn commit(self) -> Result<(), Error> {
+        self.end(false).await
+    }
+
+    /// Rolls the transaction back. The lease goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Database`] when the connection broke, which rolls back too.
+    ///
+    /// # Cancel safety
+    ///
+    /// The rollback goes on when the future is dropped; only the answer is lost.
+    pub async fn rollback(mut self) -> Result<(), Error> {
+        let Some(transaction) = self.transaction.take() else { return Ok(()) };
+        let name = self.hold.lease.name().to_owned();
+        let rolled_back = self.runtime.spawn(roll_back(transaction)).await;
+        match rolled_back {
+            Ok(Err(error)) => {
+                Err(Failure::new::<DB>(error).into_error("roll back the transaction", Some(&name)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn is_of(&self, hold: &Arc<Hold>) -> bool {
+        Arc::ptr_eq(&self.hold, hold)
+    }
+
+    /// Guard and commit, or release and commit.
+    pub(super) async fn end(mut self, release: bool) -> Result<(), Error> {
+        let Some(transaction) = self.transaction.take() else { return Ok(()) };
+        let hold = Arc::clone(&self.hold);
+        let ended = self.runtime.spawn(async move {
+            let ended = guard_and_commit(transaction, &hold.lease.key, release).await;
+            if release && ended.is_ok() {
+                hold.was_released();
+            }
+            ended
+        });
+        let lost = self.hold.lost(Loss::TransactionEnded);
+        ended.await.unwrap_or(Err(lost))
+    }
+}
+
+async fn guard_and_commit<DB: LockDatabase>(
+    mut transaction: Transaction<'static, DB>,
+    lease: &LeaseKey,
+    release: bool,
+) -> Result<(), Error> {
+    let name = &*lease.row.name;
+    let failure = match DB::guard(&mut transaction, lease, Guard { marked: true, release }).await {
+        Ok(Guarded::Ours) => {
+            return transaction.commit().await.map_err(|error| {
+                Failure::new::<DB>(error).into_error("commit the guarded transaction", Some(name))
+            });
+        }
+        Ok(Guarded::NotOurs) => Ok(Loss::TakenOver),
+        Ok(Guarded::Ended) => Ok(Loss::TransactionEnded),
+        Err(error) => Err(Failure::new::<DB>(error)),
+    };
+    // Without a COMMIT nothing of it is kept, whether the rollback arrives or not.
+    let _rolled_back = roll_back(transaction).await;
+    Err(match failure {
+        Ok(reason) => Error::Lost { name: name.to_owned(), reason },
+        Err(failure) if failure.fault == Fault::Disconnected => {
+            Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded }
+        }
+        Err(failure) => failure.into_error("guard the transaction", Some(name)),
+    })
+}
+
+async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
+    DB::unmark(&mut transaction).await?;
+    DB::reopen(&mut transaction).await;
+    transaction.rollback().await
+}
+
+impl<DB: LockDatabase> Deref for GuardedTransaction<DB> {
+    type Target = DB::Connection;
+
+    fn deref(&self) -> &Self::Target {
+        match &self.transaction {
+            Some(transaction) => transaction,
+            None => unreachable!("it is consumed by what takes its transaction"),
+        }
+    }
+}
+
+impl<DB: LockDatabase> DerefMut for GuardedTransaction<DB> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        match &mut self.transaction {
+            Some(transaction) => transaction,
+            None => unreachable!("it is consumed by what takes its transaction"),
+        }
+    }
+}
+
+impl<DB: LockDatabase> Drop for GuardedTransaction<DB> {
+    fn drop(&mut self) {
+        if let Some(transaction) = self.transaction.take() {
+            let (hold, _entered) = (Arc::clone(&self.hold), self.runtime.enter());
+            drop(self.runtime.spawn(async move {
+                let _rolled_back = roll_back(transaction).await;
+                // Only now may the lease go.
+                drop(hold);
+            }));
+        }
+    }
+}
+
+impl<DB: LockDatabase> std::fmt::Debug for GuardedTransaction<DB> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("GuardedTransaction")
+            .field("lock", &self.hold.lease.name())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,397 @@
+//! Guarded transactions: what commits, what does not, and who waits for whom.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::time::Duration;
+
+use lock_db::{Error, Lease, Locks, Loss};
+use lock_tests::{Backend, TestDatabase, eventually, for_each_database};
+use sqlx::Connection;
+
+for_each_database! {
+    it_commits_while_the_lease_is_ours,
+    it_does_not_commit_after_a_takeover,
+    it_does_not_commit_after_a_takeover_at_any_level,
+    a_takeover_waits_for_a_verified_transaction,
+    the_callers_transaction_is_refused_after_a_takeover,
+    a_transaction_that_died_does_not_commit,
+    beginning_on_a_lost_lease_fails_at_once,
+    the_lease_stays_until_the_transaction_has_ended,
+    connections_come_back_as_they_were,
+    a_release_counts_with_the_commit,
+    a_release_that_is_rolled_back_does_not_count,
+    commit_and_release_do_both_or_nothing,
+    a_transaction_of_another_lease_is_refused,
+    run_may_release_in_a_transaction,
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_mins(10);
+
+async fn counter<T: TestDatabase>(database: &T) {
+    database.run("CREATE TABLE counter (id BIGINT PRIMARY KEY, n BIGINT)").await;
+    database.run("INSERT INTO counter VALUES (1, 0)").await;
+}
+
+async fn increment<DB: Backend>(connection: &mut DB::Connection) {
+    DB::run(connection, "UPDATE counter SET n = n + 1").await.unwrap();
+}
+
+async fn count<T: TestDatabase>(database: &T) -> i64 {
+    database.number("SELECT n FROM counter").await
+}
+
+/// A lease with a deadline so far away that the watchdog does not stir.
+async fn lease<T: TestDatabase>(locks: &Locks<T::Database>) -> Lease<T::Database> {
+    locks.insert_lock("a").ttl(LONG).wait(PATIENCE).acquire().await.unwrap()
+}
+
+/// Lets a lease expire, and another `Locks` take it over.
+async fn take_over<T: TestDatabase>(database: &T) -> Lease<T::Database> {
+    expire(database).await;
+    lease::<T>(&Locks::new(database.pool(2).await)).await
+}
+
+async fn expire<T: TestDatabase>(database: &T) {
+    let past = "UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name = 'a'";
+    assert_eq!(database.run(past).await, 1);
+}
+
+async fn it_commits_while_the_lease_is_ours<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let lease = lease::<T>(&locks).await;
+    for n in 1..=3 {
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        transaction.commit().await.unwrap();
+        assert_eq!(count(database).await, n);
+    }
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.rollback().await.unwrap();
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    drop(transaction);
+    // Expired, but taken over by nobody, it is ours still.
+    eventually(PATIENCE, async || database.activity().await.transactions == 0).await;
+    expire(database).await;
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(count(database).await, 4);
+    lease.release().await.unwrap();
+}
+
+async fn it_does_not_commit_after_a_takeover<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let lease = lease::<T>(&locks).await;
+    // On SQLite an open transaction has the write lock, so the takeover can only come before it.
+    if T::NAME == "sqlite" {
+        let taken = take_over(database).await;
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        let error = transaction.commit().await.unwrap_err();
+        assert!(matches!(error, Error::Lost { reason: Loss::TakenOver, .. }), "{error:?}");
+        taken.release().await.unwrap();
+    } else {
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        let taken = take_over(database).await;
+        let error = transaction.commit().await.unwrap_err();
+        assert!(matches!(error, Error::Lost { reason: Loss::TakenOver, .. }), "{error:?}");
+        assert!(taken.is_held());
+        taken.release().await.unwrap();
+    }
+    assert_eq!(count(database).await, 0);
+}
+
+async fn it_does_not_commit_after_a_takeover_at_any_level<T: TestDatabase>(database: &T) {
+    if T::NAME == "sqlite" {
+        return; // It has one level, and the case above.
+    }
+    counter(database).await;
+    let pool = database.pool(1).await;
+    let locks = Locks::new(pool.clone());
+    locks.migrate().await.unwrap();
+    let expected = 0;
+    for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+        for reads_first in [true, false] {
+            let lease = lease::<T>(&locks).await;
+            let scope = if T::NAME == "postgres" { "CHARACTERISTICS AS TRANSACTION" } else { "TRANSACTION" };
+            let set = format!("SET SESSION {scope} ISOLATION LEVEL {level}");
+            T::Database::run(&mut pool.acquire().await.unwrap(), &set).await.unwrap();
+            let mut transaction = lease.begin().await.unwrap();
+            if reads_first {
+                T::Database::find_number(&mut transaction, "SELECT n FROM counter").await.unwrap();
+            } else {
+                T::Database::run(&mut transaction, "INSERT INTO counter VALUES (2, 2)").await.unwrap();
+            }
+            let taken = take_over(database).await;
+            let error = transaction.commit().await.unwrap_err();
+            assert!(
+                matches!(error, Error::Lost { .. } | Error::Serialization { .. }),
+                "{level}: {error:?}"
+            );
+            if level == "READ COMMITTED" {
+                assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+            }
+            assert_eq!(count(database).await, expected, "{level}");
+            assert_eq!(database.number("SELECT COUNT(*) FROM counter").await, 1, "{level}");
+            taken.release().await.unwrap();
+            assert!(lease.release().await.is_err());
+
+            // While it is ours, the same commits at every level.
+            let lease = locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
+            let transaction = lease.begin().await.unwrap();
+            transaction.commit().await.unwrap();
+            lease.release().await.unwrap();
+        }
+    }
+}
+
+async fn a_takeover_waits_for_a_verified_transaction<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    let lease = lease::<T>(&locks).await;
+    expire(database).await;
+    let mut transaction = pool.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    lease.verify_in(&mut transaction).await.unwrap();
+
+    let other = Locks::new(database.pool(1).await);
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
+    let error = other.insert_lock("a").wait(Duration::from_millis(300)).acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    let waiting = tokio::spawn(other.insert_lock("a").wait(PATIENCE).acquire());
+    transaction.commit().await.unwrap();
+    let taken = waiting.await.unwrap().unwrap();
+    assert_eq!(count(database).await, 1);
+    assert!(taken.fencing_token() > lease.fencing_token());
+}
+
+async fn the_callers_transaction_is_refused_after_a_takeover<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    let mut connection = pool.acquire().await.unwrap();
+    let lease = lease::<T>(&locks).await;
+    let error = lease.verify_in(&mut connection).await.unwrap_err();
+    assert!(matches!(error, Error::NotInTransaction { .. }), "{error:?}");
+    let taken = take_over(database).await;
+    let mut transaction = connection.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    let error = lease.verify_in(&mut transaction).await.unwrap_err();
+    assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+    if T::NAME == "sqlite" {
+        transaction.rollback().await.unwrap();
+    } else {
+        // Who does not listen is stopped.
+        T::Database::run(&mut transaction, "UPDATE counter SET n = 100").await.unwrap_err();
+        let _ = transaction.commit().await;
+    }
+    assert_eq!(count(database).await, 0);
+    taken.release().await.unwrap();
+    // The connection is as good as new.
+    let mut transaction = connection.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(count(database).await, 1);
+}
+
+/// The database has ended or doomed the transaction, and the work has swallowed the error.
+async fn a_transaction_that_died_does_not_commit<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let lease = lease::<T>(&locks).await;
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    if T::NAME == "postgres" {
+        T::Database::run(&mut transaction, "INSERT INTO counter VALUES (1, 0)").await.unwrap_err();
+    } else {
+        // As InnoDB does by itself after a deadlock, and SQLite after some errors.
+        T::Database::run(&mut transaction, "ROLLBACK").await.unwrap();
+    }
+    // What is sent now would commit by itself; SQLite has no way to refuse it.
+    if T::NAME != "sqlite" {
+        T::Database::run(&mut transaction, "UPDATE counter SET n = 100").await.unwrap_err();
+    }
+    let error = transaction.commit().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::TransactionEnded, .. }), "{error:?}");
+    assert_eq!(count(database).await, 0);
+    // The lease itself is fine.
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(count(database).await, 1);
+}
+
+async fn beginning_on_a_lost_lease_fails_at_once<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let lease = locks.insert_lock("a").ttl(Duration::from_millis(300)).acquire().await.unwrap();
+    let steal = "UPDATE distributed_lock SET secret_key = 'somebody else' WHERE lock_name = 'a'";
+    assert_eq!(database.run(steal).await, 1);
+    lease.lost().await;
+    assert!(matches!(lease.begin().await, Err(Error::Lost { .. })));
+}
+
+async fn the_lease_stays_until_the_transaction_has_ended<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(1).await);
+    for ends in ["commit", "rollback", "drop"] {
+        let lease = lease::<T>(&locks).await;
+        let mut transaction = lease.begin().await.unwrap();
+        assert_eq!(lease.hold_count(), 1);
+        // Neither in this process nor in another.
+        lease.release().await.unwrap();
+        assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
+        assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
+        increment::<T::Database>(&mut transaction).await;
+        match ends {
+            "commit" => transaction.commit().await.unwrap(),
+            "rollback" => transaction.rollback().await.unwrap(),
+            _ => drop(transaction),
+        }
+        other.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+    }
+    assert_eq!(count(database).await, 1);
+}
+
+async fn connections_come_back_as_they_were<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let pool = database.pool(1).await;
+    let locks = Locks::new(pool.clone());
+    locks.migrate().await.unwrap();
+    let lease = lease::<T>(&locks).await;
+    let mut expected = 0;
+    for ends in ["commit", "rollback", "drop", "died", "lost future"] {
+        let mut transaction = lease.begin().await.unwrap();
+        match ends {
+            "commit" => transaction.commit().await.unwrap(),
+            "rollback" => transaction.rollback().await.unwrap(),
+            "drop" => drop(transaction),
+            "died" => {
+                let _ = T::Database::run(&mut transaction, "ROLLBACK").await;
+                transaction.commit().await.map_or_else(drop, drop);
+            }
+            _ => {
+                let mut commit = Box::pin(transaction.commit());
+                let polled = std::future::poll_fn(|context| {
+                    std::task::Poll::Ready(commit.as_mut().poll(context).is_ready())
+                });
+                polled.await;
+            }
+        }
+        // The only connection of the pool: not in a transaction, and not read-only.
+        let mut connection = pool.acquire().await.unwrap();
+        increment::<T::Database>(&mut connection).await;
+        expected += 1;
+        assert_eq!(count(database).await, expected, "{ends}");
+    }
+}
+
+async fn a_release_counts_with_the_commit<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(1).await);
+    let lease = lease::<T>(&locks).await;
+    let mut transaction = database.pool(1).await.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    lease.release_in(&mut transaction).await.unwrap();
+    assert!(!lease.is_held(), "nobody knows before the transaction has ended");
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
+    transaction.commit().await.unwrap();
+    other.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+    lease.lost().await;
+    assert!(matches!(lease.begin().await, Err(Error::Lost { reason: Loss::Released, .. })));
+    // The next caller of this process gets its turn, too.
+    locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
+async fn a_release_that_is_rolled_back_does_not_count<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(1).await);
+    let lease = lease::<T>(&locks).await;
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    lease.release_in(&mut transaction).await.unwrap();
+    transaction.rollback().await.unwrap();
+    eventually(PATIENCE, async || lease.is_held()).await;
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(count(database).await, 1);
+    lease.release().await.unwrap();
+}
+
+async fn commit_and_release_do_both_or_nothing<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(1).await);
+    for _ in 0..3 {
+        let lease = lease::<T>(&locks).await;
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        lease.commit_and_release(transaction).await.unwrap();
+        let next = other.insert_lock("a").try_acquire().await.unwrap().expect("it is free");
+        next.release().await.unwrap();
+    }
+    assert_eq!(count(database).await, 3);
+
+    let lost = lease::<T>(&locks).await;
+    let taken = if T::NAME == "sqlite" {
+        let taken = take_over(database).await;
+        let mut transaction = lost.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        assert!(matches!(lost.commit_and_release(transaction).await, Err(Error::Lost { .. })));
+        taken
+    } else {
+        let mut transaction = lost.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        let taken = take_over(database).await;
+        assert!(matches!(lost.commit_and_release(transaction).await, Err(Error::Lost { .. })));
+        taken
+    };
+    assert_eq!(count(database).await, 3);
+    assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none(), "the new holder has it still");
+    taken.release().await.unwrap();
+}
+
+async fn a_transaction_of_another_lease_is_refused<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let (a, b) = (locks.insert_lock("a").acquire().await.unwrap(), locks.insert_lock("b").acquire().await.unwrap());
+    let mut transaction = a.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    assert!(matches!(b.commit_and_release(transaction).await, Err(Error::InvalidOption { .. })));
+    eventually(PATIENCE, async || database.activity().await.transactions == 0).await;
+    assert_eq!(count(database).await, 0);
+}
+
+async fn run_may_release_in_a_transaction<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(1).await);
+    let done = locks
+        .insert_lock("a")
+        .run(async |lease| {
+            let mut transaction = lease.begin().await?;
+            increment::<T::Database>(&mut transaction).await;
+            lease.release_in(&mut transaction).await?;
+            transaction.commit().await?;
+            let next = other.insert_lock("a").wait(PATIENCE).acquire().await?;
+            // What comes after the release is not cut off when the watchdog notices it.
+            lease.lost().await;
+            tokio::task::yield_now().await;
+            next.release().await?;
+            Ok::<_, Error>(7)
+        })
+        .await;
+    assert_eq!(done.unwrap(), 7);
+    assert_eq!(count(database).await, 1);
+}
