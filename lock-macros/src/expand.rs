@@ -154,7 +154,7 @@ impl Code<'_> {
             Name::Computed(expression) => {
                 let tokens = with_receiver(expression, receiver);
                 let text =
-                    quote_spanned!(ours_at(expression)=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
+                    quote_spanned!(ours_at(expression.as_ref())=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
                 quote_spanned!(ours()=> ::std::string::String::from(#text))
             }
         }

@@ -4,9 +4,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -55,7 +55,6 @@ struct Scene<'a, T: TestServer> {
     proxy: Proxy,
     pool: Pool<T::Database>,
     locks: Locks<T::Database>,
-    last_mark: Cell<usize>,
 }
 
 impl<'a, T: TestServer> Scene<'a, T> {
@@ -74,7 +73,7 @@ impl<'a, T: TestServer> Scene<'a, T> {
             .connect_lazy(&database.url_by(proxy.address()))
             .unwrap();
         let locks = Locks::new(pool.clone());
-        Self { database, near: near.clone(), proxy, pool, locks, last_mark: Cell::new(0) }
+        Self { database, near: near.clone(), proxy, pool, locks }
     }
 
     /// Makes the connections, so that an operation that is looked at afterwards consists of its own messages.
@@ -150,7 +149,7 @@ impl<'a, T: TestServer> Scene<'a, T> {
             connections.push(connection.unwrap());
         }
         for connection in &mut connections {
-            let mark = self.new_mark();
+            let mark = new_mark();
             self.write(connection, &mark).await.unwrap();
             assert_eq!(self.seen(&mark).await, 1, "a connection of the pool is inside of a transaction");
         }
@@ -164,10 +163,6 @@ impl<'a, T: TestServer> Scene<'a, T> {
         .await;
     }
 
-    fn new_mark(&self) -> String {
-        self.last_mark.set(self.last_mark.get() + 1);
-        format!("{} by {}", self.last_mark.get(), self.proxy.address())
-    }
 
     async fn write(&self, connection: &mut Connection<T>, mark: &str) -> sqlx::Result<u64> {
         T::Database::run(connection, &format!("INSERT INTO marks VALUES ('{mark}')")).await
@@ -177,6 +172,12 @@ impl<'a, T: TestServer> Scene<'a, T> {
     async fn seen(&self, mark: &str) -> i64 {
         self.database.number(&format!("SELECT count(*) FROM marks WHERE mark = '{mark}'")).await
     }
+}
+
+/// A text that nothing else has written.
+fn new_mark() -> String {
+    static LAST: AtomicUsize = AtomicUsize::new(0);
+    format!("mark {}", LAST.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The moments of an operation: so many messages were carried. The loop ends with the first one that it outlives.
@@ -377,7 +378,7 @@ async fn acquiring_a_row_lock<T: TestServer>(database: &T) {
 async fn ending_a_row_lock<T: TestServer>(database: &T) {
     let scene = Scene::new(database).await;
     for moment in moments() {
-        let (kept, undone) = (scene.new_mark(), scene.new_mark());
+        let (kept, undone) = (new_mark(), new_mark());
         let mut guard = scene.locks.row_lock("a").acquire().await.unwrap();
         scene.write(&mut guard, &kept).await.unwrap();
         let committed = scene.drop_after(moment, guard.commit()).await;
@@ -437,7 +438,7 @@ impl<T: TestServer> Scene<'_, T> {
         lock: impl AsyncFnOnce(&mut Connection<T>) -> R,
     ) -> bool {
         let case = format!("dropped after {moment} messages, then {ending:?}");
-        let (before, after) = (self.new_mark(), self.new_mark());
+        let (before, after) = (new_mark(), new_mark());
         let mut transaction = self.pool.begin().await.unwrap();
         self.write(&mut transaction, &before).await.unwrap();
         let has_ended = self.drop_after(moment, lock(&mut transaction)).await.is_some();

@@ -14,7 +14,7 @@ pub(crate) enum Length {
     /// A literal, read and checked.
     Fixed(Duration),
     /// An expression of type `Duration`.
-    Computed(Expr),
+    Computed(Box<Expr>),
 }
 
 impl Length {
@@ -45,7 +45,7 @@ impl Length {
                 return Err(without_quotes(&value, number.base10_digits(), number.suffix()));
             }
             Some(_) => return Err(Error::new(value.span(), format!("expected a duration: {FORMS}"))),
-            None => return Ok(Self::Computed(value)),
+            None => return Ok(Self::Computed(Box::new(value))),
         };
         let too_long = (length > LONGEST).then_some("too long: 365 days at most");
         match objection(length).or(too_long) {

@@ -18,13 +18,13 @@ pub(crate) enum Name {
         captures_self: bool,
     },
     /// Anything that is `AsRef<str>`.
-    Computed(Expr),
+    Computed(Box<Expr>),
 }
 
 impl Name {
     pub(super) fn new(expression: Expr) -> Result<Self> {
         match super::literal(&expression) {
-            None => Ok(Self::Computed(expression)),
+            None => Ok(Self::Computed(Box::new(expression))),
             Some(Lit::Str(text)) => Self::from_text(text),
             Some(_) => {
                 Err(Error::new(expression.span(), "the name of a lock is a text: `\"order:{order_id}\"`"))
