@@ -10,8 +10,10 @@ pub mod __private;
 mod ambient;
 mod database;
 mod error;
+mod in_transaction;
 mod info;
 mod insert;
+mod jitter;
 mod limits;
 mod locks;
 mod name;
@@ -22,10 +24,11 @@ mod session;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Error, Loss, WaitingFor};
+pub use self::in_transaction::HeldInTransaction;
 pub use self::info::{Kind, LockInfo};
-pub use self::insert::{GuardedTransaction, InsertLock, Lease};
+pub use self::insert::{GuardedTransaction, InsertLock, InsertLocks, Lease, Leases};
 pub use self::locks::{Locks, LocksBuilder};
-pub use self::row::{HeldRow, RowGuard, RowLock};
+pub use self::row::{RowGuard, RowLock, RowLocks};
 
 #[cfg(feature = "macros")]
 pub use lock_macros::distributed_lock;

@@ -6,9 +6,10 @@ use std::time::Duration;
 use sqlx::Pool;
 
 use crate::database::LockDatabase;
-use crate::insert::InsertLock;
+use crate::in_transaction::{Counts, KnownRows};
+use crate::insert::{InsertLock, InsertLocks};
 use crate::limits::{DEFAULT_TTL, DEFAULT_WAIT};
-use crate::row::{KnownRows, RowLock};
+use crate::row::{RowLock, RowLocks};
 use crate::session::{Request, Session};
 use crate::{Error, LockInfo, name};
 
@@ -27,6 +28,7 @@ struct Shared<DB: LockDatabase> {
     default_ttl: Duration,
     default_wait: Duration,
     known_rows: KnownRows,
+    counts: Counts,
 }
 
 impl<DB: LockDatabase> Locks<DB> {
@@ -87,6 +89,16 @@ impl<DB: LockDatabase> Locks<DB> {
         RowLock::new(self.clone(), name.as_ref())
     }
 
+    /// Several insert locks at once: all or none.
+    pub fn insert_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> InsertLocks<DB> {
+        InsertLocks::new(self.clone(), owned(names))
+    }
+
+    /// Several row locks in one transaction, taken in one order.
+    pub fn row_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> RowLocks<DB> {
+        RowLocks::new(self.clone(), owned(names))
+    }
+
     /// What the table says about a name: for a dashboard or a log, not to decide by. `None` if it was never used.
     ///
     /// # Errors
@@ -138,6 +150,10 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(crate) fn known_rows(&self) -> &KnownRows {
         &self.shared.known_rows
     }
+
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.shared.counts
+    }
 }
 
 impl<DB: LockDatabase> Clone for Locks<DB> {
@@ -158,13 +174,25 @@ impl<DB: LockDatabase> std::fmt::Debug for Locks<DB> {
 }
 
 /// Settings of a [`Locks`]. Values that can't work are refused by the first lock that meets them.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[must_use = "call `build`"]
 pub struct LocksBuilder<DB: LockDatabase> {
     pool: Pool<DB>,
     label: String,
     default_ttl: Duration,
     default_wait: Duration,
+}
+
+// Derived, it would ask for a database type that can be cloned.
+impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
+    fn clone(&self) -> Self {
+        Self {
+            pool: self.pool.clone(),
+            label: self.label.clone(),
+            default_ttl: self.default_ttl,
+            default_wait: self.default_wait,
+        }
+    }
 }
 
 impl<DB: LockDatabase> LocksBuilder<DB> {
@@ -197,9 +225,14 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             default_ttl,
             default_wait,
             known_rows: KnownRows::default(),
+            counts: Counts::default(),
         };
         Locks { shared: Arc::new(shared) }
     }
+}
+
+fn owned(names: impl IntoIterator<Item = impl AsRef<str>>) -> Vec<String> {
+    names.into_iter().map(|name| name.as_ref().to_owned()).collect()
 }
 
 /// Host, process id and label, within the 255 characters of the column.

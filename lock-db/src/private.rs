@@ -9,8 +9,8 @@ use sqlx::pool::PoolConnection;
 
 use crate::ambient::{self, AnyLocks, AnyRowGuard};
 use crate::database::LockDatabase;
+use crate::in_transaction::HeldInTransaction;
 use crate::insert::{Hold, release_quietly};
-use crate::row::HeldRow;
 use crate::{Error, Locks};
 
 /// Where an annotated function finds its locks: those that it names, or the ambient ones.
@@ -157,7 +157,7 @@ pub async fn row_in<T: InTransaction>(
     name: &str,
     wait: Option<Duration>,
     transaction: &mut T,
-) -> Result<HeldRow, Error> {
+) -> Result<HeldInTransaction, Error> {
     let locks = source.find(name)?;
     let wait = wait.unwrap_or(locks.default_wait());
     locks.row_lock(name).wait(wait).acquire_in(transaction.connection()).await

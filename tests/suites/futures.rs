@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use lock_db::{Error, HeldRow, InsertLock, Lease, LockDatabase, LockInfo, Locks, LocksBuilder, RowGuard, RowLock};
+use lock_db::{Error, HeldInTransaction, InsertLock, Lease, LockDatabase, LockInfo, Locks, LocksBuilder, RowGuard, RowLock};
 use sqlx::{MySql, Postgres, Sqlite};
 
 fn is_send<T: Send>(_: T) {}
@@ -19,12 +19,17 @@ fn types_cross_threads() {
         crosses::<RowLock<DB>>();
         crosses::<Lease<DB>>();
     }
+    fn clones<T: Clone>() {}
+    clones::<Locks<Postgres>>();
+    clones::<LocksBuilder<Postgres>>();
+    clones::<InsertLock<Postgres>>();
+    clones::<RowLock<Postgres>>();
     of::<Postgres>();
     of::<MySql>();
     of::<Sqlite>();
     crosses::<RowGuard<Postgres>>();
     crosses::<RowGuard<MySql>>();
-    crosses::<HeldRow>();
+    crosses::<HeldInTransaction>();
     crosses::<LockInfo>();
     crosses::<Error>();
     // As sqlx's own transaction on SQLite.

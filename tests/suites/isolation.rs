@@ -12,6 +12,7 @@ for_each_server! {
     a_deadlock_is_typed_and_its_victim_cannot_write,
     a_stale_snapshot_is_refused,
     a_lock_taken_first_is_fresh_or_refused,
+    a_waiter_keeps_nobody_from_other_names,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -141,4 +142,21 @@ async fn a_lock_taken_first_is_fresh_or_refused<T: TestServer>(database: &T) {
             }
         }
     }
+}
+
+/// On InnoDB a waiter could lock the place where new rows go.
+async fn a_waiter_keeps_nobody_from_other_names<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(2).await);
+    let held = locks.row_lock("a").acquire().await.unwrap();
+    let mut tried = database.pool(1).await.begin().await.unwrap();
+    assert!(locks.row_lock("a").try_acquire_in(&mut tried).await.unwrap().is_none());
+    let waiting = tokio::spawn(locks.row_lock("a").wait(PATIENCE).acquire());
+    lock_tests::eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
+    let patience = Duration::from_secs(1);
+    other.insert_lock("new").wait(patience).acquire().await.unwrap().release().await.unwrap();
+    other.row_lock("newer").wait(patience).acquire().await.unwrap().rollback().await.unwrap();
+    tried.rollback().await.unwrap();
+    held.rollback().await.unwrap();
+    waiting.await.unwrap().unwrap().rollback().await.unwrap();
 }

@@ -103,14 +103,13 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         secret: &Secret,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
-    /// Locks a row in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
+    /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.
     #[doc(hidden)]
     fn lock_row(
         connection: &mut Self::Connection,
-        key: &RowKey,
-        owner: &str,
+        claim: &RowClaim,
         slice: Duration,
     ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
 
@@ -236,6 +235,15 @@ pub enum Standing {
     NotOurs,
 }
 
+/// A wish for a row, in a transaction.
+#[derive(Debug, Clone)]
+pub struct RowClaim {
+    pub row: RowKey,
+    pub kind: Kind,
+    pub owner: Arc<str>,
+    pub secret: Secret,
+}
+
 /// Which row to lock.
 #[derive(Debug, Clone)]
 pub struct RowKey {
@@ -245,12 +253,14 @@ pub struct RowKey {
 }
 
 /// What became of an attempt to lock a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowAttempt {
     /// It is locked until the transaction ends.
     Locked {
         /// The number that this wrote into the row.
         fencing_token: i64,
+        /// Whose secret was there before.
+        before: String,
     },
     /// It could not be had: somebody else has it or, when nothing was waited for, there is no such row.
     Busy,
@@ -258,8 +268,10 @@ pub enum RowAttempt {
     Missing,
     /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
     Stale,
-    /// The name is used as an insert lock.
+    /// The name is used as the other kind of lock.
     WrongKind,
+    /// A lease holds it. The row may be locked all the same, which only the end of the transaction undoes.
+    Leased,
 }
 
 /// A row as it was read.
@@ -267,6 +279,7 @@ pub enum RowAttempt {
 pub struct LockRow {
     pub id: i64,
     pub kind: Kind,
+    pub secret_key: String,
     pub owner: String,
     pub fencing_token: i64,
     /// All times in microseconds since 1970, by the database's clock.

@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::{
     Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowKey, Standing, as_json, in_order,
+    RowClaim, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -26,7 +26,7 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode')";
 
 const LOOK: &str = "
-SELECT id, lock_kind, owner, fencing_token,
+SELECT id, lock_kind, secret_key, owner, fencing_token,
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
@@ -153,12 +153,13 @@ impl LockDatabase for MySql {
             Ok(LockRow {
                 id: row.try_get(0)?,
                 kind: Kind::parse(row.try_get(1)?),
-                owner: row.try_get(2)?,
-                fencing_token: row.try_get(3)?,
-                created: row.try_get(4)?,
-                acquired: row.try_get(5)?,
-                expires: row.try_get(6)?,
-                remaining: row.try_get(7)?,
+                secret_key: row.try_get(2)?,
+                owner: row.try_get(3)?,
+                fencing_token: row.try_get(4)?,
+                created: row.try_get(5)?,
+                acquired: row.try_get(6)?,
+                expires: row.try_get(7)?,
+                remaining: row.try_get(8)?,
             })
         })
         .transpose()
@@ -229,17 +230,16 @@ impl LockDatabase for MySql {
 
     async fn lock_row(
         connection: &mut MySqlConnection,
-        key: &RowKey,
-        owner: &str,
+        claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        let attempt = lock_and_write(connection, key, owner, slice).await;
+        let attempt = lock_and_write(connection, claim, slice).await;
         let fault = attempt.as_ref().err().map(Self::classify);
         if fault == Some(Fault::Busy) {
             return Ok(RowAttempt::Busy);
         }
         if matches!(fault, Some(Fault::Deadlock | Fault::Serialization))
-            || matches!(attempt, Ok(RowAttempt::Stale))
+            || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased))
         {
             Self::doom(connection).await;
         }
@@ -324,6 +324,9 @@ impl LockDatabase for MySql {
     }
 }
 
+/// For a try on MariaDB: what a free row takes on a busy server, and how long a locked one is waited for.
+const SHORTEST_LIMIT: Duration = Duration::from_millis(50);
+
 const DUPLICATE_KEY: u16 = 1062;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 
@@ -351,40 +354,38 @@ fn number(error: &sqlx::Error) -> Option<u16> {
 /// hexadecimal digits, so there is nothing to escape.
 async fn lock_and_write(
     connection: &mut MySqlConnection,
-    key: &RowKey,
-    owner: &str,
+    claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
     // By the primary key: locked by its name, a row of MariaDB takes the gap before it along, and nobody could make the
-    // row of a name that sorts there until the transaction ends.
+    // row of a name that sorts there until the transaction ends. Not with SKIP LOCKED, which leaves a lock on the gap
+    // behind the row that it skipped. Each server reads its own form of the limit and takes the other's for a comment;
+    // on MariaDB, NOWAIT would be a lock timeout, which some settings answer with a rollback.
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
-    let id = key.id;
-    let columns = "lock_name, lock_kind, fencing_token,
-        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))";
-    let sql = if slice.is_zero() {
-        format!("SELECT {columns} FROM distributed_lock WHERE id = {id} FOR UPDATE SKIP LOCKED")
-    } else {
-        // Each server reads its own form of the limit and takes the other's for a comment.
-        let milliseconds = slice.as_millis().max(1);
-        format!(
-            "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
-            SELECT /*+ MAX_EXECUTION_TIME({milliseconds}) */ {columns}
-            FROM distributed_lock WHERE id = {id} FOR UPDATE",
-            milliseconds / 1000,
-            milliseconds % 1000,
-        )
-    };
-    let Some(row) = fetch_optional(connection, sql).await? else {
-        return Ok(if slice.is_zero() { RowAttempt::Busy } else { RowAttempt::Missing });
-    };
-    if row.try_get::<&[u8], _>(0)? != key.name.as_bytes() {
+    let id = claim.row.id;
+    let (limit, no_wait) = if slice.is_zero() { (SHORTEST_LIMIT, "/*!80000 NOWAIT */") } else { (slice, "") };
+    let sql = format!(
+        "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
+        SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,
+            expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
+        FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",
+        limit.as_secs(),
+        limit.subsec_millis(),
+        limit.as_millis().max(1),
+    );
+    let Some(row) = fetch_optional(connection, sql).await? else { return Ok(RowAttempt::Missing) };
+    if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
         return Ok(RowAttempt::Missing);
     }
-    if Kind::parse(row.try_get(1)?) != Kind::Row {
+    if Kind::parse(row.try_get(1)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
-    let last: i64 = row.try_get(2)?;
-    let now: i64 = row.try_get(3)?;
+    let before: String = row.try_get(2)?;
+    let last: i64 = row.try_get(3)?;
+    if row.try_get::<bool, _>(4)? {
+        return Ok(RowAttempt::Leased);
+    }
+    let now: i64 = row.try_get(5)?;
 
     // The locking read sees the newest row, the plain one the transaction's snapshot.
     let sql = format!("SELECT fencing_token FROM distributed_lock WHERE id = {id}");
@@ -397,12 +398,14 @@ async fn lock_and_write(
     let fencing_token = last.saturating_add(1).max(now);
     let sql = format!(
         "UPDATE distributed_lock
-        SET fencing_token = {fencing_token}, owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
+        SET fencing_token = {fencing_token}, secret_key = CONVERT({} USING ascii),
+            owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id}",
-        literal(owner)
+        literal(claim.secret.as_str()),
+        literal(&claim.owner)
     );
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
-    Ok(RowAttempt::Locked { fencing_token })
+    Ok(RowAttempt::Locked { fencing_token, before })
 }
 
 async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::Result<Option<MySqlRow>> {

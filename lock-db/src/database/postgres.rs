@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
     Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowKey, Standing, in_order,
+    RowClaim, Standing, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -19,7 +19,7 @@ use crate::{Kind, schema};
 
 /// `clock_timestamp()` everywhere: `now()` stands still inside a transaction.
 const LOOK: &str = "
-SELECT id, lock_kind, owner, fencing_token,
+SELECT id, lock_kind, secret_key, owner, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
@@ -86,12 +86,14 @@ const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND s
 /// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data.
 const LOCK_ROW_AT_ONCE: &str = "
 UPDATE distributed_lock AS held
-SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
-    owner = $2, acquire_time = clock_timestamp()
-WHERE held.id = (
-    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'row'
-    FOR UPDATE SKIP LOCKED)
-RETURNING held.fencing_token";
+SET fencing_token = GREATEST(before.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+    secret_key = $3, owner = $4, acquire_time = clock_timestamp()
+FROM (
+    SELECT id, secret_key, fencing_token FROM distributed_lock
+    WHERE lock_name = $1 AND lock_kind = $2 AND expire_time <= clock_timestamp()
+    FOR UPDATE SKIP LOCKED) AS before
+WHERE held.id = before.id
+RETURNING held.fencing_token, before.secret_key";
 
 /// Fails, and with it every later statement of the transaction.
 const DOOM: &str =
@@ -150,12 +152,13 @@ impl LockDatabase for Postgres {
             Ok(LockRow {
                 id: row.try_get(0)?,
                 kind: Kind::parse(row.try_get(1)?),
-                owner: row.try_get(2)?,
-                fencing_token: row.try_get(3)?,
-                created: row.try_get(4)?,
-                acquired: row.try_get(5)?,
-                expires: row.try_get(6)?,
-                remaining: row.try_get(7)?,
+                secret_key: row.try_get(2)?,
+                owner: row.try_get(3)?,
+                fencing_token: row.try_get(4)?,
+                created: row.try_get(5)?,
+                acquired: row.try_get(6)?,
+                expires: row.try_get(7)?,
+                remaining: row.try_get(8)?,
             })
         })
         .transpose()
@@ -211,33 +214,28 @@ impl LockDatabase for Postgres {
 
     async fn lock_row(
         connection: &mut PgConnection,
-        key: &RowKey,
-        owner: &str,
+        claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        let name = &*key.name;
-        if slice.is_zero() {
-            let locked: Option<i64> = sqlx::query_scalar(LOCK_ROW_AT_ONCE)
-                .bind(name)
-                .bind(owner)
-                .fetch_optional(connection)
-                .await?;
-            return Ok(match locked {
-                Some(fencing_token) => RowAttempt::Locked { fencing_token },
-                None => RowAttempt::Busy,
-            });
+        if !slice.is_zero() {
+            wait_for_row(connection, claim.row.id, slice).await?;
         }
-        wait_for_row(connection, key.id, slice).await?;
-        // Locked by ourselves now, or still by somebody else.
-        let locked: Option<i64> = sqlx::query_scalar(LOCK_ROW_AT_ONCE)
-            .bind(name)
-            .bind(owner)
+        // Free, or locked by ourselves now, or still by somebody else.
+        let locked = sqlx::query(LOCK_ROW_AT_ONCE)
+            .bind(&*claim.row.name)
+            .bind(claim.kind.as_str())
+            .bind(claim.secret.as_str())
+            .bind(&*claim.owner)
             .fetch_optional(&mut *connection)
             .await?;
-        if let Some(fencing_token) = locked {
-            return Ok(RowAttempt::Locked { fencing_token });
+        if let Some(row) = locked {
+            return Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? });
         }
-        let visible = sqlx::query(IS_VISIBLE).bind(key.id).bind(name).fetch_optional(connection).await?;
+        if slice.is_zero() {
+            return Ok(RowAttempt::Busy);
+        }
+        let query = sqlx::query(IS_VISIBLE).bind(claim.row.id).bind(&*claim.row.name);
+        let visible = query.fetch_optional(connection).await?;
         Ok(if visible.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
@@ -309,7 +307,7 @@ async fn wait_for_row(connection: &mut PgConnection, id: i64, slice: Duration) -
         DECLARE before text := current_setting('lock_timeout');
         BEGIN
             PERFORM set_config('lock_timeout', '{limit}ms', true);
-            PERFORM 1 FROM distributed_lock WHERE id = {id} FOR UPDATE;
+            PERFORM 1 FROM distributed_lock WHERE id = {id} AND expire_time <= clock_timestamp() FOR UPDATE;
             PERFORM set_config('lock_timeout', before, true);
         EXCEPTION WHEN lock_not_available THEN
             NULL;

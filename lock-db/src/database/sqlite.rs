@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
     Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowKey, Standing, as_json, in_order,
+    RowClaim, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -25,7 +25,7 @@ const PREPARE: &str = "PRAGMA busy_timeout = 100";
 const LONGEST_SLICE: Duration = Duration::from_millis(50);
 
 const LOOK: &str = "
-SELECT id, lock_kind, owner, fencing_token,
+SELECT id, lock_kind, secret_key, owner, fencing_token,
        CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
@@ -71,14 +71,17 @@ const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name =
 const MARK: &str = "SAVEPOINT lock_db_guard";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
-/// Written, not only locked: a write is what takes the write lock.
-const LOCK_ROW: &str = "
-INSERT INTO distributed_lock (lock_name, lock_kind, owner, fencing_token) VALUES (?1, 'row', ?2, ?3)
-ON CONFLICT (lock_name) DO UPDATE
-SET fencing_token = max(fencing_token + 1, excluded.fencing_token),
-    owner = excluded.owner,
+/// The first statement is a write, whatever it finds: a write is what takes the write lock.
+const MAKE_ROW: &str = "
+INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?1, ?2)
+ON CONFLICT (lock_name) DO UPDATE SET owner = owner
+RETURNING lock_kind, secret_key, expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now')";
+
+const WRITE_ROW: &str = "
+UPDATE distributed_lock
+SET fencing_token = max(fencing_token + 1, ?4), secret_key = ?2, owner = ?3,
     acquire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now')
-WHERE lock_kind = 'row'
+WHERE lock_name = ?1
 RETURNING fencing_token";
 
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token = ?2";
@@ -146,12 +149,13 @@ impl LockDatabase for Sqlite {
             Ok(LockRow {
                 id: row.try_get(0)?,
                 kind: Kind::parse(row.try_get(1)?),
-                owner: row.try_get(2)?,
-                fencing_token: row.try_get(3)?,
-                created: row.try_get(4)?,
-                acquired: row.try_get(5)?,
-                expires: row.try_get(6)?,
-                remaining: row.try_get(7)?,
+                secret_key: row.try_get(2)?,
+                owner: row.try_get(3)?,
+                fencing_token: row.try_get(4)?,
+                created: row.try_get(5)?,
+                acquired: row.try_get(6)?,
+                expires: row.try_get(7)?,
+                remaining: row.try_get(8)?,
             })
         })
         .transpose()
@@ -201,23 +205,15 @@ impl LockDatabase for Sqlite {
 
     async fn lock_row(
         connection: &mut SqliteConnection,
-        key: &RowKey,
-        owner: &str,
+        claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
         let limited = LimitedWait::set(connection, slice.min(LONGEST_SLICE)).await?;
-        let locked = sqlx::query_scalar(LOCK_ROW)
-            .bind(&*key.name)
-            .bind(owner)
-            .bind(clock_micros())
-            .fetch_optional(&mut *limited.connection)
-            .await;
+        let attempt = lock_and_write(&mut *limited.connection, claim).await;
         limited.restore().await?;
-        match locked {
-            Ok(Some(fencing_token)) => Ok(RowAttempt::Locked { fencing_token }),
-            Ok(None) => Ok(RowAttempt::WrongKind),
+        match attempt {
             Err(error) if Self::classify(&error) == Fault::Busy => Ok(RowAttempt::Busy),
-            Err(error) => Err(error),
+            attempt => attempt,
         }
     }
 
@@ -288,6 +284,25 @@ impl LockDatabase for Sqlite {
             _ => Fault::Other,
         }
     }
+}
+
+async fn lock_and_write(connection: &mut SqliteConnection, claim: &RowClaim) -> sqlx::Result<RowAttempt> {
+    let name = &*claim.row.name;
+    let row = sqlx::query(MAKE_ROW).bind(name).bind(claim.kind.as_str()).fetch_one(&mut *connection).await?;
+    if Kind::parse(row.try_get(0)?) != claim.kind {
+        return Ok(RowAttempt::WrongKind);
+    }
+    if row.try_get(2)? {
+        return Ok(RowAttempt::Leased);
+    }
+    let fencing_token = sqlx::query_scalar(WRITE_ROW)
+        .bind(name)
+        .bind(claim.secret.as_str())
+        .bind(&*claim.owner)
+        .bind(clock_micros())
+        .fetch_one(connection)
+        .await?;
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(1)? })
 }
 
 fn clock_micros() -> i64 {

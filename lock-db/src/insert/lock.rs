@@ -4,20 +4,28 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Hold, Lease};
-use crate::database::LockDatabase;
+use crate::database::{Claim, LockDatabase};
+use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::secret::Secret;
 use crate::session::{Acquire, Request};
-use crate::{Error, Locks, limits, name};
+use crate::{Error, Kind, Locks, limits, name};
 
 /// A request for an insert lock, from [`Locks::insert_lock`]. Nothing happens before one of its async methods is
 /// called.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[must_use = "this only describes a lock; call `acquire`, `try_acquire` or `run`"]
 pub struct InsertLock<DB: LockDatabase> {
     locks: Locks<DB>,
     name: String,
     ttl: Option<Duration>,
     wait: Option<Duration>,
+}
+
+// Derived, it would ask for a database type that can be cloned.
+impl<DB: LockDatabase> Clone for InsertLock<DB> {
+    fn clone(&self) -> Self {
+        Self { locks: self.locks.clone(), name: self.name.clone(), ttl: self.ttl, wait: self.wait }
+    }
 }
 
 impl<DB: LockDatabase> InsertLock<DB> {
@@ -73,6 +81,50 @@ impl<DB: LockDatabase> InsertLock<DB> {
         Ok(hold.map(|hold| Lease::new(hold, self.locks)))
     }
 
+    /// Takes the lock in the caller's transaction: no other connection holds it, nothing renews it, and the commit, rollback
+    /// or death of the transaction frees it. Leases and other transactions of the name wait for that. It should be the first
+    /// statement there (in REPEATABLE READ and above a snapshot from before the lock is refused). The TTL has no meaning here.
+    ///
+    /// # Errors
+    ///
+    /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in).
+    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
+        let wait = limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))?;
+        // Whoever waits gets it or an error.
+        self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)
+    }
+
+    /// As [`acquire_in`](Self::acquire_in), without waiting for the holder: `None` when somebody has it.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire_in`](Self::acquire_in), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`acquire_in`](Self::acquire_in).
+    pub async fn try_acquire_in(
+        self,
+        transaction: &mut DB::Connection,
+    ) -> Result<Option<HeldInTransaction>, Error> {
+        self.take_in(transaction, None).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Option<Duration>,
+    ) -> Result<Option<HeldInTransaction>, Error> {
+        let started = Instant::now();
+        let name = name::check(&self.name)?;
+        let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Insert, wait, started };
+        attempt.lock_in(transaction).await
+    }
+
     /// Takes the lock, runs `work` under it, and releases it, whatever comes of the work.
     ///
     /// When the lock is lost on the way, the future of `work` is dropped at its next await and [`Error::Lost`] comes
@@ -112,7 +164,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     }
 }
 
-/// What an insert lock is taken by, whatever its guard looks like.
+/// What insert locks are taken by, whatever their guards look like.
 impl<DB: LockDatabase> Locks<DB> {
     /// `None` stands for the defaults.
     pub(crate) async fn hold_waiting(
@@ -133,14 +185,25 @@ impl<DB: LockDatabase> Locks<DB> {
         ttl: Option<Duration>,
         wait: Option<Duration>,
     ) -> Result<Option<Hold>, Error> {
+        let holds = self.hold_all(vec![name::check(name)?], ttl, wait).await?;
+        Ok(holds.and_then(|holds| holds.into_iter().next()))
+    }
+
+    /// Names that were checked, all or none of them.
+    pub(super) async fn hold_all(
+        &self,
+        names: Vec<Arc<str>>,
+        ttl: Option<Duration>,
+        wait: Option<Duration>,
+    ) -> Result<Option<Vec<Hold>>, Error> {
         let started = Instant::now();
-        let name = name::check(name)?;
         let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
-        let secret = Secret::generate()?;
-        let owner = Arc::clone(self.owner());
-        self.session()
-            .ask(|answer| Request::Acquire(Acquire { name, secret, owner, ttl, wait, started, answer }))
-            .await
+        let claims = names.into_iter().map(|name| {
+            let owner = Arc::clone(self.owner());
+            Ok(Claim { name, secret: Secret::generate()?, owner, ttl })
+        });
+        let claims = claims.collect::<Result<Vec<_>, Error>>()?;
+        self.session().ask(|answer| Request::Acquire(Acquire { claims, wait, started, answer })).await
     }
 }
 

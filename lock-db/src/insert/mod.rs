@@ -3,9 +3,11 @@
 mod guarded;
 mod lease;
 mod lock;
+mod locks;
 
 pub use self::guarded::GuardedTransaction;
 pub(crate) use self::lease::Hold;
 pub use self::lease::Lease;
 pub use self::lock::InsertLock;
 pub(crate) use self::lock::release_quietly;
+pub use self::locks::{InsertLocks, Leases};

@@ -3,17 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection, Transaction};
+use sqlx::Transaction;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::attempt::Attempt;
-use super::{HeldRow, RowGuard};
+use super::RowGuard;
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
-use crate::{Error, Locks, limits, name};
+use crate::in_transaction::{Attempt, HeldInTransaction};
+use crate::{Error, Kind, Locks, limits, name};
 
 /// How long a caller who does not want to wait for the lock waits for a connection.
 const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
@@ -30,12 +30,19 @@ const PAUSE: Duration = Duration::from_millis(20);
 ///
 /// SQLite has no row locks: there this takes the write lock of the whole database, as `BEGIN IMMEDIATE` does, so all
 /// row locks exclude one another and every other writer.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[must_use = "this only describes a lock; call `acquire` or `acquire_in`"]
 pub struct RowLock<DB: LockDatabase> {
     locks: Locks<DB>,
     name: String,
     wait: Option<Duration>,
+}
+
+// Derived, it would ask for a database type that can be cloned.
+impl<DB: LockDatabase> Clone for RowLock<DB> {
+    fn clone(&self) -> Self {
+        Self { locks: self.locks.clone(), name: self.name.clone(), wait: self.wait }
+    }
 }
 
 impl<DB: LockDatabase> RowLock<DB> {
@@ -102,8 +109,9 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// # Cancel safety
     ///
     /// When the future is dropped, the transaction may or may not have the lock, and its connection answers the next
-    /// statement when the one under way has ended: within two seconds.
-    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldRow, Error> {
+    /// statement when the one under way has ended: within two seconds; on MySQL and MariaDB perhaps with the error of
+    /// that one. Best roll the transaction back.
+    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.checked_wait()?;
         let name = self.name.clone();
         self.take_in(transaction, Some(wait)).await?.ok_or_else(|| Error::Timeout {
@@ -123,7 +131,10 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// # Cancel safety
     ///
     /// As [`acquire_in`](Self::acquire_in).
-    pub async fn try_acquire_in(self, transaction: &mut DB::Connection) -> Result<Option<HeldRow>, Error> {
+    pub async fn try_acquire_in(
+        self,
+        transaction: &mut DB::Connection,
+    ) -> Result<Option<HeldInTransaction>, Error> {
         self.take_in(transaction, None).await
     }
 
@@ -135,15 +146,11 @@ impl<DB: LockDatabase> RowLock<DB> {
         self,
         transaction: &mut DB::Connection,
         wait: Option<Duration>,
-    ) -> Result<Option<HeldRow>, Error> {
+    ) -> Result<Option<HeldInTransaction>, Error> {
         let started = Instant::now();
         let name = name::check(&self.name)?;
-        if !transaction.is_in_transaction() {
-            return Err(Error::NotInTransaction { name: self.name });
-        }
-        let attempt = Attempt { locks: &self.locks, name: &name, wait, started };
-        let locked = attempt.lock(transaction, || true).await?;
-        Ok(locked.map(|_fencing_token| HeldRow::new(name)))
+        let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
+        attempt.lock_in(transaction).await
     }
 
     /// In a task, which a caller who goes away can't cut off in the middle of a statement.
@@ -158,7 +165,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let own_name = self.name.clone();
         let (answer, answered) = oneshot::channel();
         let task = async move {
-            let attempt = Attempt { locks: &self.locks, name: &name, wait, started };
+            let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
             let taken = take(&attempt, || !answer.is_closed()).await;
             // An answer that comes too late is a dropped guard, which rolls back.
             let _ = answer.send(taken);
@@ -187,9 +194,9 @@ async fn take<DB: LockDatabase>(
     loop {
         let mut transaction = begin(attempt).await?;
         let error = match attempt.lock(&mut transaction, &is_wanted).await {
-            Ok(Some(fencing_token)) => {
+            Ok(Some(locked)) => {
                 let name = Arc::clone(attempt.name);
-                return Ok(Some(RowGuard::new(transaction, name, fencing_token, Handle::current())));
+                return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token, Handle::current())));
             }
             Ok(None) => {
                 rollback(transaction).await;
@@ -220,12 +227,14 @@ async fn begin<DB: LockDatabase>(attempt: &Attempt<'_, DB>) -> Result<Transactio
     let begun = tokio::spawn(async move { pool.begin().await });
     let left = attempt.wait.map(|wait| wait.saturating_sub(attempt.started.elapsed()).max(SHORTEST_CONNECT));
     let result = match left {
-        Some(left) => timeout(left, begun).await.map_err(|_| attempt.timed_out(WaitingFor::Connection))?,
+        Some(left) => {
+            timeout(left, begun).await.map_err(|_| attempt.timed_out(WaitingFor::Connection, None))?
+        }
         None => begun.await,
     };
     match result {
         Ok(Ok(transaction)) => Ok(transaction),
-        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection)),
+        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection, None)),
         Ok(Err(error)) => {
             Err(Failure::new::<DB>(error).into_error("begin a transaction", Some(attempt.name)))
         }

@@ -14,6 +14,7 @@ use super::turns::Turn;
 use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
+use crate::jitter::jitter;
 use crate::{Error, Kind};
 
 /// The first and the longest pause between two looks at a lock that somebody else holds.
@@ -42,29 +43,24 @@ pub(super) async fn acquire(core: Rc<Core>, mut request: Acquire) {
 
 struct Attempt {
     core: Rc<Core>,
-    claim: Claim,
+    /// All or none of them, in the order in which everybody takes them.
+    claims: Vec<Claim>,
     wait: Option<Duration>,
     started: Instant,
     /// Whether a statement was sent whose outcome is not known.
     unsettled: bool,
-    last_seen: Option<LockRow>,
+    /// What was in the way last.
+    last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
 }
 
 impl Attempt {
     fn new(core: &Rc<Core>, request: &Acquire) -> Self {
-        let claim = Claim {
-            name: Arc::clone(&request.name),
-            secret: request.secret.clone(),
-            owner: Arc::clone(&request.owner),
-            ttl: request.ttl,
-        };
-        let (wait, started) = (request.wait, request.started);
         Self {
             core: Rc::clone(core),
-            claim,
-            wait,
-            started,
+            claims: request.claims.clone(),
+            wait: request.wait,
+            started: request.started,
             unsettled: false,
             last_seen: None,
             last_failure: None,
@@ -72,7 +68,7 @@ impl Attempt {
     }
 
     /// Ends soon after the wait is over, also when the database does not answer at all.
-    async fn run_in_time(&mut self) -> Result<Option<Hold>, Error> {
+    async fn run_in_time(&mut self) -> Result<Option<Vec<Hold>>, Error> {
         let Some(wait) = self.wait else { return self.run().await };
         let limit = (wait + GRACE).saturating_sub(self.started.elapsed());
         match timeout(limit, self.run()).await {
@@ -81,37 +77,35 @@ impl Attempt {
         }
     }
 
-    async fn run(&mut self) -> Result<Option<Hold>, Error> {
-        let Some(turn) = self.turn().await? else {
-            return Ok(None);
-        };
-        let Some(granted) = self.contend().await? else {
-            return Ok(None);
-        };
-        match self.core.hold(granted, turn) {
-            Some(hold) => {
-                self.unsettled = false;
-                Ok(Some(hold))
-            }
-            None => Err(Error::Closed),
-        }
+    async fn run(&mut self) -> Result<Option<Vec<Hold>>, Error> {
+        let Some(turns) = self.turns().await? else { return Ok(None) };
+        let Some(granted) = self.contend().await? else { return Ok(None) };
+        let holds = granted.into_iter().zip(turns).map(|(granted, turn)| self.core.hold(granted, turn));
+        let holds: Option<Vec<Hold>> = holds.collect();
+        self.unsettled = holds.is_none();
+        holds.map(Some).ok_or(Error::Closed)
     }
 
     /// Waits for the callers of this process that came before.
-    async fn turn(&mut self) -> Result<Option<Turn>, Error> {
-        let (turns, name) = (&self.core.turns, &self.claim.name);
-        if let Some(turn) = turns.try_enter(name) {
-            return Ok(Some(turn));
+    async fn turns(&mut self) -> Result<Option<Vec<Turn>>, Error> {
+        let mut turns = Vec::with_capacity(self.claims.len());
+        for Claim { name, .. } in &self.claims {
+            let turn = if let Some(turn) = self.core.turns.try_enter(name) {
+                turn
+            } else {
+                let Some(left) = self.left() else { return Ok(None) };
+                let Ok(turn) = timeout(left, self.core.turns.enter(name)).await else {
+                    return Err(self.timed_out());
+                };
+                turn
+            };
+            turns.push(turn);
         }
-        let Some(left) = self.left() else { return Ok(None) };
-        match timeout(left, turns.enter(name)).await {
-            Ok(turn) => Ok(Some(turn)),
-            Err(_elapsed) => Err(self.timed_out()),
-        }
+        Ok(Some(turns))
     }
 
-    /// Asks the database until it grants the lease. `None`: a try, and it was not free.
-    async fn contend(&mut self) -> Result<Option<Granted>, Error> {
+    /// Asks the database until it grants the leases. `None`: a try, and one was not free.
+    async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
         let mut pause = SHORTEST_PAUSE;
         let mut failures = 0_u32;
         loop {
@@ -122,8 +116,8 @@ impl Attempt {
                     self.last_failure = None;
                     remaining
                 }
-                Ok(Reply::WrongKind(found)) => {
-                    let name = self.claim.name.to_string();
+                Ok(Reply::WrongKind(name, found)) => {
+                    let name = name.to_string();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
                 // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
@@ -139,7 +133,7 @@ impl Attempt {
                     LONGEST_PAUSE
                 }
                 Err(failure) if failure.is_contention() => SHORTEST_PAUSE,
-                Err(failure) => return Err(failure.into_error(ACTION, Some(&self.claim.name))),
+                Err(failure) => return Err(failure.into_error(ACTION, Some(self.name()))),
             };
             let Some(left) = self.left() else { return Ok(None) };
             if left.is_zero() {
@@ -155,49 +149,72 @@ impl Attempt {
 
     /// One attempt. After the first one it looks before it writes: a plain read costs the database next to nothing.
     async fn ask(&mut self) -> Result<Reply, Failure> {
-        let core = Rc::clone(&self.core);
-        let name = Arc::clone(&self.claim.name);
-        if self.last_seen.is_some()
-            && let Some(row) = core.lane.look(&name).await?
-            && row.kind == Kind::Insert
-            && !row.remaining().is_zero()
+        if let Some((name, _)) = self.last_seen.clone()
+            && let Some(in_the_way) = self.look(&name).await?
         {
-            let remaining = row.remaining();
-            self.last_seen = Some(row);
-            return Ok(Reply::HeldFor(remaining));
+            return Ok(in_the_way);
         }
-        // The second time with the row that the first time made.
+        // The second time with the rows that the first time made.
         for _ in 0..2 {
-            self.unsettled = true;
-            let (grant, cluster, sent) = match core.lane.acquire(self.claim.clone()).await {
-                Err(failure) if failure.fault != Fault::Disconnected => {
-                    self.unsettled = false;
-                    return Err(failure);
-                }
-                answer => answer?,
-            };
-            if let Some(grant) = grant {
-                let Claim { name, secret, ttl, .. } = self.claim.clone();
-                let Grant { id, fencing_token } = grant;
-                // An answer that took longer than the lease lasts is worth nothing. It goes on to be released.
-                if Instant::now() >= deadline(sent, ttl) {
-                    return Ok(Reply::HeldFor(Duration::ZERO));
-                }
-                let key = LeaseKey { row: RowKey { name, id }, secret, cluster };
-                return Ok(Reply::Granted(Granted { key, fencing_token, ttl, sent }));
+            if let Some(granted) = self.claim().await? {
+                return Ok(Reply::Granted(granted));
             }
-            self.unsettled = false;
-            match core.lane.look(&name).await? {
-                None => core.lane.create(&name, Kind::Insert).await?,
-                Some(row) if row.kind != Kind::Insert => return Ok(Reply::WrongKind(row.kind)),
-                Some(row) => {
-                    let remaining = row.remaining();
-                    self.last_seen = Some(row);
-                    return Ok(Reply::HeldFor(remaining));
+            for name in self.claims.iter().map(|claim| Arc::clone(&claim.name)).collect::<Vec<_>>() {
+                if let Some(in_the_way) = self.look(&name).await? {
+                    return Ok(in_the_way);
                 }
             }
         }
         Ok(Reply::HeldFor(Duration::ZERO))
+    }
+
+    /// Sends the claims to the database.
+    async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
+        self.unsettled = true;
+        let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone()).await {
+            Err(failure) if failure.fault != Fault::Disconnected => {
+                self.unsettled = false;
+                return Err(failure);
+            }
+            answer => answer?,
+        };
+        let Some(grants) = grants else {
+            self.unsettled = false;
+            return Ok(None);
+        };
+        // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.
+        if self.claims.iter().any(|claim| Instant::now() >= deadline(sent, claim.ttl)) {
+            return Ok(None);
+        }
+        let granted = self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token })| {
+            let Claim { name, secret, ttl, .. } = claim.clone();
+            let key = LeaseKey { row: RowKey { name, id }, secret, cluster };
+            Granted { key, fencing_token, ttl, sent }
+        });
+        Ok(Some(granted.collect()))
+    }
+
+    /// Looks whether a name is in the way, and makes its row when there is none.
+    async fn look(&mut self, name: &Arc<str>) -> Result<Option<Reply>, Failure> {
+        let lane = &self.core.lane;
+        let Some(row) = lane.look(name).await? else {
+            lane.create(name, Kind::Insert).await?;
+            return Ok(None);
+        };
+        if row.kind != Kind::Insert {
+            return Ok(Some(Reply::WrongKind(Arc::clone(name), row.kind)));
+        }
+        let remaining = row.remaining();
+        if remaining.is_zero() || self.claims.iter().any(|claim| claim.secret.as_str() == row.secret_key) {
+            return Ok(None);
+        }
+        self.last_seen = Some((Arc::clone(name), row));
+        Ok(Some(Reply::HeldFor(remaining)))
+    }
+
+    /// For messages.
+    fn name(&self) -> &str {
+        self.claims.first().map_or("", |claim| &claim.name)
     }
 
     /// What is left of the wait; `None` for a try.
@@ -207,17 +224,15 @@ impl Attempt {
 
     /// A database that was away to the end is worth more words than the wait.
     fn timed_out(&mut self) -> Error {
-        let name = &self.claim.name;
         if let Some(failure) = self.last_failure.take() {
-            return failure.into_error(ACTION, Some(name));
+            return failure.into_error(ACTION, Some(self.name()));
         }
-        let held_by = self.last_seen.clone().map(|row| Box::new(row.into_info(name)));
-        Error::Timeout {
-            name: name.to_string(),
-            waited: self.started.elapsed(),
-            waiting_for: WaitingFor::Lock,
-            held_by,
-        }
+        let (name, held_by) = match self.last_seen.clone() {
+            Some((name, row)) => (name.to_string(), Some(Box::new(row.into_info(&name)))),
+            None => (self.name().to_owned(), None),
+        };
+        let waited = self.started.elapsed();
+        Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by }
     }
 }
 
@@ -225,21 +240,17 @@ impl Attempt {
 impl Drop for Attempt {
     fn drop(&mut self) {
         if self.unsettled {
-            release::undo(&self.core, &self.claim);
+            for claim in &self.claims {
+                release::undo(&self.core, claim);
+            }
         }
     }
 }
 
 enum Reply {
-    Granted(Granted),
+    Granted(Vec<Granted>),
     /// Somebody else has it, for so long at least; zero when that is not known.
     HeldFor(Duration),
     /// The name is used as something else.
-    WrongKind(Kind),
-}
-
-/// Between half of it and all of it, so that waiters do not stay in step.
-fn jitter(pause: Duration) -> Duration {
-    let share = getrandom::u32().unwrap_or(u32::MAX);
-    pause / 2 + (pause / 2).mul_f64(f64::from(share) / f64::from(u32::MAX))
+    WrongKind(Arc<str>, Kind),
 }

@@ -233,17 +233,17 @@ impl Core {
         }
     }
 
-    /// Answers the id of the row, and whether it was missing.
-    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<(i64, bool), Error> {
+    /// Answers the row, and whether it was missing.
+    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<(LockRow, bool), Error> {
         let failed = |failure: Failure| failure.into_error("make the row", Some(name));
         let mut missing = false;
         loop {
             let row = twice(async || self.lane.look(name).await).await.map_err(failed)?;
-            if let Some(LockRow { id, kind: found, .. }) = row {
-                if found == kind {
-                    return Ok((id, missing));
+            if let Some(row) = row {
+                if row.kind == kind {
+                    return Ok((row, missing));
                 }
-                return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found });
+                return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found: row.kind });
             }
             if missing {
                 // Some transaction, perhaps the caller's own, has locked the place where the row belongs.

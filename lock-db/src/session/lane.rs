@@ -23,10 +23,14 @@ const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 64;
 
+/// The leases, if all were free; what kind of server granted them; and when the statement was sent, from where on their TTL
+/// counts.
+type Acquired = (Option<Vec<Grant>>, Cluster, Instant);
+
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
-    Acquire(Claim, Reply<(Option<Grant>, Cluster, Instant)>),
+    Acquire(Vec<Claim>, Reply<Acquired>),
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
@@ -52,10 +56,9 @@ impl Lane {
         Self { operations, no_answer: || Failure::no_answer::<DB>(STATEMENT_LIMIT) }
     }
 
-    /// Takes a lease if it is free. Also answers by what kind of server, and when the statement was sent: its TTL counts
-    /// from there.
-    pub(super) async fn acquire(&self, claim: Claim) -> Result<(Option<Grant>, Cluster, Instant), Failure> {
-        self.ask(|reply| Operation::Acquire(claim, reply)).await
+    /// Takes leases if they are free, all or none.
+    pub(super) async fn acquire(&self, claims: Vec<Claim>) -> Result<Acquired, Failure> {
+        self.ask(|reply| Operation::Acquire(claims, reply)).await
     }
 
     pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
@@ -122,11 +125,11 @@ impl<DB: LockDatabase> Server<DB> {
     /// An answer that nobody waits for any more is dropped.
     async fn carry_out(&mut self, operation: Operation) {
         match operation {
-            Operation::Acquire(claim, reply) => {
+            Operation::Acquire(claims, reply) => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection| {
                         let sent = Instant::now();
-                        Ok((DB::acquire(connection, &claim).await?, sent))
+                        Ok((acquire_all::<DB>(connection, &claims).await?, sent))
                     })
                     .await;
                 let cluster = self.cluster;
@@ -206,4 +209,25 @@ impl<DB: LockDatabase> Server<DB> {
         self.cluster = DB::prepare(&mut connection).await?;
         Ok(connection)
     }
+}
+
+/// Takes them all or none: one statement, or one transaction for several.
+async fn acquire_all<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    claims: &[Claim],
+) -> sqlx::Result<Option<Vec<Grant>>> {
+    if let [claim] = claims {
+        return Ok(DB::acquire(connection, claim).await?.map(|grant| vec![grant]));
+    }
+    let mut transaction = connection.begin().await?;
+    let mut grants = Vec::with_capacity(claims.len());
+    for claim in claims {
+        let Some(grant) = DB::acquire(&mut transaction, claim).await? else {
+            transaction.rollback().await?;
+            return Ok(None);
+        };
+        grants.push(grant);
+    }
+    transaction.commit().await?;
+    Ok(Some(grants))
 }

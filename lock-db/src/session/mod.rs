@@ -22,7 +22,7 @@ use sqlx::Pool;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use self::lease_state::LeaseState;
-pub(crate) use self::request::{Acquire, Request};
+pub(crate) use self::request::{Acquire, Answer, Request};
 use crate::Error;
 use crate::database::LockDatabase;
 

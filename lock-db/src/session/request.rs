@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use crate::database::LockRow;
+use crate::database::{Claim, LockRow};
 use crate::insert::Hold;
-use crate::secret::Secret;
 use crate::{Error, Kind};
 
 use super::LeaseState;
@@ -29,11 +28,11 @@ pub(crate) enum Request {
     Released {
         lease: Arc<LeaseState>,
     },
-    /// Makes sure that the row of a name is there and of this kind. Answers its id, and whether it had to be made.
+    /// Makes sure that the row of a name is there and of this kind. Answers it, and whether it was missing.
     EnsureRow {
         name: Arc<str>,
         kind: Kind,
-        answer: Answer<(i64, bool)>,
+        answer: Answer<(LockRow, bool)>,
     },
     Look {
         name: Arc<str>,
@@ -51,13 +50,11 @@ pub(crate) enum Request {
 }
 
 pub(crate) struct Acquire {
-    pub(crate) name: Arc<str>,
-    pub(crate) secret: Secret,
-    pub(crate) owner: Arc<str>,
-    pub(crate) ttl: Duration,
+    /// All or none of them, in the order in which everybody takes them.
+    pub(crate) claims: Vec<Claim>,
     /// `None`: a try, which never waits for a holder.
     pub(crate) wait: Option<Duration>,
     pub(crate) started: Instant,
-    /// Carries the guard itself: an answer that nobody takes any more is a dropped guard, which releases.
-    pub(crate) answer: Answer<Option<Hold>>,
+    /// Carries the guards themselves: an answer that nobody takes any more is dropped guards, which release.
+    pub(crate) answer: Answer<Option<Vec<Hold>>>,
 }

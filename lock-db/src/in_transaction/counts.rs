@@ -1,0 +1,35 @@
+//! How often a transaction holds a lock.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::secret::Secret;
+
+/// Transactions end without a word to us, so this is bounded.
+const MOST: usize = 10_000;
+
+/// The database itself lets a transaction lock a row again; this only counts. A row that carries a secret of ours which
+/// others can't see yet is one that the same transaction has locked before.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    /// By the secret that was written last.
+    counts: Mutex<HashMap<String, usize>>,
+}
+
+impl Counts {
+    /// Whether this process wrote that secret, in a transaction that may be open still.
+    pub(super) fn knows(&self, secret: &str) -> bool {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).contains_key(secret)
+    }
+
+    /// Notes that `secret` replaced the secret `before`, which the same transaction had written if it is `again`.
+    pub(super) fn enter(&self, secret: &Secret, before: &str, again: bool) -> usize {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = counts.remove(before).filter(|_| again).unwrap_or(0);
+        if counts.len() >= MOST {
+            counts.clear();
+        }
+        counts.insert(secret.as_str().to_owned(), last + 1);
+        last + 1
+    }
+}

@@ -1,0 +1,44 @@
+//! Several names in one transaction.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Attempt, HeldInTransaction};
+use crate::database::LockDatabase;
+use crate::{Error, Kind, Locks, name};
+
+/// The names, checked, each once, in the order in which everybody takes them: byte by byte. Two callers who want the same
+/// ones then never wait for each other crosswise.
+pub(crate) fn in_order(names: &[String]) -> Result<Vec<Arc<str>>, Error> {
+    let mut checked = names.iter().map(|name| name::check(name)).collect::<Result<Vec<_>, _>>()?;
+    checked.sort_unstable();
+    checked.dedup();
+    if checked.is_empty() {
+        return Err(Error::InvalidOption {
+            option: "names",
+            value: "empty".into(),
+            reason: "there is nothing to lock",
+        });
+    }
+    Ok(checked)
+}
+
+/// Locks all of them in the transaction, within one wait. `None`: a try, and one of them was not free.
+pub(crate) async fn lock_all<DB: LockDatabase>(
+    locks: &Locks<DB>,
+    names: &[String],
+    kind: Kind,
+    wait: Option<Duration>,
+    transaction: &mut DB::Connection,
+) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+    let started = Instant::now();
+    let mut held = Vec::with_capacity(names.len());
+    for name in &in_order(names)? {
+        let attempt = Attempt { locks, name, kind, wait, started };
+        match attempt.lock_in(transaction).await? {
+            Some(locked) => held.push(locked),
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(held))
+}
