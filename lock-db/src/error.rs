@@ -249,6 +249,11 @@ impl Failure {
         Self::new::<DB>(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
     }
 
+    /// Whether the server did not answer at all.
+    pub(crate) fn is_silence(&self) -> bool {
+        matches!(&self.source, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
+    }
+
     /// A table that has all columns and still can't be used.
     pub(crate) fn unfit_table<DB: LockDatabase>(wrong: &'static str) -> Self {
         let source = sqlx::Error::Configuration(wrong.into());
@@ -276,9 +281,7 @@ impl Failure {
                 source: Some(source),
             },
             Fault::TableDiffers => Error::SchemaMissing {
-                reason: format!(
-                    "the table `distributed_lock` is not what this version of lock-db needs ({source})"
-                ),
+                reason: "the table `distributed_lock` is not what this version of lock-db needs".into(),
                 folder,
                 source: Some(source),
             },

@@ -13,6 +13,7 @@ for_each_server! {
     a_stale_snapshot_is_refused,
     a_lock_taken_first_is_fresh_or_refused,
     a_waiter_keeps_nobody_from_other_names,
+    a_lock_of_another_name_keeps_no_lease_from_renewal,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -159,4 +160,19 @@ async fn a_waiter_keeps_nobody_from_other_names<T: TestServer>(database: &T) {
     tried.rollback().await.unwrap();
     held.rollback().await.unwrap();
     waiting.await.unwrap().unwrap().rollback().await.unwrap();
+}
+
+/// In a small table the server might read, and wait for, more rows than it was asked for.
+async fn a_lock_of_another_name_keeps_no_lease_from_renewal<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let other = Locks::new(database.pool(2).await);
+    let row = other.row_lock("b").acquire().await.unwrap();
+    let guarded = other.insert_lock("c").acquire().await.unwrap();
+    let mut verified = database.pool(1).await.begin().await.unwrap();
+    guarded.verify_in(&mut verified).await.unwrap();
+    let lease = locks.insert_lock("a").ttl(Duration::from_millis(900)).acquire().await.unwrap();
+    let lost = tokio::time::timeout(Duration::from_secs(4), lease.lost()).await;
+    assert!(lost.is_err(), "the lease was lost");
+    verified.rollback().await.unwrap();
+    row.rollback().await.unwrap();
 }

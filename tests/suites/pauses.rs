@@ -11,10 +11,13 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use lock_db::{Error, Lease, Locks};
-use lock_tests::{Backend, Parent, Process, TestDatabase, TestServer, child_roles, for_each_database};
-use sqlx::Pool;
+use lock_tests::{Backend, Process, TestDatabase, TestServer, child_roles, for_each_database};
 use tokio::time::{sleep_until, timeout};
+
+use self::player::{LEVELS, Line, Outcome, Part, Place, Way, player};
+
+#[path = "pauses/player.rs"]
+mod player;
 
 for_each_database! {
     a_stopped_holder_never_commits_after_a_takeover;
@@ -34,7 +37,6 @@ const LONG_TTL: Duration = Duration::from_secs(30);
 const MOMENT: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const LEVELS: [&str; 3] = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"];
 const BUSINESS_ROWS: [i64; 2] = [1, 2];
 
 async fn a_stopped_holder_never_commits_after_a_takeover<T: TestDatabase>(database: &T) {
@@ -62,10 +64,10 @@ async fn play_rounds<T: TestDatabase>(database: &T, guarded: bool, rounds: u64) 
     if T::NAME == "sqlite" {
         return Rounds::new(database, 0, guarded, seed).await.play(rounds).await;
     }
-    let (mut first, second) = tokio::join!(
-        async { Rounds::new(database, 0, guarded, seed).await.play(rounds / 2).await },
-        async { Rounds::new(database, 1, guarded, seed).await.play(rounds - rounds / 2).await },
-    );
+    let (mut first, second) =
+        tokio::join!(async { Rounds::new(database, 0, guarded, seed).await.play(rounds / 2).await }, async {
+            Rounds::new(database, 1, guarded, seed).await.play(rounds - rounds / 2).await
+        },);
     first.add(second);
     first
 }
@@ -74,280 +76,6 @@ fn seed() -> u64 {
     match std::env::var("LOCK_DB_TEST_SEED") {
         Ok(seed) => seed.parse().expect("LOCK_DB_TEST_SEED is a number"),
         Err(_) => RandomState::new().hash_one(std::process::id()),
-    }
-}
-
-/// Where the holder is stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Place {
-    Acquired,
-    Begun,
-    Read,
-    Written,
-    /// Behind a guard of its own, before the commit.
-    Verified,
-    /// Some time after it went to commit: before, behind or between guard and commit, or when it was done.
-    Committing,
-    /// Some time after it was told to begin.
-    Anywhere,
-}
-
-impl Place {
-    const ALL: [Self; 7] = [
-        Self::Acquired,
-        Self::Begun,
-        Self::Read,
-        Self::Written,
-        Self::Verified,
-        Self::Committing,
-        Self::Anywhere,
-    ];
-
-    /// Whether the holder waits there; else it runs on until it is stopped.
-    fn is_exact(self) -> bool {
-        !matches!(self, Self::Committing | Self::Anywhere)
-    }
-}
-
-/// How a transaction is made and committed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Guarded,
-    GuardedAndReleased,
-    /// The caller's own transaction, with `verify_in` as its last statement.
-    Verified,
-    /// Nothing but the lease protects it.
-    Plain,
-}
-
-impl Way {
-    const ALL: [Self; 4] = [Self::Guarded, Self::GuardedAndReleased, Self::Verified, Self::Plain];
-}
-
-/// What a player is told to do: one transaction under the lock, which adds one to a business row.
-#[derive(Debug, Clone, Copy)]
-struct Part {
-    way: Way,
-    level: usize,
-    row: i64,
-    ttl: Duration,
-    /// Of a holder; takers are not stopped, but say when they have the lock.
-    place: Option<Place>,
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { way, level, row, ttl, place } = self;
-        write!(formatter, "{way:?} {level} {row} {} {place:?}", ttl.as_millis())
-    }
-}
-
-impl Part {
-    fn parse(line: &str) -> Self {
-        let words: Vec<&str> = line.split(' ').collect();
-        let [way, level, row, ttl, place] = words[..] else { panic!("no part: {line}") };
-        Self {
-            way: Way::ALL.into_iter().find(|known| format!("{known:?}") == way).expect("a way"),
-            level: level.parse().expect("a number"),
-            row: row.parse().expect("a number"),
-            ttl: Duration::from_millis(ttl.parse().expect("a number")),
-            place: Place::ALL.into_iter().find(|known| format!("{:?}", Some(known)) == place),
-        }
-    }
-}
-
-/// A process that plays parts, of the holder or of the taker.
-async fn player<DB: Backend>(mut parent: Parent) {
-    let pair = parent.argument(0).to_owned();
-    let pool = lock_tests::pool::<DB>(parent.url(), 1).await;
-    let locks = Locks::new(pool.clone());
-    parent.say("ready");
-    while let Some(line) = parent.hear().await {
-        let part = Part::parse(&line);
-        if DB::NAME != "SQLite" {
-            let scope = if DB::NAME == "PostgreSQL" { "CHARACTERISTICS AS TRANSACTION" } else { "TRANSACTION" };
-            let set = format!("SET SESSION {scope} ISOLATION LEVEL {}", LEVELS[part.level]);
-            DB::run(&mut pool.acquire().await.unwrap(), &set).await.unwrap();
-        }
-        let report = match locks.insert_lock(&pair).ttl(part.ttl).wait(PATIENCE).acquire().await {
-            Ok(lease) => {
-                let token = lease.fencing_token();
-                if part.place.is_none() {
-                    parent.say(Line::Taken { token });
-                }
-                let mut stage = Stage { parent: &mut parent, pool: &pool, pair: &pair, part, token };
-                Line::Ended { token, outcome: stage.play(lease).await }
-            }
-            Err(error) => Line::Ended { token: 0, outcome: Outcome::Refused(label(&error)) },
-        };
-        parent.say(report);
-    }
-    locks.close().await;
-}
-
-/// A transaction of a player.
-struct Stage<'a, DB: Backend> {
-    parent: &'a mut Parent,
-    pool: &'a Pool<DB>,
-    pair: &'a str,
-    part: Part,
-    token: i64,
-}
-
-impl<DB: Backend> Stage<'_, DB> {
-    async fn play(&mut self, lease: Lease<DB>) -> Outcome {
-        self.passes(Place::Acquired).await;
-        let (lease, outcome) = match self.part.way {
-            Way::Guarded | Way::GuardedAndReleased => self.play_guarded(lease).await,
-            Way::Verified | Way::Plain => {
-                let outcome = self.play_in_own_transaction(&lease).await;
-                (Some(lease), outcome)
-            }
-        };
-        if let Some(lease) = lease {
-            // It may be lost, and what that means was seen by then.
-            let _released = lease.release().await;
-        }
-        outcome
-    }
-
-    async fn play_guarded(&mut self, lease: Lease<DB>) -> (Option<Lease<DB>>, Outcome) {
-        let mut transaction = match lease.begin().await {
-            Ok(transaction) => transaction,
-            Err(error) => return (Some(lease), Outcome::Refused(label(&error))),
-        };
-        self.passes(Place::Begun).await;
-        if let Err(error) = self.work(&mut transaction).await {
-            let _rolled_back = transaction.rollback().await;
-            return (Some(lease), Outcome::Refused(statement_label(&error)));
-        }
-        self.passes(Place::Committing).await;
-        let (lease, committed) = match self.part.way {
-            Way::GuardedAndReleased => (None, lease.commit_and_release(transaction).await),
-            _ => (Some(lease), transaction.commit().await),
-        };
-        let outcome = match committed {
-            Ok(()) => Outcome::Committed,
-            Err(error @ Error::Database { .. }) => Outcome::Unknown(label(&error)),
-            Err(error) => Outcome::Refused(label(&error)),
-        };
-        (lease, outcome)
-    }
-
-    async fn play_in_own_transaction(&mut self, lease: &Lease<DB>) -> Outcome {
-        let mut transaction = self.pool.begin().await.unwrap();
-        self.passes(Place::Begun).await;
-        let mut refused = self.work(&mut transaction).await.err().map(|error| statement_label(&error));
-        if refused.is_none() {
-            self.passes(Place::Committing).await;
-            if self.part.way == Way::Verified {
-                refused = lease.verify_in(&mut transaction).await.err().map(|error| label(&error));
-            }
-        }
-        if let Some(refused) = refused {
-            let _rolled_back = transaction.rollback().await;
-            return Outcome::Refused(refused);
-        }
-        self.passes(Place::Verified).await;
-        match transaction.commit().await {
-            Ok(()) => Outcome::Committed,
-            Err(error @ sqlx::Error::Database(_)) => Outcome::Refused(statement_label(&error)),
-            Err(error) => Outcome::Unknown(error.to_string()),
-        }
-    }
-
-    /// Reads, adds, writes: what must not be done by two at a time.
-    async fn work(&mut self, connection: &mut DB::Connection) -> sqlx::Result<()> {
-        let (pair, row, token) = (self.pair, self.part.row, self.token);
-        let read = format!("SELECT n FROM business_{pair} WHERE id = {row}");
-        let n = DB::find_number(connection, &read).await?.expect("the row is there");
-        self.passes(Place::Read).await;
-        let write = format!("UPDATE business_{pair} SET n = {} WHERE id = {row}", n + 1);
-        DB::run(connection, &write).await?;
-        let note = format!("INSERT INTO history_{pair} VALUES ({token}, {row}, {})", n + 1);
-        DB::run(connection, &note).await?;
-        self.passes(Place::Written).await;
-        Ok(())
-    }
-
-    async fn passes(&mut self, place: Place) {
-        if self.part.place == Some(place) {
-            self.parent.say(Line::Here);
-            if place.is_exact() {
-                self.parent.hear().await;
-            }
-        }
-    }
-}
-
-fn label(error: &Error) -> String {
-    match error {
-        Error::Lost { reason, .. } => format!("Lost({reason:?})"),
-        Error::Deadlock { source, .. } => format!("Deadlock ({})", statement_label(source)),
-        Error::Serialization { source: Some(source), .. } => {
-            format!("Serialization ({})", statement_label(source))
-        }
-        Error::Database { source, .. } => format!("Database ({})", statement_label(source)),
-        other => format!("{other:?}"),
-    }
-}
-
-fn statement_label(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Database(error) => {
-            format!("sqlx: {} {}", error.code().unwrap_or_default(), error.message())
-        }
-        other => format!("sqlx: {other}"),
-    }
-}
-
-/// What a player says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Line {
-    Here,
-    Taken { token: i64 },
-    Ended { token: i64, outcome: Outcome },
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Outcome {
-    Committed,
-    /// Nothing of it may be seen.
-    Refused(String),
-    /// It may have been committed or not.
-    Unknown(String),
-}
-
-impl fmt::Display for Line {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Here => formatter.write_str("here"),
-            Self::Taken { token } => write!(formatter, "taken {token}"),
-            Self::Ended { token, outcome: Outcome::Committed } => write!(formatter, "committed {token}"),
-            Self::Ended { token, outcome: Outcome::Refused(why) } => {
-                write!(formatter, "refused {token} {}", why.replace('\n', " "))
-            }
-            Self::Ended { token, outcome: Outcome::Unknown(why) } => {
-                write!(formatter, "unknown {token} {}", why.replace('\n', " "))
-            }
-        }
-    }
-}
-
-impl Line {
-    fn parse(line: &str) -> Self {
-        let mut words = line.splitn(3, ' ');
-        let what = words.next();
-        let token = words.next().map_or(0, |token| token.parse().expect("a fencing token"));
-        let why = words.next().unwrap_or_default().to_owned();
-        match what {
-            Some("here") => Self::Here,
-            Some("taken") => Self::Taken { token },
-            Some("committed") => Self::Ended { token, outcome: Outcome::Committed },
-            Some("refused") => Self::Ended { token, outcome: Outcome::Refused(why) },
-            Some("unknown") => Self::Ended { token, outcome: Outcome::Unknown(why) },
-            _ => panic!("a player said: {line}"),
-        }
     }
 }
 
@@ -365,7 +93,7 @@ struct Plan {
     holder: Part,
     taker: Part,
     place: Place,
-    /// How long the holder runs on, where it doesn't wait.
+    /// How long the holder runs on before it is stopped; where it waits, only its watchdog does.
     delay: Duration,
     /// Whether the holder goes on as soon as the taker has the lock, or after the taker's commit.
     race: bool,
@@ -373,8 +101,11 @@ struct Plan {
 
 impl Plan {
     fn random(random: &mut Random, guarded: bool) -> Self {
-        let places: &[Place] =
-            if guarded { &Place::ALL } else { &[Place::Begun, Place::Read, Place::Written, Place::Committing] };
+        let places: &[Place] = if guarded {
+            &Place::ALL
+        } else {
+            &[Place::Begun, Place::Read, Place::Written, Place::Committing]
+        };
         let place = random.pick(places);
         let ways: &[Way] = match (guarded, place) {
             (true, Place::Verified) => &[Way::Verified],
@@ -383,14 +114,20 @@ impl Plan {
         };
         let mut part = |ways: &[Way], ttl, place| Part {
             way: random.pick(ways),
-            level: random.below(3),
+            // Without a guard at the level at which nobody else refuses anything.
+            level: if guarded { random.below(LEVELS.len()) } else { 0 },
             row: random.pick(&BUSINESS_ROWS),
             ttl,
             place,
         };
         let all_ways = if guarded { &Way::ALL[..3] } else { ways };
         let (holder, taker) = (part(ways, TTL, Some(place)), part(all_ways, LONG_TTL, None));
-        let longest_delay = if place == Place::Anywhere { 8000 } else { 2500 };
+        let longest_delay = match place {
+            Place::Committing => 2500,
+            Place::Anywhere => 4000,
+            // Long enough for a renewal.
+            _ => random.pick(&[1, 50_000]),
+        };
         let delay = Duration::from_micros(random.next() % longest_delay);
         Self { holder, taker, place, delay, race: random.below(4) == 0 }
     }
@@ -421,8 +158,7 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         }
         let history = "(token BIGINT PRIMARY KEY, business BIGINT, n BIGINT)";
         database.run(&format!("CREATE TABLE history_{pair} {history}")).await;
-        let mut players =
-            [0, 1].map(|_| Process::spawn("player", database.url(), [pair.to_string()]));
+        let mut players = [0, 1].map(|_| Process::spawn("player", database.url(), [pair.to_string()]));
         for player in &mut players {
             player.expect("ready").await;
         }
@@ -463,11 +199,10 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
                 holders_end = Some(line);
             }
         }
-        if !plan.place.is_exact() {
-            let until = Instant::now() + plan.delay;
-            while Instant::now() < until {
-                tokio::task::yield_now().await;
-            }
+        let until = Instant::now() + plan.delay;
+        while Instant::now() < until {
+            // More exact than a sleep, and the other pair goes on.
+            tokio::task::yield_now().await;
         }
         holder.stop();
         let stopped = Instant::now();
@@ -491,6 +226,11 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         }
 
         let [holder, taker] = &mut self.players;
+        // What is heard of it now, it said before it was stopped.
+        if holders_end.is_none() {
+            holders_end = hear_within(holder, Duration::ZERO).await;
+        }
+        let was_done = holders_end.is_some();
         if stands_there {
             holder.say("go");
         }
@@ -505,7 +245,12 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         if takers_end.is_none() {
             takers_end = Some(hear(taker).await);
         }
-        self.note(plan, taken_over, holders_end.unwrap(), takers_end.unwrap());
+        let when = match (was_done, taken_over) {
+            (true, _) => When::Done,
+            (false, true) => When::TakenOver,
+            (false, false) => When::Waited,
+        };
+        self.note(plan.place, when, holders_end.unwrap(), takers_end.unwrap());
         self.look().await;
         self.check().await;
     }
@@ -524,7 +269,7 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         }
     }
 
-    fn note(&mut self, plan: Plan, taken_over: bool, holders_end: Line, takers_end: Line) {
+    fn note(&mut self, place: Place, when: When, holders_end: Line, takers_end: Line) {
         let tally = &mut self.tally;
         let Line::Ended { token: holders_token, outcome: holders } = holders_end else {
             panic!("the holder said {holders_end:?}");
@@ -539,11 +284,10 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
                 .any(|conflict| why.contains(conflict));
             assert!(is_conflict, "the taker was refused: {why}");
         }
-        tally.taken_over += u64::from(taken_over);
-        tally.refused += u64::from(taken_over && matches!(holders, Outcome::Refused(_)));
-        tally.waited += u64::from(!taken_over && holders == Outcome::Committed && takers_token > holders_token);
-        let taker = if taken_over { "taken over" } else { "taker waits" };
-        let what = format!("{:10?} {taker}, holder {holders:?}, taker {takers:?}", plan.place);
+        tally.taken_over += u64::from(when == When::TakenOver);
+        tally.refused += u64::from(when == When::TakenOver && matches!(holders, Outcome::Refused(_)));
+        tally.waited += u64::from(when == When::Waited && holders == Outcome::Committed);
+        let what = format!("{place:10?} {when:9?} holder {holders:?}, taker {takers:?}");
         *tally.rounds.entry(what).or_default() += 1;
         for (token, outcome) in [(holders_token, holders), (takers_token, takers)] {
             if token != 0 {
@@ -569,7 +313,9 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
     async fn check(&mut self) {
         for (token, outcome) in &self.reports {
             match outcome {
-                Outcome::Committed => assert!(self.seen.contains(token), "{token} was reported, but not kept"),
+                Outcome::Committed => {
+                    assert!(self.seen.contains(token), "{token} was reported, but not kept");
+                }
                 Outcome::Refused(why) => assert!(!self.seen.contains(token), "{token} was kept, but: {why}"),
                 Outcome::Unknown(_) => {}
             }
@@ -602,6 +348,17 @@ impl<T: TestDatabase> Drop for Rounds<'_, T> {
     }
 }
 
+/// How the taker came to the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// The holder had ended before it was stopped.
+    Done,
+    /// While the holder stood.
+    TakenOver,
+    /// After the holder was continued.
+    Waited,
+}
+
 #[derive(Debug, Default)]
 struct Tally {
     /// What happened, and how often.
@@ -611,7 +368,7 @@ struct Tally {
     taken_over: u64,
     /// … and the holder did not commit.
     refused: u64,
-    /// The taker got the lock after the holder was continued, and both committed.
+    /// The taker got the lock after the holder was continued, which committed.
     waited: u64,
     lost_updates: u64,
     out_of_order: u64,
@@ -645,7 +402,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// SplitMix64.
+/// `SplitMix64`.
 struct Random(u64);
 
 impl Random {

@@ -88,7 +88,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         claim: &Claim,
     ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
 
-    /// Moves the deadlines of these leases forward, in one statement or transaction. One answer a lease, in order.
+    /// The statement that begins a transaction on a private connection, such that the server ends it soon when it hears
+    /// nothing more of us.
+    #[doc(hidden)]
+    const BEGIN_SHORT: &'static str;
+
+    /// Moves the deadlines of these leases forward, in one statement. One answer a lease, in order.
     #[doc(hidden)]
     fn renew(
         connection: &mut Self::Connection,
@@ -219,7 +224,8 @@ pub enum Cluster {
 /// A lease to be renewed.
 #[derive(Debug, Clone)]
 pub struct Renewal {
-    pub name: Arc<str>,
+    /// Of the row.
+    pub id: i64,
     pub secret: Secret,
     pub ttl: Duration,
 }
@@ -229,6 +235,8 @@ pub struct Renewal {
 pub enum Standing {
     /// It was ours, and what was asked for was done.
     Ours,
+    /// It is ours, with more of its TTL left than its holder relies on. Whether it was renewed just now was not told.
+    StillOurs,
     /// It is ours, but somebody has the row locked: nothing was done, ask again.
     Busy,
     /// It is not ours any more.
@@ -335,45 +343,26 @@ pub enum Fault {
     Other,
 }
 
-/// The leases of a batch as JSON, for databases that have no arrays: `[["6a6f62", "secret", 30000000], …]`. The name is
-/// in hexadecimal, so nothing in it needs escaping.
+/// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000], …]`.
 #[cfg(any(feature = "mysql", feature = "sqlite"))]
 fn as_json(leases: &[Renewal]) -> String {
     use std::fmt::Write as _;
 
-    let mut json = String::with_capacity(2 + leases.len() * 96);
+    let mut json = String::with_capacity(2 + leases.len() * 64);
     json.push('[');
-    for (position, Renewal { name, secret, ttl }) in leases.iter().enumerate() {
-        if position > 0 {
-            json.push(',');
-        }
-        json.push_str("[\"");
-        for byte in name.bytes() {
-            let _infallible = write!(json, "{byte:02x}");
-        }
-        let _infallible = write!(json, "\",\"{}\",{}]", secret.as_str(), crate::limits::micros(*ttl));
+    for (position, Renewal { id, secret, ttl }) in leases.iter().enumerate() {
+        let comma = if position > 0 { "," } else { "" };
+        let ttl = crate::limits::micros(*ttl);
+        let _infallible = write!(json, "{comma}[{id},\"{}\",{ttl}]", secret.as_str());
     }
     json.push(']');
     json
 }
 
-/// Puts the standings that a batch statement found, in whatever order, back into the order of the request: done, then
-/// ours but locked by somebody, else no longer ours.
-fn in_order(leases: &[Renewal], done: &[String], ours: &[String]) -> Vec<Standing> {
-    use std::collections::HashSet;
-
-    let done: HashSet<&str> = done.iter().map(String::as_str).collect();
-    let ours: HashSet<&str> = ours.iter().map(String::as_str).collect();
-    leases
-        .iter()
-        .map(|lease| {
-            if done.contains(lease.secret.as_str()) {
-                Standing::Ours
-            } else if ours.contains(lease.secret.as_str()) {
-                Standing::Busy
-            } else {
-                Standing::NotOurs
-            }
-        })
-        .collect()
+/// Puts what a batch statement found, in whatever order, back into the order of the request. What it did not find is no
+/// longer ours.
+fn in_order(leases: &[Renewal], found: impl IntoIterator<Item = (String, Standing)>) -> Vec<Standing> {
+    let found: std::collections::HashMap<String, Standing> = found.into_iter().collect();
+    let standing = |lease: &Renewal| found.get(lease.secret.as_str()).copied();
+    leases.iter().map(|lease| standing(lease).unwrap_or(Standing::NotOurs)).collect()
 }

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
-use sqlx::{AssertSqlSafe, Connection, MySql, Row};
+use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::{
     Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
@@ -23,7 +23,8 @@ const PREPARE: &str =
 
 const CLUSTER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
-    'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode')";
+    'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
+    'innodb_rollback_on_timeout')";
 
 const LOOK: &str = "
 SELECT id, lock_kind, secret_key, owner, fencing_token,
@@ -52,30 +53,33 @@ WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6
 
 const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
-/// Rows that somebody has locked are passed over, so one of them can't hold up the rest of a batch. Never finds a
-/// lease that was released (1970). MySQL wants to be told that JSON is not to be locked; MariaDB knows no `OF`, and
-/// reads it as a comment.
-const LOCK_FOR_RENEWAL: &str = "
-SELECT lease.secret_key
-FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
-WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'
-FOR UPDATE /*!80000 OF lease */ SKIP LOCKED";
-
-/// Never moves a deadline backwards when the clock was set back.
+/// One statement, after which the server needs nothing more of us: a client that is stopped or cut off in the middle of a
+/// transaction would keep the rows locked. Rows that somebody has locked are passed over, so one of them can't hold up
+/// the rest, and never does it find a lease that was released (1970) or move a deadline backwards.
+///
+/// LIMIT makes the server materialize the inner SELECT, with its locks; `STRAIGHT_JOIN` and `FORCE INDEX` keep it from reading,
+/// and so locking, other rows of a small table. MySQL wants to be told that JSON is not to be locked; MariaDB knows no
+/// `OF`, and reads it as a comment.
 const RENEW: &str = "
-UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
-        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
-SET lease.expire_time = GREATEST(lease.expire_time, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)))
-WHERE lease.secret_key = asked.secret_key";
+UPDATE (
+    SELECT lease.id, asked.ttl
+    FROM JSON_TABLE(?, '$[*]' COLUMNS (
+            id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+    WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'
+    LIMIT 1000000
+    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = GREATEST(
+    lease.expire_time, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)))";
 
+/// Which leases are ours, and whether they were renewed a moment ago: later than what the holder will rely on.
 const STILL_OURS: &str = "
-SELECT lease.secret_key
+SELECT lease.secret_key,
+    TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease ON lease.lock_name = UNHEX(asked.name)
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
 WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
 
 const RELEASE: &str = "
@@ -114,6 +118,7 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
+    const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
     async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<Cluster> {
@@ -122,7 +127,14 @@ impl LockDatabase for MySql {
         for row in sqlx::raw_sql(CLUSTER_SETTINGS).fetch_all(connection).await? {
             settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
         }
-        Ok(cluster(|setting| settings.get(setting).map_or("", String::as_str)))
+        let setting = |name: &str| settings.get(name).map_or("", String::as_str);
+        if setting("innodb_rollback_on_timeout") == "ON" {
+            // A caller's transaction would be rolled back by a lock that was not free, and go on as if it were open.
+            return Err(sqlx::Error::Configuration(
+                "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
+            ));
+        }
+        Ok(cluster(setting))
     }
 
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
@@ -193,24 +205,18 @@ impl LockDatabase for MySql {
     }
 
     async fn renew(connection: &mut MySqlConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
-        let mut transaction = connection.begin().await?;
-        let locked: Vec<String> =
-            sqlx::query_scalar(LOCK_FOR_RENEWAL).bind(as_json(leases)).fetch_all(&mut *transaction).await?;
-        let unlocked: Vec<Renewal> = leases
-            .iter()
-            .filter(|lease| locked.iter().any(|secret| secret == lease.secret.as_str()))
-            .cloned()
-            .collect();
-        if !unlocked.is_empty() {
-            sqlx::query(RENEW).bind(as_json(&unlocked)).execute(&mut *transaction).await?;
+        let json = as_json(leases);
+        let renewed = sqlx::query(RENEW).bind(&json).execute(&mut *connection).await?;
+        if usize::try_from(renewed.rows_affected()) == Ok(leases.len()) {
+            return Ok(vec![Standing::Ours; leases.len()]);
         }
-        transaction.commit().await?;
-        let ours: Vec<String> = if locked.len() < leases.len() {
-            sqlx::query_scalar(STILL_OURS).bind(as_json(leases)).fetch_all(connection).await?
-        } else {
-            Vec::new()
-        };
-        Ok(in_order(leases, &locked, &ours))
+        let mut found = Vec::with_capacity(leases.len());
+        for row in sqlx::query(STILL_OURS).bind(&json).fetch_all(connection).await? {
+            // One that was asked for alone was not renewed, or it would have been counted.
+            let is_fresh = leases.len() > 1 && row.try_get(1)?;
+            found.push((row.try_get(0)?, if is_fresh { Standing::StillOurs } else { Standing::Busy }));
+        }
+        Ok(in_order(leases, found))
     }
 
     async fn release(
@@ -324,8 +330,8 @@ impl LockDatabase for MySql {
     }
 }
 
-/// For a try on MariaDB: what a free row takes on a busy server, and how long a locked one is waited for.
-const SHORTEST_LIMIT: Duration = Duration::from_millis(50);
+/// What a try may take that waits for nobody.
+const LONGEST_TRY: Duration = Duration::from_secs(2);
 
 const DUPLICATE_KEY: u16 = 1062;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
@@ -359,11 +365,10 @@ async fn lock_and_write(
 ) -> sqlx::Result<RowAttempt> {
     // By the primary key: locked by its name, a row of MariaDB takes the gap before it along, and nobody could make the
     // row of a name that sorts there until the transaction ends. Not with SKIP LOCKED, which leaves a lock on the gap
-    // behind the row that it skipped. Each server reads its own form of the limit and takes the other's for a comment;
-    // on MariaDB, NOWAIT would be a lock timeout, which some settings answer with a rollback.
+    // behind the row that it skipped. Each server reads its own form of the limit and takes the other's for a comment.
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
     let id = claim.row.id;
-    let (limit, no_wait) = if slice.is_zero() { (SHORTEST_LIMIT, "/*!80000 NOWAIT */") } else { (slice, "") };
+    let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
     let sql = format!(
         "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
         SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,

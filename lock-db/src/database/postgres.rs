@@ -26,9 +26,10 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint
 FROM distributed_lock WHERE lock_name = $1";
 
+/// Whichever of the two unique indexes notices first.
 const CREATE: &str = "
 INSERT INTO distributed_lock (lock_name, lock_kind) VALUES ($1, $2)
-ON CONFLICT (lock_name) DO NOTHING";
+ON CONFLICT DO NOTHING";
 
 /// The new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover
 /// that lost the last grants brings a number back.
@@ -50,8 +51,8 @@ RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id";
 const RENEW: &str = "
 WITH unlocked AS MATERIALIZED (
     SELECT lease.id, asked.ttl
-    FROM unnest($1::text[], $2::text[], $3::bigint[]) AS asked (lock_name, secret_key, ttl)
-    JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name AND lease.secret_key = asked.secret_key
+    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, ttl)
+    JOIN distributed_lock AS lease ON lease.id = asked.id AND lease.secret_key = asked.secret_key
     WHERE lease.expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE OF lease SKIP LOCKED)
 UPDATE distributed_lock AS lease
@@ -61,8 +62,8 @@ RETURNING lease.secret_key";
 
 const STILL_OURS: &str = "
 SELECT lease.secret_key
-FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
-JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name AND lease.secret_key = asked.secret_key
+FROM unnest($1::bigint[], $2::text[]) AS asked (id, secret_key)
+JOIN distributed_lock AS lease ON lease.id = asked.id AND lease.secret_key = asked.secret_key
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
 const RELEASE: &str = "
@@ -99,7 +100,10 @@ RETURNING held.fencing_token, before.secret_key";
 const DOOM: &str =
     "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
 
-const IS_VISIBLE: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
+/// Whether the block below has written the row, and what it found there.
+const AFTER_WAITING: &str = "
+SELECT secret_key, fencing_token, COALESCE(current_setting('lock_db.secret_before', true), '')
+FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND fencing_token = $2";
 
@@ -120,6 +124,7 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
 impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
+    const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
     async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Cluster> {
@@ -185,21 +190,23 @@ impl LockDatabase for Postgres {
     }
 
     async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
-        let names: Vec<&str> = leases.iter().map(|lease| &*lease.name).collect();
+        let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
         let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
         let ttls: Vec<i64> = leases.iter().map(|lease| micros(lease.ttl)).collect();
         let renewed: Vec<String> = sqlx::query_scalar(RENEW)
-            .bind(&names)
+            .bind(&ids)
             .bind(&secrets)
             .bind(ttls)
             .fetch_all(&mut *connection)
             .await?;
         let ours: Vec<String> = if renewed.len() < leases.len() {
-            sqlx::query_scalar(STILL_OURS).bind(&names).bind(&secrets).fetch_all(connection).await?
+            sqlx::query_scalar(STILL_OURS).bind(&ids).bind(&secrets).fetch_all(connection).await?
         } else {
             Vec::new()
         };
-        Ok(in_order(leases, &renewed, &ours))
+        // Those that were renewed last: they count.
+        let found = ours.into_iter().map(|secret| (secret, Standing::Busy));
+        Ok(in_order(leases, found.chain(renewed.into_iter().map(|secret| (secret, Standing::Ours)))))
     }
 
     async fn release(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<Standing> {
@@ -217,26 +224,21 @@ impl LockDatabase for Postgres {
         claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        if !slice.is_zero() {
-            wait_for_row(connection, claim.row.id, slice).await?;
+        // Whether a row that might be leased was free shows only once it is locked: not without a savepoint.
+        if !slice.is_zero() || claim.kind == Kind::Insert {
+            return lock_in_savepoint(connection, claim, slice).await;
         }
-        // Free, or locked by ourselves now, or still by somebody else.
         let locked = sqlx::query(LOCK_ROW_AT_ONCE)
             .bind(&*claim.row.name)
             .bind(claim.kind.as_str())
             .bind(claim.secret.as_str())
             .bind(&*claim.owner)
-            .fetch_optional(&mut *connection)
+            .fetch_optional(connection)
             .await?;
-        if let Some(row) = locked {
-            return Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? });
+        match locked {
+            Some(row) => Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? }),
+            None => Ok(RowAttempt::Busy),
         }
-        if slice.is_zero() {
-            return Ok(RowAttempt::Busy);
-        }
-        let query = sqlx::query(IS_VISIBLE).bind(claim.row.id).bind(&*claim.row.name);
-        let visible = query.fetch_optional(connection).await?;
-        Ok(if visible.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
     async fn still_locked(
@@ -293,27 +295,65 @@ impl LockDatabase for Postgres {
     }
 }
 
-/// Waits in the server's queue for the row. A lock timeout would end the caller's transaction, so it happens inside a
-/// savepoint; a deadlock and an old snapshot do end it.
+/// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row
+/// that turns out to be leased would stay locked, so it happens inside a savepoint; a deadlock and an old snapshot do end
+/// the transaction.
 ///
 /// The savepoint is that of a block with an exception handler, so that it begins and ends on the server, in one message:
 /// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
-/// would commit by itself.
-async fn wait_for_row(connection: &mut PgConnection, id: i64, slice: Duration) -> sqlx::Result<()> {
-    // Zero would mean no limit at all.
+/// would commit by itself. The row is locked and written under the same savepoint: anything else takes a multixact.
+async fn lock_in_savepoint(
+    connection: &mut PgConnection,
+    claim: &RowClaim,
+    slice: Duration,
+) -> sqlx::Result<RowAttempt> {
+    // A block takes no parameters: numbers, a constant and hexadecimal digits need no quoting. A limit of zero would mean
+    // no limit at all.
+    let (id, kind, secret) = (claim.row.id, claim.kind.as_str(), claim.secret.as_str());
+    let owner = hexadecimal(&claim.owner);
     let limit = slice.as_millis().max(1);
+    let no_wait = if slice.is_zero() { "NOWAIT" } else { "" };
     let sql = format!(
         "DO $lock_db$
-        DECLARE before text := current_setting('lock_timeout');
+        DECLARE
+            limit_before text := current_setting('lock_timeout');
+            secret_before text;
         BEGIN
             PERFORM set_config('lock_timeout', '{limit}ms', true);
-            PERFORM 1 FROM distributed_lock WHERE id = {id} AND expire_time <= clock_timestamp() FOR UPDATE;
-            PERFORM set_config('lock_timeout', before, true);
+            SELECT secret_key INTO secret_before FROM distributed_lock
+                WHERE id = {id} AND lock_kind = '{kind}' AND expire_time <= clock_timestamp() FOR UPDATE {no_wait};
+            IF secret_before IS NULL THEN
+                RAISE lock_not_available;
+            END IF;
+            UPDATE distributed_lock
+                SET fencing_token = GREATEST(fencing_token + 1,
+                        (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+                    secret_key = '{secret}', owner = convert_from('\\x{owner}'::bytea, 'UTF8'),
+                    acquire_time = clock_timestamp()
+                WHERE id = {id};
+            PERFORM set_config('lock_db.secret_before', secret_before, true);
+            PERFORM set_config('lock_timeout', limit_before, true);
         EXCEPTION WHEN lock_not_available THEN
             NULL;
         END $lock_db$"
     );
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
+    let row = sqlx::query(AFTER_WAITING).bind(id).bind(&*claim.row.name).fetch_optional(connection).await?;
+    let Some(row) = row else { return Ok(RowAttempt::Missing) };
+    if row.try_get::<&str, _>(0)? != secret {
+        return Ok(RowAttempt::Busy);
+    }
+    Ok(RowAttempt::Locked { fencing_token: row.try_get(1)?, before: row.try_get(2)? })
+}
+
+fn hexadecimal(text: &str) -> String {
+    use std::fmt::Write as _;
+
+    let mut digits = String::with_capacity(text.len() * 2);
+    for byte in text.bytes() {
+        let _infallible = write!(digits, "{byte:02x}");
+    }
+    digits
 }
 
 fn foreign_answer() -> sqlx::Error {

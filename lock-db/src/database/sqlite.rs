@@ -55,9 +55,8 @@ const RENEW: &str = "
 UPDATE distributed_lock
 SET expire_time = max(expire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now',
         printf('+%d.%03d seconds', asked.ttl / 1000000, asked.ttl / 1000 % 1000)))
-FROM (SELECT CAST(unhex(value ->> 0) AS TEXT) AS name, value ->> 1 AS secret, value ->> 2 AS ttl
-      FROM json_each(?1)) AS asked
-WHERE lock_name = asked.name AND secret_key = asked.secret AND expire_time > '1970-01-01 00:00:00.000000'
+FROM (SELECT value ->> 0 AS id, value ->> 1 AS secret, value ->> 2 AS ttl FROM json_each(?1)) AS asked
+WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND expire_time > '1970-01-01 00:00:00.000000'
 RETURNING secret_key";
 
 const RELEASE: &str = "
@@ -102,6 +101,7 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
 
 impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
+    const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
     /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
     const BEGIN_GUARDED: Option<&'static str> = Some("BEGIN IMMEDIATE");
@@ -187,7 +187,7 @@ impl LockDatabase for Sqlite {
     async fn renew(connection: &mut SqliteConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
         let renewed: Vec<String> =
             sqlx::query_scalar(RENEW).bind(as_json(leases)).fetch_all(connection).await?;
-        Ok(in_order(leases, &renewed, &[]))
+        Ok(in_order(leases, renewed.into_iter().map(|secret| (secret, Standing::Ours))))
     }
 
     async fn release(

@@ -15,8 +15,9 @@ use crate::session::{Answer, Request};
 use crate::{Error, Kind, Locks};
 
 /// How long one statement may wait on the server: a caller who has gone is noticed in between. More than the second
-/// after which PostgreSQL looks for a deadlock.
-const SLICE: Duration = Duration::from_secs(2);
+/// after which PostgreSQL looks for a deadlock, and half of what is promised: PostgreSQL counts it once for the turn in
+/// the queue, and once more for the holder.
+const SLICE: Duration = Duration::from_millis(1100);
 /// How much longer than its slice a statement may take before the server counts as gone.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.

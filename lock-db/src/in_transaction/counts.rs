@@ -25,7 +25,8 @@ impl Counts {
     /// Notes that `secret` replaced the secret `before`, which the same transaction had written if it is `again`.
     pub(super) fn enter(&self, secret: &Secret, before: &str, again: bool) -> usize {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = counts.remove(before).filter(|_| again).unwrap_or(0);
+        // Kept, for a rollback to a savepoint may bring that secret back.
+        let last = counts.get(before).copied().filter(|_| again).unwrap_or(0);
         if counts.len() >= MOST {
             counts.clear();
         }

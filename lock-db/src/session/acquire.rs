@@ -123,8 +123,9 @@ impl Attempt {
                 // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
                 Err(failure) if failure.fault == Fault::Disconnected => {
                     failures += 1;
+                    let closed_while_idle = failures == 1 && !failure.is_silence();
                     self.last_failure = Some(failure);
-                    if failures == 1 {
+                    if closed_while_idle {
                         continue;
                     }
                     if self.wait.is_none() {
@@ -241,7 +242,7 @@ impl Drop for Attempt {
     fn drop(&mut self) {
         if self.unsettled {
             for claim in &self.claims {
-                release::undo(&self.core, claim);
+                release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
             }
         }
     }

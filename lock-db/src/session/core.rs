@@ -118,8 +118,13 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             })),
             Request::Migrate { answer } => drop(spawn_local(async move {
                 let migrated = twice(async || core.lane.migrate().await).await;
-                let _ = answer
-                    .send(migrated.map_err(|failure| failure.into_error("create `distributed_lock`", None)));
+                let migrated =
+                    migrated.map_err(|failure| failure.into_error("create `distributed_lock`", None));
+                // Whatever the ledger says, it is the table that has to fit.
+                let _ = answer.send(match migrated {
+                    Ok(()) => core.check_schema().await,
+                    failed => failed,
+                });
             })),
             Request::CheckSchema { answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.check_schema().await);
@@ -282,7 +287,7 @@ pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
 impl Held {
     pub(super) fn renewal(&self) -> Renewal {
         let LeaseKey { row, secret, .. } = &self.state.key;
-        Renewal { name: Arc::clone(&row.name), secret: secret.clone(), ttl: self.ttl }
+        Renewal { id: row.id, secret: secret.clone(), ttl: self.ttl }
     }
 
     /// How long after now it is looked after again, if nothing comes of this time.
@@ -294,15 +299,15 @@ impl Held {
     pub(super) fn renewed(&mut self, sent: Instant) {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
         self.next_renewal = sent + self.ttl / 3;
-        self.state.confirm(sent, self.deadline);
+        self.state.extend(self.deadline);
     }
 }
 
-/// Once more when the connection was gone: the server may have closed it while it was idle. For what can be asked
-/// twice without harm, which is everything.
+/// Once more when the connection was gone: the server may have closed it while it was idle. Not after a silence. For
+/// what can be asked twice without harm, which is everything.
 pub(super) async fn twice<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
     match operation().await {
-        Err(Failure { fault: Fault::Disconnected, .. }) => operation().await,
+        Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence() => operation().await,
         answer => answer,
     }
 }

@@ -23,6 +23,19 @@ const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 64;
 
+impl Operation {
+    /// Whether nobody waits for the answer any more. A release is carried out all the same.
+    fn is_forgotten(&self) -> bool {
+        match self {
+            Self::Acquire(_, reply) => reply.is_closed(),
+            Self::Look(_, reply) => reply.is_closed(),
+            Self::Create(_, _, reply) | Self::CheckSchema(reply) => reply.is_closed(),
+            Self::Renew(_, _, reply) => reply.is_closed(),
+            Self::Release(..) | Self::Migrate(_) => false,
+        }
+    }
+}
+
 /// The leases, if all were free; what kind of server granted them; and when the statement was sent, from where on their TTL
 /// counts.
 type Acquired = (Option<Vec<Grant>>, Cluster, Instant);
@@ -43,7 +56,7 @@ enum Operation {
 #[derive(Debug)]
 pub(super) struct Lane {
     operations: mpsc::UnboundedSender<Operation>,
-    no_answer: fn() -> Failure,
+    no_answer: fn(Duration) -> Failure,
 }
 
 impl Lane {
@@ -53,20 +66,20 @@ impl Lane {
         tokio::task::spawn_local(
             Server { pool, connection: None, cluster: Cluster::SinglePrimary }.serve(queue),
         );
-        Self { operations, no_answer: || Failure::no_answer::<DB>(STATEMENT_LIMIT) }
+        Self { operations, no_answer: Failure::no_answer::<DB> }
     }
 
     /// Takes leases if they are free, all or none.
     pub(super) async fn acquire(&self, claims: Vec<Claim>) -> Result<Acquired, Failure> {
-        self.ask(|reply| Operation::Acquire(claims, reply)).await
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, reply)).await
     }
 
     pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
-        self.ask(|reply| Operation::Look(Arc::clone(name), reply)).await
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Look(Arc::clone(name), reply)).await
     }
 
     pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<(), Failure> {
-        self.ask(|reply| Operation::Create(Arc::clone(name), kind, reply)).await
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
     }
 
     /// Renews leases, in `limit` at most. Also answers when the statement was sent.
@@ -75,28 +88,34 @@ impl Lane {
         leases: Vec<Renewal>,
         limit: Duration,
     ) -> Result<(Vec<Standing>, Instant), Failure> {
-        self.ask(|reply| Operation::Renew(leases, limit, reply)).await
+        self.ask(limit, |reply| Operation::Renew(leases, limit, reply)).await
     }
 
     pub(super) async fn release(&self, name: &Arc<str>, secret: &Secret) -> Result<Standing, Failure> {
-        self.ask(|reply| Operation::Release(Arc::clone(name), secret.clone(), reply)).await
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(Arc::clone(name), secret.clone(), reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
-        self.ask(Operation::Migrate).await
+        self.ask(MIGRATION_LIMIT, Operation::Migrate).await
     }
 
     pub(super) async fn check_schema(&self) -> Result<(), Failure> {
-        self.ask(Operation::CheckSchema).await
+        self.ask(STATEMENT_LIMIT, Operation::CheckSchema).await
     }
 
     /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.
-    async fn ask<T>(&self, operation: impl FnOnce(Reply<T>) -> Operation) -> Result<T, Failure> {
+    /// The limit counts from here: who stands in a long queue before a silent server waits no longer than the first one.
+    async fn ask<T>(
+        &self,
+        limit: Duration,
+        operation: impl FnOnce(Reply<T>) -> Operation,
+    ) -> Result<T, Failure> {
         let (reply, replied) = oneshot::channel();
-        let sent = self.operations.send(operation(reply)).is_ok();
-        match replied.await {
-            Ok(answer) if sent => answer,
-            _ => Err((self.no_answer)()),
+        let _lane_may_be_gone = self.operations.send(operation(reply));
+        match timeout(limit, replied).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_lane_is_gone)) => Err((self.no_answer)(limit)),
+            Err(_elapsed) => Err((self.no_answer)(limit)),
         }
     }
 }
@@ -114,7 +133,9 @@ impl<DB: LockDatabase> Server<DB> {
         let mut round = Vec::with_capacity(ROUND);
         while queue.recv_many(&mut round, ROUND).await > 0 {
             for operation in round.drain(..) {
-                self.carry_out(operation).await;
+                if !operation.is_forgotten() {
+                    self.carry_out(operation).await;
+                }
             }
         }
         if let Some(connection) = self.connection {
@@ -219,7 +240,7 @@ async fn acquire_all<DB: LockDatabase>(
     if let [claim] = claims {
         return Ok(DB::acquire(connection, claim).await?.map(|grant| vec![grant]));
     }
-    let mut transaction = connection.begin().await?;
+    let mut transaction = connection.begin_with(DB::BEGIN_SHORT).await?;
     let mut grants = Vec::with_capacity(claims.len());
     for claim in claims {
         let Some(grant) = DB::acquire(&mut transaction, claim).await? else {

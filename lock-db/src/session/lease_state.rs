@@ -45,9 +45,12 @@ impl LeaseState {
         &self.key.row.name
     }
 
-    /// The database has confirmed what was asked at `sent`: ours until then.
-    pub(super) fn confirm(&self, sent: Instant, deadline: Instant) {
+    pub(super) fn extend(&self, deadline: Instant) {
         self.deadline.extend(deadline);
+    }
+
+    /// The database has renewed what was asked for at `sent`.
+    pub(super) fn confirm(&self, sent: Instant) {
         // An answer to an earlier question says nothing about the transaction.
         self.doubts().take_if(|since| *since < sent);
     }

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::core::Core;
 use super::lease_state::LeaseState;
 use crate::Error;
-use crate::database::{Claim, Fault, Standing};
+use crate::database::{Fault, Standing};
 use crate::error::{Failure, Loss};
 use crate::secret::Secret;
 
@@ -36,14 +36,16 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         (Some(reason), _) => Err(lost(reason)),
         (None, Ok(Standing::Ours)) => Ok(()),
         (None, Ok(_)) => Err(lost(Loss::TakenOver)),
-        (None, Err(failure)) => Err(failure.into_error("release", Some(lease.name()))),
+        (None, Err(failure)) => {
+            undo(core, lease.key.row.name.clone(), lease.key.secret.clone(), ttl);
+            Err(failure.into_error("release", Some(lease.name())))
+        }
     }
 }
 
-/// Gives back what an attempt may have got, in the background.
-pub(super) fn undo(core: &Rc<Core>, claim: &Claim) {
+/// Gives back what may be ours still, in the background.
+pub(super) fn undo(core: &Rc<Core>, name: Arc<str>, secret: Secret, ttl: Duration) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
-    let Claim { name, secret, ttl, .. } = claim.clone();
     spawn_local(async move {
         // Later than that it is free anyway.
         let until = Instant::now() + ttl;

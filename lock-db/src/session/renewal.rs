@@ -24,29 +24,34 @@ pub(super) async fn renew(core: Rc<Core>) {
             () = core.closed() => return,
             () = core.due.sleep_until(next) => {}
         }
-        let due = take_due(&core, Instant::now());
-        for batch in due.chunks(BATCH) {
+        let (together, alone) = take_due(&core, Instant::now());
+        for batch in together.chunks(BATCH).chain(alone.chunks(1)) {
             renew_batch(&core, batch).await;
         }
     }
 }
 
+/// A lease that is due: its number, what to ask for, and how often.
+type Due = (u64, Renewal, Duration);
+
 /// The leases that are due now, and those that will be within a quarter of their interval: a little early, so that
-/// leases taken at different times end up in the same statement.
-fn take_due(core: &Core, now: Instant) -> Vec<(u64, Renewal, Duration)> {
-    let mut due = Vec::new();
-    for (&key, held) in &mut *core.leases.borrow_mut() {
+/// leases taken at different times end up in the same statement. Apart from them those that a transaction has released,
+/// of which each is asked for alone: no answer but its own tells how the transaction ended.
+fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
+    let (mut together, mut alone) = (Vec::new(), Vec::new());
+    for (&number, held) in &mut *core.leases.borrow_mut() {
         let interval = held.ttl / 3;
         if held.next_renewal <= now + interval / 4 {
             // The next attempt, in case nothing is heard of this one.
             held.next_renewal = now + held.pause();
-            due.push((key, held.renewal(), interval));
+            let due = (number, held.renewal(), interval);
+            if held.state.is_in_doubt() { alone.push(due) } else { together.push(due) }
         }
     }
-    due
+    (together, alone)
 }
 
-async fn renew_batch(core: &Core, batch: &[(u64, Renewal, Duration)]) {
+async fn renew_batch(core: &Core, batch: &[Due]) {
     let shortest = batch.iter().map(|(_, _, interval)| *interval).min().unwrap_or(LONGEST_STATEMENT);
     let leases = batch.iter().map(|(_, renewal, _)| renewal.clone()).collect();
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
@@ -54,9 +59,12 @@ async fn renew_batch(core: &Core, batch: &[(u64, Renewal, Duration)]) {
         Ok((standings, sent)) => {
             for ((key, _, _), standing) in batch.iter().zip(standings) {
                 match standing {
-                    Standing::Ours => {
+                    Standing::Ours | Standing::StillOurs => {
                         if let Some(held) = core.leases.borrow_mut().get_mut(key) {
                             held.renewed(sent);
+                            if standing == Standing::Ours {
+                                held.state.confirm(sent);
+                            }
                         }
                     }
                     // Locked by somebody for a moment, so it is still ours: asked again soon.
