@@ -13,6 +13,7 @@ mod insert;
 mod limits;
 mod locks;
 mod name;
+mod reentry;
 mod row;
 pub mod schema;
 mod secret;
@@ -23,6 +24,7 @@ pub use self::error::{Error, Loss, WaitingFor};
 pub use self::info::{Kind, LockInfo};
 pub use self::insert::{InsertLock, Lease};
 pub use self::locks::{Locks, LocksBuilder};
+pub use self::reentry::Owner;
 pub use self::row::{HeldRow, RowGuard, RowLock};
 
 #[cfg(feature = "macros")]

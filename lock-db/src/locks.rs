@@ -8,6 +8,7 @@ use sqlx::Pool;
 use crate::database::LockDatabase;
 use crate::insert::InsertLock;
 use crate::limits::{DEFAULT_TTL, DEFAULT_WAIT};
+use crate::reentry::{Instance, Lock};
 use crate::row::{KnownRows, RowLock};
 use crate::session::{Request, Session};
 use crate::{Error, LockInfo, name};
@@ -27,6 +28,7 @@ struct Shared<DB: LockDatabase> {
     default_ttl: Duration,
     default_wait: Duration,
     known_rows: KnownRows,
+    instance: Instance,
 }
 
 impl<DB: LockDatabase> Locks<DB> {
@@ -138,6 +140,11 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(crate) fn known_rows(&self) -> &KnownRows {
         &self.shared.known_rows
     }
+
+    /// By what calls on this `Locks` find each other.
+    pub(crate) fn reentry_key(&self, name: &str) -> Result<Lock, Error> {
+        Ok(Lock { locks: self.shared.instance, name: name::check(name)? })
+    }
 }
 
 impl<DB: LockDatabase> Clone for Locks<DB> {
@@ -197,6 +204,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             default_ttl,
             default_wait,
             known_rows: KnownRows::default(),
+            instance: Instance::new(),
         };
         Locks { shared: Arc::new(shared) }
     }

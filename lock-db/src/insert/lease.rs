@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use tokio::select;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::database::LockDatabase;
+use crate::error::Loss;
+use crate::reentry::Held;
 use crate::session::{LeaseState, Request};
-use crate::{Error, Locks};
+use crate::{Error, Kind, Locks};
 
 /// An insert lock that is held, and renewed in the background at a third of its TTL as long as this exists.
 ///
@@ -29,8 +31,8 @@ pub struct Lease<DB: LockDatabase> {
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(super) fn new(hold: Hold, locks: Locks<DB>) -> Self {
-        Self { hold: Arc::new(hold), locks }
+    pub(super) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
+        Self { hold, locks }
     }
 
     /// The name of the lock.
@@ -64,7 +66,8 @@ impl<DB: LockDatabase> Lease<DB> {
         self.hold.lease.loss().is_none()
     }
 
-    /// How many handles hold this lock: one, and one more for each [`reenter`](Self::reenter) that is not dropped yet.
+    /// How many handles hold this lock: one, and one more for each [`reenter`](Self::reenter) that is not dropped yet and
+    /// for each nested call of [`run`](crate::InsertLock::run) or of an annotated function that is inside.
     #[must_use]
     pub fn hold_count(&self) -> usize {
         Arc::strong_count(&self.hold)
@@ -104,12 +107,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The release goes on when the future is dropped; only the answer is lost.
     pub async fn release(self) -> Result<(), Error> {
-        let Self { hold, .. } = self;
-        hold.check_if_shared()?;
-        match Arc::into_inner(hold) {
-            Some(hold) => hold.release().await,
-            None => Ok(()),
-        }
+        self.hold.give_up().await
     }
 
     pub(super) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
@@ -150,8 +148,15 @@ impl Hold {
         }
     }
 
-    fn check_if_shared(self: &Arc<Self>) -> Result<(), Error> {
-        if Arc::strong_count(self) > 1 { self.check() } else { Ok(()) }
+    /// Gives up one handle, and releases with the last one.
+    pub(crate) async fn give_up(self: Arc<Self>) -> Result<(), Error> {
+        if Arc::strong_count(&self) > 1 {
+            self.check()?;
+        }
+        match Arc::into_inner(self) {
+            Some(hold) => hold.release().await,
+            None => Ok(()),
+        }
     }
 
     /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands.
@@ -168,14 +173,26 @@ impl Hold {
         Ok(output)
     }
 
-    pub(crate) async fn release(mut self) -> Result<(), Error> {
+    async fn release(mut self) -> Result<(), Error> {
         self.released = true;
         let (answer, answered) = oneshot::channel();
         let lease = Arc::clone(&self.lease);
-        let gone = || Error::Lost { name: lease.name.to_string(), reason: crate::error::Loss::Closed };
+        let gone = || Error::Lost { name: lease.name.to_string(), reason: Loss::Closed };
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
         self.session.send(request).map_err(|_| gone())?;
         answered.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+impl Held for Hold {
+    const KIND: Kind = Kind::Insert;
+
+    fn check(&self) -> Result<(), Error> {
+        Self::check(self)
+    }
+
+    fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
+        Some(self.lease.loss_told())
     }
 }
 
