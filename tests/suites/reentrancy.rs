@@ -1,6 +1,8 @@
 //! Entering a lock again from within its holder: by `run` and by annotated functions, nested and side by side.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+// Holders within holders, many of them side by side in one future.
+#![allow(clippy::large_futures)]
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -47,7 +49,7 @@ for_each_database! {
     entering_again_asks_nobody,
 }
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// A wait that is in vain.
 const VAIN: Duration = Duration::from_millis(200);
 

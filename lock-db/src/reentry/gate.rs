@@ -104,6 +104,7 @@ impl Drop for Waiting<'_> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -200,6 +201,6 @@ mod tests {
             });
         }
         let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
-        tokio::time::timeout(std::time::Duration::from_secs(60), all).await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_mins(1), all).await.unwrap();
     }
 }

@@ -1,5 +1,9 @@
 //! Frames without a database: who is inside when, what a call gets, and what is left behind.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+// Futures that are handed out of their holder.
+#![allow(clippy::async_yields_async)]
+
 use std::pin::{Pin, pin};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +20,7 @@ use crate::error::WaitingFor;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Never over in a test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What stands in for a `Locks` and its database.
 #[derive(Clone)]
