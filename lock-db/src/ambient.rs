@@ -2,13 +2,17 @@
 
 use std::any::Any;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use crate::database::LockDatabase;
+use crate::error::Loss;
 use crate::insert::Hold;
+use crate::reentry::{self, Entered, Held};
 use crate::row::RowGuard;
-use crate::{Error, Locks};
+use crate::{Error, Kind, Locks, limits};
 
 static INSTALLED: OnceLock<Arc<dyn AnyLocks>> = OnceLock::new();
 
@@ -20,22 +24,57 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Locks of whatever database.
 pub(crate) trait AnyLocks: Send + Sync {
-    fn hold<'a>(
+    /// An insert lock, entered again if the caller is inside of it.
+    fn lease<'a>(
         &'a self,
         name: &'a str,
         ttl: Option<Duration>,
         wait: Option<Duration>,
-    ) -> BoxFuture<'a, Result<Hold, Error>>;
+    ) -> BoxFuture<'a, Result<Entered<Hold>, Error>>;
 
-    fn lock_row<'a>(
+    /// A row lock in a transaction of its own, entered again if the caller is inside of it.
+    fn row<'a>(
         &'a self,
         name: &'a str,
         wait: Option<Duration>,
-    ) -> BoxFuture<'a, Result<Box<dyn AnyRowGuard>, Error>>;
+    ) -> BoxFuture<'a, Result<Entered<OwnTransaction>, Error>>;
 
     fn as_any(&self) -> &dyn Any;
 
     fn database(&self) -> &'static str;
+}
+
+/// A row lock in a transaction that nobody but annotated functions knows of. It ends with the last one that is inside.
+pub(crate) struct OwnTransaction {
+    /// Never locked: it makes a guard shareable that is not, as SQLite's connections are not.
+    guard: Mutex<Box<dyn AnyRowGuard>>,
+}
+
+impl OwnTransaction {
+    /// Gives up one handle, and commits with the last one.
+    ///
+    /// # Errors
+    ///
+    /// As [`RowGuard::commit`].
+    pub(crate) async fn give_up(self: Arc<Self>) -> Result<(), Error> {
+        match Arc::into_inner(self) {
+            Some(last) => last.guard.into_inner().unwrap_or_else(PoisonError::into_inner).commit().await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Held for OwnTransaction {
+    const KIND: Kind = Kind::Row;
+
+    /// That the transaction is gone shows when it is committed.
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
+        None
+    }
 }
 
 /// The guard of a row lock in whatever database.
@@ -44,23 +83,28 @@ pub(crate) trait AnyRowGuard: Send {
 }
 
 impl<DB: LockDatabase> AnyLocks for Locks<DB> {
-    fn hold<'a>(
+    fn lease<'a>(
         &'a self,
         name: &'a str,
         ttl: Option<Duration>,
         wait: Option<Duration>,
-    ) -> BoxFuture<'a, Result<Hold, Error>> {
-        Box::pin(self.hold_waiting(name, ttl, wait))
+    ) -> BoxFuture<'a, Result<Entered<Hold>, Error>> {
+        Box::pin(self.enter(name, ttl, wait))
     }
 
-    fn lock_row<'a>(
+    fn row<'a>(
         &'a self,
         name: &'a str,
         wait: Option<Duration>,
-    ) -> BoxFuture<'a, Result<Box<dyn AnyRowGuard>, Error>> {
+    ) -> BoxFuture<'a, Result<Entered<OwnTransaction>, Error>> {
         Box::pin(async move {
-            let lock = self.row_lock(name).wait(wait.unwrap_or(self.default_wait()));
-            Ok(Box::new(lock.acquire().await?) as Box<dyn AnyRowGuard>)
+            let lock = self.reentry_key(name)?;
+            let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
+            if let Some(entered) = reentry::enter(&lock, wait).await? {
+                return Ok(entered);
+            }
+            let guard = self.row_lock(name).wait(wait).acquire().await?;
+            Ok(Entered::first(lock, Arc::new(OwnTransaction { guard: Mutex::new(Box::new(guard)) })))
         })
     }
 

@@ -157,6 +157,8 @@ pub enum WaitingFor {
     Lock,
     /// The pool had no connection to spare.
     Connection,
+    /// Another call is inside of the lock by way of the same holder, as nested calls are one at a time.
+    Sibling,
 }
 
 impl std::fmt::Display for WaitingFor {
@@ -164,6 +166,7 @@ impl std::fmt::Display for WaitingFor {
         formatter.write_str(match self {
             Self::Lock => "the lock",
             Self::Connection => "a connection of the pool",
+            Self::Sibling => "another call within the same holder",
         })
     }
 }

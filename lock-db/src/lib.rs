@@ -17,6 +17,7 @@ mod jitter;
 mod limits;
 mod locks;
 mod name;
+mod reentry;
 mod row;
 pub mod schema;
 mod secret;
@@ -28,6 +29,7 @@ pub use self::in_transaction::HeldInTransaction;
 pub use self::info::{Kind, LockInfo};
 pub use self::insert::{GuardedTransaction, InsertLock, InsertLocks, Lease, Leases};
 pub use self::locks::{Locks, LocksBuilder};
+pub use self::reentry::Owner;
 pub use self::row::{RowGuard, RowLock, RowLocks};
 
 #[cfg(feature = "macros")]

@@ -9,6 +9,7 @@ use crate::database::LockDatabase;
 use crate::in_transaction::{Counts, KnownRows};
 use crate::insert::{InsertLock, InsertLocks};
 use crate::limits::{DEFAULT_TTL, DEFAULT_WAIT};
+use crate::reentry::{Instance, Lock};
 use crate::row::{RowLock, RowLocks};
 use crate::session::{Request, Session};
 use crate::{Error, LockInfo, name};
@@ -29,6 +30,7 @@ struct Shared<DB: LockDatabase> {
     default_wait: Duration,
     known_rows: KnownRows,
     counts: Counts,
+    instance: Instance,
 }
 
 impl<DB: LockDatabase> Locks<DB> {
@@ -154,6 +156,11 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts
     }
+
+    /// By what calls on this `Locks` find each other.
+    pub(crate) fn reentry_key(&self, name: &str) -> Result<Lock, Error> {
+        Ok(Lock { locks: self.shared.instance, name: name::check(name)? })
+    }
 }
 
 impl<DB: LockDatabase> Clone for Locks<DB> {
@@ -226,6 +233,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             default_wait,
             known_rows: KnownRows::default(),
             counts: Counts::default(),
+            instance: Instance::new(),
         };
         Locks { shared: Arc::new(shared) }
     }

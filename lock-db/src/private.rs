@@ -7,10 +7,11 @@ use std::time::Duration;
 use sqlx::Transaction;
 use sqlx::pool::PoolConnection;
 
-use crate::ambient::{self, AnyLocks, AnyRowGuard};
+use crate::ambient::{self, AnyLocks, OwnTransaction};
 use crate::database::LockDatabase;
 use crate::in_transaction::HeldInTransaction;
 use crate::insert::{Hold, release_quietly};
+use crate::reentry::Entered;
 use crate::{Error, Locks};
 
 /// Where an annotated function finds its locks: those that it names, or the ambient ones.
@@ -128,11 +129,11 @@ connections! {
 pub struct HeldLock(Held);
 
 enum Held {
-    Lease(Hold),
-    Row(Box<dyn AnyRowGuard>),
+    Lease(Entered<Hold>),
+    Row(Entered<OwnTransaction>),
 }
 
-/// Takes an insert lock. `None`: the default of the `Locks`.
+/// Takes an insert lock, or enters it again. `None`: the default of the `Locks`.
 pub async fn insert(
     source: impl IntoSource,
     name: &str,
@@ -140,18 +141,17 @@ pub async fn insert(
     wait: Option<Duration>,
 ) -> Result<HeldLock, Error> {
     let source = source.into_source();
-    let hold = source.locks(name)?.hold(name, ttl, wait).await?;
-    Ok(HeldLock(Held::Lease(hold)))
+    Ok(HeldLock(Held::Lease(source.locks(name)?.lease(name, ttl, wait).await?)))
 }
 
-/// Takes a row lock in a transaction of its own.
+/// Takes a row lock in a transaction of its own, or enters it again.
 pub async fn row(source: impl IntoSource, name: &str, wait: Option<Duration>) -> Result<HeldLock, Error> {
     let source = source.into_source();
-    let guard = source.locks(name)?.lock_row(name, wait).await?;
-    Ok(HeldLock(Held::Row(guard)))
+    Ok(HeldLock(Held::Row(source.locks(name)?.row(name, wait).await?)))
 }
 
-/// Takes a row lock in the caller's transaction.
+/// Takes a row lock in the caller's transaction. Within one transaction the database itself is re-entrant, so frames have no
+/// part in it.
 pub async fn row_in<T: InTransaction>(
     source: impl SourceFor<T::Database>,
     name: &str,
@@ -172,17 +172,18 @@ where
     F: Future,
     F::Output: LockedOutput,
 {
+    // `inside` comes first in the patterns, so that it is dropped last.
     match held.0 {
-        Held::Lease(hold) => match hold.run_until_lost(body).await {
+        Held::Lease(Entered { inside, held }) => match inside.scope(held.run_until_lost(body)).await {
             Ok(output) => {
-                release_quietly(hold.release().await);
+                release_quietly(held.give_up().await);
                 output
             }
             Err(lost) => F::Output::refused(lost),
         },
-        Held::Row(guard) => {
-            let output = body.await;
-            match guard.commit().await {
+        Held::Row(Entered { inside, held }) => {
+            let output = inside.scope(body).await;
+            match held.give_up().await {
                 Ok(()) => output,
                 Err(error) => F::Output::refused(error),
             }

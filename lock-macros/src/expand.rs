@@ -153,8 +153,7 @@ impl Code<'_> {
             Name::Format { text, .. } => quote_spanned!(ours()=> ::std::format!(#text)),
             Name::Computed(expression) => {
                 let tokens = with_receiver(expression, receiver);
-                let text =
-                    quote_spanned!(ours_at(expression.as_ref())=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
+                let text = quote_spanned!(ours_at(expression.as_ref())=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
                 quote_spanned!(ours()=> ::std::string::String::from(#text))
             }
         }

@@ -46,8 +46,7 @@ const TTL: Duration = Duration::from_mins(10);
 /// The slots of the application's pool.
 const POOL: u32 = 2;
 
-type Connection<T> =
-    <<T as lock_tests::TestDatabase>::Database as sqlx::Database>::Connection;
+type Connection<T> = <<T as lock_tests::TestDatabase>::Database as sqlx::Database>::Connection;
 
 /// An application that is far away from its database, and a neighbour of the database that sees what it leaves there.
 struct Scene<'a, T: TestServer> {
@@ -131,6 +130,13 @@ impl<'a, T: TestServer> Scene<'a, T> {
         drop(future);
     }
 
+    /// Whatever was still under way: the network of a scene ends with it, and what can't be given back then lasts as long
+    /// as its TTL.
+    async fn finish(&self) {
+        self.locks.close().await;
+        self.pool.close().await;
+    }
+
     async fn lease_is_free(&self, name: &str) {
         let taken = self.near.insert_lock(name).wait(SOON).acquire().await;
         taken.expect("the lease leaked").release().await.unwrap();
@@ -163,7 +169,6 @@ impl<'a, T: TestServer> Scene<'a, T> {
         })
         .await;
     }
-
 
     async fn write(&self, connection: &mut Connection<T>, mark: &str) -> sqlx::Result<u64> {
         T::Database::run(connection, &format!("INSERT INTO marks VALUES ('{mark}')")).await
@@ -302,20 +307,24 @@ async fn acquiring_on_a_new_connection<T: TestServer>(database: &T) {
     let near = Scene::new(database).await.near;
     let every_fourth = async |first: usize| {
         for moment in moments().skip(first).step_by(4) {
-            let name = format!("lease {first}");
             let scene = Scene::beside(database, &near);
+            let name = format!("lease {first}");
             let lease = scene.drop_after(moment, scene.locks.insert_lock(&name).ttl(TTL).acquire()).await;
             let mut has_ended = lease.is_some();
             drop(lease.map(Result::unwrap));
             scene.lease_is_free(&name).await;
+            scene.finish().await;
+            scene.lease_is_free(&name).await;
 
-            let name = format!("row {first}");
             let scene = Scene::beside(database, &near);
+            let name = format!("row {first}");
             let guard = scene.drop_after(moment, scene.locks.row_lock(&name).acquire()).await;
             has_ended &= guard.is_some();
             drop(guard.map(Result::unwrap));
             scene.row_is_free(&name).await;
             scene.pool_is_whole().await;
+            scene.finish().await;
+            scene.row_is_free(&name).await;
             if has_ended {
                 break;
             }
@@ -349,7 +358,9 @@ async fn acquiring_a_row_lock<T: TestServer>(database: &T) {
             };
             let has_ended = taken.is_some();
             match taken.transpose() {
-                Ok(taken) => assert_eq!(taken.is_some_and(|guard| guard.is_none()), has_ended && held.is_some()),
+                Ok(taken) => {
+                    assert_eq!(taken.is_some_and(|guard| guard.is_none()), has_ended && held.is_some())
+                }
                 Err(error) => assert!(matches!(error, Error::Timeout { .. }), "{error:?}"),
             }
             if let Some(held) = held {

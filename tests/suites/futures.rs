@@ -4,7 +4,10 @@
 
 use std::time::Duration;
 
-use lock_db::{Error, HeldInTransaction, InsertLock, Lease, LockDatabase, LockInfo, Locks, LocksBuilder, RowGuard, RowLock};
+use lock_db::{
+    Error, HeldInTransaction, InsertLock, Lease, LockDatabase, LockInfo, Locks, LocksBuilder, RowGuard,
+    RowLock,
+};
 use sqlx::{MySql, Postgres, Sqlite};
 
 fn is_send<T: Send>(_: T) {}

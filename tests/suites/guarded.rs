@@ -130,10 +130,7 @@ async fn it_does_not_commit_after_a_takeover_at_any_level<T: TestDatabase>(datab
             }
             let taken = take_over(database).await;
             let error = transaction.commit().await.unwrap_err();
-            assert!(
-                matches!(error, Error::Lost { .. } | Error::Serialization { .. }),
-                "{level}: {error:?}"
-            );
+            assert!(matches!(error, Error::Lost { .. } | Error::Serialization { .. }), "{level}: {error:?}");
             if level == "READ COMMITTED" {
                 assert!(matches!(error, Error::Lost { .. }), "{error:?}");
             }
@@ -365,7 +362,8 @@ async fn commit_and_release_do_both_or_nothing<T: TestDatabase>(database: &T) {
 async fn a_transaction_of_another_lease_is_refused<T: TestDatabase>(database: &T) {
     counter(database).await;
     let locks = database.locks().await;
-    let (a, b) = (locks.insert_lock("a").acquire().await.unwrap(), locks.insert_lock("b").acquire().await.unwrap());
+    let (a, b) =
+        (locks.insert_lock("a").acquire().await.unwrap(), locks.insert_lock("b").acquire().await.unwrap());
     let mut transaction = a.begin().await.unwrap();
     increment::<T::Database>(&mut transaction).await;
     assert!(matches!(b.commit_and_release(transaction).await, Err(Error::InvalidOption { .. })));

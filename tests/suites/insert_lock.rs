@@ -254,7 +254,8 @@ async fn an_expired_lease_is_taken_over<T: TestDatabase>(database: &T) {
     lease.release().await.unwrap();
 }
 
-const TAKE_OVER: &str = "UPDATE distributed_lock SET secret_key = 'somebody else', fencing_token = fencing_token + 1
+const TAKE_OVER: &str =
+    "UPDATE distributed_lock SET secret_key = 'somebody else', fencing_token = fencing_token + 1
     WHERE lock_name = 'a'";
 
 async fn a_stranger_neither_releases_nor_renews<T: TestDatabase>(database: &T) {
@@ -367,7 +368,8 @@ async fn run_releases_whatever_comes_of_the_work<T: TestDatabase>(database: &T) 
     assert_eq!(done, 7);
     is_free().await;
 
-    let failed = locks.insert_lock("a").run(async |_| Err::<(), _>(Box::<dyn std::error::Error>::from("no"))).await;
+    let failed =
+        locks.insert_lock("a").run(async |_| Err::<(), _>(Box::<dyn std::error::Error>::from("no"))).await;
     assert_eq!(failed.unwrap_err().to_string(), "no");
     is_free().await;
 

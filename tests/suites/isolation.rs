@@ -120,14 +120,12 @@ async fn a_lock_taken_first_is_fresh_or_refused<T: TestServer>(database: &T) {
     for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
         let mut holder = locks.row_lock("a").acquire().await.unwrap();
         let mut waiter = begin(&pool, level).await;
-        let (taken, ended) = tokio::join!(
-            locks.row_lock("a").wait(PATIENCE).acquire_in(&mut waiter),
-            async {
+        let (taken, ended) =
+            tokio::join!(locks.row_lock("a").wait(PATIENCE).acquire_in(&mut waiter), async {
                 lock_tests::eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
                 T::Database::run(&mut holder, "UPDATE counter SET n = n + 1").await.unwrap();
                 holder.commit().await
-            }
-        );
+            });
         ended.unwrap();
         expected += 1;
         match taken {

@@ -14,8 +14,22 @@ for_each_database! {
 
 /// Case, accents, Unicode forms, blanks, invisible characters, widths: what collations fold.
 const ALIKE: [&str; 16] = [
-    "job", "JOB", "Job", "job ", " job", "job  ", "jób", "jo\u{301}b", "job\t", "job\u{200d}", "ｊｏｂ", "job\n", "ß", "ss",
-    "😀", "😁",
+    "job",
+    "JOB",
+    "Job",
+    "job ",
+    " job",
+    "job  ",
+    "jób",
+    "jo\u{301}b",
+    "job\t",
+    "job\u{200d}",
+    "ｊｏｂ",
+    "job\n",
+    "ß",
+    "ss",
+    "😀",
+    "😁",
 ];
 
 async fn names_that_look_alike_are_different_locks<T: TestDatabase>(database: &T) {
@@ -72,8 +86,11 @@ async fn names_are_data_and_never_sql<T: TestDatabase>(database: &T) {
     let label = "a'b\"c\\d; -- %s $1 ? {}";
     let locks = lock_db::Locks::builder(database.pool(2).await).label(label).build();
     locks.migrate().await.unwrap();
-    for name in ["'", "\"", "\\", "'; DROP TABLE distributed_lock; --", "%", "_", "$1", "?", "{}", "[\"x\",1]", "a,b"] {
-        let lease = locks.insert_lock(name).ttl(std::time::Duration::from_millis(300)).acquire().await.unwrap();
+    for name in
+        ["'", "\"", "\\", "'; DROP TABLE distributed_lock; --", "%", "_", "$1", "?", "{}", "[\"x\",1]", "a,b"]
+    {
+        let lease =
+            locks.insert_lock(name).ttl(std::time::Duration::from_millis(300)).acquire().await.unwrap();
         assert_eq!(locks.info(name).await.unwrap().unwrap().name, name);
         lease.release().await.unwrap();
         let row = format!("row {name}");

@@ -183,11 +183,7 @@ async fn callers_and_outages<T: TestServer>(database: &T) {
     );
 }
 
-async fn an_acquire_gives_up_in_time<T: TestServer>(
-    database: &T,
-    near: &Locks<T::Database>,
-    outage: Outage,
-) {
+async fn an_acquire_gives_up_in_time<T: TestServer>(database: &T, near: &Locks<T::Database>, outage: Outage) {
     const WAIT: Duration = Duration::from_secs(1);
     const GRACE: Duration = Duration::from_secs(1);
     let far = Far::new(database).await;

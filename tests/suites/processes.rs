@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
 use lock_tests::{
-    Backend, Direction, Parent, Process, TestDatabase, TestServer, child_roles, eventually, for_each_database,
-    pool,
+    Backend, Direction, Parent, Process, TestDatabase, TestServer, child_roles, eventually,
+    for_each_database, pool,
 };
 use sqlx::pool::PoolOptions;
 use tokio::time::{sleep, timeout};
@@ -81,7 +81,10 @@ async fn increment_under_row_locks<DB: Backend>(mut parent: Parent) {
                     break transaction.commit().await.unwrap();
                 }
                 Err(error) => {
-                    assert!(matches!(error, Error::Deadlock { .. } | Error::Serialization { .. }), "{error:?}");
+                    assert!(
+                        matches!(error, Error::Deadlock { .. } | Error::Serialization { .. }),
+                        "{error:?}"
+                    );
                     transaction.rollback().await.unwrap();
                 }
             }

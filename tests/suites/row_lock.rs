@@ -169,7 +169,11 @@ async fn the_waiter_gets_it_after_commit_and_after_rollback<T: TestDatabase>(dat
             eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
         }
         assert!(!waiting.is_finished());
-        if commit { held.commit().await.unwrap() } else { held.rollback().await.unwrap() }
+        if commit {
+            held.commit().await.unwrap()
+        } else {
+            held.rollback().await.unwrap()
+        }
         waiting.await.unwrap().unwrap().commit().await.unwrap();
     }
 }

@@ -86,14 +86,12 @@ async fn a_waiting_transaction_gets_it_after_the_lease<T: TestDatabase>(database
     let lease = locks.insert_lock("a").acquire().await.unwrap();
     let mut transaction = database.pool(1).await.begin().await.unwrap();
     let started = Instant::now();
-    let (taken, released) = tokio::join!(
-        other.insert_lock("a").wait(PATIENCE).acquire_in(&mut transaction),
-        async {
+    let (taken, released) =
+        tokio::join!(other.insert_lock("a").wait(PATIENCE).acquire_in(&mut transaction), async {
             // After a look that found it held; that it was held is what is checked.
             tokio::task::yield_now().await;
             lease.release().await
-        }
-    );
+        });
     taken.unwrap();
     released.unwrap();
     assert!(started.elapsed() < PATIENCE);
@@ -162,7 +160,9 @@ async fn one_connection_is_enough<T: TestDatabase>(database: &T) {
 async fn taking_it_over_ends_the_old_lease<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let lease = locks.insert_lock("a").ttl(Duration::from_mins(10)).acquire().await.unwrap();
-    database.run("UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name = 'a'").await;
+    database
+        .run("UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name = 'a'")
+        .await;
     let mut transaction = database.pool(1).await.begin().await.unwrap();
     other.insert_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
     transaction.commit().await.unwrap();
@@ -255,7 +255,8 @@ async fn several_leases_are_released_together<T: TestDatabase>(database: &T) {
         true
     })
     .await;
-    let leases = locks.insert_locks(["a", "b"]).wait(PATIENCE).ttl(Duration::from_secs(1)).acquire().await.unwrap();
+    let leases =
+        locks.insert_locks(["a", "b"]).wait(PATIENCE).ttl(Duration::from_secs(1)).acquire().await.unwrap();
     database.run("UPDATE distributed_lock SET secret_key = 'somebody else' WHERE lock_name = 'b'").await;
     leases.lost().await;
     assert!(!leases.is_held());
@@ -269,6 +270,9 @@ async fn no_names_are_refused<T: TestDatabase>(database: &T) {
     let mut transaction = database.pool(1).await.begin().await.unwrap();
     let none: [&str; 0] = [];
     assert!(matches!(locks.insert_locks(none).acquire().await, Err(Error::InvalidOption { .. })));
-    assert!(matches!(locks.row_locks(none).acquire_in(&mut transaction).await, Err(Error::InvalidOption { .. })));
+    assert!(matches!(
+        locks.row_locks(none).acquire_in(&mut transaction).await,
+        Err(Error::InvalidOption { .. })
+    ));
     assert!(matches!(locks.insert_locks(["a", ""]).acquire().await, Err(Error::InvalidName { .. })));
 }

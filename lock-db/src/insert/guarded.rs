@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::sleep;
 
-use super::Hold;
+use super::{Hold, KeptByTransaction};
 use crate::database::{Fault, Guard, Guarded, LeaseKey, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::{Error, Locks};
@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct GuardedTransaction<DB: LockDatabase> {
     /// Taken only by what consumes or drops this.
     transaction: Option<Transaction<'static, DB>>,
-    hold: Arc<Hold>,
+    hold: KeptByTransaction,
     /// What ends the transaction runs in tasks: cut in half, it would leave the connection in the middle of something.
     runtime: Handle,
 }
@@ -43,7 +43,8 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             value: "none".into(),
             reason: "transactions are begun inside a tokio runtime, like everything of sqlx",
         })?;
-        let (pool, for_task, for_guard) = (locks.pool().clone(), Arc::clone(hold), runtime.clone());
+        let (pool, for_task, for_guard) =
+            (locks.pool().clone(), KeptByTransaction::new(hold), runtime.clone());
         let begun = runtime.spawn(async move {
             loop {
                 let begun = match DB::BEGIN_GUARDED {
@@ -124,13 +125,13 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     }
 
     pub(super) fn is_of(&self, hold: &Arc<Hold>) -> bool {
-        Arc::ptr_eq(&self.hold, hold)
+        self.hold.is(hold)
     }
 
     /// Guard and commit, or release and commit.
     pub(super) async fn end(mut self, release: bool) -> Result<(), Error> {
         let Some(transaction) = self.transaction.take() else { return Ok(()) };
-        let hold = Arc::clone(&self.hold);
+        let hold = self.hold.clone();
         let ended = self.runtime.spawn(async move {
             let ended = guard_and_commit(transaction, &hold.lease.key, release).await;
             if release && ended.is_ok() {
@@ -199,7 +200,7 @@ impl<DB: LockDatabase> DerefMut for GuardedTransaction<DB> {
 impl<DB: LockDatabase> Drop for GuardedTransaction<DB> {
     fn drop(&mut self) {
         if let Some(transaction) = self.transaction.take() {
-            let (hold, _entered) = (Arc::clone(&self.hold), self.runtime.enter());
+            let (hold, _entered) = (self.hold.clone(), self.runtime.enter());
             drop(self.runtime.spawn(async move {
                 let _rolled_back = roll_back(transaction).await;
                 // Only now may the lease go.

@@ -1,17 +1,18 @@
 //! The guard of an insert lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use sqlx::Connection;
 use tokio::select;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::GuardedTransaction;
 use crate::database::{Guard, Guarded, LockDatabase};
 use crate::error::{Failure, Loss};
+use crate::reentry::Held;
 use crate::session::{LeaseState, Request};
-use crate::{Error, Locks};
+use crate::{Error, Kind, Locks};
 
 /// An insert lock that is held, and renewed in the background at a third of its TTL as long as this exists.
 ///
@@ -29,14 +30,12 @@ use crate::{Error, Locks};
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
     hold: Arc<Hold>,
-    /// One more for each handle. Guarded transactions hold on to the lock as well, but are no handles.
-    handles: Arc<()>,
     locks: Locks<DB>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(super) fn new(hold: Hold, locks: Locks<DB>) -> Self {
-        Self { hold: Arc::new(hold), handles: Arc::default(), locks }
+    pub(super) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
+        Self { hold, locks }
     }
 
     /// The name of the lock.
@@ -70,10 +69,11 @@ impl<DB: LockDatabase> Lease<DB> {
         self.hold.lease.loss().is_none()
     }
 
-    /// How many handles hold this lock: one, and one more for each [`reenter`](Self::reenter) that is not dropped yet.
+    /// How many handles hold this lock: one, and one more for each [`reenter`](Self::reenter) that is not dropped yet and
+    /// for each nested call of [`run`](crate::InsertLock::run) or of an annotated function that is inside.
     #[must_use]
     pub fn hold_count(&self) -> usize {
-        Arc::strong_count(&self.handles)
+        Arc::strong_count(&self.hold).saturating_sub(self.hold.transactions.load(Ordering::SeqCst))
     }
 
     /// Resolves when the lock is lost: it was not renewed in time, somebody else has it, or the `Locks` was closed.
@@ -94,8 +94,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// [`Error::Lost`] when there is nothing left to enter.
     pub fn reenter(&self) -> Result<Self, Error> {
         self.hold.check()?;
-        let (hold, handles) = (Arc::clone(&self.hold), Arc::clone(&self.handles));
-        Ok(Self { hold, handles, locks: self.locks.clone() })
+        Ok(Self { hold: Arc::clone(&self.hold), locks: self.locks.clone() })
     }
 
     /// Begins a transaction on a connection of the application's pool that commits only while this lease is ours.
@@ -224,12 +223,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The release goes on when the future is dropped; only the answer is lost.
     pub async fn release(self) -> Result<(), Error> {
-        let Self { hold, .. } = self;
-        hold.check_if_shared()?;
-        match Arc::into_inner(hold) {
-            Some(hold) => hold.release().await,
-            None => Ok(()),
-        }
+        self.hold.give_up().await
     }
 
     pub(super) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
@@ -255,11 +249,13 @@ pub(crate) struct Hold {
     /// Also keeps the session alive.
     session: mpsc::UnboundedSender<Request>,
     released: AtomicBool,
+    /// How many of its owners are guarded transactions, which are no handles.
+    transactions: AtomicUsize,
 }
 
 impl Hold {
     pub(crate) fn new(lease: Arc<LeaseState>, session: mpsc::UnboundedSender<Request>) -> Self {
-        Self { lease, session, released: AtomicBool::new(false) }
+        Self { lease, session, released: AtomicBool::new(false), transactions: AtomicUsize::new(0) }
     }
 
     /// Fails when the lease is lost.
@@ -271,8 +267,15 @@ impl Hold {
         Error::Lost { name: self.lease.name().to_owned(), reason }
     }
 
-    fn check_if_shared(self: &Arc<Self>) -> Result<(), Error> {
-        if Arc::strong_count(self) > 1 { self.check() } else { Ok(()) }
+    /// Gives up one handle, and releases with the last one.
+    pub(crate) async fn give_up(self: Arc<Self>) -> Result<(), Error> {
+        if Arc::strong_count(&self) > 1 {
+            self.check()?;
+        }
+        match Arc::into_inner(self) {
+            Some(hold) => hold.release().await,
+            None => Ok(()),
+        }
     }
 
     /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands; not when the work
@@ -294,7 +297,7 @@ impl Hold {
         }
     }
 
-    pub(crate) async fn release(self) -> Result<(), Error> {
+    async fn release(self) -> Result<(), Error> {
         if self.released.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
@@ -308,6 +311,52 @@ impl Hold {
     pub(super) fn was_released(&self) {
         self.released.store(true, Ordering::SeqCst);
         let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });
+    }
+}
+
+impl Held for Hold {
+    const KIND: Kind = Kind::Insert;
+
+    fn check(&self) -> Result<(), Error> {
+        Self::check(self)
+    }
+
+    fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
+        Some(self.lease.loss_told())
+    }
+}
+
+/// What a guarded transaction keeps of a lease, so that nobody gets the lock before it has ended.
+pub(super) struct KeptByTransaction(Arc<Hold>);
+
+impl KeptByTransaction {
+    pub(super) fn new(hold: &Arc<Hold>) -> Self {
+        hold.transactions.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(hold))
+    }
+
+    pub(super) fn is(&self, hold: &Arc<Hold>) -> bool {
+        Arc::ptr_eq(&self.0, hold)
+    }
+}
+
+impl Clone for KeptByTransaction {
+    fn clone(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
+
+impl std::ops::Deref for KeptByTransaction {
+    type Target = Hold;
+
+    fn deref(&self) -> &Hold {
+        &self.0
+    }
+}
+
+impl Drop for KeptByTransaction {
+    fn drop(&mut self) {
+        self.0.transactions.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Hold, Lease};
 use crate::database::{Claim, LockDatabase};
 use crate::in_transaction::{Attempt, HeldInTransaction};
+use crate::reentry::{self, Entered};
 use crate::secret::Secret;
 use crate::session::{Acquire, Request};
 use crate::{Error, Kind, Locks, limits, name};
@@ -53,6 +54,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
 
     /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked.
     ///
+    /// Not re-entrant: a caller that holds the lock already waits for itself, until its wait is over. To go on under a lease
+    /// use [`Lease::reenter`], or [`run`](Self::run) for both calls.
+    ///
     /// # Errors
     ///
     /// [`Error::Timeout`] when the wait was over first; [`Error::WrongKind`] when the name is used for row locks;
@@ -64,10 +68,11 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
         let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait).await?;
-        Ok(Lease::new(hold, self.locks))
+        Ok(Lease::new(Arc::new(hold), self.locks))
     }
 
-    /// Takes the lock if it is free now. `None` when somebody holds it, or waits for it in this process.
+    /// Takes the lock if it is free now. `None` when somebody holds it, the caller included, or waits for it in this
+    /// process.
     ///
     /// # Errors
     ///
@@ -78,7 +83,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: a lock that was granted meanwhile is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
         let hold = self.locks.hold(&self.name, self.ttl, None).await?;
-        Ok(hold.map(|hold| Lease::new(hold, self.locks)))
+        Ok(hold.map(|hold| Lease::new(Arc::new(hold), self.locks)))
     }
 
     /// Takes the lock in the caller's transaction: no other connection holds it, nothing renews it, and the commit, rollback
@@ -145,9 +150,21 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// # }
     /// ```
     ///
+    /// # Re-entrancy
+    ///
+    /// Inside of the work, `run` and annotated functions on the same name of the same `Locks` (or a clone of it) enter the
+    /// lock again, without asking the database: they get a handle of the same lease, with its fencing token, its TTL and a
+    /// larger [`hold_count`](Lease::hold_count). The lock is released when the last of them has ended.
+    ///
+    /// They enter one at a time: several calls at once, as in `join!`, `select!` or `buffer_unordered`, queue for it in
+    /// memory, and `wait` is how long. So two calls of which each waits for the other in its work time out.
+    ///
+    /// What counts is where a call is first polled. A task that is spawned is not inside; see [`Owner`](crate::Owner).
+    ///
     /// # Errors
     ///
-    /// The error of the work; or, turned into its type, those of [`acquire`](Self::acquire) and [`Error::Lost`].
+    /// The error of the work; or, turned into its type, those of [`acquire`](Self::acquire), [`Error::Lost`] and
+    /// [`Error::Reentry`].
     ///
     /// # Cancel safety
     ///
@@ -157,8 +174,11 @@ impl<DB: LockDatabase> InsertLock<DB> {
         F: AsyncFnOnce(&Lease<DB>) -> Result<T, E>,
         E: From<Error>,
     {
-        let lease = self.acquire().await?;
-        let result = lease.run_until_lost(work(&lease)).await?;
+        let entered = self.locks.enter(&self.name, self.ttl, self.wait).await?;
+        // Dropped after the lease, however this ends.
+        let inside = entered.inside;
+        let lease = Lease::new(entered.held, self.locks);
+        let result = inside.scope(lease.run_until_lost(async { work(&lease).await })).await?;
         release_quietly(lease.release().await);
         result
     }
@@ -166,8 +186,25 @@ impl<DB: LockDatabase> InsertLock<DB> {
 
 /// What insert locks are taken by, whatever their guards look like.
 impl<DB: LockDatabase> Locks<DB> {
+    /// Enters the lock again that the caller is inside of, else takes it.
+    pub(crate) async fn enter(
+        &self,
+        name: &str,
+        ttl: Option<Duration>,
+        wait: Option<Duration>,
+    ) -> Result<Entered<Hold>, Error> {
+        let lock = self.reentry_key(name)?;
+        limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
+        let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
+        if let Some(entered) = reentry::enter(&lock, wait).await? {
+            return Ok(entered);
+        }
+        let hold = self.hold_waiting(name, ttl, Some(wait)).await?;
+        Ok(Entered::first(lock, Arc::new(hold)))
+    }
+
     /// `None` stands for the defaults.
-    pub(crate) async fn hold_waiting(
+    async fn hold_waiting(
         &self,
         name: &str,
         ttl: Option<Duration>,

@@ -1,5 +1,6 @@
 //! Several insert locks at once.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Lease;
@@ -93,7 +94,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         let names = in_order(&self.names)?;
         let holds = self.locks.hold_all(names, self.ttl, wait).await?;
         Ok(holds.map(|holds| Leases {
-            leases: holds.into_iter().map(|hold| Lease::new(hold, self.locks.clone())).collect(),
+            leases: holds.into_iter().map(|hold| Lease::new(Arc::new(hold), self.locks.clone())).collect(),
         }))
     }
 }

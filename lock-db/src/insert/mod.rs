@@ -7,6 +7,7 @@ mod locks;
 
 pub use self::guarded::GuardedTransaction;
 pub(crate) use self::lease::Hold;
+use self::lease::KeptByTransaction;
 pub use self::lease::Lease;
 pub use self::lock::InsertLock;
 pub(crate) use self::lock::release_quietly;

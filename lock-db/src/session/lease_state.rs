@@ -78,6 +78,11 @@ impl LeaseState {
         }
     }
 
+    /// Where a loss is told, without keeping anything.
+    pub(crate) fn loss_told(&self) -> watch::Receiver<Option<Loss>> {
+        self.lost.clone()
+    }
+
     /// Resolves when the lease is gone.
     pub(crate) async fn lost(&self) -> Loss {
         let mut lost = self.lost.clone();
