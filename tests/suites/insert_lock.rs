@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
-use lock_tests::{TestDatabase, eventually, for_each_database, migrated};
+use lock_tests::{Backend, TestDatabase, eventually, for_each_database, migrated};
 use tokio::task::JoinSet;
 
 for_each_database! {
@@ -33,6 +33,7 @@ for_each_database! {
     run_stops_when_the_lock_is_lost,
     close_releases_and_refuses,
     the_other_kind_is_refused,
+    a_lock_that_was_granted_is_in_the_table,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -423,5 +424,24 @@ async fn the_other_kind_is_refused<T: TestDatabase>(database: &T) {
     assert!(matches!(error, Error::WrongKind { .. }), "{error:?}");
     let error = locks.insert_lock("row").try_acquire().await.unwrap_err();
     assert!(matches!(error, Error::WrongKind { .. }), "{error:?}");
+    lease.release().await.unwrap();
+}
+
+/// A reader holds off the commit of SQLite: what could not be committed was not granted.
+async fn a_lock_that_was_granted_is_in_the_table<T: TestDatabase>(database: &T) {
+    let (locks, other) = (database.locks().await, other(database).await);
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    let mut reader = database.pool(1).await.begin().await.unwrap();
+    T::Database::find_number(&mut reader, "SELECT COUNT(*) FROM distributed_lock").await.unwrap();
+    let mut waiting = Box::pin(locks.insert_lock("a").ttl(Duration::from_mins(1)).acquire());
+    // On SQLite it fails to commit meanwhile, elsewhere it is granted.
+    let early = tokio::time::timeout(Duration::from_secs(1), &mut waiting).await;
+    assert_eq!(early.is_err(), T::NAME == "sqlite");
+    reader.rollback().await.unwrap();
+    let lease = match early {
+        Ok(lease) => lease.unwrap(),
+        Err(_) => waiting.await.unwrap(),
+    };
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none(), "two holders");
     lease.release().await.unwrap();
 }

@@ -167,15 +167,17 @@ impl LockDatabase for Sqlite {
 
     async fn acquire(connection: &mut SqliteConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
         let ttl = format!("+{}.{:03} seconds", claim.ttl.as_secs(), claim.ttl.subsec_millis());
-        let row = sqlx::query(ACQUIRE)
+        // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
+        // error of the commit that happens then.
+        let rows = sqlx::query(ACQUIRE)
             .bind(&*claim.name)
             .bind(claim.secret.as_str())
             .bind(&*claim.owner)
             .bind(ttl)
             .bind(clock_micros())
-            .fetch_optional(connection)
+            .fetch_all(connection)
             .await?;
-        let Some(row) = row else { return Ok(None) };
+        let Some(row) = rows.first() else { return Ok(None) };
         if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
             return Err(sqlx::Error::Protocol(
                 "the database answered with the row of another statement".into(),
