@@ -120,8 +120,9 @@ impl<'a, T: TestServer> Scene<'a, T> {
     async fn drop_unread<F: Future>(&self, messages: usize, future: F) {
         let last = self.messages() + messages;
         let mut future = Box::pin(future);
-        let first = poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await;
-        assert!(first.is_pending());
+        if poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await.is_ready() {
+            return;
+        }
         eventually(SOON, async || {
             let held = self.proxy.held(Direction::ToServer) + self.proxy.held(Direction::ToClient);
             self.messages() >= last && held == 0

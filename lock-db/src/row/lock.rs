@@ -20,6 +20,8 @@ const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
 
 /// How much longer than the wait an attempt may take that the server leaves without an answer.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long a try may take, which has no wait of its own: for the pool, and for the server.
+const LONGEST_TRY: Duration = Duration::from_secs(10);
 /// Before beginning anew after a broken connection or a deadlock.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -86,7 +88,7 @@ impl<DB: LockDatabase> RowLock<DB> {
     ///
     /// # Errors
     ///
-    /// As [`acquire`](Self::acquire); `Timeout` only when the pool had no connection.
+    /// As [`acquire`](Self::acquire); `Timeout` only when neither the pool nor the server answered within ten seconds.
     ///
     /// # Cancel safety
     ///
@@ -171,9 +173,9 @@ impl<DB: LockDatabase> RowLock<DB> {
             let _ = answer.send(taken);
         };
         runtime.spawn(task.in_current_span());
-        let Some(wait) = wait else { return answered.await.unwrap_or(Err(Error::Closed)) };
         // The task minds the wait; this is for a server that does not answer at all.
-        match timeout(wait + GRACE, answered).await {
+        let limit = wait.map_or(LONGEST_TRY, |wait| wait + GRACE);
+        match timeout(limit, answered).await {
             Ok(answer) => answer.unwrap_or(Err(Error::Closed)),
             Err(_elapsed) => Err(Error::Timeout {
                 name: own_name,

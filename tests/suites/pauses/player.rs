@@ -92,7 +92,6 @@ impl Part {
 
 /// The role of a child.
 pub(crate) async fn player<DB: Backend>(mut parent: Parent) {
-    let pair = parent.argument(0).to_owned();
     let pool = lock_tests::pool::<DB>(parent.url(), 1).await;
     let locks = Locks::new(pool.clone());
     parent.say("ready");
@@ -104,13 +103,13 @@ pub(crate) async fn player<DB: Backend>(mut parent: Parent) {
             let set = format!("SET SESSION {scope} ISOLATION LEVEL {}", LEVELS[part.level]);
             DB::run(&mut pool.acquire().await.unwrap(), &set).await.unwrap();
         }
-        let report = match locks.insert_lock(&pair).ttl(part.ttl).wait(PATIENCE).acquire().await {
+        let report = match locks.insert_lock("business").ttl(part.ttl).wait(PATIENCE).acquire().await {
             Ok(lease) => {
                 let token = lease.fencing_token();
                 if part.place.is_none() {
                     parent.say(Line::Taken { token });
                 }
-                let mut stage = Stage { parent: &mut parent, pool: &pool, pair: &pair, part, token };
+                let mut stage = Stage { parent: &mut parent, pool: &pool, part, token };
                 Line::Ended { token, outcome: stage.play(lease).await }
             }
             Err(error) => Line::Ended { token: 0, outcome: Outcome::Refused(label(&error)) },
@@ -124,7 +123,6 @@ pub(crate) async fn player<DB: Backend>(mut parent: Parent) {
 struct Stage<'a, DB: Backend> {
     parent: &'a mut Parent,
     pool: &'a Pool<DB>,
-    pair: &'a str,
     part: Part,
     token: i64,
 }
@@ -193,13 +191,13 @@ impl<DB: Backend> Stage<'_, DB> {
 
     /// Reads, adds, writes: what must not be done by two at a time.
     async fn work(&mut self, connection: &mut DB::Connection) -> sqlx::Result<()> {
-        let (pair, row, token) = (self.pair, self.part.row, self.token);
-        let read = format!("SELECT n FROM business_{pair} WHERE id = {row}");
+        let (row, token) = (self.part.row, self.token);
+        let read = format!("SELECT n FROM business WHERE id = {row}");
         let n = DB::find_number(connection, &read).await?.expect("the row is there");
         self.passes(Place::Read).await;
-        let write = format!("UPDATE business_{pair} SET n = {} WHERE id = {row}", n + 1);
+        let write = format!("UPDATE business SET n = {} WHERE id = {row}", n + 1);
         DB::run(connection, &write).await?;
-        let note = format!("INSERT INTO history_{pair} VALUES ({token}, {row}, {})", n + 1);
+        let note = format!("INSERT INTO history VALUES ({token}, {row}, {})", n + 1);
         DB::run(connection, &note).await?;
         self.passes(Place::Written).await;
         Ok(())
