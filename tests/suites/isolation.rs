@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use lock_db::{Error, LockDatabase, Locks};
+use lock_db::{Error, Locks};
 use lock_tests::{Backend, TestDatabase, TestServer, for_each_server};
 use sqlx::{Pool, Transaction};
 
@@ -23,10 +23,7 @@ async fn counter<T: TestDatabase>(database: &T) {
     database.run("INSERT INTO counter VALUES (1, 0)").await;
 }
 
-async fn begin<DB: LockDatabase>(pool: &Pool<DB>, level: &str) -> Transaction<'static, DB>
-where
-    DB: Backend,
-{
+async fn begin<DB: Backend>(pool: &Pool<DB>, level: &str) -> Transaction<'static, DB> {
     // On MySQL the level is set before the transaction begins, on PostgreSQL after.
     if DB::NAME == "PostgreSQL" {
         let mut transaction = pool.begin().await.unwrap();

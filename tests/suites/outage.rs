@@ -6,9 +6,9 @@
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Lease, Locks};
-use lock_tests::{Direction, Proxy, TestDatabase, TestServer, eventually, for_each_server};
-use sqlx::Pool;
+use lock_tests::{Backend, Direction, Proxy, TestDatabase, TestServer, eventually, for_each_server};
 use sqlx::pool::PoolOptions;
+use sqlx::{Connection, Pool};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
@@ -17,6 +17,7 @@ for_each_server! {
     leases_and_outages,
     callers_and_outages,
     silence_keeps_nobody_for_ever,
+    a_release_behind_a_locked_row,
     an_acquire_whose_answer_is_lost_is_granted_once,
     a_release_whose_answer_is_lost_is_done_once,
     a_caller_who_gave_up_before_the_answer_leaves_nothing,
@@ -45,6 +46,8 @@ impl<T: TestServer> Far<T> {
         let pool = PoolOptions::new()
             .max_connections(2)
             .acquire_timeout(PATIENCE)
+            // So that it is not the pool that finds a dead connection out.
+            .test_before_acquire(false)
             .connect_lazy(&database.url_by(proxy.address()))
             .unwrap();
         let locks = Locks::new(pool.clone());
@@ -251,14 +254,14 @@ async fn releasing_in_silence<T: TestServer>(database: &T) {
 
 async fn asking_in_silence<T: TestServer>(database: &T) {
     const WAIT: Duration = Duration::from_secs(1);
-    /// For what has no wait of its own: a statement has five seconds, and is tried twice.
-    const LIMIT: Duration = Duration::from_secs(10);
+    /// For what has no wait of its own.
+    const LIMIT: Duration = Duration::from_secs(5);
     let far = Far::new(database).await;
     far.locks.row_lock("row").acquire().await.unwrap().rollback().await.unwrap();
     let mut transaction = far.pool.begin().await.unwrap();
     let trying = Far::new(database).await;
-    let looking = Far::new(database).await;
-    for far in [&far, &trying, &looking] {
+    trying.locks.row_lock("row").acquire().await.unwrap().rollback().await.unwrap();
+    for far in [&far, &trying] {
         Outage::Silent.begin(&far.proxy);
     }
     let started = Instant::now();
@@ -287,11 +290,28 @@ async fn asking_in_silence<T: TestServer>(database: &T) {
             is_over("trying a lease", LIMIT);
         },
         async {
-            let found = timeout(2 * LIMIT, looking.locks.info("lease")).await;
+            let found = timeout(2 * LIMIT, far.locks.info("lease")).await;
             assert!(!matches!(found, Ok(Ok(_))), "{found:?}");
             is_over("looking", LIMIT);
         },
     );
+}
+
+/// The server answers all the time, but somebody has locked the row and keeps it.
+async fn a_release_behind_a_locked_row<T: TestServer>(database: &T) {
+    let (locks, other) = (database.locks().await, database.locks().await);
+    let lease = locks.insert_lock("a").ttl(LONG_TTL).acquire().await.unwrap();
+    let mut connection = database.connection().await;
+    let mut transaction = connection.begin().await.unwrap();
+    let lock = "SELECT id FROM distributed_lock WHERE lock_name = 'a' FOR UPDATE";
+    T::Database::find_number(&mut transaction, lock).await.unwrap();
+
+    let released = timeout(Duration::from_secs(5) + MARGIN, lease.release()).await.expect("it has a bound");
+    // Not `Lost`: nobody else has it.
+    assert!(matches!(released, Err(Error::Timeout { .. } | Error::Database { .. })), "{released:?}");
+    transaction.rollback().await.unwrap();
+    let next = other.insert_lock("a").wait(MARGIN).acquire().await;
+    next.expect("it was released as soon as it could be").release().await.unwrap();
 }
 
 // ---------------------------------------------------------------------------------------------- lost answers
@@ -384,7 +404,7 @@ async fn a_starved_pool_costs_no_lease<T: TestServer>(database: &T) {
 
 /// The application's only thread does nothing but sleep and spin: nothing of it can be polled.
 async fn a_blocked_runtime_costs_no_lease<T: TestServer>(database: &T) {
-    const TTL: Duration = Duration::from_secs(1);
+    const TTL: Duration = Duration::from_millis(800);
     let locks = database.locks().await;
     let other = Locks::new(database.pool(1).await);
     other.check().await.unwrap();
@@ -407,7 +427,7 @@ async fn a_blocked_runtime_costs_no_lease<T: TestServer>(database: &T) {
 
 async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database: &T) {
     const LEASES: usize = 1000;
-    const TTL: Duration = Duration::from_secs(4);
+    const TTL: Duration = Duration::from_secs(3);
     drop(database.locks().await);
     // Their rows are there, as on any but the first day.
     let rows: Vec<String> = (0..LEASES).map(|number| format!("('{number}', 'insert')")).collect();
@@ -425,8 +445,8 @@ async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database
     let before = far.proxy.reads(Direction::ToServer);
     sleep_until(all_taken + TTL / 3).await;
     let sent = far.proxy.reads(Direction::ToServer) - before;
-    assert!((1..100).contains(&sent), "{LEASES} leases are renewed with {sent} messages");
-    assert!(far.proxy.open() <= 2, "{} connections", far.proxy.open());
+    assert!((1..50).contains(&sent), "{LEASES} leases are renewed with {sent} messages");
+    // Until the last one of them has been renewed at least once.
     sleep_until(all_taken + TTL).await;
     assert_eq!(leases.iter().filter(|lease| lease.is_held()).count(), LEASES);
     assert!(far.proxy.open() <= 2, "{} connections", far.proxy.open());

@@ -170,9 +170,9 @@ async fn the_waiter_gets_it_after_commit_and_after_rollback<T: TestDatabase>(dat
         }
         assert!(!waiting.is_finished());
         if commit {
-            held.commit().await.unwrap()
+            held.commit().await.unwrap();
         } else {
-            held.rollback().await.unwrap()
+            held.rollback().await.unwrap();
         }
         waiting.await.unwrap().unwrap().commit().await.unwrap();
     }

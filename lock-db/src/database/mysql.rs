@@ -413,8 +413,9 @@ async fn lock_and_write(
     Ok(RowAttempt::Locked { fencing_token, before })
 }
 
+/// The one row, read to the end of the answer: what is left over of it would meet the next statement.
 async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::Result<Option<MySqlRow>> {
-    sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(connection).await
+    Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?.pop())
 }
 
 /// A text as a literal of hexadecimal digits, which is a binary string to the server.
