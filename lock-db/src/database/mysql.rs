@@ -369,14 +369,16 @@ async fn lock_and_write(
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
     let id = claim.row.id;
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
+    // Zero would mean no limit at all.
+    let limit = limit.as_millis().max(1);
     let sql = format!(
         "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
         SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,
             expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
         FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",
-        limit.as_secs(),
-        limit.subsec_millis(),
-        limit.as_millis().max(1),
+        limit / 1000,
+        limit % 1000,
+        limit,
     );
     let Some(row) = fetch_optional(connection, sql).await? else { return Ok(RowAttempt::Missing) };
     if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
