@@ -1,4 +1,4 @@
-//! PostgreSQL 11 and later.
+//! PostgreSQL 12 and later.
 //!
 //! No statement on a private connection waits for a locked row: what somebody has locked is skipped and asked for
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which

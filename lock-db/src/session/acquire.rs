@@ -171,16 +171,17 @@ impl Attempt {
 
     /// Sends the claims to the database.
     async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
-        self.unsettled = true;
+        // What an earlier attempt may have got is not settled by what this one does not get.
+        let unsettled_before = std::mem::replace(&mut self.unsettled, true);
         let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone()).await {
             Err(failure) if failure.fault != Fault::Disconnected => {
-                self.unsettled = false;
+                self.unsettled = unsettled_before;
                 return Err(failure);
             }
             answer => answer?,
         };
         let Some(grants) = grants else {
-            self.unsettled = false;
+            self.unsettled = unsettled_before;
             return Ok(None);
         };
         // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.

@@ -35,7 +35,12 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
         (Some(reason), _) => Err(lost(reason)),
         (None, Ok(Standing::Ours)) => Ok(()),
-        (None, Ok(_)) => Err(lost(Loss::TakenOver)),
+        (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
+        (None, Ok(_locked_by_somebody)) => {
+            undo(core, lease.key.row.name.clone(), lease.key.secret.clone(), ttl);
+            let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
+            Err(Error::Database { action: "release", name: Some(lease.name().to_owned()), source })
+        }
         (None, Err(failure)) => {
             undo(core, lease.key.row.name.clone(), lease.key.secret.clone(), ttl);
             Err(failure.into_error("release", Some(lease.name())))
