@@ -38,6 +38,8 @@ for_each_database! {
     an_owner_lives_as_long_as_the_lease,
     a_call_that_outlives_the_holder_keeps_the_lock,
     a_lock_that_is_lost_is_not_entered,
+    a_lock_that_a_transaction_has_released_is_not_entered,
+    guarded_transactions_of_inner_calls_are_of_the_same_lease,
     guards_are_not_reentrant,
     bad_options_are_refused_inside_too,
     row_locks_are_entered_again,
@@ -549,7 +551,7 @@ async fn a_call_that_outlives_the_holder_keeps_the_lock<T: TestDatabase>(databas
     let (locks, other) = (database.locks().await, other(database).await);
     let (entered, has_entered) = oneshot::channel();
     let (finish, finished) = oneshot::channel::<()>();
-    let holder = locks.insert_lock("a").ttl(Duration::from_secs(1)).run(async |_| {
+    let holder = locks.insert_lock("a").ttl(Duration::from_secs(2)).run(async |_| {
         let carried = locks.clone();
         let straggler = tokio::spawn(Owner::current().unwrap().scope(async move {
             let inside = carried.insert_lock("a").run(async |lease| {
@@ -566,7 +568,7 @@ async fn a_call_that_outlives_the_holder_keeps_the_lock<T: TestDatabase>(databas
     });
     let straggler = holder.await.unwrap();
     // For longer than its TTL: it is renewed, too.
-    let error = other.insert_lock("a").wait(Duration::from_secs(2)).acquire().await.unwrap_err();
+    let error = other.insert_lock("a").wait(Duration::from_secs(3)).acquire().await.unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
     finish.send(()).unwrap();
     assert_eq!(straggler.await.unwrap().unwrap().2, 2);
@@ -603,6 +605,42 @@ async fn a_lock_that_is_lost_is_not_entered<T: TestDatabase>(database: &T) {
     go_on.send(()).unwrap();
     let error = carried.unwrap().await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::TakenOver, .. }), "{error:?}");
+}
+
+async fn a_lock_that_a_transaction_has_released_is_not_entered<T: TestDatabase>(database: &T) {
+    let (locks, pool) = (database.locks().await, database.pool(2).await);
+    locks
+        .insert_lock("a")
+        .run(async |lease| {
+            let mut transaction = pool.begin().await.unwrap();
+            lease.release_in(&mut transaction).await?;
+            assert!(matches!(nested(&locks, PATIENCE).await, Err(Error::Lost { .. })), "nobody knows yet");
+            transaction.commit().await.unwrap();
+            assert!(matches!(nested(&locks, PATIENCE).await, Err(Error::Lost { .. })));
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap();
+    assert_eq!(nested(&locks, PATIENCE).await.unwrap().2, 1);
+}
+
+async fn guarded_transactions_of_inner_calls_are_of_the_same_lease<T: TestDatabase>(database: &T) {
+    let (locks, other) = (database.locks().await, other(database).await);
+    let mut open = None;
+    locks
+        .insert_lock("a")
+        .run(async |lease| {
+            let inner = locks.insert_lock("a").run(async |inner| inner.begin().await);
+            open = Some(inner.await?);
+            assert_eq!(lease.hold_count(), 1, "a transaction is no handle");
+            assert_eq!(nested(&locks, PATIENCE).await?.2, 2);
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap();
+    assert!(other.insert_lock("a").try_acquire().await.is_ok_and(|lease| lease.is_none()));
+    open.unwrap().commit().await.unwrap();
+    becomes_free(&other, "a").await;
 }
 
 // --------------------------------------------------------------------------------------------------- what takes no part
