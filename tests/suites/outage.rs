@@ -427,6 +427,7 @@ async fn a_blocked_runtime_costs_no_lease<T: TestServer>(database: &T) {
 
 async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database: &T) {
     const LEASES: usize = 1000;
+    const TOGETHER: usize = 50;
     const TTL: Duration = Duration::from_secs(3);
     drop(database.locks().await);
     // Their rows are there, as on any but the first day.
@@ -436,8 +437,9 @@ async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database
         .await;
     let far = Far::new(database).await;
     let mut acquiring = JoinSet::new();
-    for number in 0..LEASES {
-        acquiring.spawn(far.locks.insert_lock(number.to_string()).ttl(TTL).wait(PATIENCE).acquire());
+    for first in (0..LEASES).step_by(TOGETHER) {
+        let names = (first..first + TOGETHER).map(|number| number.to_string());
+        acquiring.spawn(far.locks.insert_locks(names).ttl(TTL).wait(PATIENCE).acquire());
     }
     let leases: Vec<_> = acquiring.join_all().await.into_iter().map(Result::unwrap).collect();
     let all_taken = tokio::time::Instant::now();
@@ -448,7 +450,8 @@ async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database
     assert!((1..50).contains(&sent), "{LEASES} leases are renewed with {sent} messages");
     // Until the last one of them has been renewed at least once.
     sleep_until(all_taken + TTL).await;
-    assert_eq!(leases.iter().filter(|lease| lease.is_held()).count(), LEASES);
+    let held = leases.iter().flat_map(|leases| leases.iter()).filter(|lease| lease.is_held()).count();
+    assert_eq!(held, LEASES);
     assert!(far.proxy.open() <= 2, "{} connections", far.proxy.open());
     far.locks.close().await;
     assert_eq!(

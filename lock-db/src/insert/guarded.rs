@@ -133,10 +133,13 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         let Some(transaction) = self.transaction.take() else { return Ok(()) };
         let hold = self.hold.clone();
         let ended = self.runtime.spawn(async move {
+            // Others may have the lock a moment before we hear of it.
+            let in_doubt = release.then(|| hold.doubt());
             let ended = guard_and_commit(transaction, &hold.lease.key, release).await;
             if release && ended.is_ok() {
                 hold.was_released();
             }
+            drop(in_doubt);
             ended
         });
         let lost = self.hold.lost(Loss::TransactionEnded);

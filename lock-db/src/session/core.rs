@@ -129,12 +129,12 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             Request::CheckSchema { answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.check_schema().await);
             })),
-            Request::Close { answer } => {
+            Request::Close { done } => {
                 core.closing.send_replace(true);
                 release::release_all(&core);
                 // Those that were dropped before, and what attempts that end now may have got, are given back as well.
                 let _in_time = timeout(FINISH_LIMIT, core.busy.nobody()).await;
-                let _ = answer.send(());
+                drop(done);
                 break;
             }
         }
@@ -296,10 +296,11 @@ impl Held {
         if self.state.is_in_doubt() { pause.min(LOOK_AFTER) } else { pause }
     }
 
-    pub(super) fn renewed(&mut self, sent: Instant) {
+    /// `false`: too late, its holder was told already that it is over.
+    pub(super) fn renewed(&mut self, sent: Instant) -> bool {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
         self.next_renewal = sent + self.ttl / 3;
-        self.state.extend(self.deadline);
+        self.state.extend(self.deadline)
     }
 }
 
