@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::database::{Fault, LockDatabase};
+use crate::database::{self, Fault, LockDatabase};
 use crate::{Kind, LockInfo};
 
 /// What can go wrong with a lock: what was tried, on which lock, and what to do next.
@@ -208,7 +208,7 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
-            Self::Database { source, .. } => is_connection_failure(source),
+            Self::Database { source, .. } => database::is_disconnected(source),
             _ => false,
         }
     }

@@ -17,11 +17,13 @@ mod jitter;
 mod limits;
 mod locks;
 mod name;
+mod own_transaction;
 mod reentry;
 mod row;
 pub mod schema;
 mod secret;
 mod session;
+mod turns;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Error, Loss, WaitingFor};

@@ -350,7 +350,11 @@ async fn ending_a_guarded_transaction<T: TestServer>(database: &T) {
                 }
             };
             scene.pool_is_whole().await;
-            assert_eq!(scene.seen(&mark).await, i64::from(name == "commit"), "{name} after {moment} messages");
+            assert_eq!(
+                scene.seen(&mark).await,
+                i64::from(name == "commit"),
+                "{name} after {moment} messages"
+            );
             lease.release().await.unwrap();
             scene.lease_is_free(name).await;
             if ended.map(Result::unwrap).is_some() {

@@ -280,9 +280,10 @@ async fn asking_in_silence<T: TestServer>(database: &T) {
             is_over("a row lock in a transaction", WAIT + Duration::from_secs(5));
         },
         async {
-            let taken = timeout(2 * LIMIT, trying.locks.row_lock("row").try_acquire()).await;
+            // Five seconds for the pool, and five for the server.
+            let taken = timeout(4 * LIMIT, trying.locks.row_lock("row").try_acquire()).await;
             assert!(!matches!(taken, Ok(Ok(_))), "{taken:?}");
-            is_over("trying a row lock", LIMIT);
+            is_over("trying a row lock", 2 * LIMIT);
         },
         async {
             let taken = timeout(2 * LIMIT, trying.locks.insert_lock("lease").try_acquire()).await;

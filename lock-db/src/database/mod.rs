@@ -30,8 +30,8 @@ mod sealed {
 /// A database that can keep locks: `sqlx::Postgres`, `sqlx::MySql` (MySQL 8.0 and MariaDB 10.6 or later) and
 /// `sqlx::Sqlite`, each with the cargo feature of its name. Sealed: the methods are no part of the public interface.
 ///
-/// Every method is one step on one connection. None of them waits for a row that somebody else has locked, except
-/// `lock_row` (no longer than its `slice`) and, on InnoDB, `acquire` and `release` (no longer than a second).
+/// Every method is one step on one connection. On a private one none of them waits for a row that somebody else has
+/// locked, and `lock_row` waits no longer than its `slice`.
 pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// The folder of the migrations.
     #[doc(hidden)]
@@ -47,9 +47,14 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         Ok(())
     }
 
-    /// The statement that begins a guarded transaction, where it is not the usual one.
+    /// The statement that begins a marked transaction: one that `guard` and `still_locked` can tell from what comes after
+    /// its end, and after whose end, if its owner has not seen it, what is sent is refused as far as the database can do
+    /// that.
     #[doc(hidden)]
-    const BEGIN_GUARDED: Option<&'static str> = None;
+    const BEGIN_MARKED: &'static str;
+    /// The same for a guarded transaction.
+    #[doc(hidden)]
+    const BEGIN_GUARDED: &'static str = Self::BEGIN_MARKED;
 
     /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
     #[doc(hidden)]
@@ -124,8 +129,8 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async {}
     }
 
-    /// Fails or answers `false` when the transaction on the connection no longer is the one in which `lock_row`
-    /// answered with this token.
+    /// Fails or answers `false` when the marked transaction on the connection no longer is the one in which `lock_row`
+    /// answered with this token. The transaction is unmarked with it.
     #[doc(hidden)]
     fn still_locked(
         connection: &mut Self::Connection,
@@ -133,14 +138,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         fencing_token: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Marks a transaction that has just begun, so that `guard` can tell it from what comes after its end, and so that
-    /// what is sent after an end that its owner has not seen is refused as far as the database can do that.
+    /// Takes back what the mark did to the connection, before a marked transaction is rolled back. A statement whose caller
+    /// has gone may still be under way.
     #[doc(hidden)]
-    fn mark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
-
-    /// Takes back what `mark` did to the connection, before a marked transaction is rolled back.
-    #[doc(hidden)]
-    fn unmark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn unmark(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
 
     /// Asks in a transaction whether the lease is ours, and if so holds off every takeover until the transaction ends.
     /// A marked transaction is unmarked with it.
@@ -341,6 +344,18 @@ pub enum Fault {
     Disconnected,
     /// Anything else.
     Other,
+}
+
+/// Whether the way to the database is gone, or not there yet, whichever database it is.
+pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
+    let mut faults = [Fault::Other; 3];
+    #[cfg(feature = "postgres")]
+    (faults[0] = sqlx::Postgres::classify(error));
+    #[cfg(feature = "mysql")]
+    (faults[1] = sqlx::MySql::classify(error));
+    #[cfg(feature = "sqlite")]
+    (faults[2] = sqlx::Sqlite::classify(error));
+    faults.contains(&Fault::Disconnected)
 }
 
 /// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000], …]`.

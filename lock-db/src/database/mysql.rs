@@ -41,15 +41,22 @@ const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES
 /// Assignments take effect from left to right: what reads the old secret comes before it is replaced. The new number
 /// is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
 /// last grants brings a number back.
+///
+/// A row that somebody has locked is passed over, so that nobody else's turn on this connection waits for it. In a
+/// transaction that would leave a lock on the gap behind it; by itself it does not.
 const ACQUIRE: &str = "
-UPDATE distributed_lock
-SET fencing_token = IF(secret_key = ?, fencing_token, GREATEST(
-        fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    acquire_time = IF(secret_key = ?, acquire_time, UTC_TIMESTAMP(6)),
-    secret_key = ?,
-    owner = ?,
-    expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
-WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)";
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(lease.secret_key = ?, lease.fencing_token, GREATEST(
+        lease.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(lease.secret_key = ?, lease.acquire_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = ?,
+    lease.owner = ?,
+    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))";
 
 const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
@@ -83,7 +90,15 @@ STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = aske
 WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
 
 const RELEASE: &str = "
-UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00' WHERE lock_name = ? AND secret_key = ?";
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = '1970-01-01 00:00:00'";
+
+const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time,
@@ -106,11 +121,12 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
-/// For the transactions after this one, which there are only if this one ends without its owner's knowledge: what is
-/// sent then would commit by itself, and is refused instead. The savepoint is gone as well then.
-const MARK: &str = "SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
 const UNMARK: &str = "SET SESSION TRANSACTION READ WRITE";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
+
+/// Fails unless a transaction is open: a deadlock ends one, and its handle does not know. By itself a savepoint lasts no
+/// longer than its own statement.
+const IN_TRANSACTION: &str = "SAVEPOINT lock_db_here; RELEASE SAVEPOINT lock_db_here";
 
 /// After a deadlock the transaction is gone but the caller's handle still looks open: what it sends next would commit
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
@@ -118,6 +134,10 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
+    /// For the transactions after this one, which there are only if this one ends without its owner's knowledge: what is
+    /// sent then would commit by itself, and is refused instead. The savepoint is gone as well then.
+    const BEGIN_MARKED: &'static str =
+        "START TRANSACTION; SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
@@ -188,13 +208,13 @@ impl LockDatabase for MySql {
         let secret = claim.secret.as_str();
         let name = claim.name.as_bytes();
         let acquired = sqlx::query(ACQUIRE)
+            .bind(name)
+            .bind(secret)
             .bind(secret)
             .bind(secret)
             .bind(secret)
             .bind(&*claim.owner)
             .bind(micros(claim.ttl))
-            .bind(name)
-            .bind(secret)
             .execute(&mut *connection)
             .await?;
         if acquired.rows_affected() == 0 {
@@ -224,14 +244,16 @@ impl LockDatabase for MySql {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<Standing> {
-        match sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str()).execute(connection).await {
-            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
-            Ok(_) => Ok(Standing::NotOurs),
-            Err(error) if matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
-                Ok(Standing::Busy)
+        let (name, secret) = (name.as_bytes(), secret.as_str());
+        match sqlx::query(RELEASE).bind(name).bind(secret).execute(&mut *connection).await {
+            Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
+            Err(error) if !matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
+                return Err(error);
             }
-            Err(error) => Err(error),
+            _ => {}
         }
+        let ours = sqlx::query(IS_OURS).bind(name).bind(secret).fetch_optional(connection).await?;
+        Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
     }
 
     async fn lock_row(
@@ -244,7 +266,7 @@ impl LockDatabase for MySql {
         if fault == Some(Fault::Busy) {
             return Ok(RowAttempt::Busy);
         }
-        if matches!(fault, Some(Fault::Deadlock | Fault::Serialization))
+        if matches!(fault, Some(Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded))
             || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased))
         {
             Self::doom(connection).await;
@@ -258,18 +280,19 @@ impl LockDatabase for MySql {
         fencing_token: i64,
     ) -> sqlx::Result<bool> {
         let sql = format!(
-            "SELECT 1 FROM distributed_lock WHERE lock_name = {} AND fencing_token = {fencing_token}",
+            "{UNMARK}; {IS_MARKED};
+            SELECT 1 FROM distributed_lock WHERE lock_name = {} AND fencing_token = {fencing_token}",
             literal(name)
         );
         Ok(fetch_optional(connection, sql).await?.is_some())
     }
 
-    async fn mark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
-    }
-
     async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(UNMARK).execute(connection).await.map(drop)
+        match sqlx::raw_sql(UNMARK).execute(&mut *connection).await {
+            // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
+            Err(sqlx::Error::Database(_)) => sqlx::raw_sql(UNMARK).execute(connection).await.map(drop),
+            unmarked => unmarked.map(drop),
+        }
     }
 
     /// In one message, whatever it takes.
@@ -279,7 +302,8 @@ impl LockDatabase for MySql {
         guard: Guard,
     ) -> sqlx::Result<Guarded> {
         let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
-        let first = if guard.marked { format!("{UNMARK}; {IS_MARKED};") } else { String::new() };
+        let first =
+            if guard.marked { format!("{UNMARK}; {IS_MARKED};") } else { format!("{IN_TRANSACTION};") };
         let write = match (guard.release, lease.cluster) {
             (true, _) => Some("expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1"),
             (false, Cluster::MultiPrimary) => Some("guard_count = guard_count + 1"),
@@ -323,8 +347,11 @@ impl LockDatabase for MySql {
             Some(1020) => Fault::Serialization,
             Some(1146) => Fault::TableMissing,
             Some(1054) => Fault::TableDiffers,
-            // too many connections, shutdown, killed, idle for too long, node not ready
-            Some(1040 | 1053 | 1927 | 4031 | 1047) => Fault::Disconnected,
+            // There is no such savepoint: none of what was set in this message, because no transaction is open.
+            Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
+            // too many connections, shutdown, killed, idle for too long, node not ready; and read-only in two forms: a
+            // server that is no primary any more, where a new connection may find the one that is
+            Some(1040 | 1053 | 1927 | 4031 | 1047 | 1290 | 1836) => Fault::Disconnected,
             _ => Fault::Other,
         }
     }
@@ -372,7 +399,7 @@ async fn lock_and_write(
     // Zero would mean no limit at all.
     let limit = limit.as_millis().max(1);
     let sql = format!(
-        "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
+        "{IN_TRANSACTION}; /*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
         SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,
             expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
         FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgDatabaseError};
+use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
@@ -96,6 +96,8 @@ FROM (
 WHERE held.id = before.id
 RETURNING held.fencing_token, before.secret_key";
 
+const SEEN: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
+
 /// Fails, and with it every later statement of the transaction.
 const DOOM: &str =
     "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
@@ -124,6 +126,8 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
 impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
+    /// Nothing more to do: after an error the server itself refuses all but a rollback.
+    const BEGIN_MARKED: &'static str = "BEGIN";
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
@@ -233,12 +237,15 @@ impl LockDatabase for Postgres {
             .bind(claim.kind.as_str())
             .bind(claim.secret.as_str())
             .bind(&*claim.owner)
-            .fetch_optional(connection)
+            .fetch_optional(&mut *connection)
             .await?;
-        match locked {
-            Some(row) => Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? }),
-            None => Ok(RowAttempt::Busy),
+        if let Some(row) = locked {
+            return Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? });
         }
+        // A snapshot from before the row was made doesn't see it, however free it is.
+        let seen =
+            sqlx::query(SEEN).bind(claim.row.id).bind(&*claim.row.name).fetch_optional(connection).await?;
+        Ok(if seen.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
     async fn still_locked(
@@ -248,15 +255,6 @@ impl LockDatabase for Postgres {
     ) -> sqlx::Result<bool> {
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
         Ok(row.is_some())
-    }
-
-    /// Nothing to do: after an error the server itself refuses all but a rollback.
-    async fn mark(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
-    }
-
-    async fn unmark(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
     }
 
     async fn guard(connection: &mut PgConnection, lease: &LeaseKey, guard: Guard) -> sqlx::Result<Guarded> {
@@ -287,9 +285,11 @@ impl LockDatabase for Postgres {
             "40001" => Fault::Serialization,
             "42P01" => Fault::TableMissing,
             "42703" => Fault::TableDiffers,
-            // admin_shutdown, crash_shutdown, cannot_connect_now, too_many_connections, idle in transaction too long
-            "57P01" | "57P02" | "57P03" | "53300" | "25P03" | "25P04" => Fault::Disconnected,
+            // read_only_sql_transaction: the server is no primary any more; a new connection may find the one that is.
+            "25006" => Fault::Disconnected,
             code if code.starts_with("08") => Fault::Disconnected,
+            // Whatever the code, the server has closed the connection: shutdown, idle for too long, too many of them.
+            _ if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) => Fault::Disconnected,
             _ => Fault::Other,
         }
     }
@@ -302,6 +302,9 @@ impl LockDatabase for Postgres {
 /// The savepoint is that of a block with an exception handler, so that it begins and ends on the server, in one message:
 /// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
 /// would commit by itself. The row is locked and written under the same savepoint: anything else takes a multixact.
+///
+/// A `statement_timeout` would end the transaction as well, so the wait stays below it. It counts the turn in the queue
+/// and the wait for the holder together, the lock timeout each.
 async fn lock_in_savepoint(
     connection: &mut PgConnection,
     claim: &RowClaim,
@@ -317,9 +320,10 @@ async fn lock_in_savepoint(
         "DO $lock_db$
         DECLARE
             limit_before text := current_setting('lock_timeout');
+            third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
             secret_before text;
         BEGIN
-            PERFORM set_config('lock_timeout', '{limit}ms', true);
+            PERFORM set_config('lock_timeout', LEAST({limit}, NULLIF(third, 0)) || 'ms', true);
             SELECT secret_key INTO secret_before FROM distributed_lock
                 WHERE id = {id} AND lock_kind = '{kind}' AND expire_time <= clock_timestamp() FOR UPDATE {no_wait};
             IF secret_before IS NULL THEN

@@ -66,8 +66,6 @@ WHERE lock_name = ?1 AND secret_key = ?2";
 /// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
 const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2";
 
-/// Some errors end a transaction of SQLite by themselves; the savepoint is gone then.
-const MARK: &str = "SAVEPOINT lock_db_guard";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// The first statement is a write, whatever it finds: a write is what takes the write lock.
@@ -103,8 +101,10 @@ impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
     const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+    /// Some errors end a transaction by themselves; the savepoint is gone then.
+    const BEGIN_MARKED: &'static str = "BEGIN; SAVEPOINT lock_db_guard";
     /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
-    const BEGIN_GUARDED: Option<&'static str> = Some("BEGIN IMMEDIATE");
+    const BEGIN_GUARDED: &'static str = "BEGIN IMMEDIATE; SAVEPOINT lock_db_guard";
 
     fn check_options(options: &SqliteConnectOptions) -> Result<(), Error> {
         let file = options.get_filename();
@@ -210,6 +210,7 @@ impl LockDatabase for Sqlite {
         claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
+        refuse_autocommit(connection).await?;
         let limited = LimitedWait::set(connection, slice.min(LONGEST_SLICE)).await?;
         let attempt = lock_and_write(&mut *limited.connection, claim).await;
         limited.restore().await?;
@@ -224,16 +225,9 @@ impl LockDatabase for Sqlite {
         name: &str,
         fencing_token: i64,
     ) -> sqlx::Result<bool> {
+        sqlx::raw_sql(IS_MARKED).execute(&mut *connection).await?;
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
         Ok(row.is_some())
-    }
-
-    async fn mark(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
-    }
-
-    async fn unmark(_connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        Ok(())
     }
 
     async fn guard(
@@ -249,6 +243,8 @@ impl LockDatabase for Sqlite {
                 }
                 Err(error) => return Err(error),
             }
+        } else {
+            refuse_autocommit(connection).await?;
         }
         let sql = if guard.release { RELEASE } else { GUARD };
         let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
@@ -268,6 +264,9 @@ impl LockDatabase for Sqlite {
         if crate::error::is_connection_failure(error) {
             return Fault::Disconnected;
         }
+        if matches!(error, sqlx::Error::BeginFailed) {
+            return Fault::TransactionEnded;
+        }
         let Some(error) = error.as_database_error() else {
             return Fault::Other;
         };
@@ -285,6 +284,16 @@ impl LockDatabase for Sqlite {
             }
             _ => Fault::Other,
         }
+    }
+}
+
+/// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction behind the back of its handle. A BEGIN that succeeds
+/// finds that out, and gives the handle something to roll back.
+async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    match sqlx::raw_sql("BEGIN").execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().contains("within a transaction") => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(sqlx::Error::BeginFailed),
     }
 }
 

@@ -17,11 +17,11 @@ use super::busy::Busy;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
 use super::request::Request;
-use super::turns::{Turn, Turns};
 use super::{acquire, release, renewal};
 use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Renewal};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
+use crate::turns::{Turn, Turns};
 use crate::{Error, Kind};
 
 /// One for what callers wait for, one for renewals, which must not wait behind it.
@@ -148,7 +148,7 @@ pub(super) struct Core {
     pub(super) lane: Lane,
     /// For renewals.
     pub(super) renewals: Lane,
-    pub(super) turns: Rc<Turns>,
+    pub(super) turns: Arc<Turns>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
     last_number: Cell<u64>,
     /// For guards, which keep the session alive; weak, so that the session doesn't.
@@ -176,7 +176,7 @@ impl Core {
         Rc::new(Self {
             lane: Lane::start(pool.clone()),
             renewals: Lane::start(pool),
-            turns: Rc::default(),
+            turns: Arc::default(),
             leases: RefCell::default(),
             last_number: Cell::new(0),
             requests,

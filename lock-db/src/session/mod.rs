@@ -13,7 +13,6 @@ mod lease_state;
 mod release;
 mod renewal;
 mod request;
-mod turns;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
