@@ -6,7 +6,8 @@ use sqlx::{Pool, Transaction};
 use tokio::runtime::Handle;
 
 use crate::Error;
-use crate::database::LockDatabase;
+use crate::database::{Fault, Guarded, LockDatabase};
+use crate::error::{Failure, Loss};
 
 /// An open transaction, and what is kept until it has ended.
 ///
@@ -64,6 +65,34 @@ pub(crate) async fn roll_back<DB: LockDatabase>(
     DB::reopen(&mut transaction).await;
     let rolled_back = transaction.rollback().await;
     unmarked.and(rolled_back)
+}
+
+/// Commits a marked transaction after one of the `commit_…` methods of the trait has looked whether it may.
+pub(crate) async fn commit<DB: LockDatabase>(
+    transaction: Transaction<'static, DB>,
+    checked: sqlx::Result<Guarded>,
+    name: &str,
+) -> Result<(), Error> {
+    let failed = |failure: Failure| failure.into_error("commit the transaction", Some(name));
+    let error = match checked.map_err(Failure::new::<DB>) {
+        Ok(Guarded::Ours) => {
+            return transaction.commit().await.map_err(|error| failed(Failure::new::<DB>(error)));
+        }
+        Ok(Guarded::Committed) => {
+            // Whatever becomes of the connection now.
+            let _nothing_left = transaction.commit().await;
+            return Ok(());
+        }
+        Ok(Guarded::NotOurs) => Error::Lost { name: name.to_owned(), reason: Loss::TakenOver },
+        Ok(Guarded::Ended) => Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded },
+        // Nothing is kept without a COMMIT.
+        Err(failure) if failure.fault == Fault::Disconnected && !DB::COMMITS_WITH_CHECK => {
+            Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded }
+        }
+        Err(failure) => failed(failure),
+    };
+    let _rolled_back = roll_back(transaction).await;
+    Err(error)
 }
 
 /// Tasks need a runtime to run on.

@@ -47,14 +47,18 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         Ok(())
     }
 
-    /// The statement that begins a marked transaction: one that `guard` and `still_locked` can tell from what comes after
-    /// its end, and after whose end, if its owner has not seen it, what is sent is refused as far as the database can do
-    /// that.
+    /// The statement that begins a marked transaction: one that the `commit_…` methods can tell from what comes after its
+    /// end. What is sent after an end that its owner has not seen is refused or rolled back, as far as the database can
+    /// do that.
     #[doc(hidden)]
     const BEGIN_MARKED: &'static str;
     /// The same for a guarded transaction.
     #[doc(hidden)]
     const BEGIN_GUARDED: &'static str = Self::BEGIN_MARKED;
+
+    /// Whether the `commit_…` methods commit, so that nobody knows the outcome when their answer is lost.
+    #[doc(hidden)]
+    const COMMITS_WITH_CHECK: bool = false;
 
     /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
     #[doc(hidden)]
@@ -129,14 +133,22 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async {}
     }
 
-    /// Fails or answers `false` when the marked transaction on the connection no longer is the one in which `lock_row`
-    /// answered with this token. The transaction is unmarked with it.
+    /// The last thing in a marked transaction before its COMMIT: is it still the one in which `lock_row` answered with this
+    /// token?
     #[doc(hidden)]
-    fn still_locked(
+    fn commit_locked(
         connection: &mut Self::Connection,
         name: &str,
         fencing_token: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
+
+    /// The last thing in a marked transaction before its COMMIT: what `guard` does.
+    #[doc(hidden)]
+    fn commit_guarded(
+        connection: &mut Self::Connection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
     /// Takes back what the mark did to the connection, before a marked transaction is rolled back. A statement whose caller
     /// has gone may still be under way.
@@ -145,13 +157,13 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async { Ok(()) }
     }
 
-    /// Asks in a transaction whether the lease is ours, and if so holds off every takeover until the transaction ends.
-    /// A marked transaction is unmarked with it.
+    /// Asks in a caller's transaction whether the lease is ours, and if so holds off every takeover until the transaction
+    /// ends. With `release` the lease becomes free with the commit.
     #[doc(hidden)]
     fn guard(
         connection: &mut Self::Connection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
     /// Sees to it that the transaction can only be rolled back, as far as the database can do that.
@@ -188,20 +200,13 @@ pub struct LeaseKey {
     pub cluster: Cluster,
 }
 
-/// What is asked of a guard.
-#[derive(Debug, Clone, Copy)]
-pub struct Guard {
-    /// Whether the transaction was marked when it began.
-    pub marked: bool,
-    /// Whether the lease becomes free with the commit of the transaction.
-    pub release: bool,
-}
-
 /// What a guard found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guarded {
-    /// The lease is ours, and stays so to the end of the transaction.
+    /// The lock is ours, and stays so to the end of the transaction.
     Ours,
+    /// It was ours when the transaction was committed, which it is already: the COMMIT of its handle finds nothing to do.
+    Committed,
     /// It is not ours any more.
     NotOurs,
     /// The marked transaction has ended already.

@@ -10,8 +10,8 @@ use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -121,7 +121,8 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
-const UNMARK: &str = "SET SESSION TRANSACTION READ WRITE";
+const UNMARK: &str = "
+SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1)";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// Fails unless a transaction is open: a deadlock ends one, and its handle does not know. By itself a savepoint lasts no
@@ -134,10 +135,13 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
-    /// For the transactions after this one, which there are only if this one ends without its owner's knowledge: what is
-    /// sent then would commit by itself, and is refused instead. The savepoint is gone as well then.
-    const BEGIN_MARKED: &'static str =
-        "START TRANSACTION; SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
+    /// The settings are for what is sent after this transaction has ended without its owner's knowledge, by a deadlock say.
+    /// It would commit by itself; so it is refused, except what comes right after a deadlock (measured on MariaDB 10.11
+    /// and MySQL 9.7), and that belongs to a transaction which nobody commits. The savepoint is gone as well then.
+    const BEGIN_MARKED: &'static str = "
+        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit; SET SESSION autocommit = 0;
+        SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
+    const COMMITS_WITH_CHECK: bool = true;
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
@@ -274,23 +278,40 @@ impl LockDatabase for MySql {
         attempt
     }
 
-    async fn still_locked(
+    /// The row stays locked as long as the transaction lasts, and the savepoint tells that it does.
+    async fn commit_locked(
         connection: &mut MySqlConnection,
-        name: &str,
-        fencing_token: i64,
-    ) -> sqlx::Result<bool> {
-        let sql = format!(
-            "{UNMARK}; {IS_MARKED};
-            SELECT 1 FROM distributed_lock WHERE lock_name = {} AND fencing_token = {fencing_token}",
-            literal(name)
-        );
-        Ok(fetch_optional(connection, sql).await?.is_some())
+        _name: &str,
+        _fencing_token: i64,
+    ) -> sqlx::Result<Guarded> {
+        commit_marked(connection, String::new()).await
+    }
+
+    async fn commit_guarded(
+        connection: &mut MySqlConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
+        // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
+        let guard = match write(lease, release) {
+            Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
+            None => format!(
+                "SELECT EXP(1000 * (COUNT(*) <> 1)) FROM distributed_lock
+                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii) LOCK IN SHARE MODE;"
+            ),
+        };
+        commit_marked(connection, guard).await
     }
 
     async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        match sqlx::raw_sql(UNMARK).execute(&mut *connection).await {
+        // Back to autocommit would commit what is open.
+        let sql = format!("ROLLBACK; {UNMARK}");
+        match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await {
             // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
-            Err(sqlx::Error::Database(_)) => sqlx::raw_sql(UNMARK).execute(connection).await.map(drop),
+            Err(sqlx::Error::Database(_)) => {
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+            }
             unmarked => unmarked.map(drop),
         }
     }
@@ -299,35 +320,20 @@ impl LockDatabase for MySql {
     async fn guard(
         connection: &mut MySqlConnection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> sqlx::Result<Guarded> {
-        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
-        let first =
-            if guard.marked { format!("{UNMARK}; {IS_MARKED};") } else { format!("{IN_TRANSACTION};") };
-        let write = match (guard.release, lease.cluster) {
-            (true, _) => Some("expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1"),
-            (false, Cluster::MultiPrimary) => Some("guard_count = guard_count + 1"),
-            (false, Cluster::SinglePrimary) => None,
-        };
-        let ours = if let Some(write) = write {
-            let sql = format!(
-                "{first} UPDATE distributed_lock SET {write}
-                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii)"
-            );
-            let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
-            written.map(|written| written.rows_affected() > 0)
-        } else {
-            let sql =
-                format!("{first} SELECT secret_key FROM distributed_lock WHERE id = {id} LOCK IN SHARE MODE");
-            let row = fetch_optional(connection, sql).await;
-            let owner = row.and_then(|row| row.map(|row| row.try_get::<String, _>(0)).transpose());
-            owner.map(|owner| owner.as_deref() == Some(lease.secret.as_str()))
-        };
-        match ours {
-            Ok(ours) => Ok(Guarded::when(ours)),
-            Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
-            Err(error) => Err(error),
+        if let Some(write) = write(lease, release) {
+            let sql = format!("{IN_TRANSACTION}; {write}");
+            let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+            return Ok(Guarded::when(written.rows_affected() > 0));
         }
+        let sql = format!(
+            "{IN_TRANSACTION}; SELECT secret_key FROM distributed_lock WHERE id = {} LOCK IN SHARE MODE",
+            lease.row.id
+        );
+        let row = fetch_optional(connection, sql).await?;
+        let owner = row.map(|row| row.try_get::<String, _>(0)).transpose()?;
+        Ok(Guarded::when(owner.as_deref() == Some(lease.secret.as_str())))
     }
 
     async fn doom(connection: &mut MySqlConnection) {
@@ -346,7 +352,8 @@ impl LockDatabase for MySql {
             // MariaDB: record has changed since last read
             Some(1020) => Fault::Serialization,
             Some(1146) => Fault::TableMissing,
-            Some(1054) => Fault::TableDiffers,
+            // a column, an index
+            Some(1054 | 1176) => Fault::TableDiffers,
             // There is no such savepoint: none of what was set in this message, because no transaction is open.
             Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
             // too many connections, shutdown, killed, idle for too long, node not ready; and read-only in two forms: a
@@ -362,6 +369,34 @@ const LONGEST_TRY: Duration = Duration::from_secs(2);
 
 const DUPLICATE_KEY: u16 = 1062;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
+const OUT_OF_RANGE: u16 = 1690;
+
+/// The guard that has to be a write: to release, and where a lock reaches no further than its own node.
+fn write(lease: &LeaseKey, release: bool) -> Option<String> {
+    let set = match (release, lease.cluster) {
+        (true, _) => "expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1",
+        (false, Cluster::MultiPrimary) => "guard_count = guard_count + 1",
+        (false, Cluster::SinglePrimary) => return None,
+    };
+    Some(format!(
+        "UPDATE distributed_lock SET {set} WHERE id = {} AND secret_key = CONVERT({} USING ascii)",
+        lease.row.id,
+        literal(lease.secret.as_str())
+    ))
+}
+
+/// Check, commit and unmark in one message, of which the server reads nothing after an error.
+async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
+    let sql = format!("{IS_MARKED}; {guard} COMMIT; {UNMARK}");
+    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+        Ok(_) => Ok(Guarded::Committed),
+        Err(error) => match number(&error) {
+            Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),
+            Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
+            _ => Err(error),
+        },
+    }
+}
 
 /// By the settings of the server: MariaDB and MySQL each know only their own.
 fn cluster<'a>(setting: impl Fn(&str) -> &'a str) -> Cluster {

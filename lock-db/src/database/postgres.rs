@@ -10,8 +10,8 @@ use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -248,17 +248,25 @@ impl LockDatabase for Postgres {
         Ok(if seen.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
-    async fn still_locked(
+    async fn commit_locked(
         connection: &mut PgConnection,
         name: &str,
         fencing_token: i64,
-    ) -> sqlx::Result<bool> {
+    ) -> sqlx::Result<Guarded> {
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
-        Ok(row.is_some())
+        Ok(Guarded::when(row.is_some()))
     }
 
-    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, guard: Guard) -> sqlx::Result<Guarded> {
-        let sql = if guard.release { GUARD_AND_RELEASE } else { GUARD };
+    async fn commit_guarded(
+        connection: &mut PgConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        Self::guard(connection, lease, release).await
+    }
+
+    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+        let sql = if release { GUARD_AND_RELEASE } else { GUARD };
         let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
         Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
     }

@@ -11,8 +11,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -220,35 +220,36 @@ impl LockDatabase for Sqlite {
         }
     }
 
-    async fn still_locked(
+    async fn commit_locked(
         connection: &mut SqliteConnection,
         name: &str,
         fencing_token: i64,
-    ) -> sqlx::Result<bool> {
-        sqlx::raw_sql(IS_MARKED).execute(&mut *connection).await?;
+    ) -> sqlx::Result<Guarded> {
+        if !is_marked(connection).await? {
+            return Ok(Guarded::Ended);
+        }
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
-        Ok(row.is_some())
+        Ok(Guarded::when(row.is_some()))
+    }
+
+    async fn commit_guarded(
+        connection: &mut SqliteConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        if !is_marked(connection).await? {
+            return Ok(Guarded::Ended);
+        }
+        guard(connection, lease, release).await
     }
 
     async fn guard(
         connection: &mut SqliteConnection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> sqlx::Result<Guarded> {
-        if guard.marked {
-            match sqlx::raw_sql(IS_MARKED).execute(&mut *connection).await {
-                Ok(_) => {}
-                Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => {
-                    return Ok(Guarded::Ended);
-                }
-                Err(error) => return Err(error),
-            }
-        } else {
-            refuse_autocommit(connection).await?;
-        }
-        let sql = if guard.release { RELEASE } else { GUARD };
-        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
-        Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
+        refuse_autocommit(connection).await?;
+        guard(connection, lease, release).await
     }
 
     /// SQLite has no way to refuse a commit beforehand.
@@ -285,6 +286,20 @@ impl LockDatabase for Sqlite {
             _ => Fault::Other,
         }
     }
+}
+
+/// `false`: the marked transaction has ended. Its mark is gone after this.
+async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    match sqlx::raw_sql(IS_MARKED).execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => Ok(false),
+        answer => answer.map(|_| true),
+    }
+}
+
+async fn guard(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+    let sql = if release { RELEASE } else { GUARD };
+    let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+    Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
 }
 
 /// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction behind the back of its handle. A BEGIN that succeeds

@@ -4,14 +4,13 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::Transaction;
 use tokio::select;
 use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
-use crate::database::{Fault, Guard, Guarded, LeaseKey, LockDatabase};
+use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
-use crate::own_transaction::{OwnTransaction, current_runtime, roll_back};
+use crate::own_transaction::{OwnTransaction, commit, current_runtime};
 use crate::{Error, Locks};
 
 const PAUSE: Duration = Duration::from_millis(10);
@@ -110,10 +109,12 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
         let Self { transaction, hold } = self;
         let lost = hold.lost(Loss::TransactionEnded);
-        let ended = transaction.end(|transaction| async move {
+        let ended = transaction.end(|mut transaction| async move {
             // Others may have the lock a moment before we hear of it.
             let in_doubt = release.then(|| hold.doubt());
-            let ended = guard_and_commit(transaction, &hold.lease.key, release).await;
+            let key = &hold.lease.key;
+            let checked = DB::commit_guarded(&mut transaction, key, release).await;
+            let ended = commit(transaction, checked, &key.row.name).await;
             if release && ended.is_ok() {
                 hold.was_released();
             }
@@ -122,33 +123,6 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         });
         ended.await.unwrap_or(Err(lost))
     }
-}
-
-async fn guard_and_commit<DB: LockDatabase>(
-    mut transaction: Transaction<'static, DB>,
-    lease: &LeaseKey,
-    release: bool,
-) -> Result<(), Error> {
-    let name = &*lease.row.name;
-    let failure = match DB::guard(&mut transaction, lease, Guard { marked: true, release }).await {
-        Ok(Guarded::Ours) => {
-            return transaction.commit().await.map_err(|error| {
-                Failure::new::<DB>(error).into_error("commit the guarded transaction", Some(name))
-            });
-        }
-        Ok(Guarded::NotOurs) => Ok(Loss::TakenOver),
-        Ok(Guarded::Ended) => Ok(Loss::TransactionEnded),
-        Err(error) => Err(Failure::new::<DB>(error)),
-    };
-    // Without a COMMIT nothing of it is kept, whether the rollback arrives or not.
-    let _rolled_back = roll_back(transaction).await;
-    Err(match failure {
-        Ok(reason) => Error::Lost { name: name.to_owned(), reason },
-        Err(failure) if failure.fault == Fault::Disconnected => {
-            Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded }
-        }
-        Err(failure) => failure.into_error("guard the transaction", Some(name)),
-    })
 }
 
 impl<DB: LockDatabase> Deref for GuardedTransaction<DB> {

@@ -8,7 +8,7 @@ use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::GuardedTransaction;
-use crate::database::{Guard, Guarded, LockDatabase};
+use crate::database::{Guarded, LockDatabase};
 use crate::error::{Failure, Loss};
 use crate::reentry::Held;
 use crate::session::{LeaseState, Request};
@@ -190,8 +190,8 @@ impl<DB: LockDatabase> Lease<DB> {
         self.refuse_without_transaction(transaction)?;
         let key = &self.hold.lease.key;
         let name = &*key.row.name;
-        match DB::guard(transaction, key, Guard { marked: false, release }).await {
-            Ok(Guarded::Ours) => Ok(()),
+        match DB::guard(transaction, key, release).await {
+            Ok(Guarded::Ours | Guarded::Committed) => Ok(()),
             Ok(Guarded::NotOurs | Guarded::Ended) => {
                 DB::doom(transaction).await;
                 Err(Error::Lost { name: name.to_owned(), reason: Loss::TakenOver })

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::Error;
 use crate::database::LockDatabase;
 use crate::error::{Failure, Loss};
-use crate::own_transaction::{OwnTransaction, roll_back};
+use crate::own_transaction::{OwnTransaction, commit};
 use crate::turns::Turn;
 
 /// A row lock that is held by a transaction of its own, to which this derefs: `&mut *guard` runs statements in it.
@@ -52,16 +52,8 @@ impl<DB: LockDatabase> RowGuard<DB> {
         let Self { transaction, name, fencing_token } = self;
         let lost = Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded };
         let ended = transaction.end(async move |mut transaction| {
-            // PostgreSQL answers the COMMIT of a failed transaction without an error: what tells is whether our own write
-            // is still there.
-            if !matches!(DB::still_locked(&mut transaction, &name, fencing_token).await, Ok(true)) {
-                let _rolled_back = roll_back(transaction).await;
-                return Err(Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded });
-            }
-            transaction
-                .commit()
-                .await
-                .map_err(|error| Failure::new::<DB>(error).into_error("commit the transaction", Some(&name)))
+            let checked = DB::commit_locked(&mut transaction, &name, fencing_token).await;
+            commit(transaction, checked, &name).await
         });
         ended.await.unwrap_or(Err(lost))
     }
