@@ -23,16 +23,19 @@ mod row;
 pub mod schema;
 mod secret;
 mod session;
+mod skippable;
 mod turns;
 
+pub use self::ambient::AmbientLease;
 pub use self::database::LockDatabase;
-pub use self::error::{Error, Loss, WaitingFor};
+pub use self::error::{Error, Loss, NoReentry, WaitingFor};
 pub use self::in_transaction::HeldInTransaction;
 pub use self::info::{Kind, LockInfo};
 pub use self::insert::{GuardedTransaction, InsertLock, InsertLocks, Lease, Leases};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::reentry::Owner;
 pub use self::row::{RowGuard, RowLock, RowLocks};
+pub use self::skippable::Skippable;
 
 #[cfg(feature = "macros")]
 pub use lock_macros::distributed_lock;

@@ -7,6 +7,12 @@
 
 #[path = "macro_forms/bodies.rs"]
 mod bodies;
+#[path = "macro_forms/contention.rs"]
+mod contention;
+#[path = "macro_forms/futures.rs"]
+mod futures;
+#[path = "macro_forms/guards.rs"]
+mod guards;
 #[path = "macro_forms/methods.rs"]
 mod methods;
 #[path = "macro_forms/names.rs"]

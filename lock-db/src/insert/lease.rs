@@ -29,12 +29,12 @@ use crate::{Error, Kind, Locks};
 #[must_use = "the lock is released as soon as the lease is dropped"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    hold: Arc<Hold>,
+    pub(crate) hold: Arc<Hold>,
     locks: Locks<DB>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(super) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
+    pub(crate) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
         Self { hold, locks }
     }
 

@@ -216,7 +216,7 @@ impl<DB: LockDatabase> Locks<DB> {
     }
 
     /// `wait: None` is a try.
-    async fn hold(
+    pub(crate) async fn hold(
         &self,
         name: &str,
         ttl: Option<Duration>,
