@@ -6,7 +6,7 @@ mod output;
 use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::{Expr, ItemFn, Result, Stmt, Type};
+use syn::{Attribute, Expr, ItemFn, Result, Stmt, Type};
 
 use self::function::AsyncBody;
 use crate::args::{Args, Given, Length, Mode, Name};
@@ -21,7 +21,7 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
             Err(error)
         }
     };
-    match parsed.and_then(|(args, function)| lock(&args, function)) {
+    match parsed.and_then(|(args, function)| lock(args, function)) {
         Ok(function) => function.into_token_stream(),
         Err(error) => {
             let errors = error.into_compile_error();
@@ -30,16 +30,43 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
     }
 }
 
-fn lock(args: &Args, mut function: ItemFn) -> Result<ItemFn> {
-    if let Some(Given { value: lease, .. }) = &args.options.lease {
+fn lock(args: Args, mut function: ItemFn) -> Result<ItemFn> {
+    let mut locks = vec![args];
+    locks.extend(further_locks(&mut function));
+    for Given { value: lease, .. } in locks.iter().filter_map(|args| args.options.lease.as_ref()) {
         function::check_binding(&function.sig, lease)?;
     }
     let bindings = function::async_trait_bindings(&function.sig);
     let (block, shape) = function::async_block(&function.sig, &mut function.block)?;
     let output = output::of(&function.sig, shape)?;
-    let code = Code { args, output: output.as_ref() };
-    block.stmts = code.locked(&function::split(block, bindings));
+    let mut body = function::split(block, bindings);
+    for args in locks.iter().rev() {
+        body.statements = Code { args, output: output.as_ref() }.locked(&body);
+    }
+    block.stmts = body.bindings.into_iter().chain(body.statements).collect();
     Ok(function)
+}
+
+/// The locks of the same function that are written below. By itself each attribute would wrap what those above it have
+/// made, and so take its lock before them; who reads the source expects it the other way round.
+fn further_locks(function: &mut ItemFn) -> Vec<Args> {
+    let read = |attribute: &Attribute| -> Option<Args> {
+        let path = attribute.path();
+        // What can't be read stays where it is, and says so by itself.
+        path.segments
+            .last()
+            .filter(|last| last.ident == "distributed_lock")
+            .and_then(|_| attribute.parse_args().ok())
+    };
+    let mut locks = Vec::new();
+    function.attrs.retain(|attribute| match read(attribute) {
+        Some(args) => {
+            locks.push(args);
+            false
+        }
+        None => true,
+    });
+    locks
 }
 
 /// What the written code depends on.
@@ -69,8 +96,7 @@ impl Code<'_> {
 
     /// The body: take the lock, run the statements under it, and return what came of it.
     fn locked(&self, body: &AsyncBody) -> Vec<Stmt> {
-        let bindings = body.bindings;
-        let taken = self.taken(body.receiver);
+        let taken = self.taken(body.receiver.as_ref());
         let run = self.run(body);
         let refused = self.on_output("LockedOutput", "refused", &quote_spanned!(ours()=> __error));
         let not_refused = if self.args.options.skip.is_some() {
@@ -90,7 +116,6 @@ impl Code<'_> {
             }
         };
         let code = quote_spanned! {ours()=>
-            #(#bindings)*
             let __taken = #taken;
             let __outcome = match __taken {
                 #not_refused

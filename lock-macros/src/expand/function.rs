@@ -1,5 +1,7 @@
 //! What the attribute stands on: which functions it can change, and where in them.
 
+use std::mem;
+
 use proc_macro2::{Ident, Span, TokenStream, TokenTree};
 use quote::ToTokens;
 use syn::parse::{ParseStream, Parser};
@@ -145,21 +147,14 @@ fn is_box_pin(call: &ExprCall) -> bool {
 }
 
 /// An asynchronous body, in its parts.
-pub(super) struct AsyncBody<'a> {
+pub(super) struct AsyncBody {
     /// What `#[async_trait]` puts in front, so that the arguments are called as in the source.
-    pub(super) bindings: &'a [Stmt],
+    pub(super) bindings: Vec<Stmt>,
     /// What `#[async_trait]` calls `self`.
-    pub(super) receiver: Option<&'a Ident>,
-    pub(super) statements: &'a [Stmt],
+    pub(super) receiver: Option<Ident>,
+    pub(super) statements: Vec<Stmt>,
     /// Where it ends: what is missing is missing there.
     pub(super) end: Span,
-}
-
-impl<'a> AsyncBody<'a> {
-    pub(super) fn whole(block: &'a Block) -> Self {
-        let end = Span::mixed_site().located_at(block.brace_token.span.close());
-        Self { bindings: &[], receiver: None, statements: &block.stmts, end }
-    }
 }
 
 /// How many `let argument = argument;` an `#[async_trait]` writes for this function: one for `self` and for each
@@ -176,16 +171,17 @@ pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
 
 /// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
 /// wrapped it already: then the arguments still have their own names.
-pub(super) fn split(block: &Block, bindings: Option<usize>) -> AsyncBody<'_> {
-    let whole = AsyncBody::whole(block);
-    let Some(count) = bindings else { return whole };
-    let edge = usize::from(matches!(block.stmts.first(), Some(Stmt::Expr(Expr::If(_), _))));
-    match block.stmts.split_at_checked(edge + count) {
-        Some((bindings, statements)) if bindings[edge..].iter().all(is_binding) => {
-            AsyncBody { bindings, receiver: bindings.iter().find_map(receiver), statements, ..whole }
-        }
-        _ => whole,
+pub(super) fn split(block: &mut Block, bindings: Option<usize>) -> AsyncBody {
+    let end = Span::mixed_site().located_at(block.brace_token.span.close());
+    let mut statements = mem::take(&mut block.stmts);
+    let edge = usize::from(matches!(statements.first(), Some(Stmt::Expr(Expr::If(_), _))));
+    let bound = bindings.map_or(0, |count| edge + count);
+    if bound > statements.len() || !statements.iter().take(bound).skip(edge).all(is_binding) {
+        return AsyncBody { bindings: Vec::new(), receiver: None, statements, end };
     }
+    let behind = statements.split_off(bound);
+    let receiver = statements.iter().find_map(receiver).cloned();
+    AsyncBody { bindings: statements, receiver, statements: behind, end }
 }
 
 /// `let x = x;` or `let (a, b) = { let __arg = __arg; __arg };`

@@ -31,7 +31,7 @@ fn refused(args: &str, item: &str, messages: &[&str]) {
 /// What the errors for an item point at.
 fn points_at(item: &str) -> String {
     let args = syn::parse_str::<Args>(r#""a""#).unwrap();
-    let error = function::parse(item.parse().unwrap()).and_then(|function| lock(&args, function));
+    let error = function::parse(item.parse().unwrap()).and_then(|function| lock(args, function));
     error.err().unwrap().span().source_text().unwrap()
 }
 
@@ -83,6 +83,37 @@ fn skipping_and_entering_again() {
     assert!(code.contains(". not_reentrant () . or_skip ()"), "{code}");
     let code = function(r#""a", reentrant = true"#, FUNCTION);
     assert!(!code.contains("reentrant") && !code.contains("skip"), "{code}");
+}
+
+#[test]
+fn several_locks_are_taken_from_the_top_down() {
+    let item = "#[first] #[lock_db::distributed_lock(\"b\", ttl = \"1s\")] #[second] #[distributed_lock(\"c\", skip)] \
+                async fn f() -> R { work() }";
+    let code = function(r#""a""#, item);
+    let order = ["# [first] # [second]", "__name = \"a\"", "__name = \"b\"", "__name = \"c\"", "work ()"];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places.is_sorted() && !code.contains("distributed_lock"), "{code}");
+
+    // One that is wrong says so itself, once.
+    let code =
+        function(r#""a""#, "#[distributed_lock(tll)] #[distributed_lock] async fn f() -> R { work() }");
+    assert!(code.starts_with("# [distributed_lock] async"), "{code}");
+    let code = function(r#""a""#, "#[distributed_lock(1)] async fn f() -> R { work() }");
+    assert!(code.starts_with("# [distributed_lock (1)] async"), "{code}");
+
+    let code = function(
+        "self.name()",
+        &format!("#[distributed_lock(\"b:{{self}}\", locks = self.locks)] {}", ASYNC_TRAIT.trim()),
+    );
+    let order = [
+        "let (a , b)",
+        "__self . name ()",
+        "self = __self",
+        "explicit (& (__self . locks))",
+        "let __ret : R",
+    ];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places[..2].is_sorted() && places[4] > places[3], "{code}");
 }
 
 #[test]
