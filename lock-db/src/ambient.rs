@@ -170,6 +170,7 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(crate) async fn annotated_lease(&self, asked: Asked<'_>) -> Result<(Lease<DB>, Inside), Error> {
         let lock = self.reentry_key(asked.name)?;
         limits::check_ttl(asked.ttl.unwrap_or(self.default_ttl()))?;
+        let at_least = limits::check_at_least(asked.at_least)?;
         let patience = asked.patience(self.default_wait())?;
         let entered = if let Some(entered) = self.nested(&lock, asked, patience).await? {
             entered
@@ -179,6 +180,7 @@ impl<DB: LockDatabase> Locks<DB> {
             let none = || if patience.is_some() { Error::Closed } else { asked.taken_elsewhere() };
             taken(lock, hold.ok_or_else(none)?, asked)
         };
+        entered.held.keep_for(at_least);
         Ok((Lease::new(entered.held, self.clone()), entered.inside))
     }
 

@@ -24,6 +24,7 @@ pub(crate) struct Args {
 pub(crate) struct Options {
     pub(crate) ttl: Option<Given<Length>>,
     pub(crate) wait: Option<Given<Length>>,
+    pub(crate) at_least: Option<Given<Length>>,
     pub(crate) mode: Option<Given<Mode>>,
     pub(crate) locks: Option<Given<Expr>>,
     pub(crate) tx: Option<Given<Expr>>,
@@ -123,6 +124,10 @@ impl Options {
         if let Some(ttl) = &self.ttl {
             let objection = "a row lock has no `ttl`: it ends with its transaction";
             return Err(exclude(&ttl.key, objection, &mode.key));
+        }
+        if let Some(at_least) = &self.at_least {
+            let objection = "a row lock can't be kept `at_least` so long: it ends with its transaction";
+            return Err(exclude(&at_least.key, objection, &mode.key));
         }
         match &self.lease {
             Some(lease) if self.locks.is_none() && self.tx.is_none() => Err(Error::new(

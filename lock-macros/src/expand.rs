@@ -159,7 +159,9 @@ impl Code<'_> {
         let private = self.private(ours());
         let options = &self.args.options;
         let mut ask = quote_spanned!(ours()=> #private::ask(&*__name));
-        for (method, given) in [("ttl", &options.ttl), ("wait", &options.wait)] {
+        for (method, given) in
+            [("ttl", &options.ttl), ("wait", &options.wait), ("at_least", &options.at_least)]
+        {
             if let Some(given) = given {
                 let (method, length) = (Ident::new(method, ours()), length(given, receiver));
                 ask.extend(quote_spanned!(ours()=> .#method(#length)));

@@ -71,6 +71,7 @@ use proc_macro::TokenStream;
 /// |---|---|---|
 /// | [`ttl`](#ttl-and-wait) | a duration | the default of the `Locks`: 30 s |
 /// | [`wait`](#ttl-and-wait) | a duration | the default of the `Locks`: 30 s |
+/// | [`at_least`](#at_least) | a duration | zero |
 /// | [`skip`](#skip) | none | after the wait it fails |
 /// | [`mode`](#mode) | `insert`, `row` | `insert` |
 /// | [`lease`](#lease-the-guard-in-the-body) | a name | the body does not see the guard |
@@ -99,6 +100,23 @@ use proc_macro::TokenStream;
 ///
 /// `wait` is how long the call may wait for the lock, all in all. After it comes `Error::Timeout`, which says who has the
 /// lock. `"0s"` asks once and fails at once.
+///
+/// ## `at_least`
+///
+/// ```
+/// # use lock_db::{Error, distributed_lock};
+/// /// Every instance starts it at three o'clock; it runs once, also when it takes a second and the clocks differ by two.
+/// #[distributed_lock("nightly-report", at_least = "10m", skip)]
+/// async fn report() -> Result<(), Error> {
+///     // …
+/// #   Ok(())
+/// }
+/// ```
+///
+/// For how long after the start nobody else gets the lock, even if the body ends before, with a value or with an error.
+/// The function does not wait for that: the release writes the moment, by the database's clock, into the row, so that it
+/// holds whatever becomes of this process. A process that dies before the body has ended leaves the lock free after its
+/// `ttl`, as ever: the work was not done.
 ///
 /// ## `skip`
 ///
@@ -321,6 +339,7 @@ use proc_macro::TokenStream;
 /// | what people know | here |
 /// |---|---|
 /// | ShedLock `@SchedulerLock(lockAtMostFor = "10m")` has to cover the longest run (unless a keep-alive provider is set up); a run that takes longer goes on, together with the next one | `ttl` is renewed, so it says only how long a crash blocks others; on loss the body is stopped and its guarded transactions can't commit |
+/// | ShedLock `lockAtLeastFor` | `at_least`: the same, and by the database's clock always |
 /// | ShedLock skips, silently | waits by default; `skip` skips, and the return type says so |
 /// | ShedLock: a method with a primitive return type is refused when it is called | a return type that can't say "skipped" does not compile |
 /// | Lock4j `@Lock4j(keys = {"#user.id", "#order.id"}, expire, acquireTimeout)`: keys joined by dots, so that `("a.b", "c")` is `("a", "b.c")` | the name is written out: `"{user}:{order}"`, checked by the compiler, and the separator is yours |

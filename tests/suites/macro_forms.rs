@@ -5,6 +5,8 @@
 #![deny(unused_qualifications, unused_lifetimes, elided_lifetimes_in_paths, single_use_lifetimes)]
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "macro_forms/at_least.rs"]
+mod at_least;
 #[path = "macro_forms/bodies.rs"]
 mod bodies;
 #[path = "macro_forms/contention.rs"]

@@ -117,6 +117,16 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         secret: &Secret,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
+    /// Gives the lease up, while nobody else can have the lock before `at_least` has passed since it was granted. The row
+    /// has no owner's secret from then on, so that a renewal that is still under way does not find it.
+    #[doc(hidden)]
+    fn release_later(
+        connection: &mut Self::Connection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
+
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.

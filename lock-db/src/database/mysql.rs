@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
+use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlQueryResult, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::{
@@ -97,6 +97,19 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = '1970-01-01 00:00:00'";
+
+/// Assignments take effect from left to right: the secret goes by the new deadline.
+const RELEASE_LATER: &str = "
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = IF(
+        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time) > UTC_TIMESTAMP(6),
+        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time), '1970-01-01 00:00:00'),
+    lease.secret_key = IF(lease.expire_time > '1970-01-01 00:00:00', '', lease.secret_key)";
 
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
@@ -248,16 +261,21 @@ impl LockDatabase for MySql {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<Standing> {
-        let (name, secret) = (name.as_bytes(), secret.as_str());
-        match sqlx::query(RELEASE).bind(name).bind(secret).execute(&mut *connection).await {
-            Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
-            Err(error) if !matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
-                return Err(error);
-            }
-            _ => {}
-        }
-        let ours = sqlx::query(IS_OURS).bind(name).bind(secret).fetch_optional(connection).await?;
-        Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+        let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
+        let released = query.execute(&mut *connection).await;
+        released_or_not(connection, name, secret, released).await
+    }
+
+    async fn release_later(
+        connection: &mut MySqlConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let at_least = micros(at_least);
+        let query = sqlx::query(RELEASE_LATER).bind(name.as_bytes()).bind(secret.as_str());
+        let released = query.bind(at_least).bind(at_least).execute(&mut *connection).await;
+        released_or_not(connection, name, secret, released).await
     }
 
     async fn lock_row(
@@ -362,6 +380,22 @@ impl LockDatabase for MySql {
             _ => Fault::Other,
         }
     }
+}
+
+async fn released_or_not(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+    released: sqlx::Result<MySqlQueryResult>,
+) -> sqlx::Result<Standing> {
+    match released {
+        Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
+        Err(error) if !matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => return Err(error),
+        _ => {}
+    }
+    let ours =
+        sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
+    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 
 /// What a try may take that waits for nobody.

@@ -72,6 +72,18 @@ WHERE id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
+const RELEASE_LATER: &str = "
+UPDATE distributed_lock AS lease
+SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
+    secret_key = CASE WHEN until.passed THEN lease.secret_key ELSE '' END
+FROM (
+    SELECT id, moment, moment <= clock_timestamp() AS passed
+    FROM (
+        SELECT id, acquire_time + $3::bigint * interval '1 microsecond' AS moment
+        FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
+        FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
+WHERE lease.id = until.id";
+
 /// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
 const GUARD: &str = "
 SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
@@ -214,13 +226,20 @@ impl LockDatabase for Postgres {
     }
 
     async fn release(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<Standing> {
-        let secret = secret.as_str();
-        let released = sqlx::query(RELEASE).bind(name).bind(secret).execute(&mut *connection).await?;
-        if released.rows_affected() > 0 {
-            return Ok(Standing::Ours);
-        }
-        let ours = sqlx::query(IS_OURS).bind(name).bind(secret).fetch_optional(connection).await?;
-        Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+        let query = sqlx::query(RELEASE).bind(name).bind(secret.as_str());
+        let released = query.execute(&mut *connection).await?;
+        released_or_not(connection, name, secret, released.rows_affected()).await
+    }
+
+    async fn release_later(
+        connection: &mut PgConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(micros(at_least));
+        let released = query.execute(&mut *connection).await?;
+        released_or_not(connection, name, secret, released.rows_affected()).await
     }
 
     async fn lock_row(
@@ -301,6 +320,19 @@ impl LockDatabase for Postgres {
             _ => Fault::Other,
         }
     }
+}
+
+async fn released_or_not(
+    connection: &mut PgConnection,
+    name: &str,
+    secret: &Secret,
+    released: u64,
+) -> sqlx::Result<Standing> {
+    if released > 0 {
+        return Ok(Standing::Ours);
+    }
+    let ours = sqlx::query(IS_OURS).bind(name).bind(secret.as_str()).fetch_optional(connection).await?;
+    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 
 /// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row

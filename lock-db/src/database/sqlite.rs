@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::task::{Context, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
@@ -62,6 +62,17 @@ RETURNING secret_key";
 const RELEASE: &str = "
 UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
 WHERE lock_name = ?1 AND secret_key = ?2";
+
+const RELEASE_LATER: &str = "
+UPDATE distributed_lock
+SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00.000000' ELSE until.moment END,
+    secret_key = CASE WHEN until.passed THEN secret_key ELSE '' END
+FROM (
+    SELECT id, moment, moment <= strftime('%Y-%m-%d %H:%M:%f000', 'now') AS passed
+    FROM (
+        SELECT id, strftime('%Y-%m-%d %H:%M:%f000', acquire_time, ?3) AS moment
+        FROM distributed_lock WHERE lock_name = ?1 AND secret_key = ?2)) AS until
+WHERE distributed_lock.id = until.id";
 
 /// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
 const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2";
@@ -166,7 +177,7 @@ impl LockDatabase for Sqlite {
     }
 
     async fn acquire(connection: &mut SqliteConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
-        let ttl = format!("+{}.{:03} seconds", claim.ttl.as_secs(), claim.ttl.subsec_millis());
+        let ttl = later_by(claim.ttl);
         // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
         // error of the commit that happens then.
         let rows = sqlx::query(ACQUIRE)
@@ -197,12 +208,17 @@ impl LockDatabase for Sqlite {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<Standing> {
-        match sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await {
-            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
-            Ok(_) => Ok(Standing::NotOurs),
-            Err(error) if Self::classify(&error) == Fault::Busy => Ok(Standing::Busy),
-            Err(error) => Err(error),
-        }
+        released_or_not(sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await)
+    }
+
+    async fn release_later(
+        connection: &mut SqliteConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(later_by(at_least));
+        released_or_not(query.execute(connection).await)
     }
 
     async fn lock_row(
@@ -285,6 +301,20 @@ impl LockDatabase for Sqlite {
             }
             _ => Fault::Other,
         }
+    }
+}
+
+/// As a modifier of SQLite's functions of time.
+fn later_by(duration: Duration) -> String {
+    format!("+{}.{:03} seconds", duration.as_secs(), duration.subsec_millis())
+}
+
+fn released_or_not(released: sqlx::Result<SqliteQueryResult>) -> sqlx::Result<Standing> {
+    match released {
+        Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
+        Ok(_) => Ok(Standing::NotOurs),
+        Err(error) if Sqlite::classify(&error) == Fault::Busy => Ok(Standing::Busy),
+        Err(error) => Err(error),
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use sqlx::Connection;
 use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::GuardedTransaction;
+use super::{GuardedTransaction, release_quietly};
 use crate::database::{Guarded, LockDatabase};
 use crate::error::{Failure, Loss};
 use crate::reentry::Held;
@@ -159,6 +160,10 @@ impl<DB: LockDatabase> Lease<DB> {
     /// When the future is dropped, roll the transaction back.
     pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
+        if self.hold.lease.is_kept() {
+            // Not free with the commit, but released with the last handle, as without a transaction.
+            return self.ask_in(transaction, false).await;
+        }
         // To the end of the call, or of the future that is dropped on the way.
         let _in_doubt = self.hold.doubt();
         self.ask_in(transaction, true).await
@@ -183,7 +188,13 @@ impl<DB: LockDatabase> Lease<DB> {
                 reason: "it was begun by another lease",
             });
         }
-        transaction.end(true).await
+        let release = !self.hold.lease.is_kept();
+        transaction.end(release).await?;
+        if !release {
+            // Committed is committed.
+            release_quietly(self.release().await);
+        }
+        Ok(())
     }
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
@@ -259,6 +270,11 @@ pub(crate) struct Hold {
 impl Hold {
     pub(crate) fn new(lease: Arc<LeaseState>, session: mpsc::UnboundedSender<Request>) -> Self {
         Self { lease, session, released: AtomicBool::new(false), transactions: AtomicUsize::new(0) }
+    }
+
+    /// See [`InsertLock::at_least`](crate::InsertLock::at_least).
+    pub(crate) fn keep_for(&self, at_least: Duration) {
+        self.lease.keep_for(at_least);
     }
 
     /// Fails when the lease is lost.

@@ -18,13 +18,16 @@ pub struct Asked<'a> {
     pub(crate) name: &'a str,
     pub(crate) ttl: Option<Duration>,
     wait: Option<Duration>,
+    pub(crate) at_least: Duration,
     skips: bool,
     pub(crate) is_reentrant: bool,
 }
 
 #[must_use]
 pub fn ask(name: &str) -> Ask<'_> {
-    Ask { asked: Asked { name, ttl: None, wait: None, skips: false, is_reentrant: true }, policy: Waits }
+    let at_least = Duration::ZERO;
+    let asked = Asked { name, ttl: None, wait: None, at_least, skips: false, is_reentrant: true };
+    Ask { asked, policy: Waits }
 }
 
 impl<'a> Ask<'a> {
@@ -37,6 +40,12 @@ impl<'a> Ask<'a> {
     #[must_use]
     pub fn wait(mut self, wait: Duration) -> Self {
         self.asked.wait = Some(wait);
+        self
+    }
+
+    #[must_use]
+    pub fn at_least(mut self, at_least: Duration) -> Self {
+        self.asked.at_least = at_least;
         self
     }
 

@@ -49,7 +49,7 @@ enum Operation {
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
-    Release(Arc<str>, Secret, Reply<Standing>),
+    Release(Arc<str>, Secret, Duration, Reply<Standing>),
     Migrate(Reply<()>),
     CheckSchema(Reply<()>),
 }
@@ -105,8 +105,15 @@ impl Lane {
         self.ask(limit, |reply| Operation::Renew(leases, limit, reply)).await
     }
 
-    pub(super) async fn release(&self, name: &Arc<str>, secret: &Secret) -> Result<Standing, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(Arc::clone(name), secret.clone(), reply)).await
+    /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
+    pub(super) async fn release(
+        &self,
+        name: &Arc<str>,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> Result<Standing, Failure> {
+        let (name, secret) = (Arc::clone(name), secret.clone());
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(name, secret, at_least, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
@@ -197,9 +204,16 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(name, secret, reply) => {
-                let answer =
-                    self.on_connection(STATEMENT_LIMIT, async |c| DB::release(c, &name, &secret).await).await;
+            Operation::Release(name, secret, at_least, reply) => {
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |connection| {
+                        if at_least.is_zero() {
+                            DB::release(connection, &name, &secret).await
+                        } else {
+                            DB::release_later(connection, &name, &secret, at_least).await
+                        }
+                    })
+                    .await;
                 let _ = reply.send(answer);
             }
             Operation::Migrate(reply) => {

@@ -17,6 +17,9 @@ pub(crate) struct LeaseState {
     pub(crate) fencing_token: i64,
     /// When a transaction that is still open released it. Whether it is ours will be known when that ends.
     in_doubt: Mutex<Option<Instant>>,
+    granted: Instant,
+    /// For how long after the grant nobody else is to have the lock, whenever it is released.
+    at_least: Mutex<Duration>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
 }
@@ -35,6 +38,8 @@ impl LeaseState {
             key,
             fencing_token,
             in_doubt: Mutex::default(),
+            granted: Instant::now(),
+            at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
             lost,
         };
@@ -67,6 +72,23 @@ impl LeaseState {
 
     fn doubts(&self) -> MutexGuard<'_, Option<Instant>> {
         self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody else is to have the lock for so long from now on.
+    pub(crate) fn keep_for(&self, at_least: Duration) {
+        let at_least = if at_least.is_zero() { at_least } else { self.granted.elapsed() + at_least };
+        let mut kept = self.at_least.lock().unwrap_or_else(PoisonError::into_inner);
+        *kept = at_least.max(*kept);
+    }
+
+    /// Counted from the grant.
+    pub(super) fn at_least(&self) -> Duration {
+        *self.at_least.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it must not be free yet.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.granted.elapsed() < self.at_least()
     }
 
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.

@@ -38,6 +38,12 @@ pub(super) const RULES: &[Rule] = &[
         read: |options, key, input| read_length(&mut options.wait, key, input, Length::parse_wait),
     },
     Rule {
+        key: "at_least",
+        example: r#"at_least = "30s""#,
+        also_called: &["lock_at_least_for", "atleast", "min", "minimum", "hold_for"],
+        read: |options, key, input| read_length(&mut options.at_least, key, input, Length::parse_at_least),
+    },
+    Rule {
         key: "mode",
         example: "mode = row",
         also_called: &["kind", "type"],

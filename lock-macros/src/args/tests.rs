@@ -54,7 +54,12 @@ fn a_bare_name() {
     assert_eq!(options.mode(), Mode::Insert);
     assert!(options.ttl.is_none() && options.wait.is_none() && options.locks.is_none());
     assert!(options.tx.is_none() && options.lock_db.is_none());
-    assert!(options.lease.is_none() && options.skip.is_none() && options.reentrant.is_none());
+    assert!(
+        options.at_least.is_none()
+            && options.lease.is_none()
+            && options.skip.is_none()
+            && options.reentrant.is_none()
+    );
 }
 
 #[test]
@@ -156,14 +161,27 @@ fn unknown_options() {
     refused(r#""a", lock = a"#, "lock", "unknown option `lock`; did you mean `locks`?");
     refused(r#""a", txn = a"#, "txn", "unknown option `txn`; did you mean `tx`?");
     refused(r#""a", timeout = "3s""#, "timeout", "unknown option `timeout`; did you mean `wait`?");
+    // As other libraries call them.
+    for (theirs, ours) in [
+        ("lock_at_most_for", "ttl"),
+        ("lock_at_least_for", "at_least"),
+        ("at_lest", "at_least"),
+        ("acquire_timeout", "wait"),
+        ("guard", "lease"),
+        ("try_lock", "skip"),
+        ("reentrancy", "reentrant"),
+    ] {
+        let message = format!("unknown option `{theirs}`; did you mean `{ours}`?");
+        refused(&format!(r#""a", {theirs} = 1"#), theirs, &message);
+    }
     refused(r#""a", transaction = tx"#, "transaction", "unknown option `transaction`; did you mean `tx`?");
     refused(
         r#""a", colour = 3"#,
         "colour",
-        "unknown option `colour`; there are `ttl`, `wait`, `mode`, `locks`, `tx`, `lease`, `skip`, `reentrant`, \
+        "unknown option `colour`; there are `ttl`, `wait`, `at_least`, `mode`, `locks`, `tx`, `lease`, `skip`, `reentrant`, \
          `crate`",
     );
-    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `mode = row`, `locks = self.locks`, `tx = tx`, \
+    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `at_least = \"30s\"`, `mode = row`, `locks = self.locks`, `tx = tx`, \
                     `lease = lease`, `skip`, `reentrant = false`, `crate = my_crate::lock_db`";
     refused(r#""a", "b""#, r#""b""#, &format!("expected an option: {examples}"));
     refused(
@@ -238,6 +256,10 @@ fn limits_of_durations() {
         r#""0s""#,
         "a `ttl` of zero is over at once: write \"30s\", or leave it out for the default",
     );
+    let no_effect = "an `at_least` of zero has no effect: leave it out";
+    refused(r#""a", at_least = "0s""#, r#""0s""#, no_effect);
+    refused(r#""a", at_least = "366days""#, r#""366days""#, "too long: 365 days at most");
+    assert_eq!(fixed_length(args(r#""a", at_least = "1h""#).options.at_least), Duration::from_hours(1));
     refused(r#""a", ttl = "49ms""#, r#""49ms""#, "a `ttl` needs 50ms at least, to be renewed in time");
     refused(r#""a", ttl = "366days""#, r#""366days""#, "too long: 365 days at most");
     refused(r#""a", wait = "366days""#, r#""366days""#, "too long: 365 days at most");
@@ -262,6 +284,9 @@ fn options_that_exclude_each_other() {
     let no_ttl = ("ttl", "a row lock has no `ttl`: it ends with its transaction");
     refused_at_both(r#""a", mode = row, ttl = "3s""#, no_ttl, "mode");
     refused_at_both(r#""a", ttl = "3s", mode = row, tx = tx"#, no_ttl, "mode");
+    let not_kept = ("at_least", "a row lock can't be kept `at_least` so long: it ends with its transaction");
+    refused_at_both(r#""a", at_least = "1m", mode = row"#, not_kept, "mode");
+    refused_at_both(r#""a", mode = row, tx = tx, at_least = self.at_least"#, not_kept, "mode");
     let needs_row = "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out";
     refused(r#""a", tx = transaction"#, "tx", needs_row);
     refused_at_both(r#""a", mode = insert, tx = transaction"#, ("tx", needs_row), "mode");
