@@ -17,12 +17,11 @@ use sqlx::pool::PoolConnection;
 
 pub use self::ask::{Ask, Asked, Policy, Skips, Waits, ask};
 pub(crate) use self::held::LeaseHandle;
-pub use self::held::{HeldLease, HeldRow, HeldRowGuard, InsideRow};
+pub use self::held::{HeldIn, HeldLease, HeldRow, HeldRowGuard, InsideRow};
 pub use self::name::{NamesLock, name};
 pub use self::output::{LockedOutput, SkippableOutput};
 use crate::ambient::{self, AmbientLease, AnyLocks};
 use crate::database::LockDatabase;
-use crate::in_transaction::HeldInTransaction;
 use crate::{Error, Lease, Locks};
 
 /// Where an annotated function finds its locks when it names none: in its task, else in its process.
@@ -114,7 +113,7 @@ pub async fn row_in<T: InTransaction, P: Policy>(
     source: impl SourceFor<T::Database>,
     ask: Ask<'_, P>,
     transaction: &mut T,
-) -> Result<P::Taken<HeldInTransaction>, Error> {
+) -> Result<P::Taken<HeldIn>, Error> {
     let Asked { name, .. } = ask.asked;
     let locks = source.find(name)?;
     let lock = locks.row_lock(name);
@@ -126,7 +125,7 @@ pub async fn row_in<T: InTransaction, P: Policy>(
             .await
             .and_then(|held| held.ok_or_else(|| ask.asked.taken_elsewhere())),
     };
-    ask.settle(held)
+    ask.settle(held.map(|held| HeldIn { _held: held }))
 }
 
 /// Locks of the database that a transaction is in.

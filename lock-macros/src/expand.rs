@@ -266,7 +266,7 @@ impl Code<'_> {
             (Mode::Row, Some(_)) => quote_spanned! {ours()=>
                 {
                     let __body = #body;
-                    ::core::result::Result::Ok(__body.await)
+                    ::core::result::Result::Ok(__held.run(__body).await)
                 }
             },
         }

@@ -4,13 +4,8 @@ use lock_db::{Error, Locks, distributed_lock};
 use sqlx::Sqlite;
 
 #[distributed_lock("a", mode = row, lease = guard, locks = locks)]
-async fn ends_it_by_itself(locks: &Locks<Sqlite>) -> Result<(), Error> {
-    guard.commit().await
-}
-
-#[distributed_lock("a", lease = lease, locks = locks)]
-async fn releases_it_by_itself(locks: &Locks<Sqlite>) -> Result<(), Error> {
-    lease.release().await
+async fn kept_for_later(locks: &Locks<Sqlite>) -> Result<lock_db::RowGuard<Sqlite>, Error> {
+    Ok(*guard)
 }
 
 #[distributed_lock("a", lease = lease)]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::ambient::{AmbientLease, OwnTransaction};
 use crate::database::LockDatabase;
+use crate::in_transaction::HeldInTransaction;
 use crate::insert::{Hold, release_quietly};
 use crate::reentry::Inside;
 use crate::row::RowGuard;
@@ -120,6 +121,17 @@ pub struct InsideRow(Inside);
 impl InsideRow {
     pub async fn run<F: Future>(&self, body: F) -> F::Output {
         self.0.scope(body).await
+    }
+}
+
+/// A lock in the caller's transaction, which ends it.
+pub struct HeldIn {
+    pub(crate) _held: HeldInTransaction,
+}
+
+impl HeldIn {
+    pub async fn run<F: Future>(self, body: F) -> F::Output {
+        body.await
     }
 }
 

@@ -60,7 +60,8 @@ fn row_locks() {
     assert!(code.contains("__held . end (__output , __stands)"), "{code}");
     let code = function(r#""a", mode = row, tx = tx"#, FUNCTION);
     assert!(code.contains("__private :: row_in (__locks") && code.contains("& mut * (tx)"), "{code}");
-    assert!(!code.contains("__held ."), "{code}");
+    assert!(code.contains("Ok (__held . run (__body) . await)"), "{code}");
+    assert!(!code.contains("__held . end"), "{code}");
 }
 
 #[test]

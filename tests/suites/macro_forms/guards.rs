@@ -1,5 +1,9 @@
 //! The guard in the body, and where transactions lie: always inside of the lock.
 
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures_util::FutureExt;
 use lock_db::{
     AmbientLease, Error, GuardedTransaction, Lease, LockDatabase, Locks, NoReentry, RowGuard,
     distributed_lock,
@@ -14,6 +18,8 @@ for_each_database! {
     a_transaction_that_is_left_open_keeps_the_lock,
     the_transaction_of_a_row_lock,
     an_error_rolls_the_transaction_back,
+    a_panic_rolls_it_back_and_frees_the_lock,
+    a_dropped_call_rolls_it_back_and_frees_the_lock,
     one_body_at_a_time_works_with_the_transaction,
 }
 
@@ -165,6 +171,29 @@ async fn an_error_rolls_the_transaction_back<T: TestDatabase>(database: &T) {
     assert_eq!(in_row(&locks, true).await.unwrap_err().to_string(), "on purpose");
     assert_eq!(balances(database).await, 0);
     locks.row_lock("account").try_acquire().await.unwrap().unwrap().rollback().await.unwrap();
+}
+
+#[distributed_lock("account", mode = row, locks = locks, lease = guard)]
+async fn stops_midway<DB: Backend>(locks: &Locks<DB>, panics: bool) -> Result<(), Error> {
+    deposit::<DB>(guard).await;
+    assert!(!panics, "on purpose");
+    std::future::pending().await
+}
+
+async fn a_panic_rolls_it_back_and_frees_the_lock<T: TestDatabase>(database: &T) {
+    let locks = with_account(database).await;
+    let caught = AssertUnwindSafe(stops_midway(&locks, true)).catch_unwind().await;
+    assert!(caught.is_err());
+    locks.row_lock("account").acquire().await.unwrap().rollback().await.unwrap();
+    assert_eq!(balances(database).await, 0);
+}
+
+async fn a_dropped_call_rolls_it_back_and_frees_the_lock<T: TestDatabase>(database: &T) {
+    let locks = with_account(database).await;
+    let cut = tokio::time::timeout(Duration::from_millis(100), stops_midway(&locks, false)).await;
+    assert!(cut.is_err());
+    locks.row_lock("account").acquire().await.unwrap().rollback().await.unwrap();
+    assert_eq!(balances(database).await, 0);
 }
 
 /// Enters the row lock around it, without a need for the connection.
