@@ -22,6 +22,8 @@ mod row;
 pub mod schema;
 mod secret;
 mod session;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Error, Loss, WaitingFor};

@@ -131,6 +131,9 @@ pub struct HeldLock(Held);
 enum Held {
     Lease(Entered<Hold>),
     Row(Entered<OwnTransaction>),
+    /// Inside of `testing::without_locks`.
+    #[cfg(feature = "testing")]
+    SwitchedOff,
 }
 
 /// Takes an insert lock, or enters it again. `None`: the default of the `Locks`.
@@ -140,27 +143,48 @@ pub async fn insert(
     ttl: Option<Duration>,
     wait: Option<Duration>,
 ) -> Result<HeldLock, Error> {
+    #[cfg(feature = "testing")]
+    if crate::testing::runs_without_lock(name, ttl, wait)? {
+        return Ok(HeldLock(Held::SwitchedOff));
+    }
     let source = source.into_source();
     Ok(HeldLock(Held::Lease(source.locks(name)?.lease(name, ttl, wait).await?)))
 }
 
 /// Takes a row lock in a transaction of its own, or enters it again.
 pub async fn row(source: impl IntoSource, name: &str, wait: Option<Duration>) -> Result<HeldLock, Error> {
+    #[cfg(feature = "testing")]
+    if crate::testing::runs_without_lock(name, None, wait)? {
+        return Ok(HeldLock(Held::SwitchedOff));
+    }
     let source = source.into_source();
     Ok(HeldLock(Held::Row(source.locks(name)?.row(name, wait).await?)))
 }
 
 /// Takes a row lock in the caller's transaction. Within one transaction the database itself is re-entrant, so frames have no
-/// part in it.
+/// part in it. `None`: inside of `testing::without_locks`.
 pub async fn row_in<T: InTransaction>(
     source: impl SourceFor<T::Database>,
     name: &str,
     wait: Option<Duration>,
     transaction: &mut T,
-) -> Result<HeldInTransaction, Error> {
+) -> Result<Option<HeldInTransaction>, Error> {
+    #[cfg(feature = "testing")]
+    if crate::testing::runs_without_lock(name, None, wait)? {
+        return Ok(None);
+    }
     let locks = source.find(name)?;
     let wait = wait.unwrap_or(locks.default_wait());
-    locks.row_lock(name).wait(wait).acquire_in(transaction.connection()).await
+    locks.row_lock(name).wait(wait).acquire_in(transaction.connection()).await.map(Some)
+}
+
+/// Runs the body of an annotated function whose lock is in the caller's transaction: there is nothing to end.
+pub async fn run_in<F: Future>(held: Option<HeldInTransaction>, body: F) -> F::Output {
+    #[cfg(feature = "testing")]
+    let body = crate::testing::inside_of(held.as_ref(), body);
+    let output = body.await;
+    drop(held);
+    output
 }
 
 /// Runs the body of an annotated function under its lock, and ends the lock.
@@ -188,6 +212,8 @@ where
                 Err(error) => F::Output::refused(error),
             }
         }
+        #[cfg(feature = "testing")]
+        Held::SwitchedOff => body.await,
     }
 }
 

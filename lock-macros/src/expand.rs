@@ -171,10 +171,10 @@ impl Code<'_> {
         let return_edge = self.return_edge();
         let mut block = Group::new(Delimiter::Brace, quote!(#(#items)* #return_edge #(#statements)*));
         block.set_span(body.end);
-        let outcome = quote_spanned!(ours()=> ::core::result::Result::Ok(__body.await));
         let run = if self.args.options.tx.is_some() {
-            outcome
+            quote_spanned!(ours()=> ::core::result::Result::Ok(#private::run_in(__held, __body).await))
         } else {
+            let outcome = quote_spanned!(ours()=> ::core::result::Result::Ok(__body.await));
             quote_spanned!(ours()=> #private::hold(__held, async move { #outcome }).await)
         };
         quote_spanned! {ours()=>

@@ -56,6 +56,7 @@ fn row_locks() {
     assert!(code.contains("__private :: hold (__held"), "{code}");
     let code = function(r#""a", mode = row, tx = tx"#, FUNCTION);
     assert!(code.contains("__private :: row_in (__locks") && code.contains("& mut * (tx)"), "{code}");
+    assert!(code.contains("__private :: run_in (__held , __body)"), "{code}");
     assert!(!code.contains("__private :: hold"), "{code}");
 }
 
