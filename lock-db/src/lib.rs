@@ -24,6 +24,8 @@ pub mod schema;
 mod secret;
 mod session;
 mod skippable;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod turns;
 
 pub use self::ambient::AmbientLease;

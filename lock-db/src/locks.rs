@@ -32,7 +32,13 @@ struct Shared<DB: LockDatabase> {
     counts: Counts,
     row_queues: RowQueues,
     instance: Instance,
+    /// What has to be there as long as this is.
+    #[cfg(feature = "testing")]
+    _kept: Option<Kept>,
 }
+
+#[cfg(feature = "testing")]
+type Kept = Arc<dyn std::any::Any + Send + Sync>;
 
 impl<DB: LockDatabase> Locks<DB> {
     /// Locks in the database of this pool, with the default settings. Connects to nothing yet.
@@ -43,7 +49,14 @@ impl<DB: LockDatabase> Locks<DB> {
 
     /// For settings of your own.
     pub fn builder(pool: Pool<DB>) -> LocksBuilder<DB> {
-        LocksBuilder { pool, label: String::new(), default_ttl: DEFAULT_TTL, default_wait: DEFAULT_WAIT }
+        LocksBuilder {
+            pool,
+            label: String::new(),
+            default_ttl: DEFAULT_TTL,
+            default_wait: DEFAULT_WAIT,
+            #[cfg(feature = "testing")]
+            kept: None,
+        }
     }
 
     /// Creates the table `distributed_lock` if it is missing, and brings it up to date. Any number of processes may call
@@ -193,6 +206,8 @@ pub struct LocksBuilder<DB: LockDatabase> {
     label: String,
     default_ttl: Duration,
     default_wait: Duration,
+    #[cfg(feature = "testing")]
+    kept: Option<Kept>,
 }
 
 // Derived, it would ask for a database type that can be cloned.
@@ -203,6 +218,8 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
             label: self.label.clone(),
             default_ttl: self.default_ttl,
             default_wait: self.default_wait,
+            #[cfg(feature = "testing")]
+            kept: self.kept.clone(),
         }
     }
 }
@@ -226,10 +243,19 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         self
     }
 
+    /// Drops this only when the `Locks` and all its clones are gone.
+    #[cfg(feature = "testing")]
+    pub(crate) fn keeping(mut self, kept: Kept) -> Self {
+        self.kept = Some(kept);
+        self
+    }
+
     /// The `Locks`. Connects to nothing yet.
     #[must_use]
     pub fn build(self) -> Locks<DB> {
-        let Self { pool, label, default_ttl, default_wait } = self;
+        #[cfg(all(feature = "testing", not(debug_assertions)))]
+        crate::testing::warn_of_optimised_program();
+        let Self { pool, label, default_ttl, default_wait, .. } = self;
         let shared = Shared {
             session: Session::new(pool.clone()),
             owner: owner(&label),
@@ -240,6 +266,8 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             row_queues: RowQueues::new(pool.options().get_max_connections()),
             pool,
             instance: Instance::new(),
+            #[cfg(feature = "testing")]
+            _kept: self.kept,
         };
         Locks { shared: Arc::new(shared) }
     }

@@ -61,12 +61,12 @@ impl TakesLocks for Source {
 
     async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<AmbientLease>, Error> {
         let (lease, inside) = self.locks(asked.name)?.any_lease(asked).await?;
-        Ok(HeldLease { lease, inside })
+        Ok(HeldLease { taken: Some((lease, inside)) })
     }
 
     async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
         let (own, inside) = self.locks(asked.name)?.any_row(asked).await?;
-        Ok(HeldRow { own, inside })
+        Ok(HeldRow { taken: Some((own, inside)) })
     }
 }
 
@@ -76,12 +76,12 @@ impl<DB: LockDatabase> TakesLocks for Locks<DB> {
     // Boxed, as the other one is: the future is part of the annotated function's own.
     async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<Lease<DB>>, Error> {
         let (lease, inside) = Box::pin(self.annotated_lease(asked)).await?;
-        Ok(HeldLease { lease, inside })
+        Ok(HeldLease { taken: Some((lease, inside)) })
     }
 
     async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
         let (own, inside) = self.any_row(asked).await?;
-        Ok(HeldRow { own, inside })
+        Ok(HeldRow { taken: Some((own, inside)) })
     }
 }
 
@@ -90,11 +90,19 @@ pub async fn insert<S: TakesLocks, P: Policy>(
     source: S,
     ask: Ask<'_, P>,
 ) -> Result<P::Taken<HeldLease<S::Lease>>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldLease { taken: None }));
+    }
     ask.settle(source.lease(ask.asked).await)
 }
 
 /// Takes a row lock in a transaction of its own, or enters it again.
 pub async fn row<P: Policy>(source: impl TakesLocks, ask: Ask<'_, P>) -> Result<P::Taken<HeldRow>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldRow { taken: None }));
+    }
     ask.settle(source.row(ask.asked).await)
 }
 
@@ -103,6 +111,8 @@ pub async fn row_guard<DB: LockDatabase, P: Policy>(
     locks: Locks<DB>,
     ask: Ask<'_, P>,
 ) -> Result<P::Taken<HeldRowGuard<DB>>, Error> {
+    #[cfg(feature = "testing")]
+    ask.asked.is_switched_off()?;
     let held = locks.row(ask.asked).await.and_then(|held| HeldRowGuard::bind(held, ask.asked.name));
     ask.settle(held)
 }
@@ -114,6 +124,10 @@ pub async fn row_in<T: InTransaction, P: Policy>(
     ask: Ask<'_, P>,
     transaction: &mut T,
 ) -> Result<P::Taken<HeldIn>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldIn { held: None }));
+    }
     let Asked { name, .. } = ask.asked;
     let locks = source.find(name)?;
     let lock = locks.row_lock(name);
@@ -125,7 +139,7 @@ pub async fn row_in<T: InTransaction, P: Policy>(
             .await
             .and_then(|held| held.ok_or_else(|| ask.asked.taken_elsewhere())),
     };
-    ask.settle(held.map(|held| HeldIn { _held: held }))
+    ask.settle(held.map(|held| HeldIn { held: Some(held) }))
 }
 
 /// Locks of the database that a transaction is in.

@@ -170,6 +170,9 @@ impl Code<'_> {
         if matches!(options.reentrant, Some(Given { value: false, .. })) {
             ask.extend(quote_spanned!(ours()=> .not_reentrant()));
         }
+        if options.lease.is_some() {
+            ask.extend(quote_spanned!(ours()=> .with_lease()));
+        }
         if options.skip.is_some() {
             ask.extend(quote_spanned!(ours()=> .or_skip()));
         }

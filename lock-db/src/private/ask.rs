@@ -21,12 +21,14 @@ pub struct Asked<'a> {
     pub(crate) at_least: Duration,
     skips: bool,
     pub(crate) is_reentrant: bool,
+    binds_lease: bool,
 }
 
 #[must_use]
 pub fn ask(name: &str) -> Ask<'_> {
     let at_least = Duration::ZERO;
-    let asked = Asked { name, ttl: None, wait: None, at_least, skips: false, is_reentrant: true };
+    let asked =
+        Asked { name, ttl: None, wait: None, at_least, skips: false, is_reentrant: true, binds_lease: false };
     Ask { asked, policy: Waits }
 }
 
@@ -56,6 +58,12 @@ impl<'a> Ask<'a> {
     }
 
     #[must_use]
+    pub fn with_lease(mut self) -> Self {
+        self.asked.binds_lease = true;
+        self
+    }
+
+    #[must_use]
     pub fn or_skip(mut self) -> Ask<'a, Skips> {
         self.asked.skips = true;
         Ask { asked: self.asked, policy: Skips }
@@ -78,6 +86,17 @@ impl Asked<'_> {
             None if self.skips => Ok(None),
             wait => limits::check_wait(wait.unwrap_or(default)).map(Some),
         }
+    }
+
+    /// Whether the function is to run without its lock.
+    #[cfg(feature = "testing")]
+    pub(crate) fn is_switched_off(&self) -> Result<bool, Error> {
+        let is_switched_off = crate::testing::runs_without_lock(self.name, self.ttl, self.wait)?;
+        limits::check_at_least(self.at_least)?;
+        if is_switched_off && self.binds_lease {
+            return Err(crate::testing::no_lease(self.name));
+        }
+        Ok(is_switched_off)
     }
 
     /// Somebody has it, and nobody waits.

@@ -12,28 +12,34 @@ use crate::{Error, Lease};
 
 /// An insert lock: `L` is what the body sees of it.
 pub struct HeldLease<L> {
-    // In front of `inside`: the next sibling gets in when this handle is gone.
-    pub(crate) lease: L,
-    pub(crate) inside: Inside,
+    /// The lease in front: the next sibling gets in when this handle is gone. `None` inside of `testing::without_locks`.
+    pub(crate) taken: Option<(L, Inside)>,
 }
 
 #[allow(private_bounds)]
 impl<L: LeaseHandle> HeldLease<L> {
     /// For the body.
     pub fn lease(&self) -> &L {
-        &self.lease
+        let Some((lease, _)) = &self.taken else {
+            unreachable!("a function that binds its lease does not run without it")
+        };
+        lease
     }
 
     /// When the lease is lost first, the body is dropped where it stands.
     pub async fn run<F: Future>(&self, body: F) -> Result<F::Output, Error> {
-        self.inside.scope(self.lease.hold().run_until_lost(body)).await
+        match &self.taken {
+            Some((lease, inside)) => inside.scope(lease.hold().run_until_lost(body)).await,
+            None => Ok(body.await),
+        }
     }
 
     pub async fn end<T>(self, outcome: Result<T, Error>) -> Result<T, Error> {
-        let Self { inside, lease } = self;
         let output = outcome?;
-        release_quietly(lease.into_hold().give_up().await);
-        drop(inside);
+        if let Some((lease, inside)) = self.taken {
+            release_quietly(lease.into_hold().give_up().await);
+            drop(inside);
+        }
         Ok(output)
     }
 }
@@ -67,21 +73,26 @@ impl LeaseHandle for AmbientLease {
 
 /// A row lock in a transaction that nobody but annotated functions knows of.
 pub struct HeldRow {
-    pub(crate) own: Arc<OwnTransaction>,
-    pub(crate) inside: Inside,
+    /// `None` inside of `testing::without_locks`.
+    pub(crate) taken: Option<(Arc<OwnTransaction>, Inside)>,
 }
 
 impl HeldRow {
     pub async fn run<F: Future>(&self, body: F) -> F::Output {
-        self.inside.scope(body).await
+        match &self.taken {
+            Some((_, inside)) => inside.scope(body).await,
+            None => body.await,
+        }
     }
 
     /// That a row lock is gone is told as an error, also after the body: nobody can say since when.
     pub async fn end<T>(self, output: T, stands: bool) -> Result<T, Error> {
-        let Self { inside, own } = self;
-        let ended = own.give_up(stands).await;
-        drop(inside);
-        ended.map(|()| output)
+        if let Some((own, inside)) = self.taken {
+            let ended = own.give_up(stands).await;
+            drop(inside);
+            ended?;
+        }
+        Ok(output)
     }
 }
 
@@ -96,7 +107,9 @@ impl<DB: LockDatabase> HeldRowGuard<DB> {
     ///
     /// [`Error::Reentry`] when a call around this one works with the transaction.
     pub(crate) fn bind(held: HeldRow, name: &str) -> Result<Self, Error> {
-        let HeldRow { own, inside } = held;
+        let Some((own, inside)) = held.taken else {
+            unreachable!("a function that binds its guard does not run without it")
+        };
         let guard = own.take::<DB>(name)?;
         Ok(Self { bound: Bound { guard: Some(guard), own }, inside: InsideRow(inside) })
     }
@@ -112,7 +125,7 @@ impl<DB: LockDatabase> HeldRowGuard<DB> {
         let Self { bound, inside: InsideRow(inside) } = self;
         let own = Arc::clone(&bound.own);
         drop(bound);
-        HeldRow { own, inside }.end(output, stands).await
+        HeldRow { taken: Some((own, inside)) }.end(output, stands).await
     }
 }
 
@@ -126,12 +139,17 @@ impl InsideRow {
 
 /// A lock in the caller's transaction, which ends it.
 pub struct HeldIn {
-    pub(crate) _held: HeldInTransaction,
+    /// `None` inside of `testing::without_locks`.
+    pub(crate) held: Option<HeldInTransaction>,
 }
 
 impl HeldIn {
     pub async fn run<F: Future>(self, body: F) -> F::Output {
-        body.await
+        #[cfg(feature = "testing")]
+        let body = crate::testing::inside_of(self.held.as_ref(), body);
+        let output = body.await;
+        drop(self.held);
+        output
     }
 }
 

@@ -53,6 +53,18 @@ impl Frames {
         std::iter::successors(Some(self), |frames| frames.around.as_deref())
     }
 
+    #[cfg(feature = "testing")]
+    pub(super) fn list(&self) -> Vec<super::Around> {
+        let frames = self.iter().map(|frames| &frames.innermost);
+        let around = frames.map(|frame| super::Around {
+            name: Arc::clone(&frame.lock.name),
+            kind: frame.kind,
+            is_held: frame.held.strong_count() > 0
+                && frame.loss.as_ref().is_none_or(|loss| loss.borrow().is_none()),
+        });
+        around.collect()
+    }
+
     /// Innermost first.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.iter().map(|frames| &*frames.innermost.lock.name)

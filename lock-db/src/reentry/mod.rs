@@ -59,5 +59,20 @@ pub(crate) struct Lock {
     pub(crate) name: Arc<str>,
 }
 
+/// A frame, as somebody sees it who wants to know where he is.
+#[cfg(feature = "testing")]
+pub(crate) struct Around {
+    pub(crate) name: Arc<str>,
+    pub(crate) kind: Kind,
+    /// Neither released nor lost.
+    pub(crate) is_held: bool,
+}
+
+/// The frames around the calling code, the innermost first.
+#[cfg(feature = "testing")]
+pub(crate) fn around() -> Vec<Around> {
+    frame::Frames::current().map(|frames| frames.list()).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests;

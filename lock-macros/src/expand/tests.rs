@@ -67,6 +67,7 @@ fn row_locks() {
 #[test]
 fn guards_for_the_body() {
     let code = function(r#""a", lease = lease"#, FUNCTION);
+    assert!(code.contains("ask (& * __name) . with_lease ()"), "{code}");
     assert!(code.contains("let lease = __held . lease () ; let __body ="), "{code}");
     let code = function(r#""a", lease = guard, mode = row, locks = locks"#, FUNCTION);
     assert!(code.contains("__private :: row_guard (__locks"), "{code}");

@@ -1,0 +1,424 @@
+//! `lock_db::testing`: the `Locks` of a test, the assertion, and the switch.
+
+use std::fmt::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lock_db::testing::{self, TestLocks, assert_held, without_locks};
+use lock_db::{Error, Locks, Owner, distributed_lock};
+use sqlx::{Sqlite, SqlitePool, Transaction};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Metadata, Subscriber, span};
+
+const MOMENT: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What `assert_held` says against a name here; `None` when it is held.
+fn complaint(name: &str) -> Option<String> {
+    let panic = catch_unwind(AssertUnwindSafe(|| assert_held(name))).err()?;
+    Some(panic.downcast_ref::<String>().expect("a message").clone())
+}
+
+/// Where the database of these locks is.
+fn file(locks: &TestLocks) -> PathBuf {
+    locks.pool().connect_options().get_filename().to_path_buf()
+}
+
+fn folder(file: &Path) -> PathBuf {
+    file.parent().expect("a folder").to_path_buf()
+}
+
+#[tokio::test]
+async fn each_test_has_a_database_of_its_own() {
+    let (one, other) = (testing::locks().await.unwrap(), testing::locks().await.unwrap());
+    one.check().await.unwrap();
+    let _lease = one.insert_lock("a").try_acquire().await.unwrap().expect("is free");
+    let _elsewhere = other.insert_lock("a").try_acquire().await.unwrap().expect("is another one");
+    assert!(one.insert_lock("a").try_acquire().await.unwrap().is_none());
+
+    sqlx::query("CREATE TABLE mine (id INTEGER)").execute(one.pool()).await.unwrap();
+    let found = sqlx::query("SELECT id FROM mine").fetch_all(other.pool()).await;
+    assert!(found.unwrap_err().to_string().contains("no such table"));
+}
+
+/// A lease and its release go through connections of the session; row locks and the business through those of the pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_database_is_the_same_for_all_connections() {
+    let locks = testing::locks().await.unwrap();
+    sqlx::raw_sql("CREATE TABLE stock (left_over INTEGER); INSERT INTO stock VALUES (40)")
+        .execute(locks.pool())
+        .await
+        .unwrap();
+    let mut buyers = tokio::task::JoinSet::new();
+    for number in 0..40 {
+        let (locks, pool): (Locks<Sqlite>, _) = (locks.clone(), locks.pool().clone());
+        buyers.spawn(async move {
+            if number % 2 == 0 {
+                locks.insert_lock("stock").run(async |_lease| take_one(&pool).await).await
+            } else {
+                // Another kind of lock on the same data: the writes of each are one transaction, and SQLite has one writer.
+                let mut guard = locks.row_lock("stock:row").acquire().await?;
+                sqlx::query("UPDATE stock SET left_over = left_over - 1").execute(&mut *guard).await.unwrap();
+                guard.commit().await
+            }
+        });
+    }
+    while let Some(bought) = buyers.join_next().await {
+        bought.unwrap().unwrap();
+    }
+    let left: i64 = sqlx::query_scalar("SELECT left_over FROM stock").fetch_one(locks.pool()).await.unwrap();
+    assert_eq!(left, 0);
+}
+
+async fn take_one(pool: &SqlitePool) -> Result<(), Error> {
+    sqlx::query("UPDATE stock SET left_over = left_over - 1").execute(pool).await.unwrap();
+    Ok(())
+}
+
+/// Also the lookers-on of a long transaction: a database in memory would let them wait for its end, or fail.
+#[tokio::test]
+async fn readers_do_not_wait_for_a_transaction() {
+    let locks = testing::locks().await.unwrap();
+    sqlx::query("CREATE TABLE stock (left_over INTEGER)").execute(locks.pool()).await.unwrap();
+    let mut guard = locks.row_lock("stock").acquire().await.unwrap();
+    sqlx::query("INSERT INTO stock VALUES (1)").execute(&mut *guard).await.unwrap();
+    let count = sqlx::query_scalar("SELECT count(*) FROM stock").fetch_one(locks.pool());
+    let count: i64 = tokio::time::timeout(MOMENT, count).await.expect("does not wait").unwrap();
+    assert_eq!(count, 0);
+    assert!(locks.info("stock").await.is_ok());
+    guard.commit().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_test_that_waits_for_itself_ends() {
+    let locks = testing::locks().await.unwrap();
+    let _lease = locks.insert_lock("a").acquire().await.unwrap();
+    let waited =
+        tokio::time::timeout(PATIENCE, locks.insert_lock("a").acquire()).await.expect("ends in time");
+    assert!(matches!(waited, Err(Error::Timeout { .. })));
+}
+
+#[tokio::test]
+async fn the_database_goes_with_the_last_handle() {
+    let locks = testing::locks().await.unwrap();
+    let (file, clone) = (file(&locks), locks.clone());
+    let lease = clone.insert_lock("a").acquire().await.unwrap();
+    assert!(file.exists());
+    drop((locks, clone));
+    // A lease is released through its `Locks`.
+    assert!(file.exists());
+    lease.release().await.unwrap();
+    assert!(!folder(&file).exists());
+}
+
+/// The connections are still being closed then, by threads of their own.
+#[test]
+fn nothing_is_left_behind_by_a_runtime_that_ends() {
+    for _ in 0..20 {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let file = runtime.block_on(async {
+            let locks = testing::locks().await.unwrap();
+            let lease = locks.insert_lock("a").acquire().await.unwrap();
+            let pool = locks.pool().clone();
+            tokio::spawn(async move {
+                let _lease = lease;
+                let _transaction = pool.begin_with("BEGIN IMMEDIATE").await;
+                std::future::pending::<()>().await;
+            });
+            tokio::task::yield_now().await;
+            file(&locks)
+        });
+        drop(runtime);
+        assert!(!folder(&file).exists(), "{} is still there", file.display());
+    }
+}
+
+#[distributed_lock("outer:{id}")]
+async fn outer(id: i64) -> Result<(), Error> {
+    assert_held(format!("outer:{id}"));
+    assert_eq!(
+        complaint("inner:1").as_deref(),
+        Some("lock `inner:1` is not held here: this code runs under `outer:1` (an insert lock)")
+    );
+    inner(id).await?;
+    assert!(complaint("inner:1").is_some());
+    Ok(())
+}
+
+#[distributed_lock("inner:{id}", mode = row)]
+async fn inner(id: i64) -> Result<(), Error> {
+    assert_held(format!("inner:{id}"));
+    deeper(id).await;
+    assert_eq!(
+        complaint("outer").as_deref(),
+        Some(
+            "lock `outer` is not held here: this code runs under `inner:1` (a row lock), `outer:1` (an insert lock)"
+        )
+    );
+    Ok(())
+}
+
+async fn deeper(id: i64) {
+    tokio::task::yield_now().await;
+    assert_held(format!("outer:{id}"));
+}
+
+#[distributed_lock("again:{depth_of_all}")]
+async fn again(depth_of_all: i64, depth: i64) -> Result<(), Error> {
+    assert_held(format!("again:{depth_of_all}"));
+    if depth > 1 {
+        return again(depth_of_all, depth - 1).await;
+    }
+    assert!(complaint("other").expect("is not held").ends_with("under `again:3` (an insert lock)"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn bodies_are_under_their_locks() {
+    let locks = testing::locks().await.unwrap();
+    assert_eq!(
+        complaint("outer:1").as_deref(),
+        Some("lock `outer:1` is not held here: this code runs under no lock")
+    );
+    locks.scope(outer(1)).await.unwrap();
+    locks.scope(again(3, 3)).await.unwrap();
+    let run = locks.insert_lock("run").run(async |_lease| {
+        assert_held("run");
+        Ok::<_, Error>(())
+    });
+    run.await.unwrap();
+    assert!(complaint("run").is_some());
+}
+
+#[distributed_lock("tx:{id}", mode = row, tx = tx)]
+async fn in_transaction(tx: &mut Transaction<'_, Sqlite>, id: i64) -> Result<i64, Error> {
+    assert_held(format!("tx:{id}"));
+    if id > 1 {
+        Box::pin(in_transaction(tx, id - 1)).await?;
+        assert!(complaint("tx:1").is_some());
+    } else {
+        assert_eq!(
+            complaint("tx:3").as_deref(),
+            Some(
+                "lock `tx:3` is not held here: this code runs under `tx:1` (a row lock in the caller's transaction), `tx:2` (a row lock in the caller's transaction)"
+            )
+        );
+    }
+    Ok(id)
+}
+
+#[tokio::test]
+async fn bodies_in_a_transaction_are_under_their_locks() {
+    let locks = testing::locks().await.unwrap();
+    let mut transaction = locks.pool().begin().await.unwrap();
+    assert_eq!(locks.scope(in_transaction(&mut transaction, 2)).await.unwrap(), 2);
+    transaction.commit().await.unwrap();
+}
+
+#[tokio::test]
+async fn tasks_are_not_under_the_locks_of_their_parents() {
+    let locks = testing::locks().await.unwrap();
+    let run = locks.insert_lock("a").run(async |_lease| {
+        assert!(tokio::spawn(async { complaint("a") }).await.unwrap().is_some());
+        let owner = Owner::current().expect("is inside");
+        assert!(tokio::spawn(owner.scope(async { complaint("a") })).await.unwrap().is_none());
+        Ok::<_, Error>(owner)
+    });
+    let owner = run.await.unwrap();
+    let complaint = owner.scope(async { complaint("a") }).await.expect("is not held any more");
+    assert_eq!(
+        complaint,
+        "lock `a` is not held here: this code runs under no lock; it was inside of it, but that hold was lost or has ended"
+    );
+}
+
+#[tokio::test]
+async fn a_lost_lock_is_not_held() {
+    let locks = testing::locks().await.unwrap();
+    let (complaints, seen) = tokio::sync::oneshot::channel();
+    let other = locks.clone();
+    let lost = locks.insert_lock("a").run(async |lease| {
+        // The body of `run` is dropped when the lease is lost, unless it is not asked in between.
+        assert_held("a");
+        let closing = tokio::spawn(async move { other.close().await });
+        while lease.is_held() {
+            std::thread::sleep(Duration::from_millis(1));
+            tokio::task::yield_now().await;
+        }
+        let _ = complaints.send(complaint("a"));
+        let _ = closing.await;
+        Ok::<_, Error>(())
+    });
+    assert!(matches!(lost.await, Err(Error::Lost { .. })));
+    if let Ok(complaint) = seen.await {
+        assert!(complaint.expect("is not held").contains("was lost or has ended"));
+    }
+}
+
+#[distributed_lock("explicit", locks = locks)]
+async fn explicit(locks: &Locks<Sqlite>) -> Result<Option<String>, Error> {
+    Ok(complaint("explicit"))
+}
+
+#[distributed_lock("ambient:{id}", ttl = "30s", wait = "5s")]
+async fn ambient(id: &str) -> Result<Option<String>, Error> {
+    Ok(complaint(&format!("ambient:{id}")))
+}
+
+#[distributed_lock("row", mode = row, wait = wait)]
+async fn row(wait: Duration) -> Result<(), Error> {
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_locks_nothing_is_locked() {
+    let locks = testing::locks().await.unwrap();
+    let lease = locks.insert_lock("explicit").acquire().await.unwrap();
+    let complaint = without_locks(explicit(&locks)).await.unwrap().expect("is not held");
+    assert!(complaint.contains("switched off here by `without_locks`"), "{complaint}");
+    lease.release().await.unwrap();
+    assert_eq!(explicit(&locks).await.unwrap(), None);
+
+    // Neither is anything installed here.
+    assert!(without_locks(ambient("a")).await.unwrap().is_some());
+    without_locks(row(MOMENT)).await.unwrap();
+    let mut transaction = locks.pool().begin().await.unwrap();
+    without_locks(in_transaction_unlocked(&mut transaction)).await.unwrap();
+    transaction.rollback().await.unwrap();
+    assert!(locks.info("unlocked").await.unwrap().is_none());
+}
+
+#[distributed_lock("unlocked", mode = row, tx = tx)]
+async fn in_transaction_unlocked(tx: &mut Transaction<'_, Sqlite>) -> Result<(), Error> {
+    assert!(complaint("unlocked").is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_switch_ends_with_its_scope() {
+    let refused = |answer| matches!(answer, Err(Error::NotInstalled { .. }));
+    without_locks(async {
+        let spawned = tokio::spawn(ambient("spawned")).await.unwrap();
+        assert!(refused(spawned), "tasks take their locks");
+        ambient("inside").await.unwrap();
+    })
+    .await;
+    assert!(refused(ambient("after").await));
+    // What counts is where it is polled.
+    let mut made_inside = None;
+    without_locks(async { made_inside = Some(Box::pin(ambient("made inside"))) }).await;
+    assert!(refused(made_inside.expect("is made").await));
+
+    let locks = testing::locks().await.unwrap();
+    let run = without_locks(locks.insert_lock("run").run(async |_lease| Ok::<_, Error>(complaint("run"))));
+    assert_eq!(run.await.unwrap(), None, "`run` takes its lock as ever");
+}
+
+#[tokio::test]
+async fn without_locks_bad_input_is_refused_all_the_same() {
+    let too_long = "x".repeat(300);
+    assert!(matches!(without_locks(ambient(&too_long)).await, Err(Error::InvalidName { .. })));
+    assert!(matches!(without_locks(row(Duration::MAX)).await, Err(Error::InvalidOption { .. })));
+}
+
+#[distributed_lock("bound", lease = lease)]
+async fn binds_its_lease() -> Result<i64, Error> {
+    Ok(lease.fencing_token())
+}
+
+#[distributed_lock("bound", mode = row, lease = guard, locks = locks)]
+async fn binds_its_guard(locks: &Locks<Sqlite>) -> Result<i64, Error> {
+    Ok(i64::try_from(guard.name().len()).unwrap_or_default())
+}
+
+#[distributed_lock("skipped", skip, reentrant = false, at_least = "1h")]
+async fn may_be_skipped() -> Result<Option<i64>, Error> {
+    Ok(Some(1))
+}
+
+#[tokio::test]
+async fn without_locks_there_is_no_lease() {
+    let locks = testing::locks().await.unwrap();
+    for refused in [without_locks(binds_its_lease()).await, without_locks(binds_its_guard(&locks)).await] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::InvalidOption { option: "lease", .. }), "{error:?}");
+    }
+    assert!(locks.scope(binds_its_lease()).await.unwrap() > 0);
+    let twice = async || (may_be_skipped().await.unwrap(), may_be_skipped().await.unwrap());
+    assert_eq!(without_locks(twice()).await, (Some(1), Some(1)));
+    assert_eq!(locks.scope(twice()).await, (Some(1), None));
+}
+
+#[tokio::test]
+async fn every_function_without_its_lock_is_in_the_log() {
+    let log = Log::default();
+    let _listening = tracing::subscriber::set_default(log.clone());
+    without_locks(async {
+        ambient("a").await.unwrap();
+        ambient("b").await.unwrap();
+        row(MOMENT).await.unwrap();
+    })
+    .await;
+    let line = line!() - 1;
+    let warnings = log.warnings();
+    assert_eq!(warnings.len(), 4, "{warnings:?}");
+    assert!(
+        warnings[0].contains("testing.rs:") && warnings[0].contains("WITHOUT"),
+        "{warnings:?} near {line}"
+    );
+    for (warning, lock) in warnings[1..].iter().zip(["ambient:a", "ambient:b", "row"]) {
+        assert!(warning.contains(&format!("lock=\"{lock}\"")) && warning.contains("WITHOUT"), "{warning}");
+    }
+}
+
+/// The warnings of this thread.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    fn warnings(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Subscriber for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::WARN
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        self.0.lock().unwrap().push(text.0);
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        let _ = write!(self.0, "{field}={value:?} ");
+    }
+}
+
+#[tokio::test]
+async fn closing_does_not_remove_the_database() {
+    let locks = testing::locks().await.unwrap();
+    let file = file(&locks);
+    locks.close().await;
+    assert!(file.exists());
+    assert!(matches!(locks.insert_lock("a").acquire().await, Err(Error::Closed)));
+    drop(locks);
+    assert!(!folder(&file).exists());
+}
