@@ -193,6 +193,8 @@ async fn sell<DB: Store>(
     };
     let stock = split(arguments.stock, segments);
     DB::create_tables(&mut *pool.acquire().await?, &stock).await.context("making the tables")?;
+    // Every sale meets its users for the first time.
+    DB::remove_locks(&mut *pool.acquire().await?).await.context("removing the locks of the last sale")?;
     let requests = usize::try_from(arguments.requests)?;
     let clicks = clicks(requests, usize::try_from(arguments.users)?, &mut fastrand::Rng::with_seed(seed))?;
 

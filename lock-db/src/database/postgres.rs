@@ -27,8 +27,14 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
 FROM distributed_lock WHERE lock_name = $1";
 
 /// Whichever of the two unique indexes notices first.
+/// DO NOTHING waits all the same: when somebody made the row a moment ago and a transaction has locked and written it by
+/// now, for the end of that transaction. The lane must not stand still for that, least of all because that transaction may
+/// wait for the lane. So it looks first, which sees what this process has made, and has a limit, which is that of the
+/// statement alone, for what another one is making.
 const CREATE: &str = "
-INSERT INTO distributed_lock (lock_name, lock_kind) VALUES ($1, $2)
+WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '50ms', true))
+INSERT INTO distributed_lock (lock_name, lock_kind) SELECT $1, $2 FROM bound
+WHERE NOT EXISTS (SELECT 1 FROM distributed_lock WHERE lock_name = $1)
 ON CONFLICT DO NOTHING";
 
 /// The new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover

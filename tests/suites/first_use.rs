@@ -1,0 +1,70 @@
+//! The first uses of a name by several at once: making its row must not stop the session, through which all locks of a
+//! process go.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lock_db::Error;
+use lock_tests::{Backend, TestServer, for_each_server};
+use sqlx::Connection;
+use tokio::task::JoinSet;
+
+/// A statement on a private connection is given up after five seconds, and InnoDB gives up after one what is locked.
+const STANDSTILL: Duration = Duration::from_millis(3500);
+
+for_each_server! {
+    a_row_in_the_making_stops_no_other_name,
+    two_new_names_in_one_transaction,
+}
+
+/// Somebody else is making the row, and does not get on with it.
+async fn a_row_in_the_making_stops_no_other_name<T: TestServer>(database: &T) {
+    let (locks, pool) = (database.locks().await, database.pool(2).await);
+    let mut maker = pool.begin().await.unwrap();
+    let sql = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES ('new', 'row')";
+    <T::Database as Backend>::run(&mut maker, sql).await.unwrap();
+
+    let waiting = tokio::spawn(locks.row_lock("new").acquire());
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let started = Instant::now();
+    locks.insert_lock("other").acquire().await.unwrap().release().await.unwrap();
+    assert!(started.elapsed() < STANDSTILL, "the session stood still for {:?}", started.elapsed());
+    maker.commit().await.unwrap();
+    waiting.await.unwrap().unwrap().rollback().await.unwrap();
+}
+
+/// Who has the first lock needs the session for the second one, and others make the row of the first one meanwhile.
+async fn two_new_names_in_one_transaction<T: TestServer>(database: &T) {
+    let (locks, pool) = (database.locks().await, Arc::new(database.pool(20).await));
+    let started = Instant::now();
+    let mut clicks = JoinSet::new();
+    for click in 0..200 {
+        let (locks, pool) = (locks.clone(), Arc::clone(&pool));
+        clicks.spawn(async move {
+            let mut connection = pool.acquire().await.unwrap();
+            if T::NAME != "postgres" {
+                // As PostgreSQL begins them: the snapshot after a wait for the second lock is a new one.
+                let sql = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
+                <T::Database as Backend>::run(&mut connection, sql).await.unwrap();
+            }
+            loop {
+                let mut tx = connection.begin().await.unwrap();
+                let user = locks.row_lock(format!("user:{}", click / 5)).acquire_in(&mut tx).await;
+                let stock = match user {
+                    Ok(_) => locks.row_lock("stock").acquire_in(&mut tx).await,
+                    refused => refused,
+                };
+                match stock {
+                    Ok(_) => return tx.commit().await.unwrap(),
+                    // The row was just being made.
+                    Err(Error::Serialization { .. }) => tx.rollback().await.unwrap(),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        });
+    }
+    while let Some(click) = clicks.join_next().await {
+        click.unwrap();
+    }
+    assert!(started.elapsed() < STANDSTILL, "it took {:?}", started.elapsed());
+}
