@@ -281,6 +281,15 @@ impl Failure {
         Self::new::<DB>(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
     }
 
+    /// The same for another who asked together with the first: the errors of sqlx can't be cloned.
+    pub(crate) fn another<DB: LockDatabase>(&self) -> Self {
+        let source = match &self.source {
+            sqlx::Error::Io(error) => std::io::Error::new(error.kind(), error.to_string()),
+            error => std::io::Error::other(error.to_string()),
+        };
+        Self { fault: self.fault, source: sqlx::Error::Io(source), folder: DB::FOLDER }
+    }
+
     /// Whether the server did not answer at all.
     pub(crate) fn is_silence(&self) -> bool {
         matches!(&self.source, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)

@@ -12,11 +12,13 @@ use tokio::task::JoinSet;
 for_each_database! {
     waiters_for_a_row_leave_connections_to_its_holder,
     every_close_waits_for_the_releases,
+    what_travels_together_fails_alone,
     ;
     on servers:
     waiters_for_rows_of_other_processes_leave_a_connection,
     waiters_for_names_that_transactions_hold_are_in_nobodys_way,
     a_long_queue_is_no_silence,
+    who_waits_together_travels_together,
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -100,7 +102,7 @@ async fn waiters_for_names_that_transactions_hold_are_in_nobodys_way<T: TestServ
 
 /// More work than the server does in the five seconds after which a silent one is given up.
 async fn a_long_queue_is_no_silence<T: TestServer>(database: &T) {
-    const CALLERS: usize = 120;
+    const CALLERS: usize = 60;
     drop(database.locks().await);
     let proxy = database.proxy();
     let pool = lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await;
@@ -109,7 +111,9 @@ async fn a_long_queue_is_no_silence<T: TestServer>(database: &T) {
     proxy.delay(Direction::ToServer, Duration::from_millis(15));
     let mut callers = JoinSet::new();
     for number in 0..CALLERS {
-        let lock = locks.insert_lock(number.to_string()).ttl(LONG).wait(Duration::from_mins(1));
+        // Two at once: such requests go one by one.
+        let names = [format!("{number} a"), format!("{number} b")];
+        let lock = locks.insert_locks(names).ttl(LONG).wait(Duration::from_mins(1));
         callers.spawn(async move { lock.acquire().await?.release().await });
     }
     callers.join_all().await.into_iter().collect::<Result<Vec<_>, Error>>().unwrap();
@@ -133,4 +137,72 @@ async fn every_close_waits_for_the_releases<T: TestDatabase>(database: &T) {
     let held = "SELECT COUNT(*) FROM distributed_lock WHERE expire_time > '2001-01-01 00:00:00'";
     assert_eq!(database.number(held).await, 0);
     drop(leases);
+}
+
+/// Requests that wait together go in one statement, which the database refuses as a whole.
+async fn what_travels_together_fails_alone<T: TestDatabase>(database: &T) {
+    const CALLERS: usize = 50;
+    let locks = database.locks().await;
+    let refuse = match T::NAME {
+        "postgres" => {
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN IF NEW.lock_name = 'refused' THEN RAISE 'refused'; END IF; RETURN NEW; END $$;
+            CREATE TRIGGER refusing BEFORE UPDATE ON distributed_lock FOR EACH ROW EXECUTE FUNCTION refuse()"
+        }
+        "sqlite" => {
+            "CREATE TRIGGER refusing BEFORE UPDATE ON distributed_lock WHEN NEW.lock_name = 'refused'
+            BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        }
+        _ => {
+            "CREATE TRIGGER refusing BEFORE UPDATE ON distributed_lock FOR EACH ROW
+            BEGIN IF NEW.lock_name = 'refused' THEN SIGNAL SQLSTATE '45000'; END IF; END"
+        }
+    };
+    database.run(refuse).await;
+    for round in 0..3 {
+        let mut callers = JoinSet::new();
+        for number in 0..CALLERS {
+            let name = if number % 10 == 5 { "refused".to_owned() } else { format!("name {number}") };
+            let lock = locks.insert_lock(&name).wait(PATIENCE);
+            callers.spawn(async move {
+                let taken = match lock.acquire().await {
+                    Ok(lease) => lease.release().await,
+                    Err(error) => Err(error),
+                };
+                (name, taken)
+            });
+        }
+        for (name, taken) in callers.join_all().await {
+            match taken {
+                Ok(()) => assert_ne!(name, "refused", "round {round}"),
+                Err(error) => {
+                    assert!(matches!(error, Error::Database { .. }), "{error:?}");
+                    assert_eq!(name, "refused", "round {round}: {error}");
+                }
+            }
+        }
+    }
+}
+
+async fn who_waits_together_travels_together<T: TestServer>(database: &T) {
+    const CALLERS: usize = 200;
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let pool = lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await;
+    let locks = Locks::new(pool);
+    let rounds = async || {
+        let mut callers = JoinSet::new();
+        for number in 0..CALLERS {
+            let lock = locks.insert_lock(number.to_string()).ttl(LONG).wait(PATIENCE);
+            callers.spawn(async move { lock.acquire().await?.release().await });
+        }
+        callers.join_all().await.into_iter().collect::<Result<Vec<_>, Error>>().unwrap();
+    };
+    // The first time their rows are made.
+    rounds().await;
+    proxy.delay(Direction::ToServer, Duration::from_millis(5));
+    let before = proxy.reads(Direction::ToServer);
+    rounds().await;
+    let messages = proxy.reads(Direction::ToServer) - before;
+    assert!(messages < CALLERS / 4, "{messages} messages for {CALLERS} callers");
 }

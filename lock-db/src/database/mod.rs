@@ -127,6 +127,15 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         at_least: Duration,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
+    /// Gives back and takes what several callers asked for, in as few messages as the database allows, as if each had
+    /// come alone. No name stands in it twice.
+    #[doc(hidden)]
+    fn exchange(
+        connection: &mut Self::Connection,
+        returns: &[Return],
+        claims: &[Claim],
+    ) -> impl Future<Output = sqlx::Result<Exchanged>> + Send;
+
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.
@@ -192,6 +201,28 @@ pub struct Claim {
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
+}
+
+/// A lease that is given back.
+#[derive(Debug, Clone)]
+pub struct Return {
+    pub name: Arc<str>,
+    pub secret: Secret,
+}
+
+/// What became of returns and claims, in their order.
+#[derive(Debug)]
+pub struct Exchanged {
+    pub returns: Vec<Standing>,
+    pub grants: Vec<Option<Grant>>,
+}
+
+impl Exchanged {
+    /// When something was in the way of all of them, and nothing was done.
+    #[cfg(any(feature = "mysql", feature = "sqlite"))]
+    fn nothing(returns: &[Return], claims: &[Claim]) -> Self {
+        Self { returns: vec![Standing::Busy; returns.len()], grants: vec![None; claims.len()] }
+    }
 }
 
 /// A lease that was taken.
@@ -362,14 +393,16 @@ pub enum Fault {
 }
 
 /// Whether the way to the database is gone, or not there yet, whichever database it is.
+#[cfg_attr(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")), allow(unused_variables))]
 pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
-    let mut faults = [Fault::Other; 3];
-    #[cfg(feature = "postgres")]
-    (faults[0] = sqlx::Postgres::classify(error));
-    #[cfg(feature = "mysql")]
-    (faults[1] = sqlx::MySql::classify(error));
-    #[cfg(feature = "sqlite")]
-    (faults[2] = sqlx::Sqlite::classify(error));
+    let faults: &[Fault] = &[
+        #[cfg(feature = "postgres")]
+        sqlx::Postgres::classify(error),
+        #[cfg(feature = "mysql")]
+        sqlx::MySql::classify(error),
+        #[cfg(feature = "sqlite")]
+        sqlx::Sqlite::classify(error),
+    ];
     faults.contains(&Fault::Disconnected)
 }
 
@@ -387,6 +420,18 @@ fn as_json(leases: &[Renewal]) -> String {
     }
     json.push(']');
     json
+}
+
+/// For text that stands in a statement: nothing in it needs to be escaped.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+fn hexadecimal(text: &str) -> String {
+    use std::fmt::Write as _;
+
+    let mut digits = String::with_capacity(text.len() * 2);
+    for byte in text.bytes() {
+        let _infallible = write!(digits, "{byte:02x}");
+    }
+    digits
 }
 
 /// Puts what a batch statement found, in whatever order, back into the order of the request. What it did not find is no

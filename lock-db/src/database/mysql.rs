@@ -3,6 +3,7 @@
 //! On private connections every statement that may wait for a row is bound by `innodb_lock_wait_timeout`, and for a
 //! table by `lock_wait_timeout`, both set once a connection.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -10,8 +11,8 @@ use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlQueryResult, MySqlRo
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
-    Standing, as_json, in_order,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
+    RowAttempt, RowClaim, Standing, as_json, hexadecimal, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -38,22 +39,23 @@ FROM distributed_lock WHERE lock_name = ?";
 /// tell the two cases apart on a connection of sqlx.
 const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?, ?)";
 
-/// Assignments take effect from left to right: what reads the old secret comes before it is replaced. The new number
-/// is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
+/// What was there before is read in the inner SELECT: in an UPDATE of a join the order of assignments is not defined. The
+/// new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
 /// last grants brings a number back.
 ///
 /// A row that somebody has locked is passed over, so that nobody else's turn on this connection waits for it. In a
 /// transaction that would leave a lock on the gap behind it; by itself it does not.
 const ACQUIRE: &str = "
 UPDATE (
-    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again
+    FROM distributed_lock FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.fencing_token = IF(lease.secret_key = ?, lease.fencing_token, GREATEST(
-        lease.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    lease.acquire_time = IF(lease.secret_key = ?, lease.acquire_time, UTC_TIMESTAMP(6)),
+SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = ?,
     lease.owner = ?,
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))";
@@ -112,6 +114,41 @@ SET lease.expire_time = IF(
     lease.secret_key = IF(lease.expire_time > '1970-01-01 00:00:00', '', lease.secret_key)";
 
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+
+/// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one commit.
+const EXCHANGE: &str = "
+UPDATE (
+    SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
+        lease.secret_key = asked.secret_key AS is_again, asked.secret_key, asked.ttl
+    FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+        ON lease.lock_name = UNHEX(asked.lock_name)
+    WHERE lease.lock_kind = 'insert'
+        AND (lease.secret_key = asked.secret_key OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)))
+    LIMIT 1000000
+    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = unlocked.secret_key,
+    lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
+    lease.expire_time = IF(
+        unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00')";
+
+/// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
+/// than the holder will rely on.
+const EXCHANGED: &str = "
+SELECT lease.secret_key, lease.fencing_token, lease.id,
+    IF(asked.ttl > 0,
+        TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11,
+        lease.expire_time = '1970-01-01 00:00:00')
+FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.secret_key = asked.secret_key";
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time,
@@ -225,9 +262,8 @@ impl LockDatabase for MySql {
         let secret = claim.secret.as_str();
         let name = claim.name.as_bytes();
         let acquired = sqlx::query(ACQUIRE)
+            .bind(secret)
             .bind(name)
-            .bind(secret)
-            .bind(secret)
             .bind(secret)
             .bind(secret)
             .bind(&*claim.owner)
@@ -276,6 +312,41 @@ impl LockDatabase for MySql {
         let query = sqlx::query(RELEASE_LATER).bind(name.as_bytes()).bind(secret.as_str());
         let released = query.bind(at_least).bind(at_least).execute(&mut *connection).await;
         released_or_not(connection, name, secret, released).await
+    }
+
+    async fn exchange(
+        connection: &mut MySqlConnection,
+        returns: &[Return],
+        claims: &[Claim],
+    ) -> sqlx::Result<Exchanged> {
+        let asked = exchange_as_json(returns, claims);
+        let owner = literal(claims.first().map_or("", |claim| &claim.owner));
+        // As text, so that both go in one message. Nothing in them needs to be escaped.
+        let sql = format!(
+            "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4); {EXCHANGE}; {EXCHANGED}"
+        );
+        let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+            Err(error) if matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
+                return Ok(Exchanged::nothing(returns, claims));
+            }
+            rows => rows?,
+        };
+        let mut found = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+            found.insert(row.try_get::<String, _>(0)?, (grant, row.try_get::<bool, _>(3)?));
+        }
+        let standing = |one: &Return| match found.get(one.secret.as_str()) {
+            Some((_, true)) => Standing::Ours,
+            Some((_, false)) => Standing::Busy,
+            None => Standing::NotOurs,
+        };
+        let grant =
+            |claim: &Claim| found.get(claim.secret.as_str()).and_then(|(grant, done)| done.then_some(*grant));
+        Ok(Exchanged {
+            returns: returns.iter().map(standing).collect(),
+            grants: claims.iter().map(grant).collect(),
+        })
     }
 
     async fn lock_row(
@@ -405,6 +476,19 @@ const DUPLICATE_KEY: u16 = 1062;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const OUT_OF_RANGE: u16 = 1690;
 
+/// `[["6e616d65", "secret", 30000000], …]`, with a `ttl` of zero for what is given back.
+fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
+    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0));
+    let claims = claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl)));
+    let mut json = String::from("[");
+    for (position, (name, secret, ttl)) in returns.chain(claims).enumerate() {
+        let comma = if position > 0 { "," } else { "" };
+        let _infallible = write!(json, "{comma}[\"{}\",\"{}\",{ttl}]", hexadecimal(name), secret.as_str());
+    }
+    json.push(']');
+    json
+}
+
 /// The guard that has to be a write: to release, and where a lock reaches no further than its own node.
 fn write(lease: &LeaseKey, release: bool) -> Option<String> {
     let set = match (release, lease.cluster) {
@@ -518,13 +602,7 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::
 
 /// A text as a literal of hexadecimal digits, which is a binary string to the server.
 fn literal(text: &str) -> String {
-    let mut literal = String::with_capacity(text.len() * 2 + 3);
-    literal.push_str("x'");
-    for byte in text.bytes() {
-        let _infallible = write!(literal, "{byte:02x}");
-    }
-    literal.push('\'');
-    literal
+    format!("x'{}'", hexadecimal(text))
 }
 
 #[cfg(test)]

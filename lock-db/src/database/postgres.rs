@@ -4,14 +4,15 @@
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
 //! a pooler in transaction mode would hand on to other clients.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
-    Standing, in_order,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
+    RowAttempt, RowClaim, Standing, hexadecimal, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -89,6 +90,45 @@ FROM (
         FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
         FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
 WHERE lease.id = until.id";
+
+/// `RELEASE` and `ACQUIRE` for many at once, in one statement and one commit.
+const EXCHANGE: &str = r#"
+WITH returned AS (
+    UPDATE distributed_lock AS lease
+    SET expire_time = '1970-01-01 00:00:00+00'
+    FROM (
+        SELECT lease.id
+        FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+        JOIN distributed_lock AS lease
+            ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+        FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+    WHERE lease.id = unlocked.id
+    RETURNING lease.secret_key, lease.fencing_token, lease.id),
+granted AS (
+    UPDATE distributed_lock AS lease
+    SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
+            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+        acquire_time = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.acquire_time
+            ELSE clock_timestamp() END,
+        expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
+        secret_key = unlocked.secret_key,
+        owner = $6
+    FROM (
+        SELECT lease.id, asked.secret_key, asked.ttl
+        FROM unnest($3::text[], $4::text[], $5::bigint[]) AS asked (lock_name, secret_key, ttl)
+        JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
+        WHERE lease.lock_kind = 'insert'
+            AND (lease.expire_time <= clock_timestamp() OR lease.secret_key = asked.secret_key)
+        FOR UPDATE OF lease SKIP LOCKED) AS unlocked
+    WHERE lease.id = unlocked.id
+    RETURNING lease.secret_key, lease.fencing_token, lease.id)
+SELECT secret_key, fencing_token, id FROM returned UNION ALL SELECT secret_key, fencing_token, id FROM granted"#;
+
+const WHICH_ARE_OURS: &str = r#"
+SELECT lease.secret_key
+FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+JOIN distributed_lock AS lease
+    ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;
 
 /// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
 const GUARD: &str = "
@@ -248,6 +288,44 @@ impl LockDatabase for Postgres {
         released_or_not(connection, name, secret, released.rows_affected()).await
     }
 
+    async fn exchange(
+        connection: &mut PgConnection,
+        returns: &[Return],
+        claims: &[Claim],
+    ) -> sqlx::Result<Exchanged> {
+        let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
+        let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
+        let rows = sqlx::query(EXCHANGE)
+            .bind(&names)
+            .bind(&secrets)
+            .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
+            .bind(claims.first().map_or("", |claim| &*claim.owner))
+            .fetch_all(&mut *connection)
+            .await?;
+        let mut done = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+            done.insert(row.try_get::<&str, _>(0)?, grant);
+        }
+        let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
+            HashSet::new()
+        } else {
+            let ours = sqlx::query_scalar(WHICH_ARE_OURS).bind(&names).bind(&secrets);
+            ours.fetch_all(connection).await?.into_iter().collect()
+        };
+        let standing = |secret: &&str| match secret {
+            secret if done.contains_key(*secret) => Standing::Ours,
+            secret if ours.contains(*secret) => Standing::Busy,
+            _ => Standing::NotOurs,
+        };
+        Ok(Exchanged {
+            returns: secrets.iter().map(standing).collect(),
+            grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied()).collect(),
+        })
+    }
+
     async fn lock_row(
         connection: &mut PgConnection,
         claim: &RowClaim,
@@ -394,16 +472,6 @@ async fn lock_in_savepoint(
         return Ok(RowAttempt::Busy);
     }
     Ok(RowAttempt::Locked { fencing_token: row.try_get(1)?, before: row.try_get(2)? })
-}
-
-fn hexadecimal(text: &str) -> String {
-    use std::fmt::Write as _;
-
-    let mut digits = String::with_capacity(text.len() * 2);
-    for byte in text.bytes() {
-        let _infallible = write!(digits, "{byte:02x}");
-    }
-    digits
 }
 
 fn foreign_answer() -> sqlx::Error {

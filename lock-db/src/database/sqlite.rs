@@ -11,8 +11,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
-    Standing, as_json, in_order,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
+    RowAttempt, RowClaim, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -219,6 +219,29 @@ impl LockDatabase for Sqlite {
     ) -> sqlx::Result<Standing> {
         let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(later_by(at_least));
         released_or_not(query.execute(connection).await)
+    }
+
+    /// In one transaction: it is the commit that takes the time.
+    async fn exchange(
+        connection: &mut SqliteConnection,
+        returns: &[Return],
+        claims: &[Claim],
+    ) -> sqlx::Result<Exchanged> {
+        let mut transaction = match connection.begin_with(Self::BEGIN_SHORT).await {
+            Err(error) if Self::classify(&error) == Fault::Busy => {
+                return Ok(Exchanged::nothing(returns, claims));
+            }
+            begun => begun?,
+        };
+        let mut exchanged = Exchanged { returns: Vec::new(), grants: Vec::new() };
+        for Return { name, secret } in returns {
+            exchanged.returns.push(Self::release(&mut transaction, name, secret).await?);
+        }
+        for claim in claims {
+            exchanged.grants.push(Self::acquire(&mut transaction, claim).await?);
+        }
+        transaction.commit().await?;
+        Ok(exchanged)
     }
 
     async fn lock_row(

@@ -1,10 +1,11 @@
 //! A lane: one private connection and the requests that wait for it.
 //!
 //! The connection belongs to a task of its own, so a caller who gives up never leaves a statement cut in half: it is
-//! carried out, and its answer falls on the floor. Requests that wait together are taken together, which is where
-//! statements for several of them belong.
+//! carried out, and its answer falls on the floor. Requests that wait together are taken together, and those of them that
+//! take and give back leases travel in one statement.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{timeout, timeout_at};
 
 use crate::Kind;
-use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Standing};
+use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Return, Standing};
 use crate::error::Failure;
 use crate::secret::Secret;
 
@@ -23,7 +24,7 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// Migrations wait for other processes that migrate.
 const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// How many requests are taken from the queue at once.
-const ROUND: usize = 64;
+const ROUND: usize = 256;
 
 impl Operation {
     /// Whether nobody waits for the answer any more. A release is carried out all the same.
@@ -49,7 +50,7 @@ enum Operation {
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
-    Release(Arc<str>, Secret, Duration, Reply<Standing>),
+    Release(Return, Duration, Reply<Standing>),
     Migrate(Reply<()>),
     CheckSchema(Reply<()>),
 }
@@ -112,8 +113,8 @@ impl Lane {
         secret: &Secret,
         at_least: Duration,
     ) -> Result<Standing, Failure> {
-        let (name, secret) = (Arc::clone(name), secret.clone());
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(name, secret, at_least, reply)).await
+        let one = Return { name: Arc::clone(name), secret: secret.clone() };
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(one, at_least, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
@@ -148,6 +149,35 @@ impl Lane {
     }
 }
 
+/// What of a round can travel in one statement: each name once.
+#[derive(Default)]
+struct Exchange {
+    returns: Vec<(Return, Reply<Standing>)>,
+    claims: Vec<(Claim, Rc<Cell<bool>>, Reply<Acquired>)>,
+    names: HashSet<Arc<str>>,
+}
+
+impl Exchange {
+    /// Answers what does not belong here.
+    fn take(&mut self, operation: Operation) -> Option<Operation> {
+        match operation {
+            Operation::Release(one, at_least, reply)
+                if at_least.is_zero() && self.names.insert(Arc::clone(&one.name)) =>
+            {
+                self.returns.push((one, reply));
+                None
+            }
+            Operation::Acquire(mut claims, begun, reply)
+                if claims.len() == 1 && self.names.insert(Arc::clone(&claims[0].name)) =>
+            {
+                self.claims.extend(claims.pop().map(|claim| (claim, begun, reply)));
+                None
+            }
+            other => Some(other),
+        }
+    }
+}
+
 struct Server<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
@@ -161,7 +191,15 @@ impl<DB: LockDatabase> Server<DB> {
     async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
         let mut round = Vec::with_capacity(ROUND);
         while queue.recv_many(&mut round, ROUND).await > 0 {
+            let mut exchange = Exchange::default();
+            let mut others = Vec::new();
             for operation in round.drain(..) {
+                if !operation.is_forgotten() {
+                    others.extend(exchange.take(operation));
+                }
+            }
+            self.exchange(exchange).await;
+            for operation in others {
                 if !operation.is_forgotten() {
                     self.carry_out(operation).await;
                 }
@@ -169,6 +207,51 @@ impl<DB: LockDatabase> Server<DB> {
         }
         if let Some(connection) = self.connection {
             let _in_time = timeout(Duration::from_secs(1), connection.close()).await;
+        }
+    }
+
+    /// All of it in one statement. When the database refuses that, one by one, so that only those whose fault it is fail.
+    async fn exchange(&mut self, exchange: Exchange) {
+        let Exchange { returns, claims, .. } = exchange;
+        if returns.len() + claims.len() > 1 {
+            let given_back: Vec<Return> = returns.iter().map(|(one, _)| one.clone()).collect();
+            let claimed: Vec<Claim> = claims.iter().map(|(claim, ..)| claim.clone()).collect();
+            for (_, begun, _) in &claims {
+                begun.set(true);
+            }
+            let answer = self
+                .on_connection(STATEMENT_LIMIT, async |connection| {
+                    let sent = Instant::now();
+                    Ok((DB::exchange(connection, &given_back, &claimed).await?, sent))
+                })
+                .await;
+            match answer {
+                Ok((exchanged, sent)) => {
+                    for ((_, reply), standing) in returns.into_iter().zip(exchanged.returns) {
+                        let _ = reply.send(Ok(standing));
+                    }
+                    for ((_, _, reply), grant) in claims.into_iter().zip(exchanged.grants) {
+                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), self.cluster, sent)));
+                    }
+                    return;
+                }
+                Err(failure) if failure.fault == Fault::Disconnected => {
+                    for (_, reply) in returns {
+                        let _ = reply.send(Err(failure.another::<DB>()));
+                    }
+                    for (_, _, reply) in claims {
+                        let _ = reply.send(Err(failure.another::<DB>()));
+                    }
+                    return;
+                }
+                Err(refused) => tracing::debug!(error = %refused.source, "one by one instead"),
+            }
+        }
+        let returns = returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, reply));
+        let claims =
+            claims.into_iter().map(|(claim, begun, reply)| Operation::Acquire(vec![claim], begun, reply));
+        for operation in returns.chain(claims) {
+            self.carry_out(operation).await;
         }
     }
 
@@ -204,7 +287,7 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(name, secret, at_least, reply) => {
+            Operation::Release(Return { name, secret }, at_least, reply) => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection| {
                         if at_least.is_zero() {
