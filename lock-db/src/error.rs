@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::database::{Fault, LockDatabase};
+use crate::database::{self, Fault, LockDatabase};
 use crate::{Kind, LockInfo};
 
 /// What can go wrong with a lock: what was tried, on which lock, and what to do next.
@@ -91,13 +91,13 @@ pub enum Error {
         found: Kind,
     },
 
-    /// A lock was entered again by way of an owner whose own hold has ended.
-    #[error(
-        "lock `{name}` can't be entered again: the hold that this would go on with has ended; take the lock anew"
-    )]
+    /// A lock can't be entered again: by way of an owner whose own hold has ended, or because of `reentrant = false`.
+    #[error("lock `{name}` can't be entered again: {reason}")]
     Reentry {
         /// The name of the lock.
         name: String,
+        /// What is in the way.
+        reason: NoReentry,
     },
 
     /// The connection is not in a transaction, so a row lock would end with its own statement.
@@ -111,7 +111,7 @@ pub enum Error {
 
     /// An annotated function was called where no `Locks` is known.
     #[error(
-        "lock `{name}`: {reason}: call `locks.install()` once when the program starts, run the call inside `locks.scope(..)`, or write `locks = …` in the attribute"
+        "lock `{name}`: {reason}: call `locks.install()` once in `main`, before the first annotated function; or run the call inside `locks.scope(..)`, again in each task that it spawns; or write `locks = …` in the attribute"
     )]
     NotInstalled {
         /// The name of the lock.
@@ -171,6 +171,35 @@ impl std::fmt::Display for WaitingFor {
     }
 }
 
+/// Why a lock can't be entered again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NoReentry {
+    /// The hold that the call would go on with has ended.
+    HoldEnded,
+    /// The calling code is inside of the lock, and `reentrant = false` stands on one of the two functions. Waiting would be
+    /// for oneself.
+    NotReentrant,
+    /// A function around the call has bound the guard of the row lock (`lease = …`), and so works with its transaction.
+    GuardInUse,
+}
+
+impl std::fmt::Display for NoReentry {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::HoldEnded => "the hold that this would go on with has ended; take the lock anew",
+            Self::NotReentrant => {
+                "the calling code holds it already, and one of the two functions is `reentrant = false`: call this one \
+                 outside of the lock, or leave `reentrant = false` out"
+            }
+            Self::GuardInUse => {
+                "a function around this one has bound its guard by `lease = …`: hand the guard on as an argument, and take \
+                 it there by `tx = …` instead"
+            }
+        })
+    }
+}
+
 /// How the loss of a lock was noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -208,7 +237,7 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
-            Self::Database { source, .. } => is_connection_failure(source),
+            Self::Database { source, .. } => database::is_disconnected(source),
             _ => false,
         }
     }
@@ -223,7 +252,7 @@ impl Error {
             | Self::Serialization { name, .. }
             | Self::InvalidName { name, .. }
             | Self::WrongKind { name, .. }
-            | Self::Reentry { name }
+            | Self::Reentry { name, .. }
             | Self::NotInTransaction { name }
             | Self::NotInstalled { name, .. } => Some(name),
             Self::Database { name, .. } => name.as_deref(),

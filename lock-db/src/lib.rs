@@ -17,22 +17,27 @@ mod jitter;
 mod limits;
 mod locks;
 mod name;
+mod own_transaction;
 mod reentry;
 mod row;
 pub mod schema;
 mod secret;
 mod session;
+mod skippable;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod turns;
 
+pub use self::ambient::AmbientLease;
 pub use self::database::LockDatabase;
-pub use self::error::{Error, Loss, WaitingFor};
+pub use self::error::{Error, Loss, NoReentry, WaitingFor};
 pub use self::in_transaction::HeldInTransaction;
 pub use self::info::{Kind, LockInfo};
 pub use self::insert::{GuardedTransaction, InsertLock, InsertLocks, Lease, Leases};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::reentry::Owner;
 pub use self::row::{RowGuard, RowLock, RowLocks};
+pub use self::skippable::Skippable;
 
 #[cfg(feature = "macros")]
 pub use lock_macros::distributed_lock;

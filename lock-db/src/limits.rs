@@ -25,6 +25,10 @@ pub(crate) fn check_wait(wait: Duration) -> Result<Duration, Error> {
     check_longest("wait", wait)
 }
 
+pub(crate) fn check_at_least(at_least: Duration) -> Result<Duration, Error> {
+    check_longest("at_least", at_least)
+}
+
 fn check_longest(option: &'static str, duration: Duration) -> Result<Duration, Error> {
     if duration > LONGEST {
         return Err(invalid(option, duration, "365 days is the longest"));

@@ -10,7 +10,7 @@ use crate::in_transaction::{Counts, KnownRows};
 use crate::insert::{InsertLock, InsertLocks};
 use crate::limits::{DEFAULT_TTL, DEFAULT_WAIT};
 use crate::reentry::{Instance, Lock};
-use crate::row::{RowLock, RowLocks};
+use crate::row::{RowLock, RowLocks, RowQueues};
 use crate::session::{Request, Session};
 use crate::{Error, LockInfo, name};
 
@@ -30,6 +30,7 @@ struct Shared<DB: LockDatabase> {
     default_wait: Duration,
     known_rows: KnownRows,
     counts: Counts,
+    row_queues: RowQueues,
     instance: Instance,
     /// What has to be there as long as this is.
     #[cfg(feature = "testing")]
@@ -166,6 +167,10 @@ impl<DB: LockDatabase> Locks<DB> {
         &self.shared.known_rows
     }
 
+    pub(crate) fn row_queues(&self) -> &RowQueues {
+        &self.shared.row_queues
+    }
+
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts
     }
@@ -253,12 +258,13 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         let Self { pool, label, default_ttl, default_wait, .. } = self;
         let shared = Shared {
             session: Session::new(pool.clone()),
-            pool,
             owner: owner(&label),
             default_ttl,
             default_wait,
             known_rows: KnownRows::default(),
             counts: Counts::default(),
+            row_queues: RowQueues::new(pool.options().get_max_connections()),
+            pool,
             instance: Instance::new(),
             #[cfg(feature = "testing")]
             _kept: self.kept,

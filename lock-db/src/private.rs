@@ -1,31 +1,37 @@
 //! What the code that `#[distributed_lock]` writes calls. Not part of the public interface: it changes together with
 //! the macro, which is released in the same version.
 
+#[path = "private/ask.rs"]
+mod ask;
+#[path = "private/held.rs"]
+mod held;
+#[path = "private/name.rs"]
+mod name;
+#[path = "private/output.rs"]
+mod output;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use sqlx::Transaction;
 use sqlx::pool::PoolConnection;
 
-use crate::ambient::{self, AnyLocks, OwnTransaction};
+pub use self::ask::{Ask, Asked, Policy, Skips, Waits, ask};
+pub(crate) use self::held::LeaseHandle;
+pub use self::held::{HeldIn, HeldLease, HeldRow, HeldRowGuard, InsideRow};
+pub use self::name::{NamesLock, name};
+pub use self::output::{LockedOutput, SkippableOutput};
+use crate::ambient::{self, AmbientLease, AnyLocks};
 use crate::database::LockDatabase;
-use crate::in_transaction::HeldInTransaction;
-use crate::insert::{Hold, release_quietly};
-use crate::reentry::Entered;
-use crate::{Error, Locks};
+use crate::{Error, Lease, Locks};
 
-/// Where an annotated function finds its locks: those that it names, or the ambient ones.
+/// Where an annotated function finds its locks when it names none: in its task, else in its process.
 #[derive(Clone)]
 pub struct Source(Option<Arc<dyn AnyLocks>>);
 
 impl Source {
     fn locks(&self, name: &str) -> Result<&dyn AnyLocks, Error> {
-        self.0.as_deref().ok_or_else(|| not_installed(name, "no `Locks` is installed".into()))
+        self.0.as_deref().ok_or_else(|| ambient::not_installed(name, "no `Locks` is installed".into()))
     }
-}
-
-fn not_installed(name: &str, reason: String) -> Error {
-    Error::NotInstalled { name: name.to_owned(), reason }
 }
 
 /// The `Locks` of the task, else of the process. That there is none is said when it is used.
@@ -41,20 +47,99 @@ pub fn explicit<DB: LockDatabase>(locks: &Locks<DB>) -> Locks<DB> {
 }
 
 /// What `locks = …` and its absence have in common.
-pub trait IntoSource {
-    fn into_source(self) -> Source;
+pub trait TakesLocks {
+    /// What the body sees of an insert lock.
+    type Lease;
+
+    fn lease(&self, asked: Asked<'_>) -> impl Future<Output = Result<HeldLease<Self::Lease>, Error>> + Send;
+
+    fn row(&self, asked: Asked<'_>) -> impl Future<Output = Result<HeldRow, Error>> + Send;
 }
 
-impl IntoSource for Source {
-    fn into_source(self) -> Source {
-        self
+impl TakesLocks for Source {
+    type Lease = AmbientLease;
+
+    async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<AmbientLease>, Error> {
+        let (lease, inside) = self.locks(asked.name)?.any_lease(asked).await?;
+        Ok(HeldLease { taken: Some((lease, inside)) })
+    }
+
+    async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
+        let (own, inside) = self.locks(asked.name)?.any_row(asked).await?;
+        Ok(HeldRow { taken: Some((own, inside)) })
     }
 }
 
-impl<DB: LockDatabase> IntoSource for Locks<DB> {
-    fn into_source(self) -> Source {
-        Source(Some(Arc::new(self)))
+impl<DB: LockDatabase> TakesLocks for Locks<DB> {
+    type Lease = Lease<DB>;
+
+    // Boxed, as the other one is: the future is part of the annotated function's own.
+    async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<Lease<DB>>, Error> {
+        let (lease, inside) = Box::pin(self.annotated_lease(asked)).await?;
+        Ok(HeldLease { taken: Some((lease, inside)) })
     }
+
+    async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
+        let (own, inside) = self.any_row(asked).await?;
+        Ok(HeldRow { taken: Some((own, inside)) })
+    }
+}
+
+/// Takes an insert lock, or enters it again.
+pub async fn insert<S: TakesLocks, P: Policy>(
+    source: S,
+    ask: Ask<'_, P>,
+) -> Result<P::Taken<HeldLease<S::Lease>>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldLease { taken: None }));
+    }
+    ask.settle(source.lease(ask.asked).await)
+}
+
+/// Takes a row lock in a transaction of its own, or enters it again.
+pub async fn row<P: Policy>(source: impl TakesLocks, ask: Ask<'_, P>) -> Result<P::Taken<HeldRow>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldRow { taken: None }));
+    }
+    ask.settle(source.row(ask.asked).await)
+}
+
+/// Takes a row lock as [`row`], and hands its guard to the body.
+pub async fn row_guard<DB: LockDatabase, P: Policy>(
+    locks: Locks<DB>,
+    ask: Ask<'_, P>,
+) -> Result<P::Taken<HeldRowGuard<DB>>, Error> {
+    #[cfg(feature = "testing")]
+    ask.asked.is_switched_off()?;
+    let held = locks.row(ask.asked).await.and_then(|held| HeldRowGuard::bind(held, ask.asked.name));
+    ask.settle(held)
+}
+
+/// Takes a row lock in the caller's transaction. Within one transaction the database itself is re-entrant, so frames have no
+/// part in it.
+pub async fn row_in<T: InTransaction, P: Policy>(
+    source: impl SourceFor<T::Database>,
+    ask: Ask<'_, P>,
+    transaction: &mut T,
+) -> Result<P::Taken<HeldIn>, Error> {
+    #[cfg(feature = "testing")]
+    if ask.asked.is_switched_off()? {
+        return ask.settle(Ok(HeldIn { held: None }));
+    }
+    let Asked { name, .. } = ask.asked;
+    let locks = source.find(name)?;
+    let lock = locks.row_lock(name);
+    let connection = transaction.connection();
+    let held = match ask.asked.patience(locks.default_wait())? {
+        Some(wait) => lock.wait(wait).acquire_in(connection).await,
+        None => lock
+            .try_acquire_in(connection)
+            .await
+            .and_then(|held| held.ok_or_else(|| ask.asked.taken_elsewhere())),
+    };
+    ask.settle(held.map(|held| HeldIn { held: Some(held) }))
 }
 
 /// Locks of the database that a transaction is in.
@@ -73,7 +158,8 @@ impl<DB: LockDatabase> SourceFor<DB> for Source {
         let locks = self.locks(name)?;
         locks.as_any().downcast_ref::<Locks<DB>>().cloned().ok_or_else(|| {
             let (installed, wanted) = (locks.database(), DB::NAME);
-            not_installed(name, format!("the transaction is of {wanted}, the ambient `Locks` of {installed}"))
+            let reason = format!("the transaction is of {wanted}, the ambient `Locks` of {installed}");
+            ambient::not_installed(name, reason)
         })
     }
 }
@@ -124,115 +210,3 @@ connections! {
     "mysql" sqlx::MySql, sqlx::MySqlConnection;
     "sqlite" sqlx::Sqlite, sqlx::SqliteConnection;
 }
-
-/// A lock that an annotated function holds by itself.
-pub struct HeldLock(Held);
-
-enum Held {
-    Lease(Entered<Hold>),
-    Row(Entered<OwnTransaction>),
-    /// Inside of `testing::without_locks`.
-    #[cfg(feature = "testing")]
-    SwitchedOff,
-}
-
-/// Takes an insert lock, or enters it again. `None`: the default of the `Locks`.
-pub async fn insert(
-    source: impl IntoSource,
-    name: &str,
-    ttl: Option<Duration>,
-    wait: Option<Duration>,
-) -> Result<HeldLock, Error> {
-    #[cfg(feature = "testing")]
-    if crate::testing::runs_without_lock(name, ttl, wait)? {
-        return Ok(HeldLock(Held::SwitchedOff));
-    }
-    let source = source.into_source();
-    Ok(HeldLock(Held::Lease(source.locks(name)?.lease(name, ttl, wait).await?)))
-}
-
-/// Takes a row lock in a transaction of its own, or enters it again.
-pub async fn row(source: impl IntoSource, name: &str, wait: Option<Duration>) -> Result<HeldLock, Error> {
-    #[cfg(feature = "testing")]
-    if crate::testing::runs_without_lock(name, None, wait)? {
-        return Ok(HeldLock(Held::SwitchedOff));
-    }
-    let source = source.into_source();
-    Ok(HeldLock(Held::Row(source.locks(name)?.row(name, wait).await?)))
-}
-
-/// Takes a row lock in the caller's transaction. Within one transaction the database itself is re-entrant, so frames have no
-/// part in it. `None`: inside of `testing::without_locks`.
-pub async fn row_in<T: InTransaction>(
-    source: impl SourceFor<T::Database>,
-    name: &str,
-    wait: Option<Duration>,
-    transaction: &mut T,
-) -> Result<Option<HeldInTransaction>, Error> {
-    #[cfg(feature = "testing")]
-    if crate::testing::runs_without_lock(name, None, wait)? {
-        return Ok(None);
-    }
-    let locks = source.find(name)?;
-    let wait = wait.unwrap_or(locks.default_wait());
-    locks.row_lock(name).wait(wait).acquire_in(transaction.connection()).await.map(Some)
-}
-
-/// Runs the body of an annotated function whose lock is in the caller's transaction: there is nothing to end.
-pub async fn run_in<F: Future>(held: Option<HeldInTransaction>, body: F) -> F::Output {
-    #[cfg(feature = "testing")]
-    let body = crate::testing::inside_of(held.as_ref(), body);
-    let output = body.await;
-    drop(held);
-    output
-}
-
-/// Runs the body of an annotated function under its lock, and ends the lock.
-///
-/// When a lease is lost first, the body is dropped where it stands. A row lock that turns out to be gone after the body
-/// is told as an error, too: nobody can say since when.
-pub async fn hold<F>(held: HeldLock, body: F) -> F::Output
-where
-    F: Future,
-    F::Output: LockedOutput,
-{
-    // `inside` comes first in the patterns, so that it is dropped last.
-    match held.0 {
-        Held::Lease(Entered { inside, held }) => match inside.scope(held.run_until_lost(body)).await {
-            Ok(output) => {
-                release_quietly(held.give_up().await);
-                output
-            }
-            Err(lost) => F::Output::refused(lost),
-        },
-        Held::Row(Entered { inside, held }) => {
-            let output = inside.scope(body).await;
-            match held.give_up().await {
-                Ok(()) => output,
-                Err(error) => F::Output::refused(error),
-            }
-        }
-        #[cfg(feature = "testing")]
-        Held::SwitchedOff => body.await,
-    }
-}
-
-/// The return type of an annotated function: it must be able to say that there was no lock.
-#[diagnostic::on_unimplemented(
-    message = "a locked function must return `Result<_, E>` where `E: From<lock_db::Error>`",
-    label = "taking the lock can fail, and `{Self}` has nowhere to put that error",
-    note = "write `Result<_, lock_db::Error>`, or implement `From<lock_db::Error>` for your error type"
-)]
-pub trait LockedOutput {
-    fn refused(error: Error) -> Self;
-}
-
-#[diagnostic::do_not_recommend]
-impl<T, E: From<Error>> LockedOutput for Result<T, E> {
-    fn refused(error: Error) -> Self {
-        Err(error.into())
-    }
-}
-
-/// Names the return type once, so that a wrong one is reported once, there.
-pub const fn assert_locked_output<T: LockedOutput>() {}

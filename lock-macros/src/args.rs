@@ -1,7 +1,8 @@
-//! The grammar of what stands in the parentheses: `NAME [, key = value]* [,]`.
+//! The grammar of what stands in the parentheses: `NAME [, key = value | , flag]* [,]`.
 
 mod duration;
 mod name;
+mod rules;
 
 use proc_macro2::Span;
 use syn::ext::IdentExt;
@@ -10,6 +11,7 @@ use syn::{Error, Expr, ExprLit, Ident, Lit, LitStr, Path, Result, Token};
 
 pub(crate) use self::duration::Length;
 pub(crate) use self::name::Name;
+use self::rules::{RULES, examples, unknown};
 
 /// What stands in the parentheses of the attribute.
 pub(crate) struct Args {
@@ -22,9 +24,14 @@ pub(crate) struct Args {
 pub(crate) struct Options {
     pub(crate) ttl: Option<Given<Length>>,
     pub(crate) wait: Option<Given<Length>>,
+    pub(crate) at_least: Option<Given<Length>>,
     pub(crate) mode: Option<Given<Mode>>,
     pub(crate) locks: Option<Given<Expr>>,
     pub(crate) tx: Option<Given<Expr>>,
+    pub(crate) lease: Option<Given<Ident>>,
+    /// Given or not: it has no value.
+    pub(crate) skip: Option<Given<()>>,
+    pub(crate) reentrant: Option<Given<bool>>,
     pub(crate) lock_db: Option<Given<Path>>,
 }
 
@@ -40,56 +47,6 @@ pub(crate) enum Mode {
     Insert,
     Row,
 }
-
-/// One option: all that the grammar knows about it.
-struct Rule {
-    key: &'static str,
-    example: &'static str,
-    /// What people coming from elsewhere would call it.
-    also_called: &'static [&'static str],
-    read: fn(&mut Options, Ident, ParseStream) -> Result<()>,
-}
-
-/// All options. A new one is a field of [`Options`], a line here, and, where it excludes another, one in
-/// [`Options::check`].
-const RULES: &[Rule] = &[
-    Rule {
-        key: "ttl",
-        example: r#"ttl = "30s""#,
-        also_called: &["lease_time", "expire", "expires", "expiry"],
-        read: |options, key, input| read_length(&mut options.ttl, key, input, Length::parse_ttl),
-    },
-    Rule {
-        key: "wait",
-        example: r#"wait = "5s""#,
-        also_called: &["timeout", "wait_time", "wait_for", "max_wait"],
-        read: |options, key, input| read_length(&mut options.wait, key, input, Length::parse_wait),
-    },
-    Rule {
-        key: "mode",
-        example: "mode = row",
-        also_called: &["kind", "type"],
-        read: |options, key, input| read_value(&mut options.mode, key, input, Mode::parse),
-    },
-    Rule {
-        key: "locks",
-        example: "locks = self.locks",
-        also_called: &["pool", "db", "with"],
-        read: |options, key, input| read_value(&mut options.locks, key, input, Expr::parse),
-    },
-    Rule {
-        key: "tx",
-        example: "tx = tx",
-        also_called: &["transaction", "conn", "connection"],
-        read: |options, key, input| read_value(&mut options.tx, key, input, Expr::parse),
-    },
-    Rule {
-        key: "crate",
-        example: "crate = my_crate::lock_db",
-        also_called: &["krate"],
-        read: |options, key, input| read_value(&mut options.lock_db, key, input, Path::parse_mod_style),
-    },
-];
 
 impl Parse for Args {
     fn parse(input: ParseStream) -> Result<Self> {
@@ -116,7 +73,7 @@ fn parse_name(input: ParseStream) -> Result<Name> {
     // An expression, too, could begin with `key = value`: that would be an assignment, and never a name.
     if input.peek(Ident::peek_any) && input.peek2(Token![=]) && !input.peek2(Token![==]) {
         let key = input.call(Ident::parse_any)?;
-        let message = if key == "name" {
+        let message = if ["name", "key", "keys"].contains(&key.to_string().as_str()) {
             r#"the name is written without a key: `#[distributed_lock("order:{order_id}")]`"#
         } else {
             NEEDED
@@ -144,25 +101,69 @@ impl Options {
 
     /// What no option can say by itself.
     fn check(&self) -> Result<()> {
-        if self.mode() == Mode::Row {
-            if let Some(ttl) = &self.ttl {
-                return Err(Error::new(
-                    ttl.key.span(),
-                    "a row lock has no `ttl`: it ends with its transaction",
+        match (self.mode(), &self.tx) {
+            (Mode::Insert, Some(tx)) => {
+                let objection =
+                    "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out";
+                return Err(self.mode.as_ref().map_or_else(
+                    || Error::new(tx.key.span(), objection),
+                    |mode| exclude(&tx.key, objection, &mode.key),
                 ));
             }
-        } else if let Some(tx) = &self.tx {
-            return Err(Error::new(
-                tx.key.span(),
-                "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out",
-            ));
+            (Mode::Insert, None) => {}
+            (Mode::Row, _) => self.check_row()?,
+        }
+        if let Some(tx) = &self.tx {
+            self.check_transaction(&tx.key)?;
         }
         Ok(())
+    }
+
+    fn check_row(&self) -> Result<()> {
+        let Some(mode) = &self.mode else { return Ok(()) };
+        if let Some(ttl) = &self.ttl {
+            let objection = "a row lock has no `ttl`: it ends with its transaction";
+            return Err(exclude(&ttl.key, objection, &mode.key));
+        }
+        if let Some(at_least) = &self.at_least {
+            let objection = "a row lock can't be kept `at_least` so long: it ends with its transaction";
+            return Err(exclude(&at_least.key, objection, &mode.key));
+        }
+        match &self.lease {
+            Some(lease) if self.locks.is_none() && self.tx.is_none() => Err(Error::new(
+                lease.key.span(),
+                "the guard of a row lock is the connection to one kind of database, which the ambient `Locks` does \
+                 not tell: name them, `locks = …`",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_transaction(&self, tx: &Ident) -> Result<()> {
+        if let Some(lease) = &self.lease {
+            let objection = "there is no guard to bind: your own transaction holds the lock";
+            return Err(exclude(&lease.key, objection, tx));
+        }
+        match &self.reentrant {
+            Some(Given { key, value: false }) => {
+                let objection = "a transaction always takes its own locks again: they last until it ends, not until \
+                                 the function does";
+                Err(exclude(key, objection, tx))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn mode(&self) -> Mode {
         self.mode.as_ref().map_or(Mode::Insert, |mode| mode.value)
     }
+}
+
+/// Two options that can't stand together: an error that points at both.
+fn exclude(option: &Ident, objection: &str, other: &Ident) -> Error {
+    let mut error = Error::new(option.span(), objection);
+    error.combine(Error::new(other.span(), format!("`{option}` can't stand together with this `{other}`")));
+    error
 }
 
 impl Mode {
@@ -187,40 +188,6 @@ impl Mode {
     }
 }
 
-/// Reads `= value` behind a key.
-fn read_value<T>(
-    slot: &mut Option<Given<T>>,
-    key: Ident,
-    input: ParseStream,
-    parse: impl FnOnce(ParseStream) -> Result<T>,
-) -> Result<()> {
-    if slot.is_some() {
-        return Err(Error::new(key.span(), format!("`{key}` is given twice")));
-    }
-    let no_value = |key: &Ident| {
-        let example = RULES.iter().find(|rule| key == rule.key).map_or("", |rule| rule.example);
-        Error::new(key.span(), format!("`{key}` needs a value: `{example}`"))
-    };
-    if !input.peek(Token![=]) {
-        return Err(no_value(&key));
-    }
-    input.parse::<Token![=]>()?;
-    if input.is_empty() || input.peek(Token![,]) {
-        return Err(no_value(&key));
-    }
-    *slot = Some(Given { value: parse(input)?, key });
-    Ok(())
-}
-
-fn read_length(
-    slot: &mut Option<Given<Length>>,
-    key: Ident,
-    input: ParseStream,
-    check: fn(Expr) -> Result<Length>,
-) -> Result<()> {
-    read_value(slot, key, input, |input| check(input.parse()?))
-}
-
 /// The literal that an expression is, also when a `macro_rules!` handed it on.
 fn literal(expression: &Expr) -> Option<&Lit> {
     match expression {
@@ -228,54 +195,6 @@ fn literal(expression: &Expr) -> Option<&Lit> {
         Expr::Group(group) => literal(&group.expr),
         _ => None,
     }
-}
-
-fn examples() -> String {
-    let examples: Vec<_> = RULES.iter().map(|rule| format!("`{}`", rule.example)).collect();
-    examples.join(", ")
-}
-
-fn unknown(word: &str, has_value: bool) -> String {
-    if let Some(rule) = meant(word) {
-        return format!("unknown option `{word}`; did you mean `{}`?", rule.key);
-    }
-    if has_value {
-        let keys: Vec<_> = RULES.iter().map(|rule| format!("`{}`", rule.key)).collect();
-        return format!("unknown option `{word}`; there are {}", keys.join(", "));
-    }
-    format!(
-        "expected an option: {}; an argument of the function goes into the name in braces: `\"…{{{word}}}\"`",
-        examples()
-    )
-}
-
-/// The option that somebody who wrote `word` most likely had in mind.
-fn meant(word: &str) -> Option<&'static Rule> {
-    let synonym = RULES.iter().find(|rule| rule.also_called.contains(&word));
-    synonym.or_else(|| {
-        RULES
-            .iter()
-            .map(|rule| (edits(word, rule.key), rule))
-            .filter(|(edits, rule)| edits * 2 <= rule.key.len().max(word.chars().count()))
-            .min_by_key(|(edits, _)| *edits)
-            .map(|(_, rule)| rule)
-    })
-}
-
-/// How many letters have to be put in, left out or exchanged to get from one word to the other (Levenshtein).
-fn edits(from: &str, to: &str) -> usize {
-    let to: Vec<char> = to.chars().collect();
-    let mut above: Vec<usize> = (0..=to.len()).collect();
-    for (row, letter) in from.chars().enumerate() {
-        let mut diagonal = above[0];
-        above[0] = row + 1;
-        for (column, other) in to.iter().enumerate() {
-            let exchanged = diagonal + usize::from(letter != *other);
-            diagonal = above[column + 1];
-            above[column + 1] = exchanged.min(diagonal + 1).min(above[column] + 1);
-        }
-    }
-    above[to.len()]
 }
 
 #[cfg(test)]

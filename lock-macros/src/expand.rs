@@ -6,7 +6,7 @@ mod output;
 use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::{Expr, ItemFn, Result, Stmt, Type};
+use syn::{Attribute, Expr, ItemFn, Result, Stmt, Type};
 
 use self::function::AsyncBody;
 use crate::args::{Args, Given, Length, Mode, Name};
@@ -21,7 +21,7 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
             Err(error)
         }
     };
-    match parsed.and_then(|(args, function)| lock(&args, function)) {
+    match parsed.and_then(|(args, function)| lock(args, function)) {
         Ok(function) => function.into_token_stream(),
         Err(error) => {
             let errors = error.into_compile_error();
@@ -30,13 +30,43 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
     }
 }
 
-fn lock(args: &Args, mut function: ItemFn) -> Result<ItemFn> {
+fn lock(args: Args, mut function: ItemFn) -> Result<ItemFn> {
+    let mut locks = vec![args];
+    locks.extend(further_locks(&mut function));
+    for Given { value: lease, .. } in locks.iter().filter_map(|args| args.options.lease.as_ref()) {
+        function::check_binding(&function.sig, lease)?;
+    }
     let bindings = function::async_trait_bindings(&function.sig);
-    let block = function::async_block(&function.sig, &mut function.block)?;
-    let output = output::of(&function.sig)?;
-    let code = Code { args, output: output.as_ref() };
-    block.stmts = code.locked(&function::split(block, bindings));
+    let (block, shape) = function::async_block(&function.sig, &mut function.block)?;
+    let output = output::of(&function.sig, shape)?;
+    let mut body = function::split(block, bindings);
+    for args in locks.iter().rev() {
+        body.statements = Code { args, output: output.as_ref() }.locked(&body);
+    }
+    block.stmts = body.bindings.into_iter().chain(body.statements).collect();
     Ok(function)
+}
+
+/// The locks of the same function that are written below. By itself each attribute would wrap what those above it have
+/// made, and so take its lock before them; who reads the source expects it the other way round.
+fn further_locks(function: &mut ItemFn) -> Vec<Args> {
+    let read = |attribute: &Attribute| -> Option<Args> {
+        let path = attribute.path();
+        // What can't be read stays where it is, and says so by itself.
+        path.segments
+            .last()
+            .filter(|last| last.ident == "distributed_lock")
+            .and_then(|_| attribute.parse_args().ok())
+    };
+    let mut locks = Vec::new();
+    function.attrs.retain(|attribute| match read(attribute) {
+        Some(args) => {
+            locks.push(args);
+            false
+        }
+        None => true,
+    });
+    locks
 }
 
 /// What the written code depends on.
@@ -66,10 +96,18 @@ impl Code<'_> {
 
     /// The body: take the lock, run the statements under it, and return what came of it.
     fn locked(&self, body: &AsyncBody) -> Vec<Stmt> {
-        let bindings = body.bindings;
-        let taken = self.taken(body.receiver);
+        let taken = self.taken(body.receiver.as_ref());
         let run = self.run(body);
-        let refused = self.refused();
+        let refused = self.on_output("LockedOutput", "refused", &quote_spanned!(ours()=> __error));
+        let not_refused = if self.args.options.skip.is_some() {
+            let skipped = self.on_output("SkippableOutput", "skipped", &TokenStream::new());
+            quote_spanned! {ours()=>
+                ::core::result::Result::Ok(::core::option::Option::Some(__held)) => #run,
+                ::core::result::Result::Ok(::core::option::Option::None) => ::core::result::Result::Ok(#skipped),
+            }
+        } else {
+            quote_spanned!(ours()=> ::core::result::Result::Ok(__held) => #run,)
+        };
         // A lifetime that is too short is noticed here: it then points at the return type.
         let returned = quote_spanned! {self.at_output()=>
             match __outcome {
@@ -78,10 +116,9 @@ impl Code<'_> {
             }
         };
         let code = quote_spanned! {ours()=>
-            #(#bindings)*
             let __taken = #taken;
             let __outcome = match __taken {
-                ::core::result::Result::Ok(__held) => #run,
+                #not_refused
                 ::core::result::Result::Err(__error) => ::core::result::Result::Err(__error),
             };
             #returned
@@ -95,17 +132,17 @@ impl Code<'_> {
         let options = &self.args.options;
         let locks = self.source(receiver);
         let name = self.name(receiver);
-        let ttl = length(options.ttl.as_ref(), receiver);
-        let wait = length(options.wait.as_ref(), receiver);
+        let ask = self.ask(receiver);
         let taken = match (options.mode(), &options.tx) {
-            (Mode::Insert, _) => {
-                quote_spanned!(ours()=> #private::insert(__locks, &*__name, #ttl, #wait).await)
+            (Mode::Insert, _) => quote_spanned!(ours()=> #private::insert(__locks, #ask).await),
+            (Mode::Row, None) if options.lease.is_some() => {
+                quote_spanned!(ours()=> #private::row_guard(__locks, #ask).await)
             }
-            (Mode::Row, None) => quote_spanned!(ours()=> #private::row(__locks, &*__name, #wait).await),
+            (Mode::Row, None) => quote_spanned!(ours()=> #private::row(__locks, #ask).await),
             (Mode::Row, Some(Given { value: tx, .. })) => {
                 let tokens = with_receiver(tx, receiver);
                 let (span, private) = (ours_at(tx), self.private(ours_at(tx)));
-                quote_spanned!(span=> #private::row_in(__locks, &*__name, #wait, &mut *(#tokens)).await)
+                quote_spanned!(span=> #private::row_in(__locks, #ask, &mut *(#tokens)).await)
             }
         };
         quote_spanned! {ours()=>
@@ -117,14 +154,40 @@ impl Code<'_> {
         }
     }
 
-    /// Makes an output of an error. Nothing else needs the return type to have room for one: so a wrong type is reported
-    /// once, there.
-    fn refused(&self) -> TokenStream {
+    /// What is asked for: the name, and the options that were given.
+    fn ask(&self, receiver: Option<&Ident>) -> TokenStream {
+        let private = self.private(ours());
+        let options = &self.args.options;
+        let mut ask = quote_spanned!(ours()=> #private::ask(&*__name));
+        for (method, given) in
+            [("ttl", &options.ttl), ("wait", &options.wait), ("at_least", &options.at_least)]
+        {
+            if let Some(given) = given {
+                let (method, length) = (Ident::new(method, ours()), length(given, receiver));
+                ask.extend(quote_spanned!(ours()=> .#method(#length)));
+            }
+        }
+        if matches!(options.reentrant, Some(Given { value: false, .. })) {
+            ask.extend(quote_spanned!(ours()=> .not_reentrant()));
+        }
+        if options.lease.is_some() {
+            ask.extend(quote_spanned!(ours()=> .with_lease()));
+        }
+        if options.skip.is_some() {
+            ask.extend(quote_spanned!(ours()=> .or_skip()));
+        }
+        ask
+    }
+
+    /// Calls a function of a trait that the return type has to have. Nothing else needs the type to be of a certain form:
+    /// so a wrong one is reported once, there.
+    fn on_output(&self, of_trait: &str, function: &str, arguments: &TokenStream) -> TokenStream {
         let span = self.at_output();
         let private = self.private(span);
         let output = self.output.filter(|output| !output::contains_impl_trait(output));
         let output = output.map_or_else(|| quote_spanned!(span=> _), ToTokens::to_token_stream);
-        quote_spanned!(span=> <#output as #private::LockedOutput>::refused(__error))
+        let (of_trait, function) = (Ident::new(of_trait, span), Ident::new(function, span));
+        quote_spanned!(span=> <#output as #private::#of_trait>::#function(#arguments))
     }
 
     fn at_output(&self) -> Span {
@@ -153,35 +216,62 @@ impl Code<'_> {
             Name::Format { text, .. } => quote_spanned!(ours()=> ::std::format!(#text)),
             Name::Computed(expression) => {
                 let tokens = with_receiver(expression, receiver);
-                let text = quote_spanned!(ours_at(expression.as_ref())=> ::core::convert::AsRef::<str>::as_ref(&(#tokens)));
-                quote_spanned!(ours()=> ::std::string::String::from(#text))
+                let span = ours_at(expression.as_ref());
+                let private = self.private(span);
+                quote_spanned!(span=> #private::name(&(#tokens)).lock_name())
             }
         }
     }
 
-    /// Runs the body and ends the lock; in the caller's transaction there is nothing to end.
+    /// Runs the body and ends the lock.
     ///
     /// The body is boxed: it would otherwise be copied into each future on the way, and functions with a lock that call
     /// one another would more than triple in size with each call.
     fn run(&self, body: &AsyncBody) -> TokenStream {
-        let private = self.private(ours());
         // Items in front of other statements stay there: a lint wants them so.
         let items = body.statements.iter().take_while(|statement| matches!(statement, Stmt::Item(_))).count();
         let (items, statements) = body.statements.split_at(items);
         let return_edge = self.return_edge();
         let mut block = Group::new(Delimiter::Brace, quote!(#(#items)* #return_edge #(#statements)*));
         block.set_span(body.end);
-        let run = if self.args.options.tx.is_some() {
-            quote_spanned!(ours()=> ::core::result::Result::Ok(#private::run_in(__held, __body).await))
-        } else {
-            let outcome = quote_spanned!(ours()=> ::core::result::Result::Ok(__body.await));
-            quote_spanned!(ours()=> #private::hold(__held, async move { #outcome }).await)
-        };
-        quote_spanned! {ours()=>
-            {
-                let __body = ::std::boxed::Box::pin(async move #block);
-                #run
+        let body = quote_spanned!(ours()=> ::std::boxed::Box::pin(async move #block));
+        let options = &self.args.options;
+        let lease = options.lease.as_ref().map(|given| &given.value);
+        match (options.mode(), &options.tx) {
+            (Mode::Insert, _) => {
+                let binding = lease.map(|lease| quote_spanned!(ours()=> let #lease = __held.lease();));
+                quote_spanned! {ours()=>
+                    {
+                        #binding
+                        let __body = #body;
+                        let __outcome = __held.run(__body).await;
+                        __held.end(__outcome).await
+                    }
+                }
             }
+            (Mode::Row, None) => {
+                let parts =
+                    lease.map(|lease| quote_spanned!(ours()=> let mut __held = __held; let (#lease, __inside) = __held.parts();));
+                let inside = if lease.is_some() { "__inside" } else { "__held" };
+                let inside = Ident::new(inside, ours());
+                let stands = self.on_output("LockedOutput", "stands", &quote_spanned!(ours()=> &__output));
+                quote_spanned! {ours()=>
+                    {
+                        #parts
+                        let __body = #body;
+                        let __output = #inside.run(__body).await;
+                        let __stands = #stands;
+                        __held.end(__output, __stands).await
+                    }
+                }
+            }
+            // The transaction is the caller's, and so is its end.
+            (Mode::Row, Some(_)) => quote_spanned! {ours()=>
+                {
+                    let __body = #body;
+                    ::core::result::Result::Ok(__held.run(__body).await)
+                }
+            },
         }
     }
 
@@ -197,25 +287,17 @@ impl Code<'_> {
     }
 }
 
-/// `Option<Duration>`.
-fn length(given: Option<&Given<Length>>, receiver: Option<&Ident>) -> TokenStream {
-    match given {
-        None => quote_spanned!(ours()=> ::core::option::Option::None),
-        Some(Given { value: Length::Fixed(length), .. }) => {
+/// A `Duration`.
+fn length(Given { value, key }: &Given<Length>, receiver: Option<&Ident>) -> TokenStream {
+    match value {
+        Length::Fixed(length) => {
             let (seconds, nanoseconds) = (length.as_secs(), length.subsec_nanos());
-            quote_spanned! {ours()=>
-                ::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanoseconds))
-            }
+            quote_spanned!(ours()=> ::core::time::Duration::new(#seconds, #nanoseconds))
         }
-        Some(Given { value: Length::Computed(expression), key }) => {
+        Length::Computed(expression) => {
             let tokens = with_receiver(expression, receiver);
             let duration = quote_spanned!(ours_at(key)=> ::core::time::Duration);
-            quote_spanned! {ours()=>
-                ::core::option::Option::Some({
-                    let __duration: #duration = #tokens;
-                    __duration
-                })
-            }
+            quote_spanned!(ours()=> { let __duration: #duration = #tokens; __duration })
         }
     }
 }

@@ -23,6 +23,9 @@ for_each_server! {
     waiting_for_a_lease,
     releasing_a_lease,
     running_under_a_lease,
+    beginning_a_guarded_transaction,
+    ending_a_guarded_transaction,
+    a_statement_in_a_guarded_transaction,
     acquiring_on_a_new_connection,
     acquiring_a_row_lock,
     ending_a_row_lock,
@@ -60,7 +63,7 @@ struct Scene<'a, T: TestServer> {
 impl<'a, T: TestServer> Scene<'a, T> {
     async fn new(database: &'a T) -> Self {
         let near = database.locks().await;
-        database.run("CREATE TABLE marks (mark VARCHAR(40) NOT NULL)").await;
+        database.run("CREATE TABLE marks (mark VARCHAR(40) PRIMARY KEY)").await;
         Self::beside(database, &near)
     }
 
@@ -287,7 +290,7 @@ async fn running_under_a_lease<T: TestServer>(database: &T) {
         let running = scene.locks.insert_lock("a").ttl(TTL).run(async |lease| {
             assert!(lease.is_held());
             let mut connection = scene.pool.acquire().await.unwrap();
-            scene.write(&mut connection, "work").await.unwrap();
+            scene.write(&mut connection, &new_mark()).await.unwrap();
             Ok::<_, Error>(())
         });
         let ran = scene.drop_after(moment, running).await;
@@ -299,6 +302,102 @@ async fn running_under_a_lease<T: TestServer>(database: &T) {
         }
     }
     scene.nothing_goes_on().await;
+}
+
+// -------------------------------------------------------------------------------------- guarded transactions
+
+async fn beginning_a_guarded_transaction<T: TestServer>(database: &T) {
+    let scene = Scene::new(database).await;
+    scene.connect().await;
+    for moment in moments() {
+        let lease = scene.locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
+        let begun = scene.drop_after(moment, lease.begin()).await;
+        let has_ended = begun.is_some();
+        drop(begun.map(Result::unwrap));
+        scene.pool_is_whole().await;
+        // The transaction that nobody has got does not hold on to the lease.
+        lease.release().await.unwrap();
+        scene.lease_is_free("a").await;
+        if has_ended {
+            break;
+        }
+    }
+    scene.nothing_goes_on().await;
+}
+
+async fn ending_a_guarded_transaction<T: TestServer>(database: &T) {
+    let near = Scene::new(database).await.near;
+    let ending = async |name: &str| {
+        let scene = Scene::beside(database, &near);
+        scene.connect().await;
+        for moment in moments() {
+            let mark = new_mark();
+            let lease = scene.locks.insert_lock(name).ttl(TTL).acquire().await.unwrap();
+            let mut transaction = lease.begin().await.unwrap();
+            scene.write(&mut transaction, &mark).await.unwrap();
+            let ended = match name {
+                "commit" => scene.drop_after(moment, transaction.commit()).await,
+                "roll back" => scene.drop_after(moment, transaction.rollback()).await,
+                _ => {
+                    let ended = scene.drop_after(moment, lease.commit_and_release(transaction)).await;
+                    scene.lease_is_free(name).await;
+                    scene.pool_is_whole().await;
+                    assert_eq!(scene.seen(&mark).await, 1, "the commit goes on");
+                    if ended.map(Result::unwrap).is_some() {
+                        break;
+                    }
+                    continue;
+                }
+            };
+            scene.pool_is_whole().await;
+            assert_eq!(
+                scene.seen(&mark).await,
+                i64::from(name == "commit"),
+                "{name} after {moment} messages"
+            );
+            lease.release().await.unwrap();
+            scene.lease_is_free(name).await;
+            if ended.map(Result::unwrap).is_some() {
+                break;
+            }
+        }
+        scene
+    };
+    let scenes = tokio::join!(ending("commit"), ending("roll back"), ending("commit and release"));
+    scenes.0.nothing_goes_on().await;
+}
+
+/// A statement of the caller's own, which fails on the server after it was dropped. What comes next gets its error.
+async fn a_statement_in_a_guarded_transaction<T: TestServer>(database: &T) {
+    let near = Scene::new(database).await.near;
+    let ending = async |name: &str| {
+        let scene = Scene::beside(database, &near);
+        scene.connect().await;
+        let twice = new_mark();
+        scene.write(&mut *scene.pool.acquire().await.unwrap(), &twice).await.unwrap();
+        for moment in 0..4 {
+            let mark = new_mark();
+            let lease = scene.locks.insert_lock(name).ttl(TTL).acquire().await.unwrap();
+            let mut transaction = lease.begin().await.unwrap();
+            scene.write(&mut transaction, &mark).await.unwrap();
+            if let Some(written) = scene.drop_after(moment, scene.write(&mut transaction, &twice)).await {
+                written.expect_err("it is there already");
+            }
+            let mut is_kept = false;
+            match name {
+                "commit" => is_kept = transaction.commit().await.is_ok(),
+                "roll back" => drop(transaction.rollback().await),
+                _ => drop(transaction),
+            }
+            scene.pool_is_whole().await;
+            assert_eq!(scene.seen(&mark).await, i64::from(is_kept), "{name} after {moment} messages");
+            lease.release().await.unwrap();
+            scene.lease_is_free(name).await;
+        }
+        scene
+    };
+    let scenes = tokio::join!(ending("commit"), ending("roll back"), ending("drop"));
+    scenes.0.nothing_goes_on().await;
 }
 
 // ------------------------------------------------------------------------------------------------- row locks

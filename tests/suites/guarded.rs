@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::task::Poll;
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks, Loss};
-use lock_tests::{Backend, TestDatabase, eventually, for_each_database};
+use lock_tests::{Backend, Direction, TestDatabase, TestServer, eventually, for_each_database};
 use sqlx::Connection;
 
 for_each_database! {
@@ -23,6 +24,10 @@ for_each_database! {
     commit_and_release_do_both_or_nothing,
     a_transaction_of_another_lease_is_refused,
     run_may_release_in_a_transaction,
+    a_release_that_is_dropped_midway_and_rolled_back_does_not_count,
+    ;
+    on servers:
+    nobody_calls_a_lease_held_whose_release_may_have_been_committed,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -391,5 +396,52 @@ async fn run_may_release_in_a_transaction<T: TestDatabase>(database: &T) {
         })
         .await;
     assert_eq!(done.unwrap(), 7);
+    assert_eq!(count(database).await, 1);
+}
+
+async fn a_release_that_is_dropped_midway_and_rolled_back_does_not_count<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    let lease = lease::<T>(&locks).await;
+    let mut transaction = pool.begin().await.unwrap();
+    {
+        let mut releasing = std::pin::pin!(lease.release_in(&mut transaction));
+        let sent = std::future::poll_fn(|context| Poll::Ready(releasing.as_mut().poll(context))).await;
+        assert!(sent.is_pending());
+    }
+    assert!(!lease.is_held(), "nobody knows");
+    transaction.rollback().await.unwrap();
+    // Soon, and not when it is due for renewal.
+    eventually(PATIENCE, async || lease.is_held()).await;
+    lease.release().await.unwrap();
+}
+
+/// The answer to the COMMIT is late, and then lost.
+async fn nobody_calls_a_lease_held_whose_release_may_have_been_committed<T: TestServer>(database: &T) {
+    counter(database).await;
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let far = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await);
+    let lease = lease::<T>(&far).await;
+    let other = lease.reenter().unwrap();
+    let mut transaction = lease.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    proxy.delay(Direction::ToClient, Duration::from_millis(300));
+    let near = Locks::new(database.pool(1).await);
+    let (ended, ()) = tokio::join!(lease.commit_and_release(transaction), async {
+        let theirs = self::lease::<T>(&near).await;
+        assert!(!other.is_held(), "two holders");
+        proxy.pause(Direction::ToClient);
+        proxy.cut();
+        proxy.resume(Direction::ToClient);
+        proxy.delay(Direction::ToClient, Duration::ZERO);
+        assert!(theirs.is_held());
+        // For good: the watchdog finds out.
+        other.lost().await;
+        assert!(!other.is_held());
+        theirs.release().await.unwrap();
+    });
+    // Whether it was told in time is another matter.
+    let _known_or_not = ended;
     assert_eq!(count(database).await, 1);
 }

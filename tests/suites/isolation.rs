@@ -147,7 +147,9 @@ async fn a_waiter_keeps_nobody_from_other_names<T: TestServer>(database: &T) {
     let held = locks.row_lock("a").acquire().await.unwrap();
     let mut tried = database.pool(1).await.begin().await.unwrap();
     assert!(locks.row_lock("a").try_acquire_in(&mut tried).await.unwrap().is_none());
-    let waiting = tokio::spawn(locks.row_lock("a").wait(PATIENCE).acquire());
+    // Of the same process it would wait in memory.
+    let waiter = Locks::new(database.pool(1).await);
+    let waiting = tokio::spawn(waiter.row_lock("a").wait(PATIENCE).acquire());
     lock_tests::eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
     let patience = Duration::from_secs(1);
     other.insert_lock("new").wait(patience).acquire().await.unwrap().release().await.unwrap();

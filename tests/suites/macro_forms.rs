@@ -5,8 +5,16 @@
 #![deny(unused_qualifications, unused_lifetimes, elided_lifetimes_in_paths, single_use_lifetimes)]
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "macro_forms/at_least.rs"]
+mod at_least;
 #[path = "macro_forms/bodies.rs"]
 mod bodies;
+#[path = "macro_forms/contention.rs"]
+mod contention;
+#[path = "macro_forms/futures.rs"]
+mod futures;
+#[path = "macro_forms/guards.rs"]
+mod guards;
 #[path = "macro_forms/methods.rs"]
 mod methods;
 #[path = "macro_forms/names.rs"]

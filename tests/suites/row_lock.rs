@@ -161,10 +161,11 @@ async fn a_wait_ends_in_time_and_the_transaction_goes_on<T: TestDatabase>(databa
 
 async fn the_waiter_gets_it_after_commit_and_after_rollback<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
+    let other = Locks::new(database.pool(2).await);
     for commit in [true, false] {
         let held = locks.row_lock("a").acquire().await.unwrap();
-        let waiting = tokio::spawn(locks.row_lock("a").wait(PATIENCE).acquire());
-        // On a server the waiter stands in its queue before the holder ends.
+        let waiting = tokio::spawn(other.row_lock("a").wait(PATIENCE).acquire());
+        // On a server the waiter of another process stands in its queue before the holder ends.
         if T::NAME != "sqlite" {
             eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
         }

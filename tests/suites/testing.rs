@@ -323,6 +323,34 @@ async fn without_locks_bad_input_is_refused_all_the_same() {
     assert!(matches!(without_locks(row(Duration::MAX)).await, Err(Error::InvalidOption { .. })));
 }
 
+#[distributed_lock("bound", lease = lease)]
+async fn binds_its_lease() -> Result<i64, Error> {
+    Ok(lease.fencing_token())
+}
+
+#[distributed_lock("bound", mode = row, lease = guard, locks = locks)]
+async fn binds_its_guard(locks: &Locks<Sqlite>) -> Result<i64, Error> {
+    Ok(i64::try_from(guard.name().len()).unwrap_or_default())
+}
+
+#[distributed_lock("skipped", skip, reentrant = false, at_least = "1h")]
+async fn may_be_skipped() -> Result<Option<i64>, Error> {
+    Ok(Some(1))
+}
+
+#[tokio::test]
+async fn without_locks_there_is_no_lease() {
+    let locks = testing::locks().await.unwrap();
+    for refused in [without_locks(binds_its_lease()).await, without_locks(binds_its_guard(&locks)).await] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::InvalidOption { option: "lease", .. }), "{error:?}");
+    }
+    assert!(locks.scope(binds_its_lease()).await.unwrap() > 0);
+    let twice = async || (may_be_skipped().await.unwrap(), may_be_skipped().await.unwrap());
+    assert_eq!(without_locks(twice()).await, (Some(1), Some(1)));
+    assert_eq!(locks.scope(twice()).await, (Some(1), None));
+}
+
 #[tokio::test]
 async fn every_function_without_its_lock_is_in_the_log() {
     let log = Log::default();

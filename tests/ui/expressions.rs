@@ -2,9 +2,11 @@
 
 use lock_db::{Error, distributed_lock};
 
-#[distributed_lock(order_id)]
-async fn name(order_id: i64) -> Result<i64, Error> {
-    Ok(order_id)
+struct Order;
+
+#[distributed_lock(order)]
+async fn name(order: Order) -> Result<Order, Error> {
+    Ok(order)
 }
 
 #[distributed_lock("a", ttl = order_id * 2)]

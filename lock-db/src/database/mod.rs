@@ -30,8 +30,8 @@ mod sealed {
 /// A database that can keep locks: `sqlx::Postgres`, `sqlx::MySql` (MySQL 8.0 and MariaDB 10.6 or later) and
 /// `sqlx::Sqlite`, each with the cargo feature of its name. Sealed: the methods are no part of the public interface.
 ///
-/// Every method is one step on one connection. None of them waits for a row that somebody else has locked, except
-/// `lock_row` (no longer than its `slice`) and, on InnoDB, `acquire` and `release` (no longer than a second).
+/// Every method is one step on one connection. On a private one none of them waits for a row that somebody else has
+/// locked, and `lock_row` waits no longer than its `slice`.
 pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// The folder of the migrations.
     #[doc(hidden)]
@@ -47,9 +47,18 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         Ok(())
     }
 
-    /// The statement that begins a guarded transaction, where it is not the usual one.
+    /// The statement that begins a marked transaction: one that the `commit_…` methods can tell from what comes after its
+    /// end. What is sent after an end that its owner has not seen is refused or rolled back, as far as the database can
+    /// do that.
     #[doc(hidden)]
-    const BEGIN_GUARDED: Option<&'static str> = None;
+    const BEGIN_MARKED: &'static str;
+    /// The same for a guarded transaction.
+    #[doc(hidden)]
+    const BEGIN_GUARDED: &'static str = Self::BEGIN_MARKED;
+
+    /// Whether the `commit_…` methods commit, so that nobody knows the outcome when their answer is lost.
+    #[doc(hidden)]
+    const COMMITS_WITH_CHECK: bool = false;
 
     /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
     #[doc(hidden)]
@@ -108,6 +117,16 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         secret: &Secret,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
+    /// Gives the lease up, while nobody else can have the lock before `at_least` has passed since it was granted. The row
+    /// has no owner's secret from then on, so that a renewal that is still under way does not find it.
+    #[doc(hidden)]
+    fn release_later(
+        connection: &mut Self::Connection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
+
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.
@@ -124,31 +143,37 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async {}
     }
 
-    /// Fails or answers `false` when the transaction on the connection no longer is the one in which `lock_row`
-    /// answered with this token.
+    /// The last thing in a marked transaction before its COMMIT: is it still the one in which `lock_row` answered with this
+    /// token?
     #[doc(hidden)]
-    fn still_locked(
+    fn commit_locked(
         connection: &mut Self::Connection,
         name: &str,
         fencing_token: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
-    /// Marks a transaction that has just begun, so that `guard` can tell it from what comes after its end, and so that
-    /// what is sent after an end that its owner has not seen is refused as far as the database can do that.
+    /// The last thing in a marked transaction before its COMMIT: what `guard` does.
     #[doc(hidden)]
-    fn mark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn commit_guarded(
+        connection: &mut Self::Connection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
-    /// Takes back what `mark` did to the connection, before a marked transaction is rolled back.
+    /// Takes back what the mark did to the connection, before a marked transaction is rolled back. A statement whose caller
+    /// has gone may still be under way.
     #[doc(hidden)]
-    fn unmark(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn unmark(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
 
-    /// Asks in a transaction whether the lease is ours, and if so holds off every takeover until the transaction ends.
-    /// A marked transaction is unmarked with it.
+    /// Asks in a caller's transaction whether the lease is ours, and if so holds off every takeover until the transaction
+    /// ends. With `release` the lease becomes free with the commit.
     #[doc(hidden)]
     fn guard(
         connection: &mut Self::Connection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
     /// Sees to it that the transaction can only be rolled back, as far as the database can do that.
@@ -185,20 +210,13 @@ pub struct LeaseKey {
     pub cluster: Cluster,
 }
 
-/// What is asked of a guard.
-#[derive(Debug, Clone, Copy)]
-pub struct Guard {
-    /// Whether the transaction was marked when it began.
-    pub marked: bool,
-    /// Whether the lease becomes free with the commit of the transaction.
-    pub release: bool,
-}
-
 /// What a guard found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guarded {
-    /// The lease is ours, and stays so to the end of the transaction.
+    /// The lock is ours, and stays so to the end of the transaction.
     Ours,
+    /// It was ours when the transaction was committed, which it is already: the COMMIT of its handle finds nothing to do.
+    Committed,
     /// It is not ours any more.
     NotOurs,
     /// The marked transaction has ended already.
@@ -341,6 +359,18 @@ pub enum Fault {
     Disconnected,
     /// Anything else.
     Other,
+}
+
+/// Whether the way to the database is gone, or not there yet, whichever database it is.
+pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
+    let mut faults = [Fault::Other; 3];
+    #[cfg(feature = "postgres")]
+    (faults[0] = sqlx::Postgres::classify(error));
+    #[cfg(feature = "mysql")]
+    (faults[1] = sqlx::MySql::classify(error));
+    #[cfg(feature = "sqlite")]
+    (faults[2] = sqlx::Sqlite::classify(error));
+    faults.contains(&Fault::Disconnected)
 }
 
 /// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000], …]`.

@@ -6,12 +6,12 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlRow};
+use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlQueryResult, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -41,15 +41,22 @@ const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES
 /// Assignments take effect from left to right: what reads the old secret comes before it is replaced. The new number
 /// is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
 /// last grants brings a number back.
+///
+/// A row that somebody has locked is passed over, so that nobody else's turn on this connection waits for it. In a
+/// transaction that would leave a lock on the gap behind it; by itself it does not.
 const ACQUIRE: &str = "
-UPDATE distributed_lock
-SET fencing_token = IF(secret_key = ?, fencing_token, GREATEST(
-        fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    acquire_time = IF(secret_key = ?, acquire_time, UTC_TIMESTAMP(6)),
-    secret_key = ?,
-    owner = ?,
-    expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
-WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)";
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(lease.secret_key = ?, lease.fencing_token, GREATEST(
+        lease.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(lease.secret_key = ?, lease.acquire_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = ?,
+    lease.owner = ?,
+    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))";
 
 const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
@@ -83,7 +90,28 @@ STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = aske
 WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
 
 const RELEASE: &str = "
-UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00' WHERE lock_name = ? AND secret_key = ?";
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = '1970-01-01 00:00:00'";
+
+/// Assignments take effect from left to right: the secret goes by the new deadline.
+const RELEASE_LATER: &str = "
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = IF(
+        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time) > UTC_TIMESTAMP(6),
+        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time), '1970-01-01 00:00:00'),
+    lease.secret_key = IF(lease.expire_time > '1970-01-01 00:00:00', '', lease.secret_key)";
+
+const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time,
@@ -106,11 +134,13 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
-/// For the transactions after this one, which there are only if this one ends without its owner's knowledge: what is
-/// sent then would commit by itself, and is refused instead. The savepoint is gone as well then.
-const MARK: &str = "SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
-const UNMARK: &str = "SET SESSION TRANSACTION READ WRITE";
+const UNMARK: &str = "
+SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1)";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
+
+/// Fails unless a transaction is open: a deadlock ends one, and its handle does not know. By itself a savepoint lasts no
+/// longer than its own statement.
+const IN_TRANSACTION: &str = "SAVEPOINT lock_db_here; RELEASE SAVEPOINT lock_db_here";
 
 /// After a deadlock the transaction is gone but the caller's handle still looks open: what it sends next would commit
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
@@ -118,6 +148,13 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
+    /// The settings are for what is sent after this transaction has ended without its owner's knowledge, by a deadlock say.
+    /// It would commit by itself; so it is refused, except what comes right after a deadlock (measured on MariaDB 10.11
+    /// and MySQL 9.7), and that belongs to a transaction which nobody commits. The savepoint is gone as well then.
+    const BEGIN_MARKED: &'static str = "
+        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit; SET SESSION autocommit = 0;
+        SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
+    const COMMITS_WITH_CHECK: bool = true;
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
@@ -188,13 +225,13 @@ impl LockDatabase for MySql {
         let secret = claim.secret.as_str();
         let name = claim.name.as_bytes();
         let acquired = sqlx::query(ACQUIRE)
+            .bind(name)
+            .bind(secret)
             .bind(secret)
             .bind(secret)
             .bind(secret)
             .bind(&*claim.owner)
             .bind(micros(claim.ttl))
-            .bind(name)
-            .bind(secret)
             .execute(&mut *connection)
             .await?;
         if acquired.rows_affected() == 0 {
@@ -224,14 +261,21 @@ impl LockDatabase for MySql {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<Standing> {
-        match sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str()).execute(connection).await {
-            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
-            Ok(_) => Ok(Standing::NotOurs),
-            Err(error) if matches!(Self::classify(&error), Fault::Busy | Fault::Deadlock) => {
-                Ok(Standing::Busy)
-            }
-            Err(error) => Err(error),
-        }
+        let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
+        let released = query.execute(&mut *connection).await;
+        released_or_not(connection, name, secret, released).await
+    }
+
+    async fn release_later(
+        connection: &mut MySqlConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let at_least = micros(at_least);
+        let query = sqlx::query(RELEASE_LATER).bind(name.as_bytes()).bind(secret.as_str());
+        let released = query.bind(at_least).bind(at_least).execute(&mut *connection).await;
+        released_or_not(connection, name, secret, released).await
     }
 
     async fn lock_row(
@@ -244,7 +288,7 @@ impl LockDatabase for MySql {
         if fault == Some(Fault::Busy) {
             return Ok(RowAttempt::Busy);
         }
-        if matches!(fault, Some(Fault::Deadlock | Fault::Serialization))
+        if matches!(fault, Some(Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded))
             || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased))
         {
             Self::doom(connection).await;
@@ -252,58 +296,62 @@ impl LockDatabase for MySql {
         attempt
     }
 
-    async fn still_locked(
+    /// The row stays locked as long as the transaction lasts, and the savepoint tells that it does.
+    async fn commit_locked(
         connection: &mut MySqlConnection,
-        name: &str,
-        fencing_token: i64,
-    ) -> sqlx::Result<bool> {
-        let sql = format!(
-            "SELECT 1 FROM distributed_lock WHERE lock_name = {} AND fencing_token = {fencing_token}",
-            literal(name)
-        );
-        Ok(fetch_optional(connection, sql).await?.is_some())
+        _name: &str,
+        _fencing_token: i64,
+    ) -> sqlx::Result<Guarded> {
+        commit_marked(connection, String::new()).await
     }
 
-    async fn mark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
+    async fn commit_guarded(
+        connection: &mut MySqlConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
+        // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
+        let guard = match write(lease, release) {
+            Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
+            None => format!(
+                "SELECT EXP(1000 * (COUNT(*) <> 1)) FROM distributed_lock
+                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii) LOCK IN SHARE MODE;"
+            ),
+        };
+        commit_marked(connection, guard).await
     }
 
     async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(UNMARK).execute(connection).await.map(drop)
+        // Back to autocommit would commit what is open.
+        let sql = format!("ROLLBACK; {UNMARK}");
+        match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await {
+            // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
+            Err(sqlx::Error::Database(_)) => {
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+            }
+            unmarked => unmarked.map(drop),
+        }
     }
 
     /// In one message, whatever it takes.
     async fn guard(
         connection: &mut MySqlConnection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> sqlx::Result<Guarded> {
-        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
-        let first = if guard.marked { format!("{UNMARK}; {IS_MARKED};") } else { String::new() };
-        let write = match (guard.release, lease.cluster) {
-            (true, _) => Some("expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1"),
-            (false, Cluster::MultiPrimary) => Some("guard_count = guard_count + 1"),
-            (false, Cluster::SinglePrimary) => None,
-        };
-        let ours = if let Some(write) = write {
-            let sql = format!(
-                "{first} UPDATE distributed_lock SET {write}
-                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii)"
-            );
-            let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
-            written.map(|written| written.rows_affected() > 0)
-        } else {
-            let sql =
-                format!("{first} SELECT secret_key FROM distributed_lock WHERE id = {id} LOCK IN SHARE MODE");
-            let row = fetch_optional(connection, sql).await;
-            let owner = row.and_then(|row| row.map(|row| row.try_get::<String, _>(0)).transpose());
-            owner.map(|owner| owner.as_deref() == Some(lease.secret.as_str()))
-        };
-        match ours {
-            Ok(ours) => Ok(Guarded::when(ours)),
-            Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
-            Err(error) => Err(error),
+        if let Some(write) = write(lease, release) {
+            let sql = format!("{IN_TRANSACTION}; {write}");
+            let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+            return Ok(Guarded::when(written.rows_affected() > 0));
         }
+        let sql = format!(
+            "{IN_TRANSACTION}; SELECT secret_key FROM distributed_lock WHERE id = {} LOCK IN SHARE MODE",
+            lease.row.id
+        );
+        let row = fetch_optional(connection, sql).await?;
+        let owner = row.map(|row| row.try_get::<String, _>(0)).transpose()?;
+        Ok(Guarded::when(owner.as_deref() == Some(lease.secret.as_str())))
     }
 
     async fn doom(connection: &mut MySqlConnection) {
@@ -322,12 +370,32 @@ impl LockDatabase for MySql {
             // MariaDB: record has changed since last read
             Some(1020) => Fault::Serialization,
             Some(1146) => Fault::TableMissing,
-            Some(1054) => Fault::TableDiffers,
-            // too many connections, shutdown, killed, idle for too long, node not ready
-            Some(1040 | 1053 | 1927 | 4031 | 1047) => Fault::Disconnected,
+            // a column, an index
+            Some(1054 | 1176) => Fault::TableDiffers,
+            // There is no such savepoint: none of what was set in this message, because no transaction is open.
+            Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
+            // too many connections, shutdown, killed, idle for too long, node not ready; and read-only in two forms: a
+            // server that is no primary any more, where a new connection may find the one that is
+            Some(1040 | 1053 | 1927 | 4031 | 1047 | 1290 | 1836) => Fault::Disconnected,
             _ => Fault::Other,
         }
     }
+}
+
+async fn released_or_not(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+    released: sqlx::Result<MySqlQueryResult>,
+) -> sqlx::Result<Standing> {
+    match released {
+        Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
+        Err(error) if !matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => return Err(error),
+        _ => {}
+    }
+    let ours =
+        sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
+    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 
 /// What a try may take that waits for nobody.
@@ -335,6 +403,34 @@ const LONGEST_TRY: Duration = Duration::from_secs(2);
 
 const DUPLICATE_KEY: u16 = 1062;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
+const OUT_OF_RANGE: u16 = 1690;
+
+/// The guard that has to be a write: to release, and where a lock reaches no further than its own node.
+fn write(lease: &LeaseKey, release: bool) -> Option<String> {
+    let set = match (release, lease.cluster) {
+        (true, _) => "expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1",
+        (false, Cluster::MultiPrimary) => "guard_count = guard_count + 1",
+        (false, Cluster::SinglePrimary) => return None,
+    };
+    Some(format!(
+        "UPDATE distributed_lock SET {set} WHERE id = {} AND secret_key = CONVERT({} USING ascii)",
+        lease.row.id,
+        literal(lease.secret.as_str())
+    ))
+}
+
+/// Check, commit and unmark in one message, of which the server reads nothing after an error.
+async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
+    let sql = format!("{IS_MARKED}; {guard} COMMIT; {UNMARK}");
+    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+        Ok(_) => Ok(Guarded::Committed),
+        Err(error) => match number(&error) {
+            Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),
+            Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
+            _ => Err(error),
+        },
+    }
+}
 
 /// By the settings of the server: MariaDB and MySQL each know only their own.
 fn cluster<'a>(setting: impl Fn(&str) -> &'a str) -> Cluster {
@@ -372,7 +468,7 @@ async fn lock_and_write(
     // Zero would mean no limit at all.
     let limit = limit.as_millis().max(1);
     let sql = format!(
-        "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
+        "{IN_TRANSACTION}; /*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
         SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,
             expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
         FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",

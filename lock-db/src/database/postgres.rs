@@ -6,12 +6,12 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgDatabaseError};
+use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -78,6 +78,18 @@ WHERE id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
+const RELEASE_LATER: &str = "
+UPDATE distributed_lock AS lease
+SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
+    secret_key = CASE WHEN until.passed THEN lease.secret_key ELSE '' END
+FROM (
+    SELECT id, moment, moment <= clock_timestamp() AS passed
+    FROM (
+        SELECT id, acquire_time + $3::bigint * interval '1 microsecond' AS moment
+        FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
+        FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
+WHERE lease.id = until.id";
+
 /// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
 const GUARD: &str = "
 SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
@@ -101,6 +113,8 @@ FROM (
     FOR UPDATE SKIP LOCKED) AS before
 WHERE held.id = before.id
 RETURNING held.fencing_token, before.secret_key";
+
+const SEEN: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 
 /// Fails, and with it every later statement of the transaction.
 const DOOM: &str =
@@ -130,6 +144,8 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
 impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
+    /// Nothing more to do: after an error the server itself refuses all but a rollback.
+    const BEGIN_MARKED: &'static str = "BEGIN";
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
@@ -216,13 +232,20 @@ impl LockDatabase for Postgres {
     }
 
     async fn release(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<Standing> {
-        let secret = secret.as_str();
-        let released = sqlx::query(RELEASE).bind(name).bind(secret).execute(&mut *connection).await?;
-        if released.rows_affected() > 0 {
-            return Ok(Standing::Ours);
-        }
-        let ours = sqlx::query(IS_OURS).bind(name).bind(secret).fetch_optional(connection).await?;
-        Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+        let query = sqlx::query(RELEASE).bind(name).bind(secret.as_str());
+        let released = query.execute(&mut *connection).await?;
+        released_or_not(connection, name, secret, released.rows_affected()).await
+    }
+
+    async fn release_later(
+        connection: &mut PgConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(micros(at_least));
+        let released = query.execute(&mut *connection).await?;
+        released_or_not(connection, name, secret, released.rows_affected()).await
     }
 
     async fn lock_row(
@@ -239,34 +262,36 @@ impl LockDatabase for Postgres {
             .bind(claim.kind.as_str())
             .bind(claim.secret.as_str())
             .bind(&*claim.owner)
-            .fetch_optional(connection)
+            .fetch_optional(&mut *connection)
             .await?;
-        match locked {
-            Some(row) => Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? }),
-            None => Ok(RowAttempt::Busy),
+        if let Some(row) = locked {
+            return Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? });
         }
+        // A snapshot from before the row was made doesn't see it, however free it is.
+        let seen =
+            sqlx::query(SEEN).bind(claim.row.id).bind(&*claim.row.name).fetch_optional(connection).await?;
+        Ok(if seen.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
     }
 
-    async fn still_locked(
+    async fn commit_locked(
         connection: &mut PgConnection,
         name: &str,
         fencing_token: i64,
-    ) -> sqlx::Result<bool> {
+    ) -> sqlx::Result<Guarded> {
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
-        Ok(row.is_some())
+        Ok(Guarded::when(row.is_some()))
     }
 
-    /// Nothing to do: after an error the server itself refuses all but a rollback.
-    async fn mark(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
+    async fn commit_guarded(
+        connection: &mut PgConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        Self::guard(connection, lease, release).await
     }
 
-    async fn unmark(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
-    }
-
-    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, guard: Guard) -> sqlx::Result<Guarded> {
-        let sql = if guard.release { GUARD_AND_RELEASE } else { GUARD };
+    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+        let sql = if release { GUARD_AND_RELEASE } else { GUARD };
         let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
         Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
     }
@@ -293,12 +318,27 @@ impl LockDatabase for Postgres {
             "40001" => Fault::Serialization,
             "42P01" => Fault::TableMissing,
             "42703" => Fault::TableDiffers,
-            // admin_shutdown, crash_shutdown, cannot_connect_now, too_many_connections, idle in transaction too long
-            "57P01" | "57P02" | "57P03" | "53300" | "25P03" | "25P04" => Fault::Disconnected,
+            // read_only_sql_transaction: the server is no primary any more; a new connection may find the one that is.
+            "25006" => Fault::Disconnected,
             code if code.starts_with("08") => Fault::Disconnected,
+            // Whatever the code, the server has closed the connection: shutdown, idle for too long, too many of them.
+            _ if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) => Fault::Disconnected,
             _ => Fault::Other,
         }
     }
+}
+
+async fn released_or_not(
+    connection: &mut PgConnection,
+    name: &str,
+    secret: &Secret,
+    released: u64,
+) -> sqlx::Result<Standing> {
+    if released > 0 {
+        return Ok(Standing::Ours);
+    }
+    let ours = sqlx::query(IS_OURS).bind(name).bind(secret.as_str()).fetch_optional(connection).await?;
+    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 
 /// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row
@@ -308,6 +348,9 @@ impl LockDatabase for Postgres {
 /// The savepoint is that of a block with an exception handler, so that it begins and ends on the server, in one message:
 /// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
 /// would commit by itself. The row is locked and written under the same savepoint: anything else takes a multixact.
+///
+/// A `statement_timeout` would end the transaction as well, so the wait stays below it. It counts the turn in the queue
+/// and the wait for the holder together, the lock timeout each.
 async fn lock_in_savepoint(
     connection: &mut PgConnection,
     claim: &RowClaim,
@@ -323,9 +366,10 @@ async fn lock_in_savepoint(
         "DO $lock_db$
         DECLARE
             limit_before text := current_setting('lock_timeout');
+            third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
             secret_before text;
         BEGIN
-            PERFORM set_config('lock_timeout', '{limit}ms', true);
+            PERFORM set_config('lock_timeout', LEAST({limit}, NULLIF(third, 0)) || 'ms', true);
             SELECT secret_key INTO secret_before FROM distributed_lock
                 WHERE id = {id} AND lock_kind = '{kind}' AND expire_time <= clock_timestamp() FOR UPDATE {no_wait};
             IF secret_before IS NULL THEN

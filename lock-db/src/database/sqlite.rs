@@ -7,12 +7,12 @@ use std::pin::pin;
 use std::task::{Context, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
 use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
 
 use super::{
-    Claim, Cluster, Fault, Grant, Guard, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt,
-    RowClaim, Standing, as_json, in_order,
+    Claim, Cluster, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, RowAttempt, RowClaim,
+    Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -63,11 +63,20 @@ const RELEASE: &str = "
 UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
 WHERE lock_name = ?1 AND secret_key = ?2";
 
+const RELEASE_LATER: &str = "
+UPDATE distributed_lock
+SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00.000000' ELSE until.moment END,
+    secret_key = CASE WHEN until.passed THEN secret_key ELSE '' END
+FROM (
+    SELECT id, moment, moment <= strftime('%Y-%m-%d %H:%M:%f000', 'now') AS passed
+    FROM (
+        SELECT id, strftime('%Y-%m-%d %H:%M:%f000', acquire_time, ?3) AS moment
+        FROM distributed_lock WHERE lock_name = ?1 AND secret_key = ?2)) AS until
+WHERE distributed_lock.id = until.id";
+
 /// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
 const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2";
 
-/// Some errors end a transaction of SQLite by themselves; the savepoint is gone then.
-const MARK: &str = "SAVEPOINT lock_db_guard";
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// The first statement is a write, whatever it finds: a write is what takes the write lock.
@@ -103,8 +112,10 @@ impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
     const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+    /// Some errors end a transaction by themselves; the savepoint is gone then.
+    const BEGIN_MARKED: &'static str = "BEGIN; SAVEPOINT lock_db_guard";
     /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
-    const BEGIN_GUARDED: Option<&'static str> = Some("BEGIN IMMEDIATE");
+    const BEGIN_GUARDED: &'static str = "BEGIN IMMEDIATE; SAVEPOINT lock_db_guard";
 
     fn check_options(options: &SqliteConnectOptions) -> Result<(), Error> {
         let file = options.get_filename();
@@ -166,7 +177,7 @@ impl LockDatabase for Sqlite {
     }
 
     async fn acquire(connection: &mut SqliteConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
-        let ttl = format!("+{}.{:03} seconds", claim.ttl.as_secs(), claim.ttl.subsec_millis());
+        let ttl = later_by(claim.ttl);
         // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
         // error of the commit that happens then.
         let rows = sqlx::query(ACQUIRE)
@@ -197,12 +208,17 @@ impl LockDatabase for Sqlite {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<Standing> {
-        match sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await {
-            Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
-            Ok(_) => Ok(Standing::NotOurs),
-            Err(error) if Self::classify(&error) == Fault::Busy => Ok(Standing::Busy),
-            Err(error) => Err(error),
-        }
+        released_or_not(sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await)
+    }
+
+    async fn release_later(
+        connection: &mut SqliteConnection,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> sqlx::Result<Standing> {
+        let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(later_by(at_least));
+        released_or_not(query.execute(connection).await)
     }
 
     async fn lock_row(
@@ -210,6 +226,7 @@ impl LockDatabase for Sqlite {
         claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
+        refuse_autocommit(connection).await?;
         let limited = LimitedWait::set(connection, slice.min(LONGEST_SLICE)).await?;
         let attempt = lock_and_write(&mut *limited.connection, claim).await;
         limited.restore().await?;
@@ -219,40 +236,36 @@ impl LockDatabase for Sqlite {
         }
     }
 
-    async fn still_locked(
+    async fn commit_locked(
         connection: &mut SqliteConnection,
         name: &str,
         fencing_token: i64,
-    ) -> sqlx::Result<bool> {
+    ) -> sqlx::Result<Guarded> {
+        if !is_marked(connection).await? {
+            return Ok(Guarded::Ended);
+        }
         let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
-        Ok(row.is_some())
+        Ok(Guarded::when(row.is_some()))
     }
 
-    async fn mark(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(MARK).execute(connection).await.map(drop)
-    }
-
-    async fn unmark(_connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        Ok(())
+    async fn commit_guarded(
+        connection: &mut SqliteConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> sqlx::Result<Guarded> {
+        if !is_marked(connection).await? {
+            return Ok(Guarded::Ended);
+        }
+        guard(connection, lease, release).await
     }
 
     async fn guard(
         connection: &mut SqliteConnection,
         lease: &LeaseKey,
-        guard: Guard,
+        release: bool,
     ) -> sqlx::Result<Guarded> {
-        if guard.marked {
-            match sqlx::raw_sql(IS_MARKED).execute(&mut *connection).await {
-                Ok(_) => {}
-                Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => {
-                    return Ok(Guarded::Ended);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let sql = if guard.release { RELEASE } else { GUARD };
-        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
-        Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
+        refuse_autocommit(connection).await?;
+        guard(connection, lease, release).await
     }
 
     /// SQLite has no way to refuse a commit beforehand.
@@ -267,6 +280,9 @@ impl LockDatabase for Sqlite {
     fn classify(error: &sqlx::Error) -> Fault {
         if crate::error::is_connection_failure(error) {
             return Fault::Disconnected;
+        }
+        if matches!(error, sqlx::Error::BeginFailed) {
+            return Fault::TransactionEnded;
         }
         let Some(error) = error.as_database_error() else {
             return Fault::Other;
@@ -285,6 +301,44 @@ impl LockDatabase for Sqlite {
             }
             _ => Fault::Other,
         }
+    }
+}
+
+/// As a modifier of SQLite's functions of time.
+fn later_by(duration: Duration) -> String {
+    format!("+{}.{:03} seconds", duration.as_secs(), duration.subsec_millis())
+}
+
+fn released_or_not(released: sqlx::Result<SqliteQueryResult>) -> sqlx::Result<Standing> {
+    match released {
+        Ok(released) if released.rows_affected() > 0 => Ok(Standing::Ours),
+        Ok(_) => Ok(Standing::NotOurs),
+        Err(error) if Sqlite::classify(&error) == Fault::Busy => Ok(Standing::Busy),
+        Err(error) => Err(error),
+    }
+}
+
+/// `false`: the marked transaction has ended. Its mark is gone after this.
+async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    match sqlx::raw_sql(IS_MARKED).execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => Ok(false),
+        answer => answer.map(|_| true),
+    }
+}
+
+async fn guard(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+    let sql = if release { RELEASE } else { GUARD };
+    let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+    Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
+}
+
+/// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction behind the back of its handle. A BEGIN that succeeds
+/// finds that out, and gives the handle something to roll back.
+async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    match sqlx::raw_sql("BEGIN").execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().contains("within a transaction") => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(sqlx::Error::BeginFailed),
     }
 }
 

@@ -55,12 +55,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             .map(|locked| HeldInTransaction { name: Arc::clone(self.name), hold_count: locked.hold_count }))
     }
 
-    /// Takes the lock in the transaction on the connection. `None`: a try, and it was not free; or nobody `is_wanted` any
-    /// more.
+    /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
+    /// longer.
     pub(crate) async fn lock(
         &self,
         connection: &mut DB::Connection,
-        is_wanted: impl Fn() -> bool,
+        mut may_wait: impl FnMut() -> bool,
     ) -> Result<Option<Locked>, Error> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
@@ -75,7 +75,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 // A lease may hold it, which the transaction must not find out by locking the holder's row.
                 _ if self.kind == Kind::Insert => {
                     seen = true;
-                    match self.wait_for_lease(&is_wanted).await? {
+                    match self.wait_for_lease(&mut may_wait).await? {
                         Some(id) => id,
                         None => return Ok(None),
                     }
@@ -117,7 +117,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if left.is_zero() {
                 return Err(self.timed_out(WaitingFor::Lock, None));
             }
-            if !is_wanted() {
+            if !may_wait() {
                 return Ok(None);
             }
             slice = left.min(SLICE);
@@ -140,7 +140,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Waits, outside of the transaction, until no lease holds the lock. Answers the row's id; `None` as in `lock`.
-    async fn wait_for_lease(&self, is_wanted: impl Fn() -> bool) -> Result<Option<i64>, Error> {
+    async fn wait_for_lease(&self, mut may_wait: impl FnMut() -> bool) -> Result<Option<i64>, Error> {
         loop {
             let Some((row, _)) = self.ensure_row().await? else { return Ok(Some(0)) };
             let remaining = row.remaining();
@@ -151,7 +151,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if left.is_zero() {
                 return Err(self.timed_out(WaitingFor::Lock, Some(row)));
             }
-            if !is_wanted() {
+            if !may_wait() {
                 return Ok(None);
             }
             sleep(jitter(PAUSE).min(remaining).min(left)).await;
@@ -196,7 +196,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// What is left of the wait; `None` for a try.
-    fn left(&self) -> Option<Duration> {
+    pub(crate) fn left(&self) -> Option<Duration> {
         self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
     }
 

@@ -4,14 +4,13 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::Transaction;
-use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
-use crate::database::{Fault, Guard, Guarded, LeaseKey, LockDatabase};
+use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
+use crate::own_transaction::{OwnTransaction, commit, current_runtime};
 use crate::{Error, Locks};
 
 const PAUSE: Duration = Duration::from_millis(10);
@@ -27,37 +26,20 @@ const PAUSE: Duration = Duration::from_millis(10);
 #[must_use = "the transaction is rolled back when it is dropped"]
 #[clippy::has_significant_drop]
 pub struct GuardedTransaction<DB: LockDatabase> {
-    /// Taken only by what consumes or drops this.
-    transaction: Option<Transaction<'static, DB>>,
+    transaction: OwnTransaction<DB, KeptByTransaction>,
     hold: KeptByTransaction,
-    /// What ends the transaction runs in tasks: cut in half, it would leave the connection in the middle of something.
-    runtime: Handle,
 }
 
 impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Begins on a connection of the application's pool, unless the lease is lost first.
     pub(super) async fn begin(locks: &Locks<DB>, hold: &Arc<Hold>) -> Result<Self, Error> {
         hold.check()?;
-        let runtime = Handle::try_current().map_err(|_| Error::InvalidOption {
-            option: "runtime",
-            value: "none".into(),
-            reason: "transactions are begun inside a tokio runtime, like everything of sqlx",
-        })?;
-        let (pool, for_task, for_guard) =
-            (locks.pool().clone(), KeptByTransaction::new(hold), runtime.clone());
-        let begun = runtime.spawn(async move {
+        let (pool, for_task) = (locks.pool().clone(), KeptByTransaction::new(hold));
+        let begun = current_runtime()?.spawn(async move {
             loop {
-                let begun = match DB::BEGIN_GUARDED {
-                    Some(statement) => pool.begin_with(statement).await,
-                    None => pool.begin().await,
-                };
-                match begun {
-                    Ok(transaction) => {
-                        let transaction = Some(transaction);
-                        let mut guarded = Self { transaction, hold: for_task, runtime: for_guard };
-                        DB::mark(&mut guarded).await?;
-                        return Ok(guarded);
-                    }
+                let kept = for_task.clone();
+                match OwnTransaction::begin(&pool, DB::BEGIN_GUARDED, kept).await {
+                    Ok(transaction) => return Ok(Self { transaction, hold: for_task }),
                     // SQLite: somebody else is writing.
                     Err(error) if DB::classify(&error) == Fault::Busy && for_task.check().is_ok() => {
                         sleep(PAUSE).await;
@@ -112,16 +94,11 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// # Cancel safety
     ///
     /// The rollback goes on when the future is dropped; only the answer is lost.
-    pub async fn rollback(mut self) -> Result<(), Error> {
-        let Some(transaction) = self.transaction.take() else { return Ok(()) };
-        let name = self.hold.lease.name().to_owned();
-        let rolled_back = self.runtime.spawn(roll_back(transaction)).await;
-        match rolled_back {
-            Ok(Err(error)) => {
-                Err(Failure::new::<DB>(error).into_error("roll back the transaction", Some(&name)))
-            }
-            _ => Ok(()),
-        }
+    pub async fn rollback(self) -> Result<(), Error> {
+        let Self { transaction, hold } = self;
+        transaction.roll_back().await.map_err(|error| {
+            Failure::new::<DB>(error).into_error("roll back the transaction", Some(hold.lease.name()))
+        })
     }
 
     pub(super) fn is_of(&self, hold: &Arc<Hold>) -> bool {
@@ -129,84 +106,36 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     }
 
     /// Guard and commit, or release and commit.
-    pub(super) async fn end(mut self, release: bool) -> Result<(), Error> {
-        let Some(transaction) = self.transaction.take() else { return Ok(()) };
-        let hold = self.hold.clone();
-        let ended = self.runtime.spawn(async move {
-            let ended = guard_and_commit(transaction, &hold.lease.key, release).await;
+    pub(super) async fn end(self, release: bool) -> Result<(), Error> {
+        let Self { transaction, hold } = self;
+        let lost = hold.lost(Loss::TransactionEnded);
+        let ended = transaction.end(|mut transaction| async move {
+            // Others may have the lock a moment before we hear of it.
+            let in_doubt = release.then(|| hold.doubt());
+            let key = &hold.lease.key;
+            let checked = DB::commit_guarded(&mut transaction, key, release).await;
+            let ended = commit(transaction, checked, &key.row.name).await;
             if release && ended.is_ok() {
                 hold.was_released();
             }
+            drop(in_doubt);
             ended
         });
-        let lost = self.hold.lost(Loss::TransactionEnded);
         ended.await.unwrap_or(Err(lost))
     }
-}
-
-async fn guard_and_commit<DB: LockDatabase>(
-    mut transaction: Transaction<'static, DB>,
-    lease: &LeaseKey,
-    release: bool,
-) -> Result<(), Error> {
-    let name = &*lease.row.name;
-    let failure = match DB::guard(&mut transaction, lease, Guard { marked: true, release }).await {
-        Ok(Guarded::Ours) => {
-            return transaction.commit().await.map_err(|error| {
-                Failure::new::<DB>(error).into_error("commit the guarded transaction", Some(name))
-            });
-        }
-        Ok(Guarded::NotOurs) => Ok(Loss::TakenOver),
-        Ok(Guarded::Ended) => Ok(Loss::TransactionEnded),
-        Err(error) => Err(Failure::new::<DB>(error)),
-    };
-    // Without a COMMIT nothing of it is kept, whether the rollback arrives or not.
-    let _rolled_back = roll_back(transaction).await;
-    Err(match failure {
-        Ok(reason) => Error::Lost { name: name.to_owned(), reason },
-        Err(failure) if failure.fault == Fault::Disconnected => {
-            Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded }
-        }
-        Err(failure) => failure.into_error("guard the transaction", Some(name)),
-    })
-}
-
-async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
-    DB::unmark(&mut transaction).await?;
-    DB::reopen(&mut transaction).await;
-    transaction.rollback().await
 }
 
 impl<DB: LockDatabase> Deref for GuardedTransaction<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &Self::Target {
-        match &self.transaction {
-            Some(transaction) => transaction,
-            None => unreachable!("it is consumed by what takes its transaction"),
-        }
+        &self.transaction
     }
 }
 
 impl<DB: LockDatabase> DerefMut for GuardedTransaction<DB> {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        match &mut self.transaction {
-            Some(transaction) => transaction,
-            None => unreachable!("it is consumed by what takes its transaction"),
-        }
-    }
-}
-
-impl<DB: LockDatabase> Drop for GuardedTransaction<DB> {
-    fn drop(&mut self) {
-        if let Some(transaction) = self.transaction.take() {
-            let (hold, _entered) = (self.hold.clone(), self.runtime.enter());
-            drop(self.runtime.spawn(async move {
-                let _rolled_back = roll_back(transaction).await;
-                // Only now may the lease go.
-                drop(hold);
-            }));
-        }
+        &mut self.transaction
     }
 }
 

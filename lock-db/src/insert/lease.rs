@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use sqlx::Connection;
 use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::GuardedTransaction;
-use crate::database::{Guard, Guarded, LockDatabase};
+use super::{GuardedTransaction, release_quietly};
+use crate::database::{Guarded, LockDatabase};
 use crate::error::{Failure, Loss};
 use crate::reentry::Held;
 use crate::session::{LeaseState, Request};
@@ -29,12 +30,12 @@ use crate::{Error, Kind, Locks};
 #[must_use = "the lock is released as soon as the lease is dropped"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    hold: Arc<Hold>,
+    pub(crate) hold: Arc<Hold>,
     locks: Locks<DB>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(super) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
+    pub(crate) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
         Self { hold, locks }
     }
 
@@ -63,7 +64,8 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Whether the lock is ours, by what the database last confirmed and a deadline on the local monotonic clock that
     /// counts from before the request for it was sent. Asks nobody and takes no time.
     ///
-    /// Once `false` it stays `false`.
+    /// Once `false` it stays `false`, but for a lease that a transaction was to release
+    /// ([`release_in`](Self::release_in), [`commit_and_release`](Self::commit_and_release)) and that was rolled back.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.hold.lease.loss().is_none()
@@ -157,13 +159,14 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// When the future is dropped, roll the transaction back.
     pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
-        self.hold.lease.doubt();
-        let released = self.ask_in(transaction, true).await;
-        // From the moment on at which the row is locked.
-        self.hold.lease.doubt();
-        let _session_may_be_gone =
-            self.hold.session.send(Request::ReleasedIn { lease: Arc::clone(&self.hold.lease) });
-        released
+        self.refuse_without_transaction(transaction)?;
+        if self.hold.lease.is_kept() {
+            // Not free with the commit, but released with the last handle, as without a transaction.
+            return self.ask_in(transaction, false).await;
+        }
+        // To the end of the call, or of the future that is dropped on the way.
+        let _in_doubt = self.hold.doubt();
+        self.ask_in(transaction, true).await
     }
 
     /// Commits a guarded transaction of this lease and releases the lock with it: check, release and commit cost one
@@ -185,17 +188,21 @@ impl<DB: LockDatabase> Lease<DB> {
                 reason: "it was begun by another lease",
             });
         }
-        transaction.end(true).await
+        let release = !self.hold.lease.is_kept();
+        transaction.end(release).await?;
+        if !release {
+            // Committed is committed.
+            release_quietly(self.release().await);
+        }
+        Ok(())
     }
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
+        self.refuse_without_transaction(transaction)?;
         let key = &self.hold.lease.key;
         let name = &*key.row.name;
-        if !transaction.is_in_transaction() {
-            return Err(Error::NotInTransaction { name: name.to_owned() });
-        }
-        match DB::guard(transaction, key, Guard { marked: false, release }).await {
-            Ok(Guarded::Ours) => Ok(()),
+        match DB::guard(transaction, key, release).await {
+            Ok(Guarded::Ours | Guarded::Committed) => Ok(()),
             Ok(Guarded::NotOurs | Guarded::Ended) => {
                 DB::doom(transaction).await;
                 Err(Error::Lost { name: name.to_owned(), reason: Loss::TakenOver })
@@ -208,6 +215,13 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(failure.into_error("verify the lock", Some(name)))
             }
         }
+    }
+
+    fn refuse_without_transaction(&self, connection: &mut DB::Connection) -> Result<(), Error> {
+        if connection.is_in_transaction() {
+            return Ok(());
+        }
+        Err(Error::NotInTransaction { name: self.name().to_owned() })
     }
 
     /// Releases the lock and waits until the database has confirmed it: others can take it from then on. On a handle
@@ -256,6 +270,11 @@ pub(crate) struct Hold {
 impl Hold {
     pub(crate) fn new(lease: Arc<LeaseState>, session: mpsc::UnboundedSender<Request>) -> Self {
         Self { lease, session, released: AtomicBool::new(false), transactions: AtomicUsize::new(0) }
+    }
+
+    /// See [`InsertLock::at_least`](crate::InsertLock::at_least).
+    pub(crate) fn keep_for(&self, at_least: Duration) {
+        self.lease.keep_for(at_least);
     }
 
     /// Fails when the lease is lost.
@@ -307,10 +326,29 @@ impl Hold {
         answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
     }
 
+    /// From now on until the database tells, nobody knows whether a transaction has released it. The watchdog asks as soon
+    /// as this is dropped.
+    pub(super) fn doubt(&self) -> InDoubt<'_> {
+        self.lease.doubt();
+        InDoubt(self)
+    }
+
     /// A transaction that has committed released it.
     pub(super) fn was_released(&self) {
         self.released.store(true, Ordering::SeqCst);
         let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });
+    }
+}
+
+/// A statement that releases the lease with its transaction is under way.
+pub(super) struct InDoubt<'a>(&'a Hold);
+
+impl Drop for InDoubt<'_> {
+    fn drop(&mut self) {
+        // Anew: what was asked before the row was locked says nothing.
+        self.0.lease.doubt();
+        let _session_may_be_gone =
+            self.0.session.send(Request::ReleasedIn { lease: Arc::clone(&self.0.lease) });
     }
 }
 

@@ -20,18 +20,19 @@ pub struct InsertLock<DB: LockDatabase> {
     name: String,
     ttl: Option<Duration>,
     wait: Option<Duration>,
+    at_least: Duration,
 }
 
 // Derived, it would ask for a database type that can be cloned.
 impl<DB: LockDatabase> Clone for InsertLock<DB> {
     fn clone(&self) -> Self {
-        Self { locks: self.locks.clone(), name: self.name.clone(), ttl: self.ttl, wait: self.wait }
+        Self { locks: self.locks.clone(), name: self.name.clone(), ..*self }
     }
 }
 
 impl<DB: LockDatabase> InsertLock<DB> {
     pub(crate) fn new(locks: Locks<DB>, name: &str) -> Self {
-        Self { locks, name: name.to_owned(), ttl: None, wait: None }
+        Self { locks, name: name.to_owned(), ttl: None, wait: None, at_least: Duration::ZERO }
     }
 
     /// How long the lock outlives a holder that is gone: 50 ms to 365 days. It is renewed at a third of it as long as the
@@ -52,6 +53,18 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self
     }
 
+    /// For how long after the start nobody else gets the lock, even if the work ends before: for jobs that several processes
+    /// start at about the same time, so that a short run is not followed by a second one. At most 365 days. Default: zero.
+    ///
+    /// Nobody waits for it. A release that comes earlier writes the moment, by the database's clock, into the row, which
+    /// has no owner until then; so it holds whatever becomes of this process. A process that dies *before* the release
+    /// has not done its job: then the lock is free after its TTL, as ever. [`Lease::release_in`] and
+    /// [`Lease::commit_and_release`] leave the lock to be released that way as well.
+    pub const fn at_least(mut self, at_least: Duration) -> Self {
+        self.at_least = at_least;
+        self
+    }
+
     /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked.
     ///
     /// Not re-entrant: a caller that holds the lock already waits for itself, until its wait is over. To go on under a lease
@@ -67,7 +80,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
+        let at_least = limits::check_at_least(self.at_least)?;
         let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait).await?;
+        hold.keep_for(at_least);
         Ok(Lease::new(Arc::new(hold), self.locks))
     }
 
@@ -82,8 +97,12 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// May be dropped at any time: a lock that was granted meanwhile is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
+        let at_least = limits::check_at_least(self.at_least)?;
         let hold = self.locks.hold(&self.name, self.ttl, None).await?;
-        Ok(hold.map(|hold| Lease::new(Arc::new(hold), self.locks)))
+        Ok(hold.map(|hold| {
+            hold.keep_for(at_least);
+            Lease::new(Arc::new(hold), self.locks)
+        }))
     }
 
     /// Takes the lock in the caller's transaction: no other connection holds it, nothing renews it, and the commit, rollback
@@ -126,6 +145,13 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ) -> Result<Option<HeldInTransaction>, Error> {
         let started = Instant::now();
         let name = name::check(&self.name)?;
+        if !self.at_least.is_zero() {
+            return Err(Error::InvalidOption {
+                option: "at_least",
+                value: format!("{:?}", self.at_least),
+                reason: "a lock in a transaction ends with it",
+            });
+        }
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Insert, wait, started };
         attempt.lock_in(transaction).await
     }
@@ -174,7 +200,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
         F: AsyncFnOnce(&Lease<DB>) -> Result<T, E>,
         E: From<Error>,
     {
+        let at_least = limits::check_at_least(self.at_least)?;
         let entered = self.locks.enter(&self.name, self.ttl, self.wait).await?;
+        entered.held.keep_for(at_least);
         // Dropped after the lease, however this ends.
         let inside = entered.inside;
         let lease = Lease::new(entered.held, self.locks);
@@ -216,7 +244,7 @@ impl<DB: LockDatabase> Locks<DB> {
     }
 
     /// `wait: None` is a try.
-    async fn hold(
+    pub(crate) async fn hold(
         &self,
         name: &str,
         ttl: Option<Duration>,

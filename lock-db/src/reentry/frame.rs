@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::gate::{Gate, Pass};
 use super::{Held, Lock};
-use crate::error::{Loss, WaitingFor};
+use crate::error::{Loss, NoReentry, WaitingFor};
 use crate::{Error, Kind};
 
 tokio::task_local! {
@@ -83,6 +83,8 @@ struct Frame {
     loss: Option<watch::Receiver<Option<Loss>>>,
     /// `None` for the call that took the lock.
     place: Option<Weak<Place>>,
+    /// Whether calls may enter again from inside of this one.
+    is_open: bool,
 }
 
 /// The right to be inside of an outer frame. The calls further inside share it: as long as one of them is there, the
@@ -119,9 +121,19 @@ impl Inside {
 impl<H: Held> Entered<H> {
     /// For the call that took the lock.
     pub(crate) fn first(lock: Lock, held: Arc<H>) -> Self {
+        Self::taken(lock, held, true)
+    }
+
+    /// For the call that took the lock and lets nobody in behind it.
+    pub(crate) fn only(lock: Lock, held: Arc<H>) -> Self {
+        Self::taken(lock, held, false)
+    }
+
+    fn taken(lock: Lock, held: Arc<H>, is_open: bool) -> Self {
         let weak = Arc::downgrade(&held);
+        let loss = held.loss();
         let frame =
-            Frame { lock, kind: H::KIND, gate: Arc::default(), held: weak, loss: held.loss(), place: None };
+            Frame { lock, kind: H::KIND, gate: Arc::default(), held: weak, loss, place: None, is_open };
         let frames = Frames { innermost: Arc::new(frame), around: Frames::current() };
         Self { held, inside: Inside { frames: Arc::new(frames), _place: None } }
     }
@@ -133,7 +145,7 @@ impl<H: Held> Entered<H> {
 /// # Errors
 ///
 /// [`Error::Timeout`] when a sibling was inside until the wait was over; [`Error::Lost`]; [`Error::Reentry`] when the
-/// lock was held once, but its hold has ended; [`Error::WrongKind`].
+/// lock was held once, but its hold has ended, or lets nobody in again; [`Error::WrongKind`].
 pub(crate) async fn enter<H: Held>(lock: &Lock, wait: Duration) -> Result<Option<Entered<H>>, Error> {
     let Some(current) = Frames::current() else { return Ok(None) };
     let started = Instant::now();
@@ -147,6 +159,9 @@ pub(crate) async fn enter<H: Held>(lock: &Lock, wait: Duration) -> Result<Option
             let name = lock.name.to_string();
             return Err(Error::WrongKind { name, wanted: H::KIND, found: frame.kind });
         }
+        if !frame.is_open {
+            frame.refuse()?;
+        }
         if let Some((held, inner, place)) = frame.enter(started, wait).await? {
             let frames = Frames { innermost: Arc::new(inner), around: Some(Arc::clone(&current)) };
             let inside = Inside { frames: Arc::new(frames), _place: Some(place) };
@@ -158,7 +173,29 @@ pub(crate) async fn enter<H: Held>(lock: &Lock, wait: Duration) -> Result<Option
     ended.map_or(Ok(None), |frame| Err(frame.ended()))
 }
 
+/// For a call that does not run inside of itself, nor of anybody else who has the lock: there is nothing to wait for.
+///
+/// # Errors
+///
+/// [`Error::Reentry`] when the calling code is inside of the lock.
+pub(crate) fn refuse_nested(lock: &Lock) -> Result<(), Error> {
+    let Some(current) = Frames::current() else { return Ok(()) };
+    current
+        .iter()
+        .map(|frames| &frames.innermost)
+        .filter(|frame| frame.lock == *lock)
+        .try_for_each(|frame| frame.refuse())
+}
+
 impl Frame {
+    /// Fails as long as somebody has the lock by way of this.
+    fn refuse(&self) -> Result<(), Error> {
+        if self.held.strong_count() == 0 {
+            return Ok(());
+        }
+        Err(Error::Reentry { name: self.lock.name.to_string(), reason: NoReentry::NotReentrant })
+    }
+
     /// Waits for the gate, and becomes an inner call. `None`: this one is there no more.
     async fn enter<H: Held>(
         &self,
@@ -190,12 +227,23 @@ impl Frame {
             held: Weak::clone(&self.held),
             loss: self.loss.clone(),
             place: Some(Arc::downgrade(&place)),
+            is_open: true,
         };
         Ok(Some((held, inner, place)))
     }
 
     /// `None` when there is nothing left to wait for.
     async fn wait_for_pass(&self, started: Instant, wait: Duration) -> Result<Option<Pass>, Error> {
+        let timed_out = || Error::Timeout {
+            name: self.lock.name.to_string(),
+            waited: started.elapsed(),
+            waiting_for: WaitingFor::Sibling,
+            held_by: None,
+        };
+        // A timer takes a moment, in which the gate may open: whoever does not wait gets the same answer every time.
+        if wait.is_zero() && self.told_loss().is_none() {
+            return Err(timed_out());
+        }
         if Handle::try_current().is_err() {
             return Err(Error::InvalidOption {
                 option: "runtime",
@@ -209,12 +257,7 @@ impl Frame {
             () = self.over() => return Ok(None),
             passed = timeout(left, self.gate.pass()) => passed,
         };
-        passed.map(Some).map_err(|_elapsed| Error::Timeout {
-            name: self.lock.name.to_string(),
-            waited: started.elapsed(),
-            waiting_for: WaitingFor::Sibling,
-            held_by: None,
-        })
+        passed.map(Some).map_err(|_elapsed| timed_out())
     }
 
     /// Resolves when the lock is lost or released.
@@ -226,11 +269,15 @@ impl Frame {
         }
     }
 
+    fn told_loss(&self) -> Option<Loss> {
+        self.loss.as_ref().and_then(|loss| *loss.borrow())
+    }
+
     fn ended(&self) -> Error {
         let name = self.lock.name.to_string();
-        match self.loss.as_ref().and_then(|loss| *loss.borrow()) {
+        match self.told_loss() {
             Some(reason) => Error::Lost { name, reason },
-            None => Error::Reentry { name },
+            None => Error::Reentry { name, reason: NoReentry::HoldEnded },
         }
     }
 }

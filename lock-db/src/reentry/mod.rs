@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
-pub(crate) use self::frame::{Entered, enter};
+pub(crate) use self::frame::{Entered, Inside, enter, refuse_nested};
 pub use self::owner::Owner;
 use crate::error::Loss;
 use crate::{Error, Kind};

@@ -3,12 +3,11 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use sqlx::Transaction;
-use tokio::runtime::Handle;
-
 use crate::Error;
 use crate::database::LockDatabase;
 use crate::error::{Failure, Loss};
+use crate::own_transaction::{OwnTransaction, commit};
+use crate::turns::Turn;
 
 /// A row lock that is held by a transaction of its own, to which this derefs: `&mut *guard` runs statements in it.
 ///
@@ -17,22 +16,19 @@ use crate::error::{Failure, Loss};
 #[must_use = "the lock is released as soon as the guard is dropped"]
 #[clippy::has_significant_drop]
 pub struct RowGuard<DB: LockDatabase> {
-    /// Taken only by what consumes or drops the guard.
-    transaction: Option<Transaction<'static, DB>>,
+    /// With the turn, so that the next caller of this process comes when the lock is free.
+    transaction: OwnTransaction<DB, Arc<Turn>>,
     name: Arc<str>,
     fencing_token: i64,
-    /// sqlx rolls a dropped transaction back in a task, and panics where there is no runtime to run it.
-    runtime: Handle,
 }
 
 impl<DB: LockDatabase> RowGuard<DB> {
     pub(super) fn new(
-        transaction: Transaction<'static, DB>,
+        transaction: OwnTransaction<DB, Arc<Turn>>,
         name: Arc<str>,
         fencing_token: i64,
-        runtime: Handle,
     ) -> Self {
-        Self { transaction: Some(transaction), name, fencing_token, runtime }
+        Self { transaction, name, fencing_token }
     }
 
     /// The name of the lock.
@@ -52,27 +48,14 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// # Cancel safety
     ///
     /// The commit goes on when the future is dropped; only the answer is lost.
-    pub async fn commit(mut self) -> Result<(), Error> {
-        let Some(mut transaction) = self.transaction.take() else {
-            return Ok(());
-        };
-        let (name, fencing_token) = (Arc::clone(&self.name), self.fencing_token);
-        let ended = in_task(&self.runtime, Arc::clone(&self.name), async move {
-            // PostgreSQL answers the COMMIT of a failed transaction without an error, and InnoDB lets statements after a
-            // deadlock through one by one: what tells is whether our own write is still there.
-            let lost = || Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded };
-            if !matches!(DB::still_locked(&mut transaction, &name, fencing_token).await, Ok(true)) {
-                DB::reopen(&mut transaction).await;
-                let _ = transaction.rollback().await;
-                return Err(lost());
-            }
-            transaction
-                .commit()
-                .await
-                .map_err(|error| Failure::new::<DB>(error).into_error("commit the transaction", Some(&name)))
+    pub async fn commit(self) -> Result<(), Error> {
+        let Self { transaction, name, fencing_token } = self;
+        let lost = Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded };
+        let ended = transaction.end(async move |mut transaction| {
+            let checked = DB::commit_locked(&mut transaction, &name, fencing_token).await;
+            commit(transaction, checked, &name).await
         });
-        drop(self);
-        ended.await
+        ended.await.unwrap_or(Err(lost))
     }
 
     /// Rolls the transaction back, which frees the lock.
@@ -84,32 +67,12 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// # Cancel safety
     ///
     /// The rollback goes on when the future is dropped; only the answer is lost.
-    pub async fn rollback(mut self) -> Result<(), Error> {
-        let Some(transaction) = self.transaction.take() else {
-            return Ok(());
-        };
-        let name = Arc::clone(&self.name);
-        let ended = in_task(&self.runtime, Arc::clone(&self.name), async move {
-            transaction.rollback().await.map_err(|error| {
-                Failure::new::<DB>(error).into_error("roll back the transaction", Some(&name))
-            })
-        });
-        drop(self);
-        ended.await
-    }
-}
-
-/// The end of a transaction must not be cut in half by a future that is dropped.
-fn in_task(
-    runtime: &Handle,
-    name: Arc<str>,
-    end: impl Future<Output = Result<(), Error>> + Send + 'static,
-) -> impl Future<Output = Result<(), Error>> + Send + 'static {
-    let task = runtime.spawn(end);
-    async move {
-        task.await.unwrap_or_else(|_runtime_shut_down| {
-            Err(Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded })
-        })
+    pub async fn rollback(self) -> Result<(), Error> {
+        let Self { transaction, name, .. } = self;
+        transaction
+            .roll_back()
+            .await
+            .map_err(|error| Failure::new::<DB>(error).into_error("roll back the transaction", Some(&name)))
     }
 }
 
@@ -117,28 +80,13 @@ impl<DB: LockDatabase> Deref for RowGuard<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &Self::Target {
-        match &self.transaction {
-            Some(transaction) => transaction,
-            None => unreachable!("the guard is consumed by what takes its transaction"),
-        }
+        &self.transaction
     }
 }
 
 impl<DB: LockDatabase> DerefMut for RowGuard<DB> {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        match &mut self.transaction {
-            Some(transaction) => transaction,
-            None => unreachable!("the guard is consumed by what takes its transaction"),
-        }
-    }
-}
-
-impl<DB: LockDatabase> Drop for RowGuard<DB> {
-    fn drop(&mut self) {
-        if let Some(transaction) = self.transaction.take() {
-            let _entered = self.runtime.enter();
-            drop(transaction);
-        }
+        &mut self.transaction
     }
 }
 

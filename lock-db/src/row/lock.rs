@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::Transaction;
-use tokio::runtime::Handle;
+use tokio::select;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
@@ -13,6 +12,8 @@ use super::RowGuard;
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
+use crate::own_transaction::{OwnTransaction, current_runtime};
+use crate::turns::Turn;
 use crate::{Error, Kind, Locks, limits, name};
 
 /// How long a caller who does not want to wait for the lock waits for a connection.
@@ -159,16 +160,12 @@ impl<DB: LockDatabase> RowLock<DB> {
     async fn in_task(self, wait: Option<Duration>) -> Result<Option<RowGuard<DB>>, Error> {
         let started = Instant::now();
         let name = name::check(&self.name)?;
-        let runtime = Handle::try_current().map_err(|_| Error::InvalidOption {
-            option: "runtime",
-            value: "none".into(),
-            reason: "row locks are taken inside a tokio runtime, like everything of sqlx",
-        })?;
+        let runtime = current_runtime()?;
         let own_name = self.name.clone();
-        let (answer, answered) = oneshot::channel();
+        let (mut answer, answered) = oneshot::channel();
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
-            let taken = take(&attempt, || !answer.is_closed()).await;
+            let taken = take(&attempt, &mut answer).await;
             // An answer that comes too late is a dropped guard, which rolls back.
             let _ = answer.send(taken);
         };
@@ -187,26 +184,53 @@ impl<DB: LockDatabase> RowLock<DB> {
     }
 }
 
+type Taken<DB> = Result<Option<RowGuard<DB>>, Error>;
+
 /// Begins a transaction and locks the row in it; again with another connection when one turns out to be broken.
+///
+/// Whoever waits keeps as few connections from the others as can be, for it is they who must come to an end first: of
+/// the callers for one name only the first has one, and none has one while somebody of this process holds the lock; of
+/// those who wait for other processes all but one connection of the pool may be in use.
 async fn take<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
-    is_wanted: impl Fn() -> bool,
-) -> Result<Option<RowGuard<DB>>, Error> {
+    answer: &mut oneshot::Sender<Taken<DB>>,
+) -> Taken<DB> {
+    let queues = attempt.locks.row_queues();
+    let turn = match queues.turns.try_enter(attempt.name) {
+        Some(turn) => turn,
+        None => match in_time(attempt, answer, queues.turns.enter(attempt.name)).await? {
+            Some(turn) => turn,
+            None => return Ok(None),
+        },
+    };
+    let turn = Arc::new(turn);
+    let mut may_wait = None;
     let mut broken = 0_u32;
     loop {
-        let mut transaction = begin(attempt).await?;
-        let error = match attempt.lock(&mut transaction, &is_wanted).await {
+        let mut transaction = begin(attempt, &turn).await?;
+        let locked = attempt.lock(&mut transaction, || {
+            may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
+            may_wait.is_some() && !answer.is_closed()
+        });
+        let error = match locked.await {
             Ok(Some(locked)) => {
                 let name = Arc::clone(attempt.name);
-                return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token, Handle::current())));
+                return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token)));
             }
-            Ok(None) => {
-                rollback(transaction).await;
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        if let Err(error) = transaction.roll_back().await {
+            tracing::debug!(%error, "rolling back");
+        }
+        let Some(error) = error else {
+            if attempt.wait.is_none() || answer.is_closed() || may_wait.is_some() {
                 return Ok(None);
             }
-            Err(error) => error,
+            // Too many wait already.
+            may_wait = in_time(attempt, answer, queues.waiters.acquire()).await?.and_then(Result::ok);
+            continue;
         };
-        rollback(transaction).await;
         // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
         let again = match &error {
             Error::Database { source, .. } => DB::classify(source) == Fault::Disconnected,
@@ -215,19 +239,38 @@ async fn take<DB: LockDatabase>(
         };
         broken += 1;
         let in_time = attempt.wait.is_some_and(|wait| attempt.started.elapsed() < wait);
-        if !again || !is_wanted() || (!in_time && broken > 1) {
+        if !again || answer.is_closed() || (!in_time && broken > 1) {
             return Err(error);
         }
         sleep(PAUSE).await;
     }
 }
 
-/// Waits for the connection no longer than the caller does. The `begin` itself is a task of its own: in sqlx 0.9 one
-/// that is dropped midway puts its connection back into the pool with the transaction open.
-async fn begin<DB: LockDatabase>(attempt: &Attempt<'_, DB>) -> Result<Transaction<'static, DB>, Error> {
-    let pool = attempt.locks.pool().clone();
-    let begun = tokio::spawn(async move { pool.begin().await });
-    let left = attempt.wait.map(|wait| wait.saturating_sub(attempt.started.elapsed()).max(SHORTEST_CONNECT));
+/// Waits in a queue of this process as long as the caller does. `None`: the caller does not wait, or has gone.
+async fn in_time<DB: LockDatabase, T>(
+    attempt: &Attempt<'_, DB>,
+    answer: &mut oneshot::Sender<Taken<DB>>,
+    queue: impl Future<Output = T>,
+) -> Result<Option<T>, Error> {
+    let Some(left) = attempt.left() else { return Ok(None) };
+    select! {
+        biased;
+        () = answer.closed() => Ok(None),
+        turn = timeout(left, queue) => match turn {
+            Ok(turn) => Ok(Some(turn)),
+            Err(_elapsed) => Err(attempt.timed_out(WaitingFor::Lock, None)),
+        },
+    }
+}
+
+/// Waits for the connection no longer than the caller does.
+async fn begin<DB: LockDatabase>(
+    attempt: &Attempt<'_, DB>,
+    turn: &Arc<Turn>,
+) -> Result<OwnTransaction<DB, Arc<Turn>>, Error> {
+    let (pool, turn) = (attempt.locks.pool().clone(), Arc::clone(turn));
+    let begun = tokio::spawn(async move { OwnTransaction::begin(&pool, DB::BEGIN_MARKED, turn).await });
+    let left = attempt.left().map(|left| left.max(SHORTEST_CONNECT));
     let result = match left {
         Some(left) => {
             timeout(left, begun).await.map_err(|_| attempt.timed_out(WaitingFor::Connection, None))?
@@ -241,12 +284,5 @@ async fn begin<DB: LockDatabase>(attempt: &Attempt<'_, DB>) -> Result<Transactio
             Err(Failure::new::<DB>(error).into_error("begin a transaction", Some(attempt.name)))
         }
         Err(_runtime_shut_down) => Err(Error::Closed),
-    }
-}
-
-/// A rollback that fails has lost its connection, which rolls back too.
-async fn rollback<DB: LockDatabase>(transaction: Transaction<'static, DB>) {
-    if let Err(error) = transaction.rollback().await {
-        tracing::debug!(%error, "rolling back");
     }
 }

@@ -3,7 +3,9 @@
 mod guard;
 mod lock;
 mod locks;
+mod queues;
 
 pub use self::guard::RowGuard;
 pub use self::lock::RowLock;
 pub use self::locks::RowLocks;
+pub(crate) use self::queues::RowQueues;

@@ -1,5 +1,6 @@
 //! Taking a lease: the turn within the process, then the database, until the caller's wait is over.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,11 +11,11 @@ use tokio::time::{sleep, timeout};
 use super::core::{Core, Granted, deadline};
 use super::release;
 use super::request::Acquire;
-use super::turns::Turn;
 use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
+use crate::turns::Turn;
 use crate::{Error, Kind};
 
 /// The first and the longest pause between two looks at a lock that somebody else holds.
@@ -23,6 +24,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// How much longer than the wait an attempt may take that the database leaves without an answer.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a try may take, which has no wait of its own: with many others before it.
+const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 const ACTION: &str = "acquire";
 
@@ -47,8 +50,8 @@ struct Attempt {
     claims: Vec<Claim>,
     wait: Option<Duration>,
     started: Instant,
-    /// Whether a statement was sent whose outcome is not known.
-    unsettled: bool,
+    /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
+    unsettled: Rc<Cell<bool>>,
     /// What was in the way last.
     last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
@@ -61,7 +64,7 @@ impl Attempt {
             claims: request.claims.clone(),
             wait: request.wait,
             started: request.started,
-            unsettled: false,
+            unsettled: Rc::default(),
             last_seen: None,
             last_failure: None,
         }
@@ -69,8 +72,7 @@ impl Attempt {
 
     /// Ends soon after the wait is over, also when the database does not answer at all.
     async fn run_in_time(&mut self) -> Result<Option<Vec<Hold>>, Error> {
-        let Some(wait) = self.wait else { return self.run().await };
-        let limit = (wait + GRACE).saturating_sub(self.started.elapsed());
+        let limit = self.wait.map_or(LONGEST_TRY, |wait| wait + GRACE).saturating_sub(self.started.elapsed());
         match timeout(limit, self.run()).await {
             Ok(result) => result,
             Err(_elapsed) => Err(self.timed_out()),
@@ -82,7 +84,7 @@ impl Attempt {
         let Some(granted) = self.contend().await? else { return Ok(None) };
         let holds = granted.into_iter().zip(turns).map(|(granted, turn)| self.core.hold(granted, turn));
         let holds: Option<Vec<Hold>> = holds.collect();
-        self.unsettled = holds.is_none();
+        self.unsettled.set(holds.is_none());
         holds.map(Some).ok_or(Error::Closed)
     }
 
@@ -133,7 +135,10 @@ impl Attempt {
                     }
                     LONGEST_PAUSE
                 }
-                Err(failure) if failure.is_contention() => SHORTEST_PAUSE,
+                Err(failure) if failure.is_contention() => {
+                    self.last_failure = None;
+                    SHORTEST_PAUSE
+                }
                 Err(failure) => return Err(failure.into_error(ACTION, Some(self.name()))),
             };
             let Some(left) = self.left() else { return Ok(None) };
@@ -172,16 +177,17 @@ impl Attempt {
     /// Sends the claims to the database.
     async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
         // What an earlier attempt may have got is not settled by what this one does not get.
-        let unsettled_before = std::mem::replace(&mut self.unsettled, true);
-        let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone()).await {
+        let unsettled_before = self.unsettled.get();
+        let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
+        {
             Err(failure) if failure.fault != Fault::Disconnected => {
-                self.unsettled = unsettled_before;
+                self.unsettled.set(unsettled_before);
                 return Err(failure);
             }
             answer => answer?,
         };
         let Some(grants) = grants else {
-            self.unsettled = unsettled_before;
+            self.unsettled.set(unsettled_before);
             return Ok(None);
         };
         // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.
@@ -241,7 +247,7 @@ impl Attempt {
 /// However the attempt ends, by an error or because the caller has gone: a lease that it may have got is given back.
 impl Drop for Attempt {
     fn drop(&mut self) {
-        if self.unsettled {
+        if self.unsettled.get() {
             for claim in &self.claims {
                 release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
             }

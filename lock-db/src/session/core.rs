@@ -17,11 +17,11 @@ use super::busy::Busy;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
 use super::request::Request;
-use super::turns::{Turn, Turns};
 use super::{acquire, release, renewal};
 use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Renewal};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
+use crate::turns::{Turn, Turns};
 use crate::{Error, Kind};
 
 /// One for what callers wait for, one for renewals, which must not wait behind it.
@@ -129,12 +129,12 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             Request::CheckSchema { answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.check_schema().await);
             })),
-            Request::Close { answer } => {
+            Request::Close { done } => {
                 core.closing.send_replace(true);
                 release::release_all(&core);
                 // Those that were dropped before, and what attempts that end now may have got, are given back as well.
                 let _in_time = timeout(FINISH_LIMIT, core.busy.nobody()).await;
-                let _ = answer.send(());
+                drop(done);
                 break;
             }
         }
@@ -148,7 +148,7 @@ pub(super) struct Core {
     pub(super) lane: Lane,
     /// For renewals.
     pub(super) renewals: Lane,
-    pub(super) turns: Rc<Turns>,
+    pub(super) turns: Arc<Turns>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
     last_number: Cell<u64>,
     /// For guards, which keep the session alive; weak, so that the session doesn't.
@@ -176,7 +176,7 @@ impl Core {
         Rc::new(Self {
             lane: Lane::start(pool.clone()),
             renewals: Lane::start(pool),
-            turns: Rc::default(),
+            turns: Arc::default(),
             leases: RefCell::default(),
             last_number: Cell::new(0),
             requests,
@@ -296,10 +296,11 @@ impl Held {
         if self.state.is_in_doubt() { pause.min(LOOK_AFTER) } else { pause }
     }
 
-    pub(super) fn renewed(&mut self, sent: Instant) {
+    /// `false`: too late, its holder was told already that it is over.
+    pub(super) fn renewed(&mut self, sent: Instant) -> bool {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
         self.next_renewal = sent + self.ttl / 3;
-        self.state.extend(self.deadline);
+        self.state.extend(self.deadline)
     }
 }
 

@@ -4,12 +4,14 @@
 //! carried out, and its answer falls on the floor. Requests that wait together are taken together, which is where
 //! statements for several of them belong.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, Pool};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use crate::Kind;
 use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Standing};
@@ -27,7 +29,7 @@ impl Operation {
     /// Whether nobody waits for the answer any more. A release is carried out all the same.
     fn is_forgotten(&self) -> bool {
         match self {
-            Self::Acquire(_, reply) => reply.is_closed(),
+            Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
             Self::Create(_, _, reply) | Self::CheckSchema(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
@@ -43,11 +45,11 @@ type Acquired = (Option<Vec<Grant>>, Cluster, Instant);
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
-    Acquire(Vec<Claim>, Reply<Acquired>),
+    Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
-    Release(Arc<str>, Secret, Reply<Standing>),
+    Release(Arc<str>, Secret, Duration, Reply<Standing>),
     Migrate(Reply<()>),
     CheckSchema(Reply<()>),
 }
@@ -56,6 +58,8 @@ enum Operation {
 #[derive(Debug)]
 pub(super) struct Lane {
     operations: mpsc::UnboundedSender<Operation>,
+    /// When the server last answered anything.
+    answered: Rc<Cell<Option<Instant>>>,
     no_answer: fn(Duration) -> Failure,
 }
 
@@ -63,15 +67,25 @@ impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
     pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
-        tokio::task::spawn_local(
-            Server { pool, connection: None, cluster: Cluster::SinglePrimary }.serve(queue),
-        );
-        Self { operations, no_answer: Failure::no_answer::<DB> }
+        let answered = Rc::default();
+        let server = Server {
+            pool,
+            connection: None,
+            cluster: Cluster::SinglePrimary,
+            answered: Rc::clone(&answered),
+        };
+        tokio::task::spawn_local(server.serve(queue));
+        Self { operations, answered, no_answer: Failure::no_answer::<DB> }
     }
 
-    /// Takes leases if they are free, all or none.
-    pub(super) async fn acquire(&self, claims: Vec<Claim>) -> Result<Acquired, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, reply)).await
+    /// Takes leases if they are free, all or none. `begun` tells whether the server may have heard of it, also when the
+    /// future is dropped.
+    pub(super) async fn acquire(
+        &self,
+        claims: Vec<Claim>,
+        begun: &Rc<Cell<bool>>,
+    ) -> Result<Acquired, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, Rc::clone(begun), reply)).await
     }
 
     pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
@@ -91,8 +105,15 @@ impl Lane {
         self.ask(limit, |reply| Operation::Renew(leases, limit, reply)).await
     }
 
-    pub(super) async fn release(&self, name: &Arc<str>, secret: &Secret) -> Result<Standing, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(Arc::clone(name), secret.clone(), reply)).await
+    /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
+    pub(super) async fn release(
+        &self,
+        name: &Arc<str>,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> Result<Standing, Failure> {
+        let (name, secret) = (Arc::clone(name), secret.clone());
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(name, secret, at_least, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
@@ -104,18 +125,25 @@ impl Lane {
     }
 
     /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.
-    /// The limit counts from here: who stands in a long queue before a silent server waits no longer than the first one.
+    /// The limit is one of silence, counted from here: a long queue before a server that answers is carried out to its end,
+    /// and who stands in a long queue before a silent one waits no longer than the first.
     async fn ask<T>(
         &self,
         limit: Duration,
         operation: impl FnOnce(Reply<T>) -> Operation,
     ) -> Result<T, Failure> {
-        let (reply, replied) = oneshot::channel();
+        let (reply, mut replied) = oneshot::channel();
         let _lane_may_be_gone = self.operations.send(operation(reply));
-        match timeout(limit, replied).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_lane_is_gone)) => Err((self.no_answer)(limit)),
-            Err(_elapsed) => Err((self.no_answer)(limit)),
+        let mut since = Instant::now();
+        loop {
+            match timeout_at((since + limit).into(), &mut replied).await {
+                Ok(Ok(answer)) => return answer,
+                Ok(Err(_lane_is_gone)) => return Err((self.no_answer)(limit)),
+                Err(_elapsed) => match self.answered.get() {
+                    Some(answered) if answered > since => since = answered,
+                    _ => return Err((self.no_answer)(limit)),
+                },
+            }
         }
     }
 }
@@ -126,6 +154,7 @@ struct Server<DB: LockDatabase> {
     connection: Option<DB::Connection>,
     /// Of the server that the connection leads to.
     cluster: Cluster,
+    answered: Rc<Cell<Option<Instant>>>,
 }
 
 impl<DB: LockDatabase> Server<DB> {
@@ -146,7 +175,8 @@ impl<DB: LockDatabase> Server<DB> {
     /// An answer that nobody waits for any more is dropped.
     async fn carry_out(&mut self, operation: Operation) {
         match operation {
-            Operation::Acquire(claims, reply) => {
+            Operation::Acquire(claims, begun, reply) => {
+                begun.set(true);
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection| {
                         let sent = Instant::now();
@@ -174,9 +204,16 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(name, secret, reply) => {
-                let answer =
-                    self.on_connection(STATEMENT_LIMIT, async |c| DB::release(c, &name, &secret).await).await;
+            Operation::Release(name, secret, at_least, reply) => {
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |connection| {
+                        if at_least.is_zero() {
+                            DB::release(connection, &name, &secret).await
+                        } else {
+                            DB::release_later(connection, &name, &secret, at_least).await
+                        }
+                    })
+                    .await;
                 let _ = reply.send(answer);
             }
             Operation::Migrate(reply) => {
@@ -217,6 +254,7 @@ impl<DB: LockDatabase> Server<DB> {
             Ok(Ok((connection, result))) => {
                 if !matches!(result, Err(Failure { fault: Fault::Disconnected, .. })) {
                     self.connection = Some(connection);
+                    self.answered.set(Some(Instant::now()));
                 }
                 result
             }

@@ -17,6 +17,9 @@ pub(crate) struct LeaseState {
     pub(crate) fencing_token: i64,
     /// When a transaction that is still open released it. Whether it is ours will be known when that ends.
     in_doubt: Mutex<Option<Instant>>,
+    granted: Instant,
+    /// For how long after the grant nobody else is to have the lock, whenever it is released.
+    at_least: Mutex<Duration>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
 }
@@ -35,6 +38,8 @@ impl LeaseState {
             key,
             fencing_token,
             in_doubt: Mutex::default(),
+            granted: Instant::now(),
+            at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
             lost,
         };
@@ -45,8 +50,9 @@ impl LeaseState {
         &self.key.row.name
     }
 
-    pub(super) fn extend(&self, deadline: Instant) {
-        self.deadline.extend(deadline);
+    /// `false`: too late, somebody was told already that it is over.
+    pub(super) fn extend(&self, deadline: Instant) -> bool {
+        self.deadline.extend(deadline)
     }
 
     /// The database has renewed what was asked for at `sent`.
@@ -66,6 +72,23 @@ impl LeaseState {
 
     fn doubts(&self) -> MutexGuard<'_, Option<Instant>> {
         self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody else is to have the lock for so long from now on.
+    pub(crate) fn keep_for(&self, at_least: Duration) {
+        let at_least = if at_least.is_zero() { at_least } else { self.granted.elapsed() + at_least };
+        let mut kept = self.at_least.lock().unwrap_or_else(PoisonError::into_inner);
+        *kept = at_least.max(*kept);
+    }
+
+    /// Counted from the grant.
+    pub(super) fn at_least(&self) -> Duration {
+        *self.at_least.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it must not be free yet.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.granted.elapsed() < self.at_least()
     }
 
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
@@ -93,24 +116,65 @@ impl LeaseState {
     }
 }
 
-/// A moment that may move forward, read and written without a lock.
+/// A moment that may move forward until somebody has seen it pass, read and written without a lock.
 #[derive(Debug)]
 struct Deadline {
     origin: Instant,
+    /// After the origin; `PAST` for ever once it was seen as past.
     micros: AtomicU64,
 }
+
+const PAST: u64 = u64::MAX;
 
 impl Deadline {
     fn new(deadline: Instant) -> Self {
         Self { origin: deadline, micros: AtomicU64::new(0) }
     }
 
-    fn extend(&self, deadline: Instant) {
+    /// `false` when it has been seen as past.
+    fn extend(&self, deadline: Instant) -> bool {
         let later = deadline.saturating_duration_since(self.origin).as_micros();
-        self.micros.fetch_max(u64::try_from(later).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let later = u64::try_from(later).unwrap_or(PAST - 1);
+        let extended = |micros| (micros != PAST).then_some(later.max(micros));
+        self.micros.fetch_update(Ordering::AcqRel, Ordering::Acquire, extended).is_ok()
     }
 
     fn is_past(&self) -> bool {
-        Instant::now() >= self.origin + Duration::from_micros(self.micros.load(Ordering::Relaxed))
+        let mut micros = self.micros.load(Ordering::Acquire);
+        loop {
+            if micros == PAST {
+                return true;
+            }
+            if Instant::now() < self.origin + Duration::from_micros(micros) {
+                return false;
+            }
+            match self.micros.compare_exchange(micros, PAST, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return true,
+                Err(extended) => micros = extended,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_was_seen_to_pass_stays_past() {
+        let now = Instant::now();
+        let deadline = Deadline::new(now + Duration::from_hours(1));
+        assert!(!deadline.is_past());
+        assert!(deadline.extend(now + Duration::from_hours(2)));
+        assert!(!deadline.is_past());
+
+        let deadline = Deadline::new(now);
+        assert!(deadline.extend(now + Duration::from_hours(1)), "nobody has looked yet");
+        assert!(!deadline.is_past());
+
+        let deadline = Deadline::new(now);
+        assert!(deadline.is_past());
+        assert!(!deadline.extend(now + Duration::from_hours(1)));
+        assert!(deadline.is_past());
     }
 }

@@ -13,13 +13,12 @@ mod lease_state;
 mod release;
 mod renewal;
 mod request;
-mod turns;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::Pool;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::lease_state::LeaseState;
 pub(crate) use self::request::{Acquire, Answer, Request};
@@ -38,7 +37,8 @@ enum State {
     /// What starts the thread.
     Idle(Box<dyn Fn() -> Result<mpsc::UnboundedSender<Request>, Error> + Send>),
     Running(mpsc::UnboundedSender<Request>),
-    Closed,
+    /// The other end of what is dropped when all is released.
+    Closed(Option<watch::Receiver<()>>),
 }
 
 impl Session {
@@ -61,7 +61,7 @@ impl Session {
         let mut state = self.lock();
         match &*state {
             State::Running(sender) => Ok(sender.clone()),
-            State::Closed => Err(Error::Closed),
+            State::Closed(_) => Err(Error::Closed),
             State::Idle(start) => {
                 let sender = start()?;
                 *state = State::Running(sender.clone());
@@ -72,18 +72,30 @@ impl Session {
 
     /// Refuses requests from now on, and waits until what is held was released.
     pub(crate) async fn close(&self) {
-        let before = std::mem::replace(&mut *self.lock(), State::Closed);
-        if let State::Running(sender) = before {
-            let (answer, answered) = oneshot::channel();
-            if sender.send(Request::Close { answer }).is_ok() {
-                // Whatever could not be released by then is free after its TTL.
-                let _in_time = tokio::time::timeout(CLOSE_LIMIT, answered).await;
-            }
+        if let Some(mut closed) = self.begin_to_close() {
+            // Whatever could not be released by then is free after its TTL.
+            let _in_time = tokio::time::timeout(CLOSE_LIMIT, closed.changed()).await;
         }
     }
 
+    /// Whoever calls it first or later waits for the same end.
+    fn begin_to_close(&self) -> Option<watch::Receiver<()>> {
+        let mut state = self.lock();
+        let closed = match &*state {
+            State::Idle(_) => None,
+            State::Running(sender) => {
+                let (done, closed) = watch::channel(());
+                let _session_may_be_gone = sender.send(Request::Close { done });
+                Some(closed)
+            }
+            State::Closed(closed) => closed.clone(),
+        };
+        *state = State::Closed(closed.clone());
+        closed
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(&*self.lock(), State::Closed)
+        matches!(&*self.lock(), State::Closed(_))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -96,7 +108,7 @@ impl std::fmt::Debug for Session {
         formatter.write_str(match &*self.lock() {
             State::Idle(_) => "Session(idle)",
             State::Running(_) => "Session(running)",
-            State::Closed => "Session(closed)",
+            State::Closed(_) => "Session(closed)",
         })
     }
 }

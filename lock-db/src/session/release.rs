@@ -28,7 +28,7 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
     let held = core.leases.borrow_mut().remove(&lease.number);
     let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
     let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
-    let released = until_settled(core, &lease.key.row.name, &lease.key.secret, until).await;
+    let released = until_settled(core, &lease.key.row.name, &lease.key.secret, lease.at_least(), until).await;
     drop(held);
     let lost = |reason| Error::Lost { name: lease.name().to_owned(), reason };
     match (loss, released) {
@@ -37,24 +37,30 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         (None, Ok(Standing::Ours)) => Ok(()),
         (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
         (None, Ok(_locked_by_somebody)) => {
-            undo(core, lease.key.row.name.clone(), lease.key.secret.clone(), ttl);
+            let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
+            give_back(core, name, secret, lease.at_least(), ttl);
             let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
             Err(Error::Database { action: "release", name: Some(lease.name().to_owned()), source })
         }
         (None, Err(failure)) => {
-            undo(core, lease.key.row.name.clone(), lease.key.secret.clone(), ttl);
+            let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
+            give_back(core, name, secret, lease.at_least(), ttl);
             Err(failure.into_error("release", Some(lease.name())))
         }
     }
 }
 
-/// Gives back what may be ours still, in the background.
+/// Gives back what may be ours still and never got a holder, in the background.
 pub(super) fn undo(core: &Rc<Core>, name: Arc<str>, secret: Secret, ttl: Duration) {
+    give_back(core, name, secret, Duration::ZERO, ttl);
+}
+
+fn give_back(core: &Rc<Core>, name: Arc<str>, secret: Secret, at_least: Duration, ttl: Duration) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
     spawn_local(async move {
         // Later than that it is free anyway.
         let until = Instant::now() + ttl;
-        let _free_by_then = until_settled(&core, &name, &secret, until).await;
+        let _free_by_then = until_settled(&core, &name, &secret, at_least, until).await;
         drop(busy);
     });
 }
@@ -71,7 +77,9 @@ pub(super) fn release_all(core: &Rc<Core>) {
     for lease in held {
         let (core, busy) = (Rc::clone(core), core.busy.enter());
         spawn_local(async move {
-            if let Err(failure) = until_settled(&core, &lease.key.row.name, &lease.key.secret, until).await {
+            let key = &lease.key;
+            let settled = until_settled(&core, &key.row.name, &key.secret, lease.at_least(), until).await;
+            if let Err(failure) = settled {
                 let error = failure.into_error("release", Some(lease.name()));
                 tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
             }
@@ -85,11 +93,12 @@ async fn until_settled(
     core: &Rc<Core>,
     name: &Arc<str>,
     secret: &Secret,
+    at_least: Duration,
     until: Instant,
 ) -> Result<Standing, Failure> {
     let mut unsettled = false;
     loop {
-        let answer = core.lane.release(name, secret).await;
+        let answer = core.lane.release(name, secret, at_least).await;
         let in_time = Instant::now() < until;
         match answer {
             Ok(Standing::Busy) if in_time => {}

@@ -31,8 +31,8 @@ pub(super) async fn renew(core: Rc<Core>) {
     }
 }
 
-/// A lease that is due: its number, what to ask for, and how often.
-type Due = (u64, Renewal, Duration);
+/// A lease that is due: its number, and what to ask for.
+type Due = (u64, Renewal);
 
 /// The leases that are due now, and those that will be within a quarter of their interval: a little early, so that
 /// leases taken at different times end up in the same statement. Apart from them those that a transaction has released,
@@ -44,7 +44,7 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
         if held.next_renewal <= now + interval / 4 {
             // The next attempt, in case nothing is heard of this one.
             held.next_renewal = now + held.pause();
-            let due = (number, held.renewal(), interval);
+            let due = (number, held.renewal());
             if held.state.is_in_doubt() { alone.push(due) } else { together.push(due) }
         }
     }
@@ -52,19 +52,17 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
 }
 
 async fn renew_batch(core: &Core, batch: &[Due]) {
-    let shortest = batch.iter().map(|(_, _, interval)| *interval).min().unwrap_or(LONGEST_STATEMENT);
-    let leases = batch.iter().map(|(_, renewal, _)| renewal.clone()).collect();
+    // Of all leases, not only of this batch: those that come due next wait behind this statement.
+    let shortest = core.leases.borrow().values().map(|held| held.ttl / 3).min().unwrap_or(LONGEST_STATEMENT);
+    let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
     match core.renewals.renew(leases, limit).await {
         Ok((standings, sent)) => {
-            for ((key, _, _), standing) in batch.iter().zip(standings) {
+            for ((key, _), standing) in batch.iter().zip(standings) {
                 match standing {
                     Standing::Ours | Standing::StillOurs => {
-                        if let Some(held) = core.leases.borrow_mut().get_mut(key) {
-                            held.renewed(sent);
-                            if standing == Standing::Ours {
-                                held.state.confirm(sent);
-                            }
+                        if !was_renewed(core, *key, standing, sent) {
+                            core.lose(*key, Loss::NotRenewed);
                         }
                     }
                     // Locked by somebody for a moment, so it is still ours: asked again soon.
@@ -79,6 +77,16 @@ async fn renew_batch(core: &Core, batch: &[Due]) {
             tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
         }
     }
+}
+
+/// `false` when its holder has been told that it is over.
+fn was_renewed(core: &Core, number: u64, standing: Standing, sent: Instant) -> bool {
+    let mut leases = core.leases.borrow_mut();
+    let Some(held) = leases.get_mut(&number) else { return true };
+    if standing == Standing::Ours {
+        held.state.confirm(sent);
+    }
+    held.renewed(sent)
 }
 
 /// What it means that a row is not ours: a transaction that released it has committed, or somebody else was quicker.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::database::{Claim, LockRow};
 use crate::insert::Hold;
@@ -44,8 +44,9 @@ pub(crate) enum Request {
     CheckSchema {
         answer: Answer<()>,
     },
+    /// Dropped when everything is released.
     Close {
-        answer: oneshot::Sender<()>,
+        done: watch::Sender<()>,
     },
 }
 

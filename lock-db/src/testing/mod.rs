@@ -10,4 +10,4 @@ pub use self::locks::{TestLocks, locks};
 #[cfg(not(debug_assertions))]
 pub(crate) use self::switch::warn_of_optimised_program;
 pub use self::switch::without_locks;
-pub(crate) use self::switch::{is_switched_off, runs_without_lock};
+pub(crate) use self::switch::{is_switched_off, no_lease, runs_without_lock};

@@ -81,7 +81,6 @@ pub(crate) fn runs_without_lock(
 }
 
 /// For a function that binds the lease that it runs under.
-#[expect(dead_code, reason = "for `lease = …` of the attribute")]
 pub(crate) fn no_lease(lock: &str) -> Error {
     Error::InvalidOption {
         option: "lease",

@@ -1,4 +1,4 @@
-//! The values of `ttl` and `wait`.
+//! The values of `ttl`, `wait` and `at_least`.
 
 use std::time::Duration;
 
@@ -31,6 +31,12 @@ impl Length {
 
     pub(super) fn parse_wait(value: Expr) -> Result<Self> {
         Self::parse(value, |_| None)
+    }
+
+    pub(super) fn parse_at_least(value: Expr) -> Result<Self> {
+        Self::parse(value, |at_least| {
+            at_least.is_zero().then_some("an `at_least` of zero has no effect: leave it out")
+        })
     }
 
     fn parse(value: Expr, objection: impl FnOnce(Duration) -> Option<&'static str>) -> Result<Self> {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::rules::edits;
 use super::*;
 
 fn args(text: &str) -> Args {
@@ -17,6 +18,19 @@ fn refusal(text: &str) -> (String, String) {
 #[track_caller]
 fn refused(text: &str, at: &str, message: &str) {
     assert_eq!(refusal(text), (at.to_owned(), message.to_owned()));
+}
+
+/// As [`refused`], with one error for each of the two places.
+#[track_caller]
+fn refused_at_both(text: &str, (at, message): (&str, &str), other: &str) {
+    let Err(error) = syn::parse_str::<Args>(text) else { panic!("accepted: {text}") };
+    let places = error.into_iter().map(|error| (error.span().source_text().unwrap(), error.to_string()));
+    let excluded = format!("`{at}` can't stand together with this `{other}`");
+    assert_eq!(
+        places.collect::<Vec<_>>(),
+        [(at.to_owned(), message.to_owned()), (other.to_owned(), excluded)],
+        "{text}"
+    );
 }
 
 fn fixed_name(text: &str) -> String {
@@ -40,6 +54,12 @@ fn a_bare_name() {
     assert_eq!(options.mode(), Mode::Insert);
     assert!(options.ttl.is_none() && options.wait.is_none() && options.locks.is_none());
     assert!(options.tx.is_none() && options.lock_db.is_none());
+    assert!(
+        options.at_least.is_none()
+            && options.lease.is_none()
+            && options.skip.is_none()
+            && options.reentrant.is_none()
+    );
 }
 
 #[test]
@@ -55,6 +75,12 @@ fn all_options() {
     assert_eq!(options.mode(), Mode::Row);
     assert!(options.tx.is_some() && options.lock_db.is_some());
     assert!(matches!(options.wait.unwrap().value, Length::Computed(_)));
+
+    let options = args(r#""a", skip, lease = _lease, reentrant = false"#).options;
+    assert!(options.skip.is_some());
+    assert_eq!(options.lease.unwrap().value, "_lease");
+    assert!(!options.reentrant.unwrap().value);
+    assert!(args(r#""a", reentrant = true, skip,"#).options.reentrant.unwrap().value);
 }
 
 #[test]
@@ -62,7 +88,8 @@ fn every_option_is_accepted_as_its_example_shows() {
     for rule in RULES {
         let mode = if rule.key == "tx" { ", mode = row" } else { "" };
         args(&format!("\"a\", {}{mode}", rule.example));
-        assert!(rule.example.starts_with(&format!("{} = ", rule.key)));
+        let is_flag = rule.example == rule.key;
+        assert!(is_flag || rule.example.starts_with(&format!("{} = ", rule.key)));
     }
 }
 
@@ -120,11 +147,12 @@ fn a_missing_name() {
     refused(r#"ttl = "30s""#, "ttl", needed);
     refused("crate = a", "crate", needed);
     refused(r#", ttl = "30s""#, ",", needed);
-    refused(
-        r#"name = "a""#,
-        "name",
-        r#"the name is written without a key: `#[distributed_lock("order:{order_id}")]`"#,
-    );
+    for key in ["name", "key", "keys"] {
+        let without = r#"the name is written without a key: `#[distributed_lock("order:{order_id}")]`"#;
+        refused(&format!("{key} = \"a\""), key, without);
+        let first = r#"the name comes first and without a key: `#[distributed_lock("order:{order_id}")]`"#;
+        refused(&format!("ttl(), {key} = \"a\""), key, first);
+    }
 }
 
 #[test]
@@ -133,14 +161,28 @@ fn unknown_options() {
     refused(r#""a", lock = a"#, "lock", "unknown option `lock`; did you mean `locks`?");
     refused(r#""a", txn = a"#, "txn", "unknown option `txn`; did you mean `tx`?");
     refused(r#""a", timeout = "3s""#, "timeout", "unknown option `timeout`; did you mean `wait`?");
+    // As other libraries call them.
+    for (theirs, ours) in [
+        ("lock_at_most_for", "ttl"),
+        ("lock_at_least_for", "at_least"),
+        ("at_lest", "at_least"),
+        ("acquire_timeout", "wait"),
+        ("guard", "lease"),
+        ("try_lock", "skip"),
+        ("reentrancy", "reentrant"),
+    ] {
+        let message = format!("unknown option `{theirs}`; did you mean `{ours}`?");
+        refused(&format!(r#""a", {theirs} = 1"#), theirs, &message);
+    }
     refused(r#""a", transaction = tx"#, "transaction", "unknown option `transaction`; did you mean `tx`?");
     refused(
         r#""a", colour = 3"#,
         "colour",
-        "unknown option `colour`; there are `ttl`, `wait`, `mode`, `locks`, `tx`, `crate`",
+        "unknown option `colour`; there are `ttl`, `wait`, `at_least`, `mode`, `locks`, `tx`, `lease`, `skip`, `reentrant`, \
+         `crate`",
     );
-    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `mode = row`, `locks = self.locks`, `tx = tx`, \
-                    `crate = my_crate::lock_db`";
+    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `at_least = \"30s\"`, `mode = row`, `locks = self.locks`, `tx = tx`, \
+                    `lease = lease`, `skip`, `reentrant = false`, `crate = my_crate::lock_db`";
     refused(r#""a", "b""#, r#""b""#, &format!("expected an option: {examples}"));
     refused(
         r#""a", order_id"#,
@@ -154,13 +196,23 @@ fn unknown_options() {
 
 #[test]
 fn options_that_are_not_written_as_such() {
-    for key in RULES.iter().map(|rule| (rule.key, rule.example)) {
-        let (key, example) = key;
+    for (key, example) in RULES.iter().map(|rule| (rule.key, rule.example)).filter(|(key, _)| *key != "skip")
+    {
         let needs = format!("`{key}` needs a value: `{example}`");
         refused(&format!("\"a\", {key}"), key, &needs);
         refused(&format!("\"a\", {key} ="), key, &needs);
         refused(&format!("\"a\", {key} = , wait = \"1s\""), key, &needs);
         refused(&format!("\"a\", {key}(1)"), key, &needs);
+    }
+    for text in [r#""a", skip = true"#, r#""a", skip()"#, r#""a", skip wait = "1s""#] {
+        refused(text, "skip", "`skip` has no value: write `skip`, or leave it out");
+    }
+    let variable = "expected the name of a variable, which the body then has: `lease = lease`";
+    for (value, at) in [("\"a\"", "\"a\""), ("_", "_"), ("self", "self"), ("&lease", "&"), ("1", "1")] {
+        refused(&format!("\"a\", lease = {value}"), at, variable);
+    }
+    for (value, at) in [("no", "no"), ("\"false\"", "\"false\""), ("0", "0")] {
+        refused(&format!("\"a\", reentrant = {value}"), at, "expected `true` or `false`");
     }
     refused(r#""a" ttl = "3s""#, "ttl", "expected `,`");
     refused(r#""a", wait = "3s" ttl = "3s""#, "ttl", "expected `,`");
@@ -204,6 +256,10 @@ fn limits_of_durations() {
         r#""0s""#,
         "a `ttl` of zero is over at once: write \"30s\", or leave it out for the default",
     );
+    let no_effect = "an `at_least` of zero has no effect: leave it out";
+    refused(r#""a", at_least = "0s""#, r#""0s""#, no_effect);
+    refused(r#""a", at_least = "366days""#, r#""366days""#, "too long: 365 days at most");
+    assert_eq!(fixed_length(args(r#""a", at_least = "1h""#).options.at_least), Duration::from_hours(1));
     refused(r#""a", ttl = "49ms""#, r#""49ms""#, "a `ttl` needs 50ms at least, to be renewed in time");
     refused(r#""a", ttl = "366days""#, r#""366days""#, "too long: 365 days at most");
     refused(r#""a", wait = "366days""#, r#""366days""#, "too long: 365 days at most");
@@ -225,12 +281,29 @@ fn modes() {
 
 #[test]
 fn options_that_exclude_each_other() {
-    let no_ttl = "a row lock has no `ttl`: it ends with its transaction";
-    refused(r#""a", mode = row, ttl = "3s""#, "ttl", no_ttl);
-    refused(r#""a", ttl = "3s", mode = row, tx = tx"#, "ttl", no_ttl);
+    let no_ttl = ("ttl", "a row lock has no `ttl`: it ends with its transaction");
+    refused_at_both(r#""a", mode = row, ttl = "3s""#, no_ttl, "mode");
+    refused_at_both(r#""a", ttl = "3s", mode = row, tx = tx"#, no_ttl, "mode");
+    let not_kept = ("at_least", "a row lock can't be kept `at_least` so long: it ends with its transaction");
+    refused_at_both(r#""a", at_least = "1m", mode = row"#, not_kept, "mode");
+    refused_at_both(r#""a", mode = row, tx = tx, at_least = self.at_least"#, not_kept, "mode");
     let needs_row = "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out";
     refused(r#""a", tx = transaction"#, "tx", needs_row);
-    refused(r#""a", mode = insert, tx = transaction"#, "tx", needs_row);
+    refused_at_both(r#""a", mode = insert, tx = transaction"#, ("tx", needs_row), "mode");
+    let nothing_to_bind = ("lease", "there is no guard to bind: your own transaction holds the lock");
+    refused_at_both(r#""a", mode = row, tx = tx, lease = lease"#, nothing_to_bind, "tx");
+    let always = "a transaction always takes its own locks again: they last until it ends, not until the function does";
+    refused_at_both(r#""a", reentrant = false, mode = row, tx = tx"#, ("reentrant", always), "tx");
+    args(r#""a", reentrant = true, mode = row, tx = tx, skip"#);
+}
+
+#[test]
+fn the_guard_of_a_row_lock_needs_its_database() {
+    let named = "the guard of a row lock is the connection to one kind of database, which the ambient `Locks` does not \
+                 tell: name them, `locks = …`";
+    refused(r#""a", mode = row, lease = guard"#, "lease", named);
+    args(r#""a", mode = row, lease = guard, locks = locks"#);
+    args(r#""a", lease = guard"#);
 }
 
 #[test]

@@ -1,10 +1,14 @@
 //! What the attribute stands on: which functions it can change, and where in them.
 
+use std::mem;
+
 use proc_macro2::{Ident, Span, TokenStream, TokenTree};
+use quote::ToTokens;
 use syn::parse::{ParseStream, Parser};
+use syn::spanned::Spanned;
 use syn::{
-    Attribute, Block, Error, Expr, ExprCall, FnArg, ItemFn, Local, Pat, Result, Signature, Stmt, Token, Type,
-    Visibility,
+    Attribute, Block, Error, Expr, ExprAsync, ExprCall, FnArg, ItemFn, Local, Pat, Result, Signature, Stmt,
+    Token, Type, Visibility,
 };
 
 /// The function, or what is wrong with what stands there instead.
@@ -38,35 +42,100 @@ fn skip_rest(input: ParseStream) -> Result<()> {
     input.parse::<TokenStream>().map(drop)
 }
 
-/// The asynchronous body: that of an `async fn`, or of the `Box::pin(async move { … })` that a function returns, which is
-/// what `#[async_trait]` makes of an `async fn`.
-pub(super) fn async_block<'a>(signature: &Signature, block: &'a mut Block) -> Result<&'a mut Block> {
+/// How a function comes to be asynchronous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Its output is the type behind the arrow: an `async fn`, or one that waits for its `async` block itself.
+    Awaited,
+    /// It returns a future.
+    Future,
+}
+
+/// The asynchronous body: that of an `async fn`; the `async move { … }`, in a `Box::pin` or not, that a function returns,
+/// which is what `#[async_trait]` makes of an `async fn`; or the block that a runtime's attribute makes of it.
+pub(super) fn async_block<'a>(signature: &Signature, block: &'a mut Block) -> Result<(&'a mut Block, Shape)> {
     if signature.asyncness.is_some() {
-        return Ok(block);
+        return Ok((block, Shape::Awaited));
     }
-    boxed_block(block).ok_or_else(|| match &signature.constness {
-        Some(constness) => {
-            Error::new(constness.span, "a `const fn` can't wait for a lock: make it an `async fn`")
+    if is_waited_for(block) {
+        let waited_for = first_async(block).ok_or_else(|| not_async(signature))?;
+        return Ok((waited_for, Shape::Awaited));
+    }
+    if let Some(constness) = &signature.constness {
+        let message = "a `const fn` can't wait for a lock: make it an `async fn`";
+        return Err(Error::new(constness.span, message));
+    }
+    let Some((Stmt::Expr(last, None), before)) = block.stmts.split_last_mut() else {
+        return Err(not_async(signature));
+    };
+    let future = returned_future(last).ok_or_else(|| not_async(signature))?;
+    if let Some(early) = before.iter().find(|statement| !matches!(statement, Stmt::Item(_))) {
+        let message =
+            "this would run without the lock, when the future is made: move it into the `async move` block";
+        return Err(Error::new(early.span(), message));
+    }
+    match future.capture {
+        Some(_) => Ok((&mut future.block, Shape::Future)),
+        None => {
+            Err(Error::new(future.async_token.span, "write `async move`: the future outlives the function"))
         }
-        None => Error::new(
-            signature.fn_token.span,
-            "only an `async fn` can wait for a lock; if another attribute takes the `async` away, as \
-             `#[tokio::test]` does, put `#[distributed_lock]` above it",
-        ),
+    }
+}
+
+fn not_async(signature: &Signature) -> Error {
+    let message = "only an `async fn` can wait for a lock, or a function that does nothing but return `async move { … }`, \
+                   in a `Box::pin` or not; if another attribute has taken the `async` away, put `#[distributed_lock]` above it";
+    Error::new(signature.fn_token.span, message)
+}
+
+/// `let body = async { … }; … block_on(body) …`, as `#[tokio::test]` and `#[tokio::main]` write it.
+fn is_waited_for(block: &Block) -> bool {
+    match (block.stmts.first(), block.stmts.last()) {
+        (Some(Stmt::Local(Local { init: Some(init), .. })), Some(Stmt::Expr(last, _))) => {
+            matches!(&*init.expr, Expr::Async(_)) && mentions(last.to_token_stream(), "block_on")
+        }
+        _ => false,
+    }
+}
+
+fn first_async(block: &mut Block) -> Option<&mut Block> {
+    let Some(Stmt::Local(Local { init: Some(init), .. })) = block.stmts.first_mut() else { return None };
+    match &mut *init.expr {
+        Expr::Async(future) => Some(&mut future.block),
+        _ => None,
+    }
+}
+
+fn mentions(tokens: TokenStream, word: &str) -> bool {
+    tokens.into_iter().any(|token| match token {
+        TokenTree::Ident(found) => found == word,
+        TokenTree::Group(group) => mentions(group.stream(), word),
+        _ => false,
     })
 }
 
-/// The block in `Box::pin(async move { … })`, when that is all that the function does: what stood in front of it would
-/// run without the lock.
-fn boxed_block(block: &mut Block) -> Option<&mut Block> {
-    let (Stmt::Expr(Expr::Call(call), None), before) = block.stmts.split_last_mut()? else { return None };
-    if !is_box_pin(call) || !before.iter().all(|statement| matches!(statement, Stmt::Item(_))) {
-        return None;
-    }
-    match call.args.first_mut()? {
-        Expr::Async(future) if future.capture.is_some() => Some(&mut future.block),
+/// The block in `async { … }` or in `Box::pin(async { … })`.
+fn returned_future(expression: &mut Expr) -> Option<&mut ExprAsync> {
+    match expression {
+        Expr::Async(future) => Some(future),
+        Expr::Call(call) if is_box_pin(call) => match call.args.first_mut()? {
+            Expr::Async(future) => Some(future),
+            _ => None,
+        },
         _ => None,
     }
+}
+
+/// The binding of the guard would hide an argument of the same name.
+pub(super) fn check_binding(signature: &Signature, lease: &Ident) -> Result<()> {
+    let is_taken = signature.inputs.iter().any(|argument| match argument {
+        FnArg::Typed(argument) => matches!(&*argument.pat, Pat::Ident(pattern) if pattern.ident == *lease),
+        FnArg::Receiver(_) => false,
+    });
+    if is_taken {
+        return Err(Error::new(lease.span(), format!("the function has an argument `{lease}` already")));
+    }
+    Ok(())
 }
 
 fn is_box_pin(call: &ExprCall) -> bool {
@@ -78,21 +147,14 @@ fn is_box_pin(call: &ExprCall) -> bool {
 }
 
 /// An asynchronous body, in its parts.
-pub(super) struct AsyncBody<'a> {
+pub(super) struct AsyncBody {
     /// What `#[async_trait]` puts in front, so that the arguments are called as in the source.
-    pub(super) bindings: &'a [Stmt],
+    pub(super) bindings: Vec<Stmt>,
     /// What `#[async_trait]` calls `self`.
-    pub(super) receiver: Option<&'a Ident>,
-    pub(super) statements: &'a [Stmt],
+    pub(super) receiver: Option<Ident>,
+    pub(super) statements: Vec<Stmt>,
     /// Where it ends: what is missing is missing there.
     pub(super) end: Span,
-}
-
-impl<'a> AsyncBody<'a> {
-    pub(super) fn whole(block: &'a Block) -> Self {
-        let end = Span::mixed_site().located_at(block.brace_token.span.close());
-        Self { bindings: &[], receiver: None, statements: &block.stmts, end }
-    }
 }
 
 /// How many `let argument = argument;` an `#[async_trait]` writes for this function: one for `self` and for each
@@ -109,16 +171,17 @@ pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
 
 /// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
 /// wrapped it already: then the arguments still have their own names.
-pub(super) fn split(block: &Block, bindings: Option<usize>) -> AsyncBody<'_> {
-    let whole = AsyncBody::whole(block);
-    let Some(count) = bindings else { return whole };
-    let edge = usize::from(matches!(block.stmts.first(), Some(Stmt::Expr(Expr::If(_), _))));
-    match block.stmts.split_at_checked(edge + count) {
-        Some((bindings, statements)) if bindings[edge..].iter().all(is_binding) => {
-            AsyncBody { bindings, receiver: bindings.iter().find_map(receiver), statements, ..whole }
-        }
-        _ => whole,
+pub(super) fn split(block: &mut Block, bindings: Option<usize>) -> AsyncBody {
+    let end = Span::mixed_site().located_at(block.brace_token.span.close());
+    let mut statements = mem::take(&mut block.stmts);
+    let edge = usize::from(matches!(statements.first(), Some(Stmt::Expr(Expr::If(_), _))));
+    let bound = bindings.map_or(0, |count| edge + count);
+    if bound > statements.len() || !statements.iter().take(bound).skip(edge).all(is_binding) {
+        return AsyncBody { bindings: Vec::new(), receiver: None, statements, end };
     }
+    let behind = statements.split_off(bound);
+    let receiver = statements.iter().find_map(receiver).cloned();
+    AsyncBody { bindings: statements, receiver, statements: behind, end }
 }
 
 /// `let x = x;` or `let (a, b) = { let __arg = __arg; __arg };`

@@ -1,5 +1,6 @@
 //! The type that the asynchronous body returns.
 
+use super::function::Shape;
 use syn::spanned::Spanned;
 use syn::visit_mut::{self, VisitMut};
 use syn::{
@@ -7,10 +8,10 @@ use syn::{
 };
 
 /// The declared type, if the signature shows it: an alias such as `BoxFuture` does not.
-pub(super) fn of(signature: &Signature) -> Result<Option<Type>> {
+pub(super) fn of(signature: &Signature, shape: Shape) -> Result<Option<Type>> {
     let output = match &signature.output {
         ReturnType::Default => None,
-        ReturnType::Type(_, output) if signature.asyncness.is_some() => Some(&**output),
+        ReturnType::Type(_, output) if shape == Shape::Awaited => Some(&**output),
         ReturnType::Type(_, boxed) => match future_output(boxed) {
             Some(output) => Some(output),
             None => return Ok(None),
@@ -35,7 +36,7 @@ fn is_unit(output: &Type) -> bool {
     }
 }
 
-/// `T` in `Pin<Box<dyn Future<Output = T> + Send>>`.
+/// `T` in `Pin<Box<dyn Future<Output = T> + Send>>` and `impl Future<Output = T>`.
 fn future_output(boxed: &Type) -> Option<&Type> {
     match boxed {
         Type::Path(path) => {
@@ -44,17 +45,19 @@ fn future_output(boxed: &Type) -> Option<&Type> {
                 _ => None,
             })
         }
-        Type::TraitObject(object) => object.bounds.iter().find_map(|bound| match bound {
-            TypeParamBound::Trait(bound) => {
-                arguments(&bound.path.segments.last()?.arguments).find_map(|argument| match argument {
-                    GenericArgument::AssocType(assigned) if assigned.ident == "Output" => Some(&assigned.ty),
-                    _ => None,
-                })
-            }
-            _ => None,
-        }),
+        Type::TraitObject(object) => object.bounds.iter().find_map(bound_output),
+        Type::ImplTrait(future) => future.bounds.iter().find_map(bound_output),
         _ => None,
     }
+}
+
+/// `T` in `Future<Output = T>`.
+fn bound_output(bound: &TypeParamBound) -> Option<&Type> {
+    let TypeParamBound::Trait(bound) = bound else { return None };
+    arguments(&bound.path.segments.last()?.arguments).find_map(|argument| match argument {
+        GenericArgument::AssocType(assigned) if assigned.ident == "Output" => Some(&assigned.ty),
+        _ => None,
+    })
 }
 
 fn arguments(arguments: &PathArguments) -> impl Iterator<Item = &GenericArgument> {

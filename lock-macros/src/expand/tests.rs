@@ -31,33 +31,97 @@ fn refused(args: &str, item: &str, messages: &[&str]) {
 /// What the errors for an item point at.
 fn points_at(item: &str) -> String {
     let args = syn::parse_str::<Args>(r#""a""#).unwrap();
-    let error = function::parse(item.parse().unwrap()).and_then(|function| lock(&args, function));
+    let error = function::parse(item.parse().unwrap()).and_then(|function| lock(args, function));
     error.err().unwrap().span().source_text().unwrap()
 }
 
 const FUNCTION: &str = "async fn f(id: i64) -> Result<i64, Error> { Ok(id) }";
 
+const PRIVATE: &str = ":: lock_db :: __private ::";
+
 #[test]
 fn an_insert_lock() {
     let code = function(r#""a:{id}", ttl = "1500ms""#, FUNCTION);
-    let taken = ":: lock_db :: __private :: insert (__locks , & * __name , \
-                 :: core :: option :: Option :: Some (:: core :: time :: Duration :: new (1u64 , 500000000u32)) , \
-                 :: core :: option :: Option :: None) . await";
-    assert!(code.contains(taken), "{code}");
+    let taken = format!(
+        "{PRIVATE} insert (__locks , {PRIVATE} ask (& * __name) . ttl (:: core :: time :: Duration :: new (1u64 , \
+         500000000u32))) . await"
+    );
+    assert!(code.contains(&taken), "{code}");
     assert!(code.contains(":: lock_db :: __private :: ambient ()"), "{code}");
     assert!(code.contains(r#":: std :: format ! ("a:{id}")"#), "{code}");
-    assert!(code.contains(":: lock_db :: __private :: hold (__held"), "{code}");
+    assert!(code.contains("__held . run (__body) . await"), "{code}");
+    assert!(!code.contains("__held . lease"), "{code}");
 }
 
 #[test]
 fn row_locks() {
     let code = function(r#""a", mode = row"#, FUNCTION);
     assert!(code.contains("__private :: row (__locks"), "{code}");
-    assert!(code.contains("__private :: hold (__held"), "{code}");
+    assert!(code.contains("__held . end (__output , __stands)"), "{code}");
     let code = function(r#""a", mode = row, tx = tx"#, FUNCTION);
     assert!(code.contains("__private :: row_in (__locks") && code.contains("& mut * (tx)"), "{code}");
-    assert!(code.contains("__private :: run_in (__held , __body)"), "{code}");
-    assert!(!code.contains("__private :: hold"), "{code}");
+    assert!(code.contains("Ok (__held . run (__body) . await)"), "{code}");
+    assert!(!code.contains("__held . end"), "{code}");
+}
+
+#[test]
+fn guards_for_the_body() {
+    let code = function(r#""a", lease = lease"#, FUNCTION);
+    assert!(code.contains("ask (& * __name) . with_lease ()"), "{code}");
+    assert!(code.contains("let lease = __held . lease () ; let __body ="), "{code}");
+    let code = function(r#""a", lease = guard, mode = row, locks = locks"#, FUNCTION);
+    assert!(code.contains("__private :: row_guard (__locks"), "{code}");
+    assert!(code.contains("let (guard , __inside) = __held . parts () ; let __body ="), "{code}");
+    refused(r#""a", lease = id"#, FUNCTION, &["the function has an argument `id` already"]);
+}
+
+#[test]
+fn skipping_and_entering_again() {
+    let code = function(r#""a", skip"#, FUNCTION);
+    assert!(code.contains("ask (& * __name) . or_skip ()"), "{code}");
+    let skipped = format!("< Result < i64 , Error > as {PRIVATE} SkippableOutput > :: skipped ()");
+    assert!(code.contains(&skipped), "{code}");
+    let code = function(r#""a", reentrant = false, wait = self.wait, skip"#, FUNCTION);
+    assert!(code.contains(". not_reentrant () . or_skip ()"), "{code}");
+    let code = function(r#""a", reentrant = true"#, FUNCTION);
+    assert!(!code.contains("reentrant") && !code.contains("skip"), "{code}");
+}
+
+#[test]
+fn several_locks_are_taken_from_the_top_down() {
+    let item = "#[first] #[lock_db::distributed_lock(\"b\", ttl = \"1s\")] #[second] #[distributed_lock(\"c\", skip)] \
+                async fn f() -> R { work() }";
+    let code = function(r#""a""#, item);
+    let order = ["# [first] # [second]", "__name = \"a\"", "__name = \"b\"", "__name = \"c\"", "work ()"];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places.is_sorted() && !code.contains("distributed_lock"), "{code}");
+
+    // One that is wrong says so itself, once.
+    let code =
+        function(r#""a""#, "#[distributed_lock(tll)] #[distributed_lock] async fn f() -> R { work() }");
+    assert!(code.starts_with("# [distributed_lock] async"), "{code}");
+    let code = function(r#""a""#, "#[distributed_lock(1)] async fn f() -> R { work() }");
+    assert!(code.starts_with("# [distributed_lock (1)] async"), "{code}");
+
+    let code = function(
+        "self.name()",
+        &format!("#[distributed_lock(\"b:{{self}}\", locks = self.locks)] {}", ASYNC_TRAIT.trim()),
+    );
+    let order = [
+        "let (a , b)",
+        "__self . name ()",
+        "self = __self",
+        "explicit (& (__self . locks))",
+        "let __ret : R",
+    ];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places[..2].is_sorted() && places[4] > places[3], "{code}");
+}
+
+#[test]
+fn an_expression_as_name() {
+    let code = function("order.name()", FUNCTION);
+    assert!(code.contains(&format!("{PRIVATE} name (& (order . name ())) . lock_name ()")), "{code}");
 }
 
 #[test]
@@ -141,8 +205,36 @@ fn boxed_functions_that_another_attribute_has_wrapped() {
     assert!(code.find("insert").unwrap() < code.find("let a = b").unwrap(), "{code}");
 }
 
-const NOT_ASYNC: &str = "only an `async fn` can wait for a lock; if another attribute takes the `async` away, as \
-                         `#[tokio::test]` does, put `#[distributed_lock]` above it";
+#[test]
+fn functions_that_return_a_future() {
+    let code = function(
+        r#""a""#,
+        "fn f(&self) -> impl Future<Output = Result<u8, E>> + Send { use b::C; async move { let a = b; Ok(a) } }",
+    );
+    let order = ["use b :: C", "async move", "insert", "None :: < Result < u8 , E > >", "let a = b"];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places.is_sorted(), "{code}");
+}
+
+#[test]
+fn functions_that_another_attribute_has_made_to_wait() {
+    // As `#[tokio::test]` writes it.
+    let item = "fn f() -> Result<(), E> {
+        let body = async { work().await; Ok(()) };
+        tokio::pin!(body);
+        let body: Pin<&mut dyn Future<Output = Result<(), E>>> = body;
+        #[allow(clippy::expect_used)]
+        { use tokio::runtime::Builder; return Builder::new_current_thread().build().block_on(body); }
+    }";
+    let code = function(r#""a""#, item);
+    let order = ["let body = async {", "insert", "None :: < Result < () , E > >", "work ()", "block_on"];
+    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
+    assert!(places.is_sorted(), "{code}");
+}
+
+const NOT_ASYNC: &str = "only an `async fn` can wait for a lock, or a function that does nothing but return `async move { \
+                         … }`, in a `Box::pin` or not; if another attribute has taken the `async` away, put \
+                         `#[distributed_lock]` above it";
 const NOTHING: &str = "a locked function must return `Result<_, E>` where `E: From<lock_db::Error>`: this one \
                        returns nothing, so it can't say that there was no lock";
 
@@ -150,9 +242,19 @@ const NOTHING: &str = "a locked function must return `Result<_, E>` where `E: Fr
 fn functions_that_can_not_wait() {
     refused(r#""a""#, "fn f() -> R { Ok(()) }", &[NOT_ASYNC]);
     assert_eq!(points_at("pub fn f() -> R { Ok(()) }"), "fn");
-    refused(r#""a""#, "fn f() -> BoxFuture<R> { work(); Box::pin(async move { Ok(()) }) }", &[NOT_ASYNC]);
-    refused(r#""a""#, "fn f() -> BoxFuture<R> { Box::pin(async { Ok(()) }) }", &[NOT_ASYNC]);
     refused(r#""a""#, "fn f() -> BoxFuture<R> { Rc::pin(async move { Ok(()) }) }", &[NOT_ASYNC]);
+    let early =
+        "this would run without the lock, when the future is made: move it into the `async move` block";
+    for item in [
+        "fn f() -> BoxFuture<R> { work(); Box::pin(async move { Ok(()) }) }",
+        "fn f() -> impl Future<Output = R> { work(); async move { Ok(()) } }",
+    ] {
+        refused(r#""a""#, item, &[early]);
+        assert_eq!(points_at(item), "work();");
+    }
+    let outlives = "write `async move`: the future outlives the function";
+    refused(r#""a""#, "fn f() -> BoxFuture<R> { Box::pin(async { Ok(()) }) }", &[outlives]);
+    refused(r#""a""#, "fn f() -> impl Future<Output = R> { async { Ok(()) } }", &[outlives]);
     refused(
         r#""a""#,
         "const fn f() -> R { }",

@@ -156,11 +156,14 @@ async fn nested(locks: &Locks<Sqlite>, depth: u32) -> Answer<u32> {
     Ok(below + 1)
 }
 
-#[distributed_lock("second:{number}", wait = "0s")]
+/// Taken from the top down, whatever stands in between.
 #[distributed_lock("first", wait = "0s")]
+#[tracing::instrument(skip(locks))]
+#[lock_db::distributed_lock("second:{number}", wait = "0s", lease = second)]
 async fn stacked(locks: &Locks<Sqlite>, number: i64) -> Answer<Box<dyn Debug + Send>> {
     under(locks, "first").await;
     under(locks, "second:4").await;
+    assert_eq!(second.name(), "second:4");
     Ok(Box::new(number))
 }
 

@@ -197,3 +197,73 @@ async fn names_and_options() {
     })
     .await;
 }
+
+/// Shows itself, and is no text.
+struct OrderId(u64);
+
+impl std::fmt::Display for OrderId {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "order-{}", self.0)
+    }
+}
+
+/// Is text, and does not show itself.
+struct Slug(&'static str);
+
+impl AsRef<str> for Slug {
+    fn as_ref(&self) -> &str {
+        self.0
+    }
+}
+
+#[distributed_lock(id)]
+async fn shown_name(locks: &Locks<Sqlite>, id: OrderId) -> Answer<OrderId> {
+    under(locks, "order-7").await;
+    Ok(id)
+}
+
+#[distributed_lock(number + 1)]
+async fn number_as_name(locks: &Locks<Sqlite>, number: u32) -> Answer<()> {
+    under(locks, "42").await;
+    let _ = number;
+    Ok(())
+}
+
+#[distributed_lock(slug)]
+async fn text_that_is_not_shown(locks: &Locks<Sqlite>, slug: &Slug) -> Answer<()> {
+    under(locks, slug.0).await;
+    Ok(())
+}
+
+#[distributed_lock(name[2..])]
+async fn part_as_name(locks: &Locks<Sqlite>, name: &str) -> Answer<()> {
+    under(locks, "cd").await;
+    let _ = name;
+    Ok(())
+}
+
+#[distributed_lock(name)]
+async fn generic_text<N: AsRef<str> + Sync>(locks: &Locks<Sqlite>, name: &N) -> Answer<()> {
+    under(locks, name.as_ref()).await;
+    Ok(())
+}
+
+#[distributed_lock(format_args!("{}-{name}", 1))]
+async fn generic_display<N: std::fmt::Display + Sync>(locks: &Locks<Sqlite>, name: &N) -> Answer<()> {
+    under(locks, &format!("1-{name}")).await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn names_that_are_no_strings() {
+    with_locks(|locks| async move {
+        assert_eq!(shown_name(&locks, OrderId(7)).await?.0, 7);
+        number_as_name(&locks, 41).await?;
+        text_that_is_not_shown(&locks, &Slug("slug")).await?;
+        part_as_name(&locks, "abcd").await?;
+        generic_text(&locks, &Slug("generic")).await?;
+        generic_display(&locks, &7).await?;
+        Ok(())
+    })
+    .await;
+}

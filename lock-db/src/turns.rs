@@ -1,24 +1,22 @@
 //! The queue of a process before a name: first come, first served, and only the first one asks the database.
 //!
-//! A turn is kept as long as the lease that was taken with it, so that the next caller of the same process does not
-//! poll for a lock that its own neighbour holds.
+//! A turn is kept as long as what was taken with it, so that the next caller of the same process neither polls for a lock
+//! that its own neighbour holds nor keeps a connection busy with waiting for it.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 #[derive(Debug, Default)]
-pub(super) struct Turns {
+pub(crate) struct Turns {
     /// One permit a name. An entry goes with the last turn and the last waiter.
-    names: RefCell<HashMap<Arc<str>, Weak<Semaphore>>>,
+    names: Mutex<HashMap<Arc<str>, Weak<Semaphore>>>,
 }
 
 impl Turns {
     /// Waits for the turn. Dropping the future leaves the queue.
-    pub(super) async fn enter(self: &Rc<Self>, name: &Arc<str>) -> Turn {
+    pub(crate) async fn enter(self: &Arc<Self>, name: &Arc<str>) -> Turn {
         let queue = self.queue(name);
         // Made before the wait, so that it also tidies up behind a waiter that leaves.
         let mut turn = self.turn(name, &queue);
@@ -28,19 +26,19 @@ impl Turns {
     }
 
     /// The turn, if nobody has it and nobody waits for it.
-    pub(super) fn try_enter(self: &Rc<Self>, name: &Arc<str>) -> Option<Turn> {
+    pub(crate) fn try_enter(self: &Arc<Self>, name: &Arc<str>) -> Option<Turn> {
         let queue = self.queue(name);
         let mut turn = self.turn(name, &queue);
         turn.permit = Some(queue.try_acquire_owned().ok()?);
         Some(turn)
     }
 
-    fn turn(self: &Rc<Self>, name: &Arc<str>, queue: &Arc<Semaphore>) -> Turn {
-        Turn { permit: None, queue: Some(Arc::clone(queue)), name: Arc::clone(name), turns: Rc::clone(self) }
+    fn turn(self: &Arc<Self>, name: &Arc<str>, queue: &Arc<Semaphore>) -> Turn {
+        Turn { permit: None, queue: Some(Arc::clone(queue)), name: Arc::clone(name), turns: Arc::clone(self) }
     }
 
     fn queue(&self, name: &Arc<str>) -> Arc<Semaphore> {
-        let mut names = self.names.borrow_mut();
+        let mut names = self.names();
         if let Some(queue) = names.get(name).and_then(Weak::upgrade) {
             return queue;
         }
@@ -48,22 +46,27 @@ impl Turns {
         names.insert(Arc::clone(name), Arc::downgrade(&queue));
         queue
     }
+
+    fn names(&self) -> MutexGuard<'_, HashMap<Arc<str>, Weak<Semaphore>>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The right to ask the database for a name. Dropping it lets the next waiter of this process ask.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(crate) struct Turn {
     permit: Option<OwnedSemaphorePermit>,
     queue: Option<Arc<Semaphore>>,
     name: Arc<str>,
-    turns: Rc<Turns>,
+    turns: Arc<Turns>,
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
         drop(self.permit.take());
+        // With the map locked, so that nobody finds the queue between its last user and its end.
+        let mut names = self.turns.names();
         drop(self.queue.take());
-        let mut names = self.turns.names.borrow_mut();
         if names.get(&self.name).is_some_and(|queue| queue.strong_count() == 0) {
             names.remove(&self.name);
         }
@@ -84,7 +87,7 @@ mod tests {
 
     #[test]
     fn first_come_first_served() {
-        let turns = Rc::new(Turns::default());
+        let turns = Arc::new(Turns::default());
         let name: Arc<str> = "a".into();
         let held = turns.try_enter(&name).unwrap();
         assert!(turns.try_enter(&name).is_none());
@@ -103,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_name_that_nobody_uses_is_forgotten() {
-        let turns = Rc::new(Turns::default());
+        let turns = Arc::new(Turns::default());
         for number in 0..1000 {
             drop(turns.try_enter(&format!("name {number}").into()));
         }
@@ -114,6 +117,6 @@ mod tests {
             assert!(poll(waiter.as_mut()).is_pending());
             drop(held);
         }
-        assert!(turns.names.borrow().is_empty());
+        assert!(turns.names().is_empty());
     }
 }

@@ -1,0 +1,102 @@
+//! What administrators set on servers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use lock_db::{Error, Locks};
+use lock_tests::{Backend, PostgresServer, TestDatabase, TestServer, eventually, for_each_server};
+use sqlx::Connection;
+
+for_each_server! {
+    a_try_does_not_call_a_row_held_that_its_snapshot_does_not_show,
+    connections_that_the_server_closed_are_made_anew,
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn connections_that_the_server_closed_are_made_anew<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let private = async || database.activity().await.connections;
+    let lease = locks.insert_lock("a").acquire().await.unwrap();
+    // As `idle_session_timeout` and `wait_timeout` do, and restarts.
+    database.end_connections().await;
+    eventually(PATIENCE, async || private().await == 0).await;
+    lease.release().await.unwrap();
+    database.end_connections().await;
+    eventually(PATIENCE, async || private().await == 0).await;
+    let lease = locks.insert_lock("a").try_acquire().await.unwrap().expect("it is free");
+    database.end_connections().await;
+    eventually(PATIENCE, async || private().await == 0).await;
+    assert!(locks.info("a").await.unwrap().unwrap().held_until.is_some());
+    lease.release().await.unwrap();
+}
+
+async fn a_try_does_not_call_a_row_held_that_its_snapshot_does_not_show<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let mut transaction = database.pool(1).await.begin().await.unwrap();
+    if T::NAME == "postgres" {
+        T::Database::run(&mut transaction, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").await.unwrap();
+    }
+    T::Database::find_number(&mut transaction, "SELECT COUNT(*) FROM distributed_lock").await.unwrap();
+    match locks.row_lock("new").try_acquire_in(&mut transaction).await {
+        // InnoDB locks what is there now, and nobody has held it before.
+        Ok(taken) => assert!(taken.is_some(), "it is free"),
+        Err(error) => assert!(matches!(error, Error::Serialization { .. }), "{error:?}"),
+    }
+}
+
+/// What can be set there for one database. MySQL has it for whole servers only, which other tests use at the same time.
+mod database_settings {
+    use super::*;
+
+    lock_tests::__tests_on!(postgres PostgresServer
+        a_primary_that_became_a_replica_is_left,
+        a_statement_timeout_does_not_shorten_a_wait
+    );
+
+    /// For all connections to this database that are made from now on.
+    async fn set_on_database(database: &PostgresServer, setting: &str) {
+        let name = database.text("SELECT current_database()").await;
+        database.run(&format!(r#"ALTER DATABASE "{name}" SET {setting}"#)).await;
+    }
+
+    /// Without closing its connections, as a switchover does.
+    async fn a_primary_that_became_a_replica_is_left(database: &PostgresServer) {
+        drop(database.locks().await);
+        set_on_database(database, "default_transaction_read_only = on").await;
+        let locks = Locks::new(database.pool(2).await);
+        let error = locks.insert_lock("a").wait(Duration::from_millis(300)).acquire().await.unwrap_err();
+        assert!(matches!(error, Error::Database { .. }) && error.is_retryable(), "{error:?}");
+        let waiting = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
+        // The next connection leads to a primary again.
+        let mut harness = database.connection().await;
+        sqlx::Postgres::run(&mut harness, "SET default_transaction_read_only = off").await.unwrap();
+        let name = database.text("SELECT current_database()").await;
+        let reset = format!(r#"ALTER DATABASE "{name}" RESET default_transaction_read_only"#);
+        sqlx::Postgres::run(&mut harness, &reset).await.unwrap();
+        harness.close().await.unwrap();
+        waiting.await.unwrap().unwrap().release().await.unwrap();
+    }
+
+    async fn a_statement_timeout_does_not_shorten_a_wait(database: &PostgresServer) {
+        const WAIT: Duration = Duration::from_secs(2);
+        let holder = database.locks().await;
+        let held = holder.row_lock("a").acquire().await.unwrap();
+        set_on_database(database, "statement_timeout = '500ms'").await;
+        let pool = database.pool(2).await;
+        let locks = Locks::new(pool.clone());
+        let started = Instant::now();
+        let error = locks.row_lock("a").wait(WAIT).acquire().await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+        assert!(started.elapsed() >= WAIT);
+        let mut transaction = pool.begin().await.unwrap();
+        let error = locks.row_lock("a").wait(WAIT).acquire_in(&mut transaction).await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+        // The transaction is as usable as before.
+        locks.row_lock("b").acquire_in(&mut transaction).await.unwrap();
+        held.rollback().await.unwrap();
+        locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
+        transaction.commit().await.unwrap();
+    }
+}
