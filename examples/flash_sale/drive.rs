@@ -19,6 +19,9 @@ use tokio::time::timeout;
 /// Longer than the service waits for a connection and two locks, so that it is the one to give up.
 const REQUEST_LIMIT: Duration = Duration::from_mins(2);
 
+/// Among how many clicks those of one user are mixed.
+const TOGETHER: usize = 100;
+
 /// What came of a load, as the clients saw it.
 pub(crate) struct Outcome {
     /// Orders that were confirmed.
@@ -38,12 +41,17 @@ pub(crate) struct Outcome {
     pub(crate) buyers: Histogram<u64>,
 }
 
-/// Who clicks, one request each: every user about equally often and his clicks one after another, so that he meets himself.
+/// Who clicks, one request each: every user about equally often, and so close together that he meets himself.
 pub(crate) fn clicks(requests: usize, users: usize, random: &mut fastrand::Rng) -> anyhow::Result<Vec<i64>> {
     let mut order: Vec<usize> = (0..users).collect();
     random.shuffle(&mut order);
     let clicks = (0..requests).map(|click| order.get(click * users / requests).copied().unwrap_or_default());
-    clicks.map(|user| i64::try_from(user).context("the number of a user")).collect()
+    let clicks = clicks.map(|user| i64::try_from(user).context("the number of a user"));
+    let mut clicks = clicks.collect::<anyhow::Result<Vec<_>>>()?;
+    for together in clicks.chunks_mut(TOGETHER) {
+        random.shuffle(together);
+    }
+    Ok(clicks)
 }
 
 /// Sends all clicks in their order, each client its next one as soon as the last is answered.

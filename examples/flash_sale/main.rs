@@ -65,6 +65,10 @@ struct Arguments {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: u32,
 
+    /// How many milliseconds each order takes besides the database, while its locks are held: a payment to be confirmed, say
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    work: u64,
+
     /// Only the sale without locks, whose mistakes then count
     #[arg(long)]
     unlocked: bool,
@@ -148,11 +152,11 @@ async fn start_on<DB: Store>(url: &str, arguments: &Arguments) -> anyhow::Result
 
 /// The same clicks three times, the table, and the check.
 async fn compare<DB: Store>(pool: &Pool<DB>, url: &str, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let Arguments { stock, users, requests, clients, connections, .. } = *arguments;
+    let Arguments { stock, users, requests, clients, connections, work, .. } = *arguments;
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
     eprintln!(
         "{stock} vouchers, {requests} requests of {users} users, {clients} at a time, on {} with {connections} \
-         connections; seed {seed}",
+         connections, {work} ms of other work for each order; seed {seed}",
         DB::NAME
     );
     let sales: &[Protection] = if arguments.unlocked {
@@ -205,7 +209,8 @@ async fn sell<DB: Store>(
     let until_stopped = async {
         let _ = stopped.await;
     };
-    let service = tokio::spawn(serve(service_pool, protection, listener, until_stopped));
+    let work = Duration::from_millis(arguments.work);
+    let service = tokio::spawn(serve(service_pool, protection, work, listener, until_stopped));
     let outcome = drive(address, clicks, usize::try_from(arguments.clients)?).await?;
     drop(stop);
     service.await.context("the service")??;

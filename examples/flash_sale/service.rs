@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use axum::extract::{Path, State};
@@ -13,6 +14,7 @@ use lock_db::{Error, Locks, distributed_lock};
 use serde_json::{Value, json};
 use sqlx::{Pool, Transaction};
 use tokio::net::TcpListener;
+use tokio::time::sleep;
 
 use crate::store::Store;
 
@@ -42,6 +44,7 @@ struct Sale<DB: Store> {
     pool: Pool<DB>,
     locks: Locks<DB>,
     protection: Protection,
+    work: Duration,
 }
 
 impl<DB: Store> Sale<DB> {
@@ -70,20 +73,15 @@ impl<DB: Store> Sale<DB> {
     /// A look without any lock. That a user has an order, and that a segment is empty, stays true; so most of those who come
     /// in vain leave here. Everything else may have changed by the time the lock is there, and is looked at again then.
     ///
-    /// Users begin at different segments, and go on to the next one that is not empty.
+    /// Users are spread over the segments that are not empty.
     async fn promising_segment(&self, user_id: i64) -> Result<i64, SaleError> {
         let mut connection = self.pool.acquire().await?;
         if DB::has_order(&mut connection, user_id).await? {
             return Err(SaleError::OrderedAlready);
         }
         let segments = DB::segments_with_stock(&mut connection).await?;
-        let count = match self.protection {
-            Protection::None => 1,
-            Protection::Locks { segments } => i64::from(segments),
-        };
-        let favourite = user_id % count;
-        let next = segments.iter().find(|segment| **segment >= favourite).or_else(|| segments.first());
-        next.copied().ok_or(SaleError::SoldOut)
+        let chosen = usize::try_from(user_id).ok().and_then(|user_id| user_id.checked_rem(segments.len()));
+        chosen.and_then(|chosen| segments.get(chosen).copied()).ok_or(SaleError::SoldOut)
     }
 
     /// Right for one request at a time, wrong for two: both see that nothing speaks against it. A transaction around it
@@ -93,7 +91,7 @@ impl<DB: Store> Sale<DB> {
         if DB::has_order(&mut connection, user_id).await? {
             return Err(SaleError::OrderedAlready);
         }
-        take_one::<DB>(&mut connection, user_id, segment).await
+        self.take_one(&mut connection, user_id, segment).await
     }
 
     /// One transaction of one connection holds both locks, the stock and the order, and frees the locks when it commits. An
@@ -127,17 +125,25 @@ impl<DB: Store> Sale<DB> {
         user_id: i64,
         segment: i64,
     ) -> Result<(), SaleError> {
-        take_one::<DB>(tx, user_id, segment).await
+        self.take_one(tx, user_id, segment).await
     }
-}
 
-async fn take_one<DB: Store>(
-    connection: &mut DB::Connection,
-    user_id: i64,
-    segment: i64,
-) -> Result<(), SaleError> {
-    let taken = DB::take_one(connection, user_id, segment).await?;
-    if taken { Ok(()) } else { Err(SaleError::SegmentIsEmpty) }
+    /// The business itself: whether one is left, whatever an order takes, and the order. Wrong by itself: two of these at the
+    /// same time see the same last one.
+    async fn take_one(
+        &self,
+        connection: &mut DB::Connection,
+        user_id: i64,
+        segment: i64,
+    ) -> Result<(), SaleError> {
+        if DB::left_over(connection, segment).await? <= 0 {
+            return Err(SaleError::SegmentIsEmpty);
+        }
+        if !self.work.is_zero() {
+            sleep(self.work).await;
+        }
+        Ok(DB::take_one(connection, user_id, segment).await?)
+    }
 }
 
 /// `POST /users/{id}/order`
@@ -153,12 +159,13 @@ async fn order<DB: Store>(
 pub(crate) async fn serve<DB: Store>(
     pool: Pool<DB>,
     protection: Protection,
+    work: Duration,
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let locks = Locks::builder(pool.clone()).label("flash sale example").build();
     locks.check().await?;
-    let sale = Sale { pool: pool.clone(), locks: locks.clone(), protection };
+    let sale = Sale { pool: pool.clone(), locks: locks.clone(), protection, work };
     let routes = Router::new().route("/users/{id}/order", post(order::<DB>)).with_state(Arc::new(sale));
     axum::serve(listener, routes).with_graceful_shutdown(stop).await.context("serving HTTP")?;
     locks.close().await;

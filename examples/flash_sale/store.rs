@@ -47,14 +47,18 @@ pub(crate) trait Store: LockDatabase {
         connection: &mut Self::Connection,
     ) -> impl Future<Output = sqlx::Result<Vec<i64>>> + Send;
 
-    /// Looks whether something is left in the segment, and if so takes one off and writes the order of the user.
-    ///
-    /// It is wrong by itself: two of these at the same time see the same last one.
+    /// What is left in the segment.
+    fn left_over(
+        connection: &mut Self::Connection,
+        segment: i64,
+    ) -> impl Future<Output = sqlx::Result<i64>> + Send;
+
+    /// Takes one off the segment and writes the order of the user.
     fn take_one(
         connection: &mut Self::Connection,
         user_id: i64,
         segment: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// Reads what came of it all.
     fn books(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Books>> + Send;
@@ -111,13 +115,18 @@ macro_rules! store {
                 sqlx::query_scalar(READ).fetch_all(connection).await
             }
 
+            async fn left_over(connection: &mut Self::Connection, segment: i64) -> sqlx::Result<i64> {
+                const READ: &str =
+                    concat!("SELECT left_over FROM lock_db_example_stock WHERE segment = ", $first);
+
+                sqlx::query_scalar(READ).bind(segment).fetch_one(connection).await
+            }
+
             async fn take_one(
                 connection: &mut Self::Connection,
                 user_id: i64,
                 segment: i64,
-            ) -> sqlx::Result<bool> {
-                const READ: &str =
-                    concat!("SELECT left_over FROM lock_db_example_stock WHERE segment = ", $first);
+            ) -> sqlx::Result<()> {
                 const TAKE: &str = concat!(
                     "UPDATE lock_db_example_stock SET left_over = left_over - 1 WHERE segment = ",
                     $first
@@ -130,14 +139,9 @@ macro_rules! store {
                     ")"
                 );
 
-                let left_over: i64 =
-                    sqlx::query_scalar(READ).bind(segment).fetch_one(&mut *connection).await?;
-                if left_over <= 0 {
-                    return Ok(false);
-                }
                 sqlx::query(TAKE).bind(segment).execute(&mut *connection).await?;
                 sqlx::query(ORDER).bind(user_id).bind(segment).execute(connection).await?;
-                Ok(true)
+                Ok(())
             }
 
             async fn books(connection: &mut Self::Connection) -> sqlx::Result<Books> {
