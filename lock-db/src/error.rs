@@ -80,7 +80,7 @@ pub enum Error {
 
     /// The name belongs to the other kind of lock. The two do not exclude each other, so one name never has both.
     #[error(
-        "`{name}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, DELETE FROM distributed_lock WHERE lock_name = '{name}'"
+        "`{name}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, delete its row from `distributed_lock`"
     )]
     WrongKind {
         /// The name of the lock.
@@ -303,7 +303,7 @@ impl Failure {
 
     /// Whether the transaction in which it happened can't go on.
     pub(crate) fn ends_transaction(&self) -> bool {
-        matches!(self.fault, Fault::Deadlock | Fault::Serialization)
+        matches!(self.fault, Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded)
     }
 
     /// Whether it will pass when others have finished.

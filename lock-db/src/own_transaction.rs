@@ -1,18 +1,29 @@
 //! A transaction that lock-db itself begins, on a connection of the application's pool.
 
+use std::io;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::time::Duration;
 
-use sqlx::{Pool, Transaction};
+use sqlx::pool::PoolConnection;
+use sqlx::{SqlSafeStr, Transaction};
 use tokio::runtime::Handle;
+use tokio::time::timeout;
 
 use crate::Error;
-use crate::database::{Fault, Guarded, LockDatabase};
-use crate::error::{Failure, Loss};
+use crate::database::{Fault, Guarded, LeaseKey, LockDatabase};
+use crate::error::{Failure, Loss, WaitingFor};
+
+/// How long a commit may take, on a server that is slow to write, before its caller is told that nobody knows.
+const COMMIT_LIMIT: Duration = Duration::from_secs(30);
+/// How long a rollback may take; the server does it by itself when the connection is closed.
+const ROLLBACK_LIMIT: Duration = Duration::from_secs(5);
 
 /// An open transaction, and what is kept until it has ended.
 ///
 /// It is [marked](LockDatabase::BEGIN_MARKED): when the server ends it and its owner has not seen that, what is sent next
-/// is refused, as far as the database can do that.
+/// is refused or rolled back, as far as the database can do that. Whatever its end, the settings that the mark made are
+/// taken back before the application meets the connection again.
 ///
 /// Dropping it rolls back in a task.
 pub(crate) struct OwnTransaction<DB: LockDatabase, K: Send + 'static> {
@@ -22,77 +33,136 @@ pub(crate) struct OwnTransaction<DB: LockDatabase, K: Send + 'static> {
     runtime: Handle,
 }
 
+/// What has to be true for a transaction to be committed.
+pub(crate) enum Condition {
+    /// The lease is ours. It may be released with the commit.
+    Lease { key: LeaseKey, release: bool },
+    /// It is still the transaction in which the row was locked.
+    Row { name: Arc<str>, fencing_token: i64 },
+}
+
 impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
     /// Begins it with one of the statements of the trait.
     ///
     /// To be called in a task: in sqlx 0.9 a `begin` that is dropped midway puts its connection back into the pool with the
     /// transaction open.
-    pub(crate) async fn begin(pool: &Pool<DB>, statement: &'static str, kept: K) -> sqlx::Result<Self> {
+    pub(crate) async fn begin(
+        connection: PoolConnection<DB>,
+        statement: &'static str,
+        kept: K,
+    ) -> sqlx::Result<Self> {
         let runtime = Handle::current();
-        let transaction = pool.begin_with(statement).await?;
+        let transaction = Transaction::begin(connection, Some(statement.into_sql_str())).await?;
         Ok(Self { transaction: Some(transaction), kept: Some(kept), runtime })
     }
 
-    /// Ends it in a task: cut in half, the end would leave the connection in the middle of something. `None`: the runtime
-    /// is shutting down.
-    pub(crate) fn end<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
+    /// Commits it in a task if the condition holds, and rolls it back else.
+    pub(crate) async fn commit(
         mut self,
-        end: impl FnOnce(Transaction<'static, DB>) -> F,
-    ) -> impl Future<Output = Option<T>> + Send + 'static {
-        let kept = self.kept.take();
-        let task = self.transaction.take().map(|transaction| {
-            let end = end(transaction);
-            self.runtime.spawn(async move {
-                let ended = end.await;
-                drop(kept);
-                ended
-            })
+        condition: Condition,
+        ended: impl FnOnce(&Result<(), Error>) + Send + 'static,
+    ) -> Result<(), Error> {
+        let (transaction, kept) = (self.transaction.take(), self.kept.take());
+        let Some(transaction) = transaction else { return Ok(()) };
+        let name = Arc::clone(condition.name());
+        let task = self.runtime.spawn(async move {
+            let committing = commit(transaction, &condition);
+            let committed = timeout(COMMIT_LIMIT, committing).await.unwrap_or_else(|_elapsed| {
+                Err(unknown(
+                    condition.name(),
+                    io::Error::new(io::ErrorKind::TimedOut, "no answer to the COMMIT"),
+                ))
+            });
+            ended(&committed);
+            drop(kept);
+            committed
         });
-        async move { task?.await.ok() }
+        // When the runtime was shut down in the middle of it, or sqlx panicked over an answer.
+        task.await.unwrap_or_else(|error| Err(unknown(&name, io::Error::other(error))))
     }
 
-    /// Rolls it back. A rollback that fails has lost its connection, which rolls back too.
-    pub(crate) async fn roll_back(self) -> sqlx::Result<()> {
-        self.end(roll_back).await.unwrap_or(Ok(()))
+    /// Rolls it back in a task. A rollback that fails has lost its connection, which rolls back too.
+    pub(crate) async fn roll_back(mut self) -> sqlx::Result<()> {
+        let (transaction, kept) = (self.transaction.take(), self.kept.take());
+        let Some(transaction) = transaction else { return Ok(()) };
+        let task = self.runtime.spawn(async move {
+            let rolled_back = roll_back(transaction).await;
+            drop(kept);
+            rolled_back
+        });
+        task.await.unwrap_or(Ok(()))
     }
 }
 
-/// Rolls a marked transaction back, whatever has become of it, so that its connection is as it was before.
-pub(crate) async fn roll_back<DB: LockDatabase>(
+impl Condition {
+    fn name(&self) -> &Arc<str> {
+        match self {
+            Self::Lease { key, .. } => &key.row.name,
+            Self::Row { name, .. } => name,
+        }
+    }
+}
+
+async fn commit<DB: LockDatabase>(
     mut transaction: Transaction<'static, DB>,
-) -> sqlx::Result<()> {
-    let unmarked = DB::unmark(&mut transaction).await;
-    DB::reopen(&mut transaction).await;
-    let rolled_back = transaction.rollback().await;
-    unmarked.and(rolled_back)
-}
-
-/// Commits a marked transaction after one of the `commit_…` methods of the trait has looked whether it may.
-pub(crate) async fn commit<DB: LockDatabase>(
-    transaction: Transaction<'static, DB>,
-    checked: sqlx::Result<Guarded>,
-    name: &str,
+    condition: &Condition,
 ) -> Result<(), Error> {
-    let failed = |failure: Failure| failure.into_error("commit the transaction", Some(name));
+    let name = condition.name();
+    let checked = match condition {
+        Condition::Lease { key, release } => DB::commit_guarded(&mut transaction, key, *release).await,
+        Condition::Row { name, fencing_token } => {
+            DB::commit_locked(&mut transaction, name, *fencing_token).await
+        }
+    };
+    let failed = |failure: Failure| match failure.fault {
+        Fault::Busy => Error::Timeout {
+            name: name.to_string(),
+            waited: DB::GUARD_LIMIT,
+            waiting_for: WaitingFor::Lock,
+            held_by: None,
+        },
+        // Nothing is kept without a COMMIT.
+        Fault::Disconnected if !DB::COMMITS_WITH_CHECK => {
+            Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded }
+        }
+        _ => failure.into_error("commit the transaction", Some(name)),
+    };
     let error = match checked.map_err(Failure::new::<DB>) {
         Ok(Guarded::Ours) => {
-            return transaction.commit().await.map_err(|error| failed(Failure::new::<DB>(error)));
+            return transaction
+                .commit()
+                .await
+                .map_err(|error| Failure::new::<DB>(error).into_error("commit the transaction", Some(name)));
         }
         Ok(Guarded::Committed) => {
-            // Whatever becomes of the connection now.
-            let _nothing_left = transaction.commit().await;
+            // There is nothing left to commit, but sqlx counts.
+            let _committed = transaction.commit().await;
             return Ok(());
         }
-        Ok(Guarded::NotOurs) => Error::Lost { name: name.to_owned(), reason: Loss::TakenOver },
-        Ok(Guarded::Ended) => Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded },
-        // Nothing is kept without a COMMIT.
-        Err(failure) if failure.fault == Fault::Disconnected && !DB::COMMITS_WITH_CHECK => {
-            Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded }
-        }
+        Ok(Guarded::NotOurs) => Error::Lost { name: name.to_string(), reason: Loss::TakenOver },
+        Ok(Guarded::Ended) => Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded },
         Err(failure) => failed(failure),
     };
     let _rolled_back = roll_back(transaction).await;
     Err(error)
+}
+
+/// Whatever has become of the transaction, its connection is as it was before.
+async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
+    let rolling_back = async {
+        let unmarked = DB::unmark(&mut transaction).await;
+        DB::reopen(&mut transaction).await;
+        let rolled_back = transaction.rollback().await;
+        unmarked.and(rolled_back)
+    };
+    timeout(ROLLBACK_LIMIT, rolling_back).await.unwrap_or_else(|_elapsed| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the ROLLBACK").into())
+    })
+}
+
+/// Nobody knows whether the COMMIT was carried out.
+fn unknown(name: &str, source: io::Error) -> Error {
+    Error::Database { action: "commit the transaction", name: Some(name.to_owned()), source: source.into() }
 }
 
 /// Tasks need a runtime to run on.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
@@ -19,6 +20,8 @@ for_each_database! {
     a_wait_ends_in_time_and_the_transaction_goes_on,
     the_waiter_gets_it_after_commit_and_after_rollback,
     taking_it_again_in_the_same_transaction_is_fine,
+    taking_it_again_through_its_guard_is_fine,
+    an_acquire_that_is_dropped_before_an_empty_pool_leaves_nothing,
     a_connection_outside_of_a_transaction_is_refused,
     a_pool_of_one_is_enough_for_the_callers_transaction,
     an_exhausted_pool_is_named_in_the_timeout,
@@ -285,4 +288,41 @@ async fn settings_of_the_callers_connection_stay<T: TestDatabase>(database: &T) 
     ended.unwrap();
     assert_eq!(T::Database::find_number(&mut transaction, setting).await.unwrap(), Some(4321));
     transaction.commit().await.unwrap();
+}
+
+async fn taking_it_again_through_its_guard_is_fine<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let mut guard = locks.row_lock("a").acquire().await.unwrap();
+    let again = locks.row_lock("a").acquire_in(&mut guard).await.unwrap();
+    assert_eq!(again.hold_count(), 2);
+    increment::<T::Database>(&mut guard).await;
+    guard.commit().await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 1);
+}
+
+async fn an_acquire_that_is_dropped_before_an_empty_pool_leaves_nothing<T: TestDatabase>(database: &T) {
+    let pool = database.pool(1).await;
+    let locks = lock_tests::migrated(Locks::new(pool.clone())).await;
+    let other = Locks::new(database.pool(1).await);
+    let the_only_one = pool.acquire().await.unwrap();
+    {
+        let mut acquiring = std::pin::pin!(locks.row_lock("a").wait(PATIENCE).acquire());
+        for _ in 0..3 {
+            let begun = std::future::poll_fn(|context| Poll::Ready(acquiring.as_mut().poll(context))).await;
+            assert!(begun.is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    drop(the_only_one);
+    // Neither the turn before the name nor a place before the pool.
+    let started = Instant::now();
+    while started.elapsed() < PATIENCE {
+        if let Some(guard) = locks.row_lock("a").try_acquire().await.unwrap() {
+            guard.rollback().await.unwrap();
+            break;
+        }
+    }
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    other.row_lock("a").try_acquire().await.unwrap().expect("it is free").rollback().await.unwrap();
 }

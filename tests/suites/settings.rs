@@ -11,6 +11,7 @@ use sqlx::Connection;
 for_each_server! {
     a_try_does_not_call_a_row_held_that_its_snapshot_does_not_show,
     connections_that_the_server_closed_are_made_anew,
+    connections_of_the_pool_that_the_server_closed_are_left,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -29,6 +30,25 @@ async fn connections_that_the_server_closed_are_made_anew<T: TestServer>(databas
     database.end_connections().await;
     eventually(PATIENCE, async || private().await == 0).await;
     assert!(locks.info("a").await.unwrap().unwrap().held_until.is_some());
+    lease.release().await.unwrap();
+}
+
+/// Those that nobody looks at before they are used, as with `test_before_acquire(false)`.
+async fn connections_of_the_pool_that_the_server_closed_are_left<T: TestServer>(database: &T) {
+    drop(database.locks().await);
+    let options = sqlx::pool::PoolOptions::new().max_connections(1).test_before_acquire(false);
+    let pool = options.connect(database.url()).await.unwrap();
+    let locks: Locks<T::Database> = Locks::new(pool.clone());
+    let lease = locks.insert_lock("lease").acquire().await.unwrap();
+    for _ in 0..3 {
+        drop(pool.acquire().await.unwrap());
+        database.end_connections().await;
+        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+        locks.row_lock("row").wait(PATIENCE).acquire().await.unwrap().commit().await.unwrap();
+        database.end_connections().await;
+        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+        lease.begin().await.unwrap().commit().await.unwrap();
+    }
     lease.release().await.unwrap();
 }
 
@@ -52,6 +72,7 @@ mod database_settings {
 
     lock_tests::__tests_on!(postgres PostgresServer
         a_primary_that_became_a_replica_is_left,
+        migrating_works_at_any_default_level,
         a_statement_timeout_does_not_shorten_a_wait
     );
 
@@ -77,6 +98,21 @@ mod database_settings {
         sqlx::Postgres::run(&mut harness, &reset).await.unwrap();
         harness.close().await.unwrap();
         waiting.await.unwrap().unwrap().release().await.unwrap();
+    }
+
+    async fn migrating_works_at_any_default_level(database: &PostgresServer) {
+        for level in ["repeatable read", "serializable"] {
+            set_on_database(database, &format!("default_transaction_isolation = '{level}'")).await;
+            database.run("DROP TABLE IF EXISTS distributed_lock, _lock_db_migrations").await;
+            let mut migrating = tokio::task::JoinSet::new();
+            for _ in 0..8 {
+                let locks = Locks::new(database.pool(1).await);
+                migrating.spawn(async move { locks.migrate().await });
+            }
+            for migrated in migrating.join_all().await {
+                migrated.unwrap();
+            }
+        }
     }
 
     async fn a_statement_timeout_does_not_shorten_a_wait(database: &PostgresServer) {

@@ -101,6 +101,11 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// nothing more of us.
     #[doc(hidden)]
     const BEGIN_SHORT: &'static str;
+    /// Takes back what that set for longer than its transaction.
+    #[doc(hidden)]
+    fn after_short(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
 
     /// Moves the deadlines of these leases forward, in one statement. One answer a lease, in order.
     #[doc(hidden)]
@@ -151,6 +156,10 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     fn reopen(_connection: &mut Self::Connection) -> impl Future<Output = ()> + Send {
         async {}
     }
+
+    /// How long a guard waits for a row that somebody else has locked.
+    #[doc(hidden)]
+    const GUARD_LIMIT: Duration = Duration::from_secs(5);
 
     /// The last thing in a marked transaction before its COMMIT: is it still the one in which `lock_row` answered with this
     /// token?

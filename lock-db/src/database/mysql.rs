@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use sha2::Digest;
 use sqlx::mysql::{MySqlConnection, MySqlDatabaseError, MySqlQueryResult, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
@@ -18,9 +19,13 @@ use crate::limits::micros;
 use crate::secret::Secret;
 use crate::{Kind, schema};
 
-/// One second is the least that MySQL knows.
-const PREPARE: &str =
-    "SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1";
+/// One second is the least that MySQL knows. The rest are settings of the server that would change what statements do: a
+/// COMMIT that begins a new transaction, and an UPDATE that is refused because its key is in a joined table.
+const PREPARE: &str = "
+SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
+    SESSION completion_type = 0, SESSION sql_safe_updates = 0";
+
+const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
 
 const CLUSTER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
@@ -100,18 +105,16 @@ UPDATE (
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = '1970-01-01 00:00:00'";
 
-/// Assignments take effect from left to right: the secret goes by the new deadline.
 const RELEASE_LATER: &str = "
 UPDATE (
-    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id, secret_key AS last_secret, TIMESTAMPADD(MICROSECOND, ?, acquire_time) AS moment
+    FROM distributed_lock FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND secret_key = ?
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.expire_time = IF(
-        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time) > UTC_TIMESTAMP(6),
-        TIMESTAMPADD(MICROSECOND, ?, lease.acquire_time), '1970-01-01 00:00:00'),
-    lease.secret_key = IF(lease.expire_time > '1970-01-01 00:00:00', '', lease.secret_key)";
+SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
+    lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
 
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
@@ -211,6 +214,10 @@ impl LockDatabase for MySql {
         Ok(cluster(setting))
     }
 
+    async fn after_short(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map(drop)
+    }
+
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
         let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).fetch_one(&mut *connection).await?;
         if locked != 1 {
@@ -251,7 +258,12 @@ impl LockDatabase for MySql {
         .transpose()
     }
 
+    /// Looks first: a transaction may have locked the row already that somebody else of this process has just made, and the
+    /// lane must not wait for that.
     async fn create(connection: &mut MySqlConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
+        if Self::look(connection, name).await?.is_some() {
+            return Ok(());
+        }
         match sqlx::query(CREATE).bind(name.as_bytes()).bind(kind.as_str()).execute(connection).await {
             Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
             _ => Ok(()),
@@ -308,9 +320,8 @@ impl LockDatabase for MySql {
         secret: &Secret,
         at_least: Duration,
     ) -> sqlx::Result<Standing> {
-        let at_least = micros(at_least);
-        let query = sqlx::query(RELEASE_LATER).bind(name.as_bytes()).bind(secret.as_str());
-        let released = query.bind(at_least).bind(at_least).execute(&mut *connection).await;
+        let query = sqlx::query(RELEASE_LATER).bind(micros(at_least)).bind(name.as_bytes());
+        let released = query.bind(secret.as_str()).execute(&mut *connection).await;
         released_or_not(connection, name, secret, released).await
     }
 
@@ -381,13 +392,14 @@ impl LockDatabase for MySql {
         lease: &LeaseKey,
         release: bool,
     ) -> sqlx::Result<Guarded> {
-        let (id, secret) = (lease.row.id, literal(lease.secret.as_str()));
+        let (id, is_ours) = (lease.row.id, is_ours(&lease.secret));
         // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
         let guard = match write(lease, release) {
             Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
             None => format!(
-                "SELECT EXP(1000 * (COUNT(*) <> 1)) FROM distributed_lock
-                WHERE id = {id} AND secret_key = CONVERT({secret} USING ascii) LOCK IN SHARE MODE;"
+                "{} EXP(1000 * (COUNT(*) <> 1)) FROM distributed_lock
+                WHERE id = {id} AND {is_ours} LOCK IN SHARE MODE;",
+                select_within(Self::GUARD_LIMIT)
             ),
         };
         commit_marked(connection, guard).await
@@ -395,7 +407,7 @@ impl LockDatabase for MySql {
 
     async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
         // Back to autocommit would commit what is open.
-        let sql = format!("ROLLBACK; {UNMARK}");
+        let sql = format!("ROLLBACK AND NO CHAIN NO RELEASE; {UNMARK}");
         match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await {
             // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
             Err(sqlx::Error::Database(_)) => {
@@ -417,7 +429,8 @@ impl LockDatabase for MySql {
             return Ok(Guarded::when(written.rows_affected() > 0));
         }
         let sql = format!(
-            "{IN_TRANSACTION}; SELECT secret_key FROM distributed_lock WHERE id = {} LOCK IN SHARE MODE",
+            "{IN_TRANSACTION}; {} secret_key FROM distributed_lock WHERE id = {} LOCK IN SHARE MODE",
+            select_within(Self::GUARD_LIMIT),
             lease.row.id
         );
         let row = fetch_optional(connection, sql).await?;
@@ -496,16 +509,19 @@ fn write(lease: &LeaseKey, release: bool) -> Option<String> {
         (false, Cluster::MultiPrimary) => "guard_count = guard_count + 1",
         (false, Cluster::SinglePrimary) => return None,
     };
+    // MySQL limits SELECTs only, so it is one of them that waits for the row.
     Some(format!(
-        "UPDATE distributed_lock SET {set} WHERE id = {} AND secret_key = CONVERT({} USING ascii)",
-        lease.row.id,
-        literal(lease.secret.as_str())
+        "{} id FROM distributed_lock WHERE id = {id} FOR UPDATE;
+        UPDATE distributed_lock SET {set} WHERE id = {id} AND {}",
+        select_within(MySql::GUARD_LIMIT),
+        is_ours(&lease.secret),
+        id = lease.row.id,
     ))
 }
 
 /// Check, commit and unmark in one message, of which the server reads nothing after an error.
 async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
-    let sql = format!("{IS_MARKED}; {guard} COMMIT; {UNMARK}");
+    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE; {UNMARK}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
         Ok(_) => Ok(Guarded::Committed),
         Err(error) => match number(&error) {
@@ -545,20 +561,15 @@ async fn lock_and_write(
 ) -> sqlx::Result<RowAttempt> {
     // By the primary key: locked by its name, a row of MariaDB takes the gap before it along, and nobody could make the
     // row of a name that sorts there until the transaction ends. Not with SKIP LOCKED, which leaves a lock on the gap
-    // behind the row that it skipped. Each server reads its own form of the limit and takes the other's for a comment.
+    // behind the row that it skipped.
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
     let id = claim.row.id;
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
-    // Zero would mean no limit at all.
-    let limit = limit.as_millis().max(1);
     let sql = format!(
-        "{IN_TRANSACTION}; /*M! SET STATEMENT max_statement_time = {}.{:03} FOR */
-        SELECT /*+ MAX_EXECUTION_TIME({}) */ lock_name, lock_kind, secret_key, fencing_token,
+        "{IN_TRANSACTION}; {} lock_name, lock_kind, secret_key, fencing_token,
             expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
         FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",
-        limit / 1000,
-        limit % 1000,
-        limit,
+        select_within(limit)
     );
     let Some(row) = fetch_optional(connection, sql).await? else { return Ok(RowAttempt::Missing) };
     if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
@@ -595,9 +606,29 @@ async fn lock_and_write(
     Ok(RowAttempt::Locked { fencing_token, before })
 }
 
+/// The beginning of a SELECT that the server ends when it takes longer. Each server reads its own form of the limit and takes
+/// the other's for a comment.
+fn select_within(limit: Duration) -> String {
+    // Zero would mean no limit at all.
+    let limit = limit.as_millis().max(1);
+    format!(
+        "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */ SELECT /*+ MAX_EXECUTION_TIME({limit}) */",
+        limit / 1000,
+        limit % 1000
+    )
+}
+
 /// The one row, read to the end of the answer: what is left over of it would meet the next statement.
 async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::Result<Option<MySqlRow>> {
     Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?.pop())
+}
+
+/// A statement in the application's connection goes as text, which its log shows when it takes long; so it tells a digest of
+/// the secret only.
+fn is_ours(secret: &Secret) -> String {
+    let digest = sha2::Sha256::digest(secret.as_str());
+    let digits = digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"));
+    format!("SHA2(secret_key, 256) = '{digits}'")
 }
 
 /// A text as a literal of hexadecimal digits, which is a binary string to the server.

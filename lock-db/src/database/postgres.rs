@@ -131,14 +131,26 @@ JOIN distributed_lock AS lease
     ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;
 
 /// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
+///
+/// `bound` limits the wait for a transaction that has the row, and the outermost SELECT puts the caller's own limit back
+/// once the row is locked. When it is not, the transaction has failed or is about to be doomed.
 const GUARD: &str = "
-SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
-FOR KEY SHARE";
+WITH bound AS MATERIALIZED (
+    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true))
+SELECT set_config('lock_timeout', before, true)
+FROM (
+    SELECT bound.before FROM bound, distributed_lock AS lease
+    WHERE lease.lock_name = $1 AND lease.secret_key = $2
+    FOR KEY SHARE OF lease) AS guarded";
 
 const GUARD_AND_RELEASE: &str = "
-UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00+00'
-WHERE lock_name = $1 AND secret_key = $2
-RETURNING id";
+WITH bound AS MATERIALIZED (
+    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true)),
+released AS (
+    UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
+    FROM bound WHERE lease.lock_name = $1 AND lease.secret_key = $2
+    RETURNING bound.before)
+SELECT set_config('lock_timeout', before, true) FROM released";
 
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2";
 
@@ -165,7 +177,9 @@ const AFTER_WAITING: &str = "
 SELECT secret_key, fencing_token, COALESCE(current_setting('lock_db.secret_before', true), '')
 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 
-const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND fencing_token = $2";
+/// A transaction that has failed refuses this, and one that has locked a row has a number. Not by a look at the row, which a
+/// serializable transaction would be blamed for.
+const STILL_LOCKED: &str = "SELECT txid_current_if_assigned() IS NOT NULL";
 
 const CHECK_SCHEMA: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
@@ -173,6 +187,8 @@ FROM distributed_lock LIMIT 0";
 
 /// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
 const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
+/// Whatever the default of the database: what others have applied while this one waited has to be seen.
+const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const LIMIT_MIGRATION_WAIT: &str = "SET LOCAL lock_timeout = '60s'";
 const CREATE_LEDGER: &str = "
 CREATE TABLE IF NOT EXISTS _lock_db_migrations (
@@ -194,7 +210,7 @@ impl LockDatabase for Postgres {
     }
 
     async fn migrate(connection: &mut PgConnection) -> sqlx::Result<()> {
-        let mut transaction = connection.begin().await?;
+        let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
         sqlx::query(LIMIT_MIGRATION_WAIT).execute(&mut *transaction).await?;
         sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
         sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
@@ -353,11 +369,11 @@ impl LockDatabase for Postgres {
 
     async fn commit_locked(
         connection: &mut PgConnection,
-        name: &str,
-        fencing_token: i64,
+        _name: &str,
+        _fencing_token: i64,
     ) -> sqlx::Result<Guarded> {
-        let row = sqlx::query(STILL_LOCKED).bind(name).bind(fencing_token).fetch_optional(connection).await?;
-        Ok(Guarded::when(row.is_some()))
+        let locked: bool = sqlx::query_scalar(STILL_LOCKED).fetch_one(connection).await?;
+        Ok(if locked { Guarded::Ours } else { Guarded::Ended })
     }
 
     async fn commit_guarded(
@@ -370,7 +386,8 @@ impl LockDatabase for Postgres {
 
     async fn guard(connection: &mut PgConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
         let sql = if release { GUARD_AND_RELEASE } else { GUARD };
-        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+        let limit = format!("{}ms", Self::GUARD_LIMIT.as_millis());
+        let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str()).bind(limit);
         Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
     }
 

@@ -92,7 +92,8 @@ SET fencing_token = max(fencing_token + 1, ?4), secret_key = ?2, owner = ?3,
 WHERE lock_name = ?1
 RETURNING fencing_token";
 
-const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token = ?2";
+/// Taken again in the same transaction, the lock has a larger number.
+const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token >= ?2";
 
 const CHECK_SCHEMA: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
@@ -123,7 +124,7 @@ impl LockDatabase for Sqlite {
             return Err(Error::InvalidOption {
                 option: "pool",
                 value: "a SQLite database in memory that each connection has to itself".into(),
-                reason: "locks need a database that all connections share: a file, or `sqlite::memory:` as a URL",
+                reason: "locks need a database that all connections share: a file (for tests, `lock_db::testing::locks()` makes one)",
             });
         }
         Ok(())

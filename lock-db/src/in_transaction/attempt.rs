@@ -14,10 +14,13 @@ use crate::secret::Secret;
 use crate::session::{Answer, Request};
 use crate::{Error, Kind, Locks};
 
-/// How long one statement may wait on the server: a caller who has gone is noticed in between. More than the second
-/// after which PostgreSQL looks for a deadlock, and half of what is promised: PostgreSQL counts it once for the turn in
-/// the queue, and once more for the holder.
-const SLICE: Duration = Duration::from_millis(1100);
+/// How long one statement may wait on the server: a caller who has gone is noticed in between. Half of what is promised, as
+/// PostgreSQL counts it once for the turn in the queue, and once more for the holder; and less than the second after which
+/// sqlx calls a statement slow.
+const SLICE: Duration = Duration::from_millis(950);
+/// The first one is longer than the second after which PostgreSQL looks for a deadlock. Of those who wait for each other
+/// the last one to come finds it.
+const FIRST_SLICE: Duration = Duration::from_millis(1100);
 /// How much longer than its slice a statement may take before the server counts as gone.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.
@@ -38,7 +41,9 @@ pub(crate) struct Attempt<'a, DB: LockDatabase> {
 /// A lock that was taken.
 pub(crate) struct Locked {
     pub(crate) fencing_token: i64,
-    pub(crate) hold_count: usize,
+    /// What stands in the row now, and what did before.
+    pub(crate) secret: Secret,
+    pub(crate) before: String,
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
@@ -50,9 +55,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.to_string() });
         }
-        let locked = self.lock(transaction, || true).await?;
-        Ok(locked
-            .map(|locked| HeldInTransaction { name: Arc::clone(self.name), hold_count: locked.hold_count }))
+        let Some(locked) = self.lock(transaction, || true).await? else { return Ok(None) };
+        let hold_count = self.count(&locked.secret, &locked.before).await;
+        Ok(Some(HeldInTransaction { name: Arc::clone(self.name), hold_count }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
@@ -91,8 +96,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             let claim = RowClaim { row, kind: self.kind, owner, secret: secret.clone() };
             match self.step(connection, &claim, slice).await? {
                 RowAttempt::Locked { fencing_token, before } => {
-                    let hold_count = self.count(&secret, &before).await;
-                    return Ok(Some(Locked { fencing_token, hold_count }));
+                    return Ok(Some(Locked { fencing_token, secret, before }));
                 }
                 RowAttempt::WrongKind => {
                     let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
@@ -120,7 +124,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if !may_wait() {
                 return Ok(None);
             }
-            slice = left.min(SLICE);
+            slice = left.min(if slice.is_zero() { FIRST_SLICE } else { SLICE });
         }
     }
 

@@ -23,7 +23,7 @@ impl Counts {
     }
 
     /// Notes that `secret` replaced the secret `before`, which the same transaction had written if it is `again`.
-    pub(super) fn enter(&self, secret: &Secret, before: &str, again: bool) -> usize {
+    pub(crate) fn enter(&self, secret: &Secret, before: &str, again: bool) -> usize {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         // Kept, for a rollback to a savepoint may bring that secret back.
         let last = counts.get(before).copied().filter(|_| again).unwrap_or(0);

@@ -1,16 +1,18 @@
 //! The guarded transaction: it commits only while the lease is ours, decided by the database.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use sqlx::Pool;
 use tokio::select;
+use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
-use crate::own_transaction::{OwnTransaction, commit, current_runtime};
+use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::{Error, Locks};
 
 const PAUSE: Duration = Duration::from_millis(10);
@@ -34,22 +36,20 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Begins on a connection of the application's pool, unless the lease is lost first.
     pub(super) async fn begin(locks: &Locks<DB>, hold: &Arc<Hold>) -> Result<Self, Error> {
         hold.check()?;
-        let (pool, for_task) = (locks.pool().clone(), KeptByTransaction::new(hold));
-        let begun = current_runtime()?.spawn(async move {
-            loop {
-                let kept = for_task.clone();
-                match OwnTransaction::begin(&pool, DB::BEGIN_GUARDED, kept).await {
-                    Ok(transaction) => return Ok(Self { transaction, hold: for_task }),
-                    // SQLite: somebody else is writing.
-                    Err(error) if DB::classify(&error) == Fault::Busy && for_task.check().is_ok() => {
-                        sleep(PAUSE).await;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+        let (pool, for_task) = (locks.pool().clone(), Arc::downgrade(hold));
+        let (mut answer, answered) = oneshot::channel();
+        current_runtime()?.spawn(async move {
+            let begun = select! {
+                biased;
+                // A caller that has gone keeps neither a place before the pool nor the lease.
+                () = answer.closed() => return,
+                begun = begin_on(&pool, &for_task) => begun,
+            };
+            // A transaction that nobody takes is dropped, and rolled back.
+            let _ = answer.send(begun);
         });
         let result = select! {
-            begun = begun => begun,
+            begun = answered => begun,
             reason = hold.lease.lost() => return Err(hold.lost(reason)),
         };
         match result {
@@ -108,20 +108,49 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Guard and commit, or release and commit.
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
         let Self { transaction, hold } = self;
-        let lost = hold.lost(Loss::TransactionEnded);
-        let ended = transaction.end(|mut transaction| async move {
+        if release {
             // Others may have the lock a moment before we hear of it.
-            let in_doubt = release.then(|| hold.doubt());
-            let key = &hold.lease.key;
-            let checked = DB::commit_guarded(&mut transaction, key, release).await;
-            let ended = commit(transaction, checked, &key.row.name).await;
-            if release && ended.is_ok() {
-                hold.was_released();
+            hold.lease.doubt();
+        }
+        let condition = Condition::Lease { key: hold.lease.key.clone(), release };
+        let ended = move |ended: &Result<(), Error>| {
+            if release {
+                if ended.is_ok() {
+                    hold.was_released();
+                }
+                drop(hold.doubt());
             }
-            drop(in_doubt);
-            ended
+        };
+        transaction.commit(condition, ended).await
+    }
+}
+
+/// Waits for a connection, which may be cut short at any time, and begins the transaction on it in a task, which may not.
+async fn begin_on<DB: LockDatabase>(
+    pool: &Pool<DB>,
+    hold: &Weak<Hold>,
+) -> sqlx::Result<GuardedTransaction<DB>> {
+    let mut broken = 0_u32;
+    loop {
+        let connection = pool.acquire().await?;
+        let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
+        let begun = tokio::spawn(async move {
+            let hold = KeptByTransaction::new(&hold);
+            let transaction = OwnTransaction::begin(connection, DB::BEGIN_GUARDED, hold.clone()).await?;
+            Ok(GuardedTransaction { transaction, hold })
         });
-        ended.await.unwrap_or(Err(lost))
+        let error = match begun.await {
+            Ok(Ok(guarded)) => return Ok(guarded),
+            Ok(Err(error)) => error,
+            Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed),
+        };
+        match DB::classify(&error) {
+            // SQLite: somebody else is writing.
+            Fault::Busy => sleep(PAUSE).await,
+            // Closed while it was idle, perhaps.
+            Fault::Disconnected if broken == 0 => broken += 1,
+            _ => return Err(error),
+        }
     }
 }
 

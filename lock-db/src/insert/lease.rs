@@ -9,8 +9,8 @@ use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{GuardedTransaction, release_quietly};
-use crate::database::{Guarded, LockDatabase};
-use crate::error::{Failure, Loss};
+use crate::database::{Fault, Guarded, LockDatabase};
+use crate::error::{Failure, Loss, WaitingFor};
 use crate::reentry::Held;
 use crate::session::{LeaseState, Request};
 use crate::{Error, Kind, Locks};
@@ -211,6 +211,14 @@ impl<DB: LockDatabase> Lease<DB> {
                 let failure = Failure::new::<DB>(error);
                 if failure.ends_transaction() {
                     DB::doom(transaction).await;
+                }
+                if failure.fault == Fault::Busy {
+                    return Err(Error::Timeout {
+                        name: name.to_owned(),
+                        waited: DB::GUARD_LIMIT,
+                        waiting_for: WaitingFor::Lock,
+                        held_by: None,
+                    });
                 }
                 Err(failure.into_error("verify the lock", Some(name)))
             }

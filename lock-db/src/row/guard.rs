@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::Error;
 use crate::database::LockDatabase;
-use crate::error::{Failure, Loss};
-use crate::own_transaction::{OwnTransaction, commit};
+use crate::error::Failure;
+use crate::own_transaction::{Condition, OwnTransaction};
 use crate::turns::Turn;
 
 /// A row lock that is held by a transaction of its own, to which this derefs: `&mut *guard` runs statements in it.
@@ -50,12 +50,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// The commit goes on when the future is dropped; only the answer is lost.
     pub async fn commit(self) -> Result<(), Error> {
         let Self { transaction, name, fencing_token } = self;
-        let lost = Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded };
-        let ended = transaction.end(async move |mut transaction| {
-            let checked = DB::commit_locked(&mut transaction, &name, fencing_token).await;
-            commit(transaction, checked, &name).await
-        });
-        ended.await.unwrap_or(Err(lost))
+        transaction.commit(Condition::Row { name, fencing_token }, |_ended| ()).await
     }
 
     /// Rolls the transaction back, which frees the lock.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sqlx::pool::PoolConnection;
 use tokio::select;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
@@ -12,6 +13,7 @@ use super::RowGuard;
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
+use crate::jitter::jitter;
 use crate::own_transaction::{OwnTransaction, current_runtime};
 use crate::turns::Turn;
 use crate::{Error, Kind, Locks, limits, name};
@@ -23,6 +25,8 @@ const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_secs(2);
 /// How long a try may take, which has no wait of its own: for the pool, and for the server.
 const LONGEST_TRY: Duration = Duration::from_secs(10);
+/// Between two looks at a lock for which too many wait in the database already.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Before beginning anew after a broken connection or a deadlock.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -190,7 +194,8 @@ type Taken<DB> = Result<Option<RowGuard<DB>>, Error>;
 ///
 /// Whoever waits keeps as few connections from the others as can be, for it is they who must come to an end first: of
 /// the callers for one name only the first has one, and none has one while somebody of this process holds the lock; of
-/// those who wait for other processes all but one connection of the pool may be in use.
+/// those who wait for other processes half of the pool may do so in the database's queue, and the others look again and
+/// again.
 async fn take<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     answer: &mut oneshot::Sender<Taken<DB>>,
@@ -207,28 +212,41 @@ async fn take<DB: LockDatabase>(
     let mut may_wait = None;
     let mut broken = 0_u32;
     loop {
-        let mut transaction = begin(attempt, &turn).await?;
-        let locked = attempt.lock(&mut transaction, || {
-            may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
-            may_wait.is_some() && !answer.is_closed()
-        });
-        let error = match locked.await {
-            Ok(Some(locked)) => {
-                let name = Arc::clone(attempt.name);
-                return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token)));
+        let begun = match connect(attempt, answer).await {
+            Ok(Some(connection)) => begin(attempt, connection, &turn).await,
+            Ok(None) => return Ok(None),
+            Err(error) => Err(error),
+        };
+        let error = match begun {
+            Ok(mut transaction) => {
+                let locked = attempt.lock(&mut transaction, || {
+                    may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
+                    may_wait.is_some() && !answer.is_closed()
+                });
+                let error = match locked.await {
+                    Ok(Some(locked)) => {
+                        // The first time: the transaction has only just begun.
+                        attempt.locks.counts().enter(&locked.secret, &locked.before, false);
+                        let name = Arc::clone(attempt.name);
+                        return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token)));
+                    }
+                    Ok(None) => None,
+                    Err(error) => Some(error),
+                };
+                if let Err(error) = transaction.roll_back().await {
+                    tracing::debug!(%error, "rolling back");
+                }
+                error
             }
-            Ok(None) => None,
             Err(error) => Some(error),
         };
-        if let Err(error) = transaction.roll_back().await {
-            tracing::debug!(%error, "rolling back");
-        }
         let Some(error) = error else {
             if attempt.wait.is_none() || answer.is_closed() || may_wait.is_some() {
                 return Ok(None);
             }
-            // Too many wait already.
-            may_wait = in_time(attempt, answer, queues.waiters.acquire()).await?.and_then(Result::ok);
+            // Too many wait in the database already.
+            let place = timeout(jitter(LOOK_AGAIN), queues.waiters.acquire());
+            may_wait = in_time(attempt, answer, place).await?.and_then(Result::ok).and_then(Result::ok);
             continue;
         };
         // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
@@ -263,26 +281,40 @@ async fn in_time<DB: LockDatabase, T>(
     }
 }
 
-/// Waits for the connection no longer than the caller does.
+/// Waits for a connection no longer than the caller does. `None`: the caller has gone.
+async fn connect<DB: LockDatabase>(
+    attempt: &Attempt<'_, DB>,
+    answer: &mut oneshot::Sender<Taken<DB>>,
+) -> Result<Option<PoolConnection<DB>>, Error> {
+    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(SHORTEST_CONNECT));
+    let connected = select! {
+        biased;
+        () = answer.closed() => return Ok(None),
+        connected = timeout(left, attempt.locks.pool().acquire()) => connected,
+    };
+    match connected {
+        Ok(Ok(connection)) => Ok(Some(connection)),
+        Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection, None)),
+        Ok(Err(error)) => Err(not_begun::<DB>(error, attempt.name)),
+    }
+}
+
 async fn begin<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
+    connection: PoolConnection<DB>,
     turn: &Arc<Turn>,
 ) -> Result<OwnTransaction<DB, Arc<Turn>>, Error> {
-    let (pool, turn) = (attempt.locks.pool().clone(), Arc::clone(turn));
-    let begun = tokio::spawn(async move { OwnTransaction::begin(&pool, DB::BEGIN_MARKED, turn).await });
-    let left = attempt.left().map(|left| left.max(SHORTEST_CONNECT));
-    let result = match left {
-        Some(left) => {
-            timeout(left, begun).await.map_err(|_| attempt.timed_out(WaitingFor::Connection, None))?
-        }
-        None => begun.await,
-    };
-    match result {
-        Ok(Ok(transaction)) => Ok(transaction),
-        Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection, None)),
-        Ok(Err(error)) => {
-            Err(Failure::new::<DB>(error).into_error("begin a transaction", Some(attempt.name)))
-        }
-        Err(_runtime_shut_down) => Err(Error::Closed),
+    let turn = Arc::clone(turn);
+    let begun = tokio::spawn(async move { OwnTransaction::begin(connection, DB::BEGIN_MARKED, turn).await });
+    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(SHORTEST_CONNECT));
+    match timeout(left, begun).await {
+        Ok(Ok(Ok(transaction))) => Ok(transaction),
+        Ok(Ok(Err(error))) => Err(not_begun::<DB>(error, attempt.name)),
+        Ok(Err(_runtime_shut_down)) => Err(Error::Closed),
+        Err(_elapsed) => Err(attempt.timed_out(WaitingFor::Connection, None)),
     }
+}
+
+fn not_begun<DB: LockDatabase>(error: sqlx::Error, name: &str) -> Error {
+    Failure::new::<DB>(error).into_error("begin a transaction", Some(name))
 }

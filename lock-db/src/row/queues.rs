@@ -15,9 +15,9 @@ pub(crate) struct RowQueues {
 }
 
 impl RowQueues {
-    /// Leaves one connection to those who have the locks.
+    /// Leaves half of the pool to those who have the locks, and to what they do besides.
     pub(crate) fn new(connections: u32) -> Self {
-        let waiters = usize::try_from(connections).unwrap_or(usize::MAX).saturating_sub(1).max(1);
+        let waiters = usize::try_from(connections / 2).unwrap_or(usize::MAX).max(1);
         Self { turns: Arc::default(), waiters: Semaphore::new(waiters.min(Semaphore::MAX_PERMITS)) }
     }
 }

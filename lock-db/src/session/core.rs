@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::Pool;
+use sqlx::{ConnectOptions, Pool};
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{LocalSet, spawn_local};
@@ -59,7 +59,9 @@ pub(super) fn start<DB: LockDatabase>(
             runtime.block_on(async {
                 local
                     .run_until(async move {
-                        let pool = options.connect_lazy_with((*connect_options).clone());
+                        // Secrets belong in no log.
+                        let pool =
+                            options.connect_lazy_with((*connect_options).clone().disable_statement_logging());
                         let core = Core::new(pool, weak);
                         serve(&core, requests).await;
                     })

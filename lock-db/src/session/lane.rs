@@ -361,6 +361,15 @@ async fn acquire_all<DB: LockDatabase>(
     if let [claim] = claims {
         return Ok(DB::acquire(connection, claim).await?.map(|grant| vec![grant]));
     }
+    let grants = acquire_in_transaction::<DB>(connection, claims).await?;
+    DB::after_short(connection).await?;
+    Ok(grants)
+}
+
+async fn acquire_in_transaction<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    claims: &[Claim],
+) -> sqlx::Result<Option<Vec<Grant>>> {
     let mut transaction = connection.begin_with(DB::BEGIN_SHORT).await?;
     let mut grants = Vec::with_capacity(claims.len());
     for claim in claims {

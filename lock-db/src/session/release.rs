@@ -32,21 +32,22 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
     drop(held);
     let lost = |reason| Error::Lost { name: lease.name().to_owned(), reason };
     match (loss, released) {
-        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
-        (Some(reason), _) => Err(lost(reason)),
-        (None, Ok(Standing::Ours)) => Ok(()),
+        // Released before: by a transaction that has committed, or that has not and left it to us.
+        (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
         (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
-        (None, Ok(_locked_by_somebody)) => {
+        (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
             let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
             give_back(core, name, secret, lease.at_least(), ttl);
             let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
             Err(Error::Database { action: "release", name: Some(lease.name().to_owned()), source })
         }
-        (None, Err(failure)) => {
+        (None | Some(Loss::Released), Err(failure)) => {
             let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
             give_back(core, name, secret, lease.at_least(), ttl);
             Err(failure.into_error("release", Some(lease.name())))
         }
+        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
+        (Some(reason), _) => Err(lost(reason)),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::select;
 
 use super::core::{Core, Held};
-use crate::database::{Renewal, Standing};
+use crate::database::{Fault, Renewal, Standing};
 use crate::error::Loss;
 
 /// How many leases travel in one statement.
@@ -73,8 +73,12 @@ async fn renew_batch(core: &Core, batch: &[Due]) {
             }
         }
         // Not heard is not lost: asked again until the deadline, which ends the lease without any answer.
-        Err(failure) => {
+        Err(failure) if failure.is_contention() || failure.fault == Fault::Disconnected => {
             tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
+        }
+        // That does not look as if it would pass.
+        Err(failure) => {
+            tracing::warn!(leases = batch.len(), error = %failure.source, "leases can't be renewed");
         }
     }
 }
