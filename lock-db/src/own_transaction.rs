@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 
 use crate::Error;
 use crate::database::{Fault, Guarded, LockDatabase};
-use crate::error::{Failure, Loss};
+use crate::error::{COMMIT, Failure, Loss};
 
 /// An open transaction, and what is kept until it has ended.
 ///
@@ -73,7 +73,7 @@ pub(crate) async fn commit<DB: LockDatabase>(
     checked: sqlx::Result<Guarded>,
     name: &str,
 ) -> Result<(), Error> {
-    let failed = |failure: Failure| failure.into_error("commit the transaction", Some(name));
+    let failed = |failure: Failure| failure.into_error(COMMIT, Some(name));
     let error = match checked.map_err(Failure::new::<DB>) {
         Ok(Guarded::Ours) => {
             return transaction.commit().await.map_err(|error| failed(Failure::new::<DB>(error)));

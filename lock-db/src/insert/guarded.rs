@@ -39,7 +39,17 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             loop {
                 let kept = for_task.clone();
                 match OwnTransaction::begin(&pool, DB::BEGIN_GUARDED, kept).await {
-                    Ok(transaction) => return Ok(Self { transaction, hold: for_task }),
+                    Ok(mut transaction) => {
+                        let lease = &for_task.lease;
+                        if DB::sees_grant(&mut transaction, &lease.key, lease.fencing_token).await? {
+                            return Ok(Self { transaction, hold: for_task });
+                        }
+                        if for_task.check().is_err() {
+                            return Err(sqlx::Error::RowNotFound);
+                        }
+                        transaction.roll_back().await?;
+                        sleep(PAUSE).await;
+                    }
                     // SQLite: somebody else is writing.
                     Err(error) if DB::classify(&error) == Fault::Busy && for_task.check().is_ok() => {
                         sleep(PAUSE).await;
@@ -49,8 +59,9 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             }
         });
         let result = select! {
-            begun = begun => begun,
+            biased;
             reason = hold.lease.lost() => return Err(hold.lost(reason)),
+            begun = begun => begun,
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
