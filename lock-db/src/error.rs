@@ -5,6 +5,9 @@ use std::time::Duration;
 use crate::database::{self, Fault, LockDatabase};
 use crate::{Kind, LockInfo};
 
+/// As the action of [`Error::Database`]: the only one that may be done although it failed, and must not be done twice.
+pub(crate) const COMMIT: &str = "commit the transaction";
+
 /// What can go wrong with a lock: what was tried, on which lock, and what to do next.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -232,12 +235,13 @@ impl Error {
     /// Whether nothing was done and the same call may succeed when it is made again: after `Deadlock` and
     /// `Serialization` together with its whole transaction, after `Timeout` and a broken connection as it is.
     ///
+    /// A commit during which the connection broke is not: nobody knows whether it was carried out.
     /// `Lost` is not: work was under way, and only its author knows whether it may be repeated.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
-            Self::Database { source, .. } => database::is_disconnected(source),
+            Self::Database { action, source, .. } => *action != COMMIT && database::is_disconnected(source),
             _ => false,
         }
     }
@@ -380,6 +384,17 @@ mod tests {
         }
         .to_string();
         assert!(message.starts_with("gave up on lock `a` after 1.500s, waiting for the lock"), "{message}");
+    }
+
+    #[test]
+    fn a_commit_without_an_answer_is_not_made_again() {
+        let broken = |action| {
+            let source = sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+            Error::Database { action, name: None, source }
+        };
+        assert!(!broken(COMMIT).is_retryable());
+        let knows_a_database = cfg!(any(feature = "postgres", feature = "mysql", feature = "sqlite"));
+        assert_eq!(broken("acquire").is_retryable(), knows_a_database);
     }
 
     #[test]

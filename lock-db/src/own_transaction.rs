@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::Error;
 use crate::database::{Fault, Guarded, LeaseKey, LockDatabase};
-use crate::error::{Failure, Loss, WaitingFor};
+use crate::error::{COMMIT, Failure, Loss, WaitingFor};
 
 /// How long a commit may take, on a server that is slow to write, before its caller is told that nobody knows.
 const COMMIT_LIMIT: Duration = Duration::from_secs(30);
@@ -125,14 +125,14 @@ async fn commit<DB: LockDatabase>(
         Fault::Disconnected if !DB::COMMITS_WITH_CHECK => {
             Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded }
         }
-        _ => failure.into_error("commit the transaction", Some(name)),
+        _ => failure.into_error(COMMIT, Some(name)),
     };
     let error = match checked.map_err(Failure::new::<DB>) {
         Ok(Guarded::Ours) => {
             return transaction
                 .commit()
                 .await
-                .map_err(|error| Failure::new::<DB>(error).into_error("commit the transaction", Some(name)));
+                .map_err(|error| Failure::new::<DB>(error).into_error(COMMIT, Some(name)));
         }
         Ok(Guarded::Committed) => {
             // There is nothing left to commit, but sqlx counts.
@@ -162,7 +162,7 @@ async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) 
 
 /// Nobody knows whether the COMMIT was carried out.
 fn unknown(name: &str, source: io::Error) -> Error {
-    Error::Database { action: "commit the transaction", name: Some(name.to_owned()), source: source.into() }
+    Error::Database { action: COMMIT, name: Some(name.to_owned()), source: source.into() }
 }
 
 /// Tasks need a runtime to run on.

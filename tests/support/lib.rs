@@ -26,5 +26,7 @@ pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migr
 pub use eventually::eventually;
 pub use process::{Parent, Process, RoleForAll, become_child};
 pub use proxy::{Direction, Proxy};
-pub use servers::{MariaDbServer, MySqlServer, PostgresServer, Server, ServerDialect, ServerKind};
+pub use servers::{
+    GaleraCluster, MariaDbServer, MySqlServer, PostgresServer, Server, ServerDialect, ServerKind,
+};
 pub use sqlite::SqliteFile;

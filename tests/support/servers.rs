@@ -34,6 +34,8 @@ pub enum PostgresKind {}
 pub enum MariaDbKind {}
 #[derive(Debug)]
 pub enum MySqlKind {}
+#[derive(Debug)]
+pub enum GaleraKind {}
 
 impl ServerKind for PostgresKind {
     type Database = Postgres;
@@ -54,12 +56,21 @@ impl ServerKind for MySqlKind {
     const VARIABLE: &'static str = "LOCK_DB_TEST_MYSQL_URL";
 }
 
+/// Several nodes of one cluster: their URLs, with commas between them.
+impl ServerKind for GaleraKind {
+    type Database = MySql;
+    const NAME: &'static str = "galera";
+    const VARIABLE: &'static str = "LOCK_DB_TEST_GALERA_URLS";
+}
+
 /// A database for one test on a PostgreSQL server.
 pub type PostgresServer = Server<PostgresKind>;
 /// A database for one test on a MariaDB server.
 pub type MariaDbServer = Server<MariaDbKind>;
 /// A database for one test on a MySQL server.
 pub type MySqlServer = Server<MySqlKind>;
+/// A database for one test on a Galera cluster. What a [`TestDatabase`] does, it does on the first node.
+pub type GaleraCluster = Server<GaleraKind>;
 
 /// A database for one test on a server.
 pub struct Server<K: ServerKind> {
@@ -87,7 +98,7 @@ impl<K: ServerKind> TestDatabase for Server<K> {
     const NAME: &'static str = K::NAME;
 
     async fn create() -> Option<Self> {
-        let administration = configured_server::<K>()?;
+        let administration = configured_servers::<K>()?.swap_remove(0);
         let name = format!("lock_db_test_{:016x}", RandomState::new().hash_one(std::process::id()));
         let mut url = administration.clone();
         url.set_path(&name);
@@ -122,6 +133,17 @@ impl<K: ServerKind> TestDatabase for Server<K> {
     async fn find_text(&self, sql: &str) -> Option<String> {
         let mut observer = self.observer.lock().await;
         K::Database::find_text(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+    }
+}
+
+impl GaleraCluster {
+    /// The URL of the database on each node.
+    pub fn urls(&self) -> Vec<String> {
+        let mut urls = configured_servers::<GaleraKind>().expect("they were there before");
+        for url in &mut urls {
+            url.set_path(&self.name);
+        }
+        urls.into_iter().map(String::from).collect()
     }
 }
 
@@ -286,10 +308,12 @@ fn without_password(url: &Url) -> Url {
     url
 }
 
-fn configured_server<K: ServerKind>() -> Option<Url> {
-    let url = env::var(K::VARIABLE).ok().filter(|url| !url.is_empty());
-    if let Some(url) = url {
-        return Some(Url::parse(&url).unwrap_or_else(|error| panic!("{}: {error}", K::VARIABLE)));
+/// Several only of a cluster.
+fn configured_servers<K: ServerKind>() -> Option<Vec<Url>> {
+    let urls = env::var(K::VARIABLE).ok().filter(|urls| !urls.is_empty());
+    if let Some(urls) = urls {
+        let parse = |url: &str| Url::parse(url).unwrap_or_else(|error| panic!("{}: {error}", K::VARIABLE));
+        return Some(urls.split(',').map(parse).collect());
     }
     let required = env::var(REQUIRE).unwrap_or_default();
     let is_required = required.split(',').any(|name| name.trim() == K::NAME);

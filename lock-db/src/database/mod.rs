@@ -194,6 +194,17 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         release: bool,
     ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
+    /// Whether a transaction that has just begun sees the grant with this token, and so all that was committed before it:
+    /// not on a node that is behind the one which granted the lease.
+    #[doc(hidden)]
+    fn sees_grant(
+        _connection: &mut Self::Connection,
+        _lease: &LeaseKey,
+        _fencing_token: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
+
     /// Sees to it that the transaction can only be rolled back, as far as the database can do that.
     #[doc(hidden)]
     fn doom(connection: &mut Self::Connection) -> impl Future<Output = ()> + Send;

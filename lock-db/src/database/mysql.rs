@@ -228,7 +228,13 @@ impl LockDatabase for MySql {
         for (version, sql) in MIGRATIONS {
             if !applied.contains(&version) {
                 sqlx::raw_sql(sql).execute(&mut *connection).await?;
-                sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *connection).await?;
+                let noted = sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *connection).await;
+                // The lock above is of one node: on another somebody may have noted it at the same time.
+                if let Err(error) = noted
+                    && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
+                {
+                    return Err(error);
+                }
             }
         }
         sqlx::raw_sql(UNLOCK_MIGRATIONS).execute(connection).await.map(drop)
@@ -438,6 +444,20 @@ impl LockDatabase for MySql {
         Ok(Guarded::when(owner.as_deref() == Some(lease.secret.as_str())))
     }
 
+    async fn sees_grant(
+        connection: &mut MySqlConnection,
+        lease: &LeaseKey,
+        fencing_token: i64,
+    ) -> sqlx::Result<bool> {
+        if lease.cluster == Cluster::SinglePrimary {
+            return Ok(true);
+        }
+        let id = lease.row.id;
+        let sql =
+            format!("SELECT 1 FROM distributed_lock WHERE id = {id} AND fencing_token >= {fencing_token}");
+        Ok(fetch_optional(connection, sql).await?.is_some())
+    }
+
     async fn doom(connection: &mut MySqlConnection) {
         let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
     }
@@ -449,8 +469,9 @@ impl LockDatabase for MySql {
         match number(error) {
             // lock wait timeout, NOWAIT, the two forms of "execution time exceeded", interrupted
             Some(1205 | 3572 | 1969 | 3024 | 1317) => Fault::Busy,
-            // deadlock, and the two forms in which a multi-primary cluster refuses a commit
-            Some(1213 | 1180 | 3101) => Fault::Deadlock,
+            // deadlock, which is also what certification answers, and the two other forms of that in group replication
+            Some(DEADLOCK | 3101) => Fault::Deadlock,
+            Some(COMMIT_FAILED) if says(error, "149") => Fault::Deadlock,
             // MariaDB: record has changed since last read
             Some(1020) => Fault::Serialization,
             Some(1146) => Fault::TableMissing,
@@ -459,8 +480,9 @@ impl LockDatabase for MySql {
             // There is no such savepoint: none of what was set in this message, because no transaction is open.
             Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
             // too many connections, shutdown, killed, idle for too long, node not ready; and read-only in two forms: a
-            // server that is no primary any more, where a new connection may find the one that is
-            Some(1040 | 1053 | 1927 | 4031 | 1047 | 1290 | 1836) => Fault::Disconnected,
+            // server that is no primary any more, where a new connection may find the one that is. And a node of Galera
+            // that was cut off from the others during a commit, which they may have carried out.
+            Some(1040 | 1053 | 1927 | 4031 | 1047 | 1290 | 1836 | COMMIT_FAILED) => Fault::Disconnected,
             _ => Fault::Other,
         }
     }
@@ -486,6 +508,8 @@ async fn released_or_not(
 const LONGEST_TRY: Duration = Duration::from_secs(2);
 
 const DUPLICATE_KEY: u16 = 1062;
+const DEADLOCK: u16 = 1213;
+const COMMIT_FAILED: u16 = 1180;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const OUT_OF_RANGE: u16 = 1690;
 
@@ -547,6 +571,10 @@ fn cluster<'a>(setting: impl Fn(&str) -> &'a str) -> Cluster {
 fn number(error: &sqlx::Error) -> Option<u16> {
     let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
     Some(error.number())
+}
+
+fn says(error: &sqlx::Error, text: &str) -> bool {
+    error.as_database_error().is_some_and(|error| error.message().contains(text))
 }
 
 /// Locks the row, makes sure that this transaction can see what its last holder committed, and writes it.

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::Pool;
 use tokio::select;
@@ -16,6 +16,8 @@ use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::{Error, Locks};
 
 const PAUSE: Duration = Duration::from_millis(10);
+/// How long others may be in the way: another writer on SQLite, or a node that has not heard of the grant yet.
+const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// A transaction that commits only if its lease is still the current one, from [`Lease::begin`](crate::Lease::begin).
 /// It derefs to the connection: `&mut *transaction` runs statements in it.
@@ -49,8 +51,9 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             let _ = answer.send(begun);
         });
         let result = select! {
-            begun = answered => begun,
+            biased;
             reason = hold.lease.lost() => return Err(hold.lost(reason)),
+            begun = answered => begun,
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
@@ -131,6 +134,7 @@ async fn begin_on<DB: LockDatabase>(
     hold: &Weak<Hold>,
 ) -> sqlx::Result<GuardedTransaction<DB>> {
     let mut broken = 0_u32;
+    let started = Instant::now();
     loop {
         let connection = pool.acquire().await?;
         let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
@@ -140,13 +144,24 @@ async fn begin_on<DB: LockDatabase>(
             Ok(GuardedTransaction { transaction, hold })
         });
         let error = match begun.await {
-            Ok(Ok(guarded)) => return Ok(guarded),
+            Ok(Ok(mut guarded)) => {
+                let (key, fencing_token) = (guarded.hold.lease.key.clone(), guarded.hold.lease.fencing_token);
+                if DB::sees_grant(&mut guarded, &key, fencing_token).await? {
+                    return Ok(guarded);
+                }
+                guarded.transaction.roll_back().await?;
+                if started.elapsed() > BEGIN_LIMIT {
+                    return Err(sqlx::Error::Protocol("this node has not heard of the lease".into()));
+                }
+                sleep(PAUSE).await;
+                continue;
+            }
             Ok(Err(error)) => error,
             Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed),
         };
         match DB::classify(&error) {
             // SQLite: somebody else is writing.
-            Fault::Busy => sleep(PAUSE).await,
+            Fault::Busy if started.elapsed() < BEGIN_LIMIT => sleep(PAUSE).await,
             // Closed while it was idle, perhaps.
             Fault::Disconnected if broken == 0 => broken += 1,
             _ => return Err(error),
