@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
@@ -64,8 +65,10 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
     ) -> Result<(), Error> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
-        let name = Arc::clone(condition.name());
+        let (name, begun) = (Arc::clone(condition.name()), Arc::new(AtomicBool::new(false)));
+        let begins = Arc::clone(&begun);
         let task = self.runtime.spawn(async move {
+            begins.store(true, Ordering::SeqCst);
             let committing = commit(transaction, &condition);
             let committed = timeout(COMMIT_LIMIT, committing).await.unwrap_or_else(|_elapsed| {
                 Err(unknown(
@@ -77,8 +80,15 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
             drop(kept);
             committed
         });
-        // When the runtime was shut down in the middle of it, or sqlx panicked over an answer.
-        task.await.unwrap_or_else(|error| Err(unknown(&name, io::Error::other(error))))
+        task.await.unwrap_or_else(|error| {
+            if begun.load(Ordering::SeqCst) {
+                // The runtime was shut down in the middle of it, or sqlx panicked over an answer.
+                Err(unknown(&name, io::Error::other(error)))
+            } else {
+                // It was shut down before.
+                Err(Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded })
+            }
+        })
     }
 
     /// Rolls it back in a task. A rollback that fails has lost its connection, which rolls back too.

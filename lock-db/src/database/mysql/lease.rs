@@ -1,0 +1,155 @@
+//! One lease at a time, on private connections.
+
+use std::time::Duration;
+
+use sqlx::mysql::{MySqlConnection, MySqlQueryResult};
+use sqlx::{MySql, Row};
+
+use super::errors::{DUPLICATE_KEY, number};
+use crate::Kind;
+use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Standing};
+use crate::limits::micros;
+use crate::secret::Secret;
+
+const LOOK: &str = "
+SELECT id, lock_kind, secret_key, owner, fencing_token,
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
+       TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time)
+FROM distributed_lock WHERE lock_name = ?";
+
+/// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
+/// tell the two cases apart on a connection of sqlx.
+const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?, ?)";
+
+/// What was there before is read in the inner SELECT: in an UPDATE of a join the order of assignments is not defined. The
+/// new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
+/// last grants brings a number back.
+///
+/// A row that somebody has locked is passed over, so that nobody else's turn on this connection waits for it. In a
+/// transaction that would leave a lock on the gap behind it; by itself it does not.
+const ACQUIRE: &str = "
+UPDATE (
+    SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again
+    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = ?,
+    lease.owner = ?,
+    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))";
+
+const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+
+const RELEASE: &str = "
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = '1970-01-01 00:00:00'";
+
+const RELEASE_LATER: &str = "
+UPDATE (
+    SELECT id, secret_key AS last_secret, TIMESTAMPADD(MICROSECOND, ?, acquire_time) AS moment
+    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND secret_key = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
+    lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
+
+const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+
+pub(super) async fn look(connection: &mut MySqlConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
+    let row = sqlx::query(LOOK).bind(name.as_bytes()).fetch_optional(connection).await?;
+    row.map(|row| {
+        Ok(LockRow {
+            id: row.try_get(0)?,
+            kind: Kind::parse(row.try_get(1)?),
+            secret_key: row.try_get(2)?,
+            owner: row.try_get(3)?,
+            fencing_token: row.try_get(4)?,
+            created: row.try_get(5)?,
+            acquired: row.try_get(6)?,
+            expires: row.try_get(7)?,
+            remaining: row.try_get(8)?,
+        })
+    })
+    .transpose()
+}
+
+/// Looks first: a transaction may have locked the row already that somebody else of this process has just made, and the
+/// lane must not wait for that.
+pub(super) async fn create(connection: &mut MySqlConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
+    if MySql::look(connection, name).await?.is_some() {
+        return Ok(());
+    }
+    match sqlx::query(CREATE).bind(name.as_bytes()).bind(kind.as_str()).execute(connection).await {
+        Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+    let secret = claim.secret.as_str();
+    let name = claim.name.as_bytes();
+    let acquired = sqlx::query(ACQUIRE)
+        .bind(secret)
+        .bind(name)
+        .bind(secret)
+        .bind(secret)
+        .bind(&*claim.owner)
+        .bind(micros(claim.ttl))
+        .execute(&mut *connection)
+        .await?;
+    if acquired.rows_affected() == 0 {
+        return Ok(None);
+    }
+    let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
+    row.map(|row| Ok(Grant { fencing_token: row.try_get(0)?, id: row.try_get(1)? })).transpose()
+}
+
+pub(super) async fn release(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+) -> sqlx::Result<Standing> {
+    let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
+    let released = query.execute(&mut *connection).await;
+    released_or_not(connection, name, secret, released).await
+}
+
+pub(super) async fn release_later(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+    at_least: Duration,
+) -> sqlx::Result<Standing> {
+    let query = sqlx::query(RELEASE_LATER).bind(micros(at_least)).bind(name.as_bytes());
+    let released = query.bind(secret.as_str()).execute(&mut *connection).await;
+    released_or_not(connection, name, secret, released).await
+}
+
+async fn released_or_not(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+    released: sqlx::Result<MySqlQueryResult>,
+) -> sqlx::Result<Standing> {
+    match released {
+        Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
+        Err(error) if !matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => return Err(error),
+        _ => {}
+    }
+    let ours =
+        sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
+    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+}

@@ -1,0 +1,143 @@
+//! Many leases at a time, on private connections.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use sqlx::mysql::MySqlConnection;
+use sqlx::{AssertSqlSafe, MySql, Row};
+
+use super::literal;
+use crate::database::{
+    Claim, Exchanged, Fault, Grant, LockDatabase, Renewal, Return, Standing, as_json, hexadecimal, in_order,
+};
+use crate::limits::micros;
+
+/// One statement, after which the server needs nothing more of us: a client that is stopped or cut off in the middle of a
+/// transaction would keep the rows locked. Rows that somebody has locked are passed over, so one of them can't hold up
+/// the rest, and never does it find a lease that was released (1970) or move a deadline backwards.
+///
+/// LIMIT makes the server materialize the inner SELECT, with its locks; `STRAIGHT_JOIN` and `FORCE INDEX` keep it from reading,
+/// and so locking, other rows of a small table. MySQL wants to be told that JSON is not to be locked; MariaDB knows no
+/// `OF`, and reads it as a comment.
+const RENEW: &str = "
+UPDATE (
+    SELECT lease.id, asked.ttl
+    FROM JSON_TABLE(?, '$[*]' COLUMNS (
+            id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+    WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'
+    LIMIT 1000000
+    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = GREATEST(
+    lease.expire_time, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)))";
+
+/// Which leases are ours, and whether they were renewed a moment ago: later than what the holder will rely on.
+const STILL_OURS: &str = "
+SELECT lease.secret_key,
+    TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
+
+/// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one commit.
+const EXCHANGE: &str = "
+UPDATE (
+    SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
+        lease.secret_key = asked.secret_key AS is_again, asked.secret_key, asked.ttl
+    FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+        ON lease.lock_name = UNHEX(asked.lock_name)
+    WHERE lease.lock_kind = 'insert'
+        AND (lease.secret_key = asked.secret_key OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)))
+    LIMIT 1000000
+    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = unlocked.secret_key,
+    lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
+    lease.expire_time = IF(
+        unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00')";
+
+/// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
+/// than the holder will rely on.
+const EXCHANGED: &str = "
+SELECT lease.secret_key, lease.fencing_token, lease.id,
+    IF(asked.ttl > 0,
+        TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11,
+        lease.expire_time = '1970-01-01 00:00:00')
+FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.secret_key = asked.secret_key";
+
+pub(super) async fn renew(
+    connection: &mut MySqlConnection,
+    leases: &[Renewal],
+) -> sqlx::Result<Vec<Standing>> {
+    let json = as_json(leases);
+    let renewed = sqlx::query(RENEW).bind(&json).execute(&mut *connection).await?;
+    if usize::try_from(renewed.rows_affected()) == Ok(leases.len()) {
+        return Ok(vec![Standing::Ours; leases.len()]);
+    }
+    let mut found = Vec::with_capacity(leases.len());
+    for row in sqlx::query(STILL_OURS).bind(&json).fetch_all(connection).await? {
+        // One that was asked for alone was not renewed, or it would have been counted.
+        let is_fresh = leases.len() > 1 && row.try_get(1)?;
+        found.push((row.try_get(0)?, if is_fresh { Standing::StillOurs } else { Standing::Busy }));
+    }
+    Ok(in_order(leases, found))
+}
+
+pub(super) async fn exchange(
+    connection: &mut MySqlConnection,
+    returns: &[Return],
+    claims: &[Claim],
+) -> sqlx::Result<Exchanged> {
+    let asked = exchange_as_json(returns, claims);
+    let owner = literal(claims.first().map_or("", |claim| &claim.owner));
+    // As text, so that both go in one message. Nothing in them needs to be escaped.
+    let sql = format!(
+        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4); {EXCHANGE}; {EXCHANGED}"
+    );
+    let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+        Err(error) if matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => {
+            return Ok(Exchanged::nothing(returns, claims));
+        }
+        rows => rows?,
+    };
+    let mut found = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+        found.insert(row.try_get::<String, _>(0)?, (grant, row.try_get::<bool, _>(3)?));
+    }
+    let standing = |one: &Return| match found.get(one.secret.as_str()) {
+        Some((_, true)) => Standing::Ours,
+        Some((_, false)) => Standing::Busy,
+        None => Standing::NotOurs,
+    };
+    let grant =
+        |claim: &Claim| found.get(claim.secret.as_str()).and_then(|(grant, done)| done.then_some(*grant));
+    Ok(Exchanged {
+        returns: returns.iter().map(standing).collect(),
+        grants: claims.iter().map(grant).collect(),
+    })
+}
+
+/// `[["6e616d65", "secret", 30000000], …]`, with a `ttl` of zero for what is given back.
+fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
+    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0));
+    let claims = claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl)));
+    let mut json = String::from("[");
+    for (position, (name, secret, ttl)) in returns.chain(claims).enumerate() {
+        let comma = if position > 0 { "," } else { "" };
+        let _infallible = write!(json, "{comma}[\"{}\",\"{}\",{ttl}]", hexadecimal(name), secret.as_str());
+    }
+    json.push(']');
+    json
+}
