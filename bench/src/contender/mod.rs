@@ -1,0 +1,133 @@
+//! Who is measured.
+
+mod lock_db;
+mod redis;
+mod sql;
+mod waiting_on_server;
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::{MySql, Postgres, Sqlite};
+
+/// A system that keeps locks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum System {
+    Postgres,
+    /// Also MariaDB.
+    MySql,
+    Sqlite,
+    Redis,
+}
+
+/// A way of locking.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Contender {
+    InsertLock,
+    RowLock,
+    /// No lock: two committed updates of one row, on a connection that the caller keeps.
+    Floor,
+    /// A row that is inserted and deleted, through a pool as sqlx makes it.
+    Naive,
+    /// A row with an expiry, asked for every 100 ms.
+    Poll,
+    AdvisoryLock,
+    GetLock,
+    Rslock,
+}
+
+impl Contender {
+    pub(crate) fn of(system: System) -> &'static [Self] {
+        use Contender::{AdvisoryLock, Floor, GetLock, InsertLock, Naive, Poll, RowLock, Rslock};
+        match system {
+            System::Postgres => &[InsertLock, RowLock, Floor, Naive, Poll, AdvisoryLock],
+            System::MySql => &[InsertLock, RowLock, Floor, Naive, Poll, GetLock],
+            System::Sqlite => &[InsertLock, RowLock, Floor, Naive, Poll],
+            System::Redis => &[Rslock],
+        }
+    }
+
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::InsertLock => "lock-db insert lock",
+            Self::RowLock => "lock-db row lock",
+            Self::Floor => "floor: two committed updates",
+            Self::Naive => "INSERT/DELETE, default pool",
+            Self::Poll => "100 ms poll (ShedLock style)",
+            Self::AdvisoryLock => "pg_advisory_lock",
+            Self::GetLock => "GET_LOCK",
+            Self::Rslock => "rslock",
+        }
+    }
+
+    /// Those that write nothing have nothing to lose in a crash, or lose it.
+    pub(crate) fn writes(self) -> bool {
+        !matches!(self, Self::AdvisoryLock | Self::GetLock)
+    }
+
+    /// Whether it excludes anybody.
+    pub(crate) fn is_a_lock(self) -> bool {
+        self != Self::Floor
+    }
+
+    /// How long callers are left to finish when the time is over. Those who wait on the server must not be dropped there:
+    /// the server would go on waiting for them. The others are dropped at once.
+    pub(crate) fn patience(self) -> Duration {
+        if self.writes() { Duration::ZERO } else { Duration::from_secs(5) }
+    }
+}
+
+/// A future in a box: the callers of a contender differ in type.
+pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// One of those who take the lock.
+pub(crate) trait Caller: Send {
+    /// Waits until it has the lock. The fencing token, where there is one.
+    fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>>;
+
+    /// Gives it back, and waits until that is done.
+    fn release(&mut self) -> Boxed<'_, anyhow::Result<()>>;
+}
+
+/// The callers of one process, and what they share.
+pub(crate) struct Team {
+    pub(crate) callers: Vec<Box<dyn Caller>>,
+    pub(crate) end: Boxed<'static, ()>,
+}
+
+/// What a process is to do.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Job {
+    pub(crate) system: System,
+    pub(crate) contender: Contender,
+    pub(crate) url: String,
+    /// One for each caller.
+    pub(crate) names: Vec<String>,
+    /// How many connections the pool of a process has at most.
+    pub(crate) connections: u32,
+    pub(crate) process: u32,
+    pub(crate) hold: Duration,
+}
+
+pub(crate) async fn team(job: &Job) -> anyhow::Result<Team> {
+    match job.contender {
+        Contender::AdvisoryLock => waiting_on_server::team::<Postgres>(job).await,
+        Contender::GetLock => waiting_on_server::team::<MySql>(job).await,
+        Contender::Rslock => redis::team(job).await,
+        Contender::InsertLock | Contender::RowLock => match job.system {
+            System::Postgres => lock_db::team::<Postgres>(job).await,
+            System::MySql => lock_db::team::<MySql>(job).await,
+            System::Sqlite => lock_db::team::<Sqlite>(job).await,
+            System::Redis => anyhow::bail!("lock-db does not lock in Redis"),
+        },
+        Contender::Floor | Contender::Naive | Contender::Poll => match job.system {
+            System::Postgres => sql::team::<Postgres>(job).await,
+            System::MySql => sql::team::<MySql>(job).await,
+            System::Sqlite => sql::team::<Sqlite>(job).await,
+            System::Redis => anyhow::bail!("there is no SQL in Redis"),
+        },
+    }
+}

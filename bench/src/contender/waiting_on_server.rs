@@ -1,0 +1,86 @@
+//! Locks of the server's sessions: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter has a connection, out of
+//! a pool that does not ask them whether they live (which is in favour of these).
+
+use anyhow::Context;
+use sqlx::pool::PoolConnection;
+use sqlx::{MySql, Pool, Postgres};
+
+use super::{Boxed, Caller, Job, Team};
+use crate::database::{self, Database};
+
+pub(super) trait SessionLocks: Database {
+    fn lock(connection: &mut Self::Connection, name: &str)
+    -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    fn unlock(
+        connection: &mut Self::Connection,
+        name: &str,
+    ) -> impl Future<Output = anyhow::Result<()>> + Send;
+}
+
+impl SessionLocks for Postgres {
+    async fn lock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
+        const LOCK: &str = "SELECT pg_advisory_lock(hashtextextended($1, 0))";
+        sqlx::query(LOCK).bind(name).execute(connection).await?;
+        Ok(())
+    }
+
+    async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
+        const UNLOCK: &str = "SELECT pg_advisory_unlock(hashtextextended($1, 0))";
+        let was_mine: bool = sqlx::query_scalar(UNLOCK).bind(name).fetch_one(connection).await?;
+        anyhow::ensure!(was_mine, "it belonged to somebody else");
+        Ok(())
+    }
+}
+
+impl SessionLocks for MySql {
+    async fn lock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
+        let locked: Option<i64> =
+            sqlx::query_scalar("SELECT GET_LOCK(?, 300)").bind(name).fetch_one(connection).await?;
+        anyhow::ensure!(locked == Some(1), "the server said {locked:?}");
+        Ok(())
+    }
+
+    async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
+        let unlocked: Option<i64> =
+            sqlx::query_scalar("SELECT RELEASE_LOCK(?)").bind(name).fetch_one(connection).await?;
+        anyhow::ensure!(unlocked == Some(1), "it belonged to somebody else");
+        Ok(())
+    }
+}
+
+struct SessionLock<DB: Database> {
+    pool: Pool<DB>,
+    name: String,
+    connection: Option<PoolConnection<DB>>,
+}
+
+impl<DB: SessionLocks> Caller for SessionLock<DB> {
+    fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
+        Box::pin(async {
+            let mut connection = self.pool.acquire().await?;
+            DB::lock(&mut connection, &self.name).await?;
+            self.connection = Some(connection);
+            Ok(None)
+        })
+    }
+
+    fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
+        Box::pin(async {
+            let mut connection = self.connection.take().context("not held")?;
+            DB::unlock(&mut connection, &self.name).await
+        })
+    }
+}
+
+pub(super) async fn team<DB: SessionLocks>(job: &Job) -> anyhow::Result<Team> {
+    let pool = database::pool_options::<DB>(job.connections)
+        .test_before_acquire(false)
+        .connect_with(DB::options(&job.url)?)
+        .await?;
+    let caller = |name: &String| -> Box<dyn Caller> {
+        Box::new(SessionLock { pool: pool.clone(), name: name.clone(), connection: None })
+    };
+    let callers = job.names.iter().map(caller).collect();
+    Ok(Team { callers, end: Box::pin(async move { pool.close().await }) })
+}

@@ -1,0 +1,227 @@
+//! The SQL of the peers. The databases differ in their placeholders and in how a row is made at most once.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use lock_db::LockDatabase;
+use sqlx::mysql::MySqlConnectOptions;
+use sqlx::pool::PoolOptions;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{Connection, MySql, Pool, Postgres, Sqlite};
+
+/// As many rows as the floor has callers at most.
+const FLOOR_ROWS: i64 = 64;
+
+type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
+
+/// A database with the tables of the peers. Each statement commits by itself.
+pub(crate) trait Database: LockDatabase {
+    fn options(url: &str) -> sqlx::Result<Options<Self>>;
+
+    /// Makes the tables anew.
+    fn create_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Removes the tables, and the names of this benchmark from `distributed_lock`.
+    fn remove_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Of the floor: writes one row.
+    fn touch(connection: &mut Self::Connection, row: i64) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Of the naive lock: whether there was no such row.
+    fn insert(
+        connection: &mut Self::Connection,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Of the naive lock: whether there was such a row.
+    fn delete(
+        connection: &mut Self::Connection,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Of the row with an expiry: makes it, expired, unless it is there.
+    fn make_row(
+        connection: &mut Self::Connection,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Of the row with an expiry: whether it was free.
+    fn take_row(
+        connection: &mut Self::Connection,
+        owner: &str,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Of the row with an expiry: whether it was the owner's.
+    fn give_row(
+        connection: &mut Self::Connection,
+        owner: &str,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+}
+
+/// A pool as sqlx makes it, but for its size and a patience that no scene outlasts.
+pub(crate) async fn pool<DB: Database>(url: &str, connections: u32) -> sqlx::Result<Pool<DB>> {
+    pool_options(connections).connect_with(DB::options(url)?).await
+}
+
+pub(crate) fn pool_options<DB: Database>(connections: u32) -> PoolOptions<DB> {
+    PoolOptions::new().max_connections(connections).acquire_timeout(Duration::from_mins(5))
+}
+
+const NAMES: &str = "DELETE FROM distributed_lock WHERE lock_name LIKE 'lock-bench:%'";
+
+/// The first placeholder may stand behind the second one: where they have no number the order of the text counts.
+macro_rules! database {
+    (
+        $database:ty, $options:path, $first:literal, $second:literal,
+        text: $text:literal, insert: $insert:literal, conflict: $conflict:literal, time: $time:literal,
+        now: $now:literal, later: $later:literal, past: $past:literal, suffix: $suffix:literal
+    ) => {
+        impl Database for $database {
+            fn options(url: &str) -> sqlx::Result<Options<Self>> {
+                $options(url)
+            }
+
+            async fn create_tables(connection: &mut Self::Connection) -> sqlx::Result<()> {
+                const FLOOR: &str = concat!(
+                    "CREATE TABLE lock_bench_floor (id BIGINT PRIMARY KEY, count BIGINT NOT NULL)",
+                    $suffix
+                );
+                const NAIVE: &str =
+                    concat!("CREATE TABLE lock_bench_naive (lock_name ", $text, " PRIMARY KEY)", $suffix);
+                const POLL: &str = concat!(
+                    "CREATE TABLE lock_bench_poll (lock_name ",
+                    $text,
+                    " PRIMARY KEY, owner ",
+                    $text,
+                    " NOT NULL, expires_at ",
+                    $time,
+                    " NOT NULL)",
+                    $suffix
+                );
+                const ROW: &str = concat!("INSERT INTO lock_bench_floor VALUES (", $first, ", 0)");
+
+                Self::remove_tables(connection).await?;
+                for table in [FLOOR, NAIVE, POLL] {
+                    sqlx::query(table).execute(&mut *connection).await?;
+                }
+                for row in 1..=FLOOR_ROWS {
+                    sqlx::query(ROW).bind(row).execute(&mut *connection).await?;
+                }
+                Ok(())
+            }
+
+            async fn remove_tables(connection: &mut Self::Connection) -> sqlx::Result<()> {
+                const TABLES: [&str; 3] = [
+                    "DROP TABLE IF EXISTS lock_bench_floor",
+                    "DROP TABLE IF EXISTS lock_bench_naive",
+                    "DROP TABLE IF EXISTS lock_bench_poll",
+                ];
+
+                for table in TABLES {
+                    sqlx::query(table).execute(&mut *connection).await?;
+                }
+                sqlx::query(NAMES).execute(connection).await?;
+                Ok(())
+            }
+
+            async fn touch(connection: &mut Self::Connection, row: i64) -> sqlx::Result<()> {
+                const TOUCH: &str =
+                    concat!("UPDATE lock_bench_floor SET count = count + 1 WHERE id = ", $first);
+                sqlx::query(TOUCH).bind(row).execute(connection).await?;
+                Ok(())
+            }
+
+            async fn insert(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
+                const INSERT: &str =
+                    concat!($insert, " INTO lock_bench_naive VALUES (", $first, ")", $conflict);
+                let done = sqlx::query(INSERT).bind(name).execute(connection).await?;
+                Ok(done.rows_affected() == 1)
+            }
+
+            async fn delete(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
+                const DELETE: &str = concat!("DELETE FROM lock_bench_naive WHERE lock_name = ", $first);
+                let done = sqlx::query(DELETE).bind(name).execute(connection).await?;
+                Ok(done.rows_affected() == 1)
+            }
+
+            async fn make_row(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
+                const MAKE: &str = concat!(
+                    $insert,
+                    " INTO lock_bench_poll VALUES (",
+                    $first,
+                    ", '', ",
+                    $past,
+                    ")",
+                    $conflict
+                );
+                let done = sqlx::query(MAKE).bind(name).execute(connection).await?;
+                Ok(done.rows_affected() == 1)
+            }
+
+            async fn take_row(
+                connection: &mut Self::Connection,
+                owner: &str,
+                name: &str,
+            ) -> sqlx::Result<bool> {
+                const TAKE: &str = concat!(
+                    "UPDATE lock_bench_poll SET owner = ",
+                    $first,
+                    ", expires_at = ",
+                    $later,
+                    " WHERE lock_name = ",
+                    $second,
+                    " AND expires_at <= ",
+                    $now
+                );
+                let done = sqlx::query(TAKE).bind(owner).bind(name).execute(connection).await?;
+                Ok(done.rows_affected() == 1)
+            }
+
+            async fn give_row(
+                connection: &mut Self::Connection,
+                owner: &str,
+                name: &str,
+            ) -> sqlx::Result<bool> {
+                const GIVE: &str = concat!(
+                    "UPDATE lock_bench_poll SET expires_at = ",
+                    $past,
+                    " WHERE owner = ",
+                    $first,
+                    " AND lock_name = ",
+                    $second
+                );
+                let done = sqlx::query(GIVE).bind(owner).bind(name).execute(connection).await?;
+                Ok(done.rows_affected() == 1)
+            }
+        }
+    };
+}
+
+database!(
+    Postgres, PgConnectOptions::from_str, "$1", "$2",
+    text: "TEXT", insert: "INSERT", conflict: " ON CONFLICT DO NOTHING", time: "TIMESTAMPTZ",
+    now: "clock_timestamp()", later: "clock_timestamp() + INTERVAL '30 s'", past: "to_timestamp(0)", suffix: ""
+);
+database!(
+    MySql, MySqlConnectOptions::from_str, "?", "?",
+    text: "VARCHAR(100)", insert: "INSERT IGNORE", conflict: "", time: "DATETIME(6)",
+    now: "NOW(6)", later: "NOW(6) + INTERVAL 30 SECOND", past: "'1970-01-02 00:00:00'",
+    suffix: " ENGINE = InnoDB"
+);
+database!(
+    Sqlite, sqlite_options, "?1", "?2",
+    text: "TEXT", insert: "INSERT", conflict: " ON CONFLICT DO NOTHING", time: "REAL",
+    now: "unixepoch('subsec')", later: "unixepoch('subsec') + 30", past: "0", suffix: ""
+);
+
+/// As durable as the servers: with NORMAL, sqlx's own choice in this mode being FULL, the last commits may be lost.
+fn sqlite_options(url: &str) -> sqlx::Result<SqliteConnectOptions> {
+    Ok(SqliteConnectOptions::from_str(url)?
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(Duration::from_secs(30)))
+}

@@ -1,0 +1,93 @@
+//! The callers of one process at work.
+
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::clock::{after, now, until};
+use crate::contender::{Caller, Job, Team};
+use crate::record::{Log, Record};
+use crate::summary::Window;
+
+/// After an error.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Everybody takes the lock, holds it, gives it back and asks again, until the window is over.
+pub(crate) async fn drive(team: Team, job: &Job, window: Window) -> Log {
+    let mut tasks = JoinSet::new();
+    for (number, (caller, name)) in (0..).zip(team.callers.into_iter().zip(&job.names)) {
+        let work = Work {
+            process: job.process,
+            number,
+            name: name.clone(),
+            hold: job.hold,
+            patience: job.contender.patience(),
+        };
+        tasks.spawn(work.until_end(caller, window));
+    }
+    let mut log = Log::default();
+    while let Some(ended) = tasks.join_next().await {
+        match ended {
+            Ok(of_caller) => log.add(of_caller),
+            Err(error) => log.add_error(&error.into(), ""),
+        }
+    }
+    // What hangs here is no concern of the figures.
+    let _ended_in_time = timeout(Duration::from_secs(5), team.end).await;
+    log
+}
+
+struct Work {
+    process: u32,
+    number: u32,
+    name: String,
+    hold: Duration,
+    patience: Duration,
+}
+
+impl Work {
+    async fn until_end(self, mut caller: Box<dyn Caller>, window: Window) -> Log {
+        let mut log = Log::default();
+        let mut asked = now();
+        while now() < window.end {
+            let limit = until(after(window.end, self.patience));
+            let fencing_token = match timeout(limit, caller.acquire()).await {
+                Err(_elapsed) => {
+                    log.unfinished.push(asked);
+                    break;
+                }
+                Ok(Err(error)) => {
+                    log.add_error(&error, &self.name);
+                    sleep(PAUSE).await;
+                    continue;
+                }
+                Ok(Ok(token)) => token,
+            };
+            let granted = now();
+            if !self.hold.is_zero() {
+                sleep(self.hold).await;
+            }
+            let releasing = now();
+            if let Err(error) = caller.release().await {
+                log.add_error(&error, &self.name);
+            }
+            let released = now();
+            let Self { process, number, .. } = self;
+            log.records.push(Record {
+                process,
+                caller: number,
+                asked,
+                granted,
+                releasing,
+                released,
+                fencing_token,
+            });
+            if granted >= window.end {
+                log.unfinished.push(asked);
+            }
+            asked = now();
+        }
+        log
+    }
+}

@@ -1,0 +1,276 @@
+//! The benchmark of lock-db, side by side with its peers. `bench/README.md` says what is played; `bench/run` starts
+//! servers for it.
+
+mod child;
+mod clock;
+mod contender;
+mod database;
+mod drive;
+mod machine;
+mod play;
+mod plots;
+mod record;
+mod report;
+mod scene;
+mod server;
+mod summary;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::contender::{Contender, Job, System};
+use crate::machine::Machine;
+use crate::play::{Times, play};
+use crate::report::{Entry, Report, UNEQUAL, are_unequal, middle};
+use crate::scene::{Kind, Scene};
+use crate::server::{Facts, Server};
+
+/// How fast and how fair the locks of lock-db are, side by side with their peers.
+///
+/// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`, which are removed at the
+/// end. Use a database in which nobody works meanwhile. The exit status is 1 when two holders overlapped, a fencing
+/// token did not grow, or a scene could not be played.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// postgres://…, whose user may create tables
+    #[arg(long, value_name = "URL", env = "LOCK_BENCH_POSTGRES_URL", hide_env_values = true)]
+    postgres: Option<String>,
+
+    /// mysql://… (also MariaDB), whose user may create tables
+    #[arg(long, value_name = "URL", env = "LOCK_BENCH_MYSQL_URL", hide_env_values = true)]
+    mysql: Option<String>,
+
+    /// redis://…
+    #[arg(long, value_name = "URL", env = "LOCK_BENCH_REDIS_URL", hide_env_values = true)]
+    redis: Option<String>,
+
+    /// SQLite, on a temporary file
+    #[arg(long)]
+    sqlite: bool,
+
+    /// Where the file of SQLite is made; it should be a disk [default: the folder for temporary files]
+    #[arg(long, value_name = "FOLDER", requires = "sqlite")]
+    sqlite_folder: Option<PathBuf>,
+
+    /// Which scenes to play [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
+    scenes: Vec<Kind>,
+
+    /// Only lock-db, without the peers
+    #[arg(long)]
+    without_peers: bool,
+
+    /// How long to measure each contender in each scene
+    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
+    seconds: f64,
+
+    /// How long to let it run before
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
+    warm_up: f64,
+
+    /// How often to play everything; the figures are those of the round in the middle
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
+    rounds: u32,
+
+    /// How long a holder keeps the lock, in microseconds
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    hold: u64,
+
+    /// How many connections the pool of a process has at most; 10 is sqlx's own choice
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    connections: u32,
+
+    /// Play although some of the systems have a commit on disk when they answer and others do not
+    #[arg(long)]
+    allow_unequal_durability: bool,
+
+    /// Where to write all figures
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Where to write the table, besides to the output
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+
+    /// Where to draw
+    #[arg(long, value_name = "FOLDER")]
+    plots: Option<PathBuf>,
+
+    /// For the processes that this one starts
+    #[arg(long, hide = true)]
+    child: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_error| "not a number".to_owned())?;
+    if (0.0..=3600.0).contains(&seconds) { Ok(seconds) } else { Err("0 to 3600".to_owned()) }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let exit = if arguments.child {
+        child::main().await.map(|()| ExitCode::SUCCESS)
+    } else {
+        start(&arguments).await
+    };
+    exit.unwrap_or_else(|error| {
+        eprintln!("Error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let folder = match &arguments.sqlite_folder {
+        Some(folder) => tempfile::tempdir_in(folder),
+        None => tempfile::tempdir(),
+    };
+    let folder = folder.context("making a temporary folder")?;
+    let mut servers = Vec::new();
+    let mut add = |system, url: &Option<String>| {
+        if let Some(url) = url.clone().filter(|url| !url.is_empty()) {
+            servers.push(Server { system, url });
+        }
+    };
+    add(System::Postgres, &arguments.postgres);
+    add(System::MySql, &arguments.mysql);
+    let file = format!("sqlite:{}", folder.path().join("locks.db").display());
+    add(System::Sqlite, &arguments.sqlite.then_some(file));
+    add(System::Redis, &arguments.redis);
+    if servers.is_empty() {
+        bail!(
+            "nothing to measure: give --postgres, --mysql, --sqlite or --redis, or let bench/run start servers"
+        );
+    }
+    let mut facts = Vec::new();
+    for server in &servers {
+        facts.push(server.prepare().await?);
+    }
+    let report = tokio::select! {
+        report = run(arguments, &servers, facts) => report,
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            Err(anyhow::anyhow!("interrupted"))
+        }
+    };
+    for server in &servers {
+        if let Err(error) = server.tidy_up().await {
+            eprintln!("Error: {error:#}");
+        }
+    }
+    folder.close().context("removing the temporary folder")?;
+    publish(arguments, &report?)
+}
+
+async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> anyhow::Result<Report> {
+    if are_unequal(&facts) && !arguments.allow_unequal_durability {
+        for Facts { name, durable, settings, .. } in &facts {
+            eprintln!("{name}: durable: {durable} {settings:?}");
+        }
+        eprint!("{UNEQUAL}");
+        bail!("make the settings alike, or say --allow-unequal-durability");
+    }
+    let mut machine = Machine::before();
+    let parts = parts(arguments, servers);
+    let times = Times {
+        warm_up: Duration::from_secs_f64(arguments.warm_up),
+        measured: Duration::from_secs_f64(arguments.seconds),
+    };
+    let bar = ProgressBar::new(parts.len() as u64 * u64::from(arguments.rounds));
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {eta:>5} left  {msg}")?);
+    // Seldom: drawing takes time from what is measured.
+    bar.enable_steady_tick(Duration::from_secs(1));
+    let mut summaries: Vec<Vec<_>> = parts.iter().map(|_part| Vec::new()).collect();
+    let mut failures: Vec<Option<String>> = vec![None; parts.len()];
+    for round in 0..arguments.rounds {
+        for (number, (scene, server, contender)) in parts.iter().enumerate() {
+            bar.set_message(format!("{} {:?} {}", scene.label(), server.system, contender.title()));
+            let job = job(arguments, *scene, server, *contender, &format!("{round}-{number}"));
+            match play(*scene, &job, times).await {
+                Ok(summary) => summaries[number].push(summary),
+                Err(error) => failures[number] = Some(format!("{error:#}")),
+            }
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    machine.look_again();
+    let results = parts.into_iter().zip(summaries).zip(failures);
+    let results = results.map(|(((scene, server, contender), summaries), failure)| {
+        let (rounds, summary) = middle(scene, summaries);
+        let (label, system) = (scene.label(), server.system);
+        Entry { scene, label, system, contender, rounds, summary, failure }
+    });
+    Ok(Report {
+        results: results.collect(),
+        machine,
+        servers: facts,
+        seconds: arguments.seconds,
+        warm_up_seconds: arguments.warm_up,
+        hold_seconds: hold(arguments).as_secs_f64(),
+        connections_per_process: arguments.connections,
+    })
+}
+
+/// Contenders of one scene follow each other, so that they meet the machine in the same state.
+fn parts<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scene, &'a Server, Contender)> {
+    let mut parts = Vec::new();
+    for scene in Scene::of(&arguments.scenes) {
+        for server in servers {
+            for contender in Contender::of(server.system) {
+                let is_ours = matches!(contender, Contender::InsertLock | Contender::RowLock);
+                let has_a_part = contender.is_a_lock() || !scene.is_contended();
+                if has_a_part && (is_ours || !arguments.without_peers) {
+                    parts.push((scene, server, *contender));
+                }
+            }
+        }
+    }
+    parts
+}
+
+fn hold(arguments: &Arguments) -> Duration {
+    Duration::from_micros(arguments.hold)
+}
+
+fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contender, part: &str) -> Job {
+    // Of its own for each part: what one leaves behind is no concern of the next.
+    let prefix = format!("lock-bench:{}:{part}", std::process::id());
+    let name = |caller| if scene.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
+    Job {
+        system: server.system,
+        contender,
+        url: server.url.clone(),
+        names: (0..scene.callers).map(name).collect(),
+        connections: arguments.connections,
+        process: 0,
+        hold: hold(arguments),
+    }
+}
+
+fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
+    let scenes = Scene::of(&arguments.scenes);
+    let text = report.text(&scenes);
+    print!("{text}");
+    if let Some(file) = &arguments.text {
+        std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+    }
+    if let Some(file) = &arguments.json {
+        let json = serde_json::to_string_pretty(report)?;
+        std::fs::write(file, json + "\n").with_context(|| format!("writing {}", file.display()))?;
+    }
+    if let Some(folder) = &arguments.plots {
+        plots::draw(report, &scenes, folder)?;
+    }
+    if report.results.iter().all(Entry::is_right) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("Something is wrong: see the columns `overlaps` and `tokens`, and what FAILED.");
+    Ok(ExitCode::FAILURE)
+}

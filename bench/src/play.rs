@@ -1,0 +1,125 @@
+//! A scene played by child processes.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::{sleep, timeout};
+
+use crate::child::Order;
+use crate::clock::{after, now};
+use crate::contender::Job;
+use crate::record::Log;
+use crate::scene::{Kind, Scene};
+use crate::summary::{Summary, Window};
+
+const START_LIMIT: Duration = Duration::from_mins(1);
+/// For what callers and pools may take to end, and for many records.
+const END_LIMIT: Duration = Duration::from_secs(90);
+/// Between the order and the first acquisition, so that all processes have the order.
+const NOTICE: Duration = Duration::from_millis(50);
+
+/// How long it is played.
+#[derive(Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) warm_up: Duration,
+    pub(crate) measured: Duration,
+}
+
+/// The job is that of the first process: the others have its names and another number.
+pub(crate) async fn play(scene: Scene, job: &Job, times: Times) -> anyhow::Result<Summary> {
+    let mut processes = Vec::new();
+    for process in 0..scene.processes {
+        processes.push(Process::start(&Job { process, ..job.clone() }).await?);
+    }
+    if scene.kind == Kind::D {
+        return hand_over(&mut processes, times).await;
+    }
+    let begin = after(now(), NOTICE + times.warm_up);
+    let end = after(begin, times.measured);
+    for process in &mut processes {
+        process.say(&Order::Drive { begin, end }).await?;
+    }
+    let mut log = Log::default();
+    for process in &mut processes {
+        log.add(process.hear(NOTICE + times.warm_up + times.measured + END_LIMIT).await?);
+    }
+    for process in processes {
+        process.end().await?;
+    }
+    Summary::new(log, &scene.crowd(), Window { begin, end })
+}
+
+/// One process has the lock and the other one waits for it, which is long enough for its polls to have slowed down; by
+/// turns.
+async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Summary> {
+    let [holder, waiter] = processes else { bail!("two processes are needed") };
+    let (mut holder, mut waiter) = (holder, waiter);
+    let mut log = Log::default();
+    holder.say(&Order::Acquire).await?;
+    let _granted: String = holder.hear(START_LIMIT).await?;
+    let end = after(now(), times.warm_up + times.measured);
+    while now() < end {
+        waiter.say(&Order::Acquire).await?;
+        // At random, or the release would always fall into the same place between two polls.
+        sleep(Duration::from_micros(fastrand::u64(50_000..250_000))).await;
+        holder.say(&Order::Release).await?;
+        log.add(holder.hear(START_LIMIT).await?);
+        let _granted: String = waiter.hear(START_LIMIT).await?;
+        std::mem::swap(&mut holder, &mut waiter);
+    }
+    holder.say(&Order::Release).await?;
+    log.add(holder.hear(START_LIMIT).await?);
+    Summary::of_handovers(log)
+}
+
+struct Process {
+    child: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Process {
+    async fn start(job: &Job) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("finding this program's own file")?;
+        let mut child = Command::new(program)
+            .arg("--child")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting a process")?;
+        let input = child.stdin.take().context("a process without input")?;
+        let output = child.stdout.take().context("a process without output")?;
+        let mut process = Self { child, input, output: BufReader::new(output).lines() };
+        // Not as an argument: everybody on the machine may read those, and the address may hold a password.
+        process.say(job).await?;
+        let _ready: String = process.hear(START_LIMIT).await?;
+        Ok(process)
+    }
+
+    async fn say(&mut self, words: &impl Serialize) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(words)?;
+        line.push(b'\n');
+        Ok(self.input.write_all(&line).await?)
+    }
+
+    async fn hear<T: DeserializeOwned>(&mut self, limit: Duration) -> anyhow::Result<T> {
+        let line = timeout(limit, self.output.next_line()).await.context("a process does not answer")??;
+        let line = line.context("a process ended too early; it says why above")?;
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// After its last answer it has nothing left to do.
+    async fn end(mut self) -> anyhow::Result<()> {
+        drop(self.input);
+        let ended = timeout(START_LIMIT, self.child.wait()).await;
+        let status = ended.context("a process does not end")??;
+        anyhow::ensure!(status.success(), "a process ended with {status}");
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! What came out, for people and for programs.
+
+use std::fmt::Write;
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+
+use crate::contender::{Contender, System};
+use crate::machine::Machine;
+use crate::scene::{Kind, Scene};
+use crate::server::Facts;
+use crate::summary::Summary;
+
+/// Everything that is known after a run.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    pub(crate) machine: Machine,
+    pub(crate) servers: Vec<Facts>,
+    pub(crate) seconds: f64,
+    pub(crate) warm_up_seconds: f64,
+    pub(crate) hold_seconds: f64,
+    pub(crate) connections_per_process: u32,
+    pub(crate) results: Vec<Entry>,
+}
+
+/// A contender in a scene.
+#[derive(Serialize)]
+pub(crate) struct Entry {
+    pub(crate) scene: Scene,
+    pub(crate) label: String,
+    pub(crate) system: System,
+    pub(crate) contender: Contender,
+    /// Of each round, in the order of the rounds; in scene D the median of the wake-ups in microseconds.
+    pub(crate) rounds: Vec<f64>,
+    /// The round in the middle. `None`: it failed each time.
+    pub(crate) summary: Option<Summary>,
+    pub(crate) failure: Option<String>,
+}
+
+impl Entry {
+    /// Whether the lock did what a lock is for, as far as it could be seen.
+    pub(crate) fn is_right(&self) -> bool {
+        !self.contender.is_a_lock() || self.summary.as_ref().is_some_and(Summary::is_right)
+    }
+}
+
+/// Takes the round in the middle.
+pub(crate) fn middle(scene: Scene, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
+    let figure = |summary: &Summary| match scene.kind {
+        Kind::D => summary.wait.p50,
+        _ => summary.acquisitions_per_second,
+    };
+    let figures = rounds.iter().map(figure).collect();
+    rounds.sort_by(|one, other| figure(one).total_cmp(&figure(other)));
+    let middle = rounds.len().saturating_sub(1) / 2;
+    (figures, rounds.into_iter().nth(middle))
+}
+
+impl Report {
+    pub(crate) fn facts(&self, system: System) -> Option<&Facts> {
+        self.servers.iter().find(|facts| facts.system == system)
+    }
+
+    /// All of it as text.
+    pub(crate) fn text(&self, scenes: &[Scene]) -> String {
+        let mut text = self.head();
+        for scene in scenes {
+            let _ = writeln!(text, "\n{}: {}\n{}", scene.label(), scene.title(), self.table(*scene));
+            self.write_errors(&mut text, *scene);
+        }
+        text
+    }
+
+    fn head(&self) -> String {
+        let Machine { cores, processor, kernel, load_before, load_after, stolen, .. } = &self.machine;
+        let mut text = format!(
+            "{cores} cores ({processor}), {kernel}; load {load_before} before, {load_after} after, {:.1} % stolen by other machines\n\
+             {} s a scene after {} s of warm-up, the lock held for {} s, pools of {} connections\n",
+            stolen * 100.0,
+            self.seconds,
+            self.warm_up_seconds,
+            self.hold_seconds,
+            self.connections_per_process,
+        );
+        for Facts { name, version, settings, durable, .. } in &self.servers {
+            let settings: Vec<String> =
+                settings.iter().map(|(setting, value)| format!("{setting}={value}")).collect();
+            let verdict = if *durable { "a commit is on disk" } else { "NOT DURABLE: A COMMIT MAY BE LOST" };
+            let _ = writeln!(text, "{name} {version}: {} ({verdict})", settings.join(", "));
+        }
+        if self.is_unequal() {
+            text.push_str(UNEQUAL);
+        }
+        text
+    }
+
+    /// Whether some systems keep what others may lose.
+    pub(crate) fn is_unequal(&self) -> bool {
+        are_unequal(&self.servers)
+    }
+
+    fn durability(&self, entry: &Entry) -> &'static str {
+        let durable = self.facts(entry.system).is_some_and(|facts| facts.durable);
+        match (entry.contender.writes(), durable) {
+            (false, _) => "nothing written",
+            (true, true) => "on disk",
+            (true, false) => "NOT DURABLE",
+        }
+    }
+
+    fn table(&self, scene: Scene) -> Table {
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED);
+        let head: &[&str] = match scene.kind {
+            Kind::A => &["", "", "pairs/s", "acquire p50", "p99", "max", "pair p50", "p99"],
+            Kind::D => &["", "", "handovers", "wake-up p50", "p99", "max"],
+            _ => &[
+                "",
+                "",
+                "acquired/s",
+                "holder changes/s",
+                "wait p50",
+                "p99",
+                "max",
+                "Jain",
+                "Jain processes",
+                "starved",
+            ],
+        };
+        let mut header: Vec<&str> = head.to_vec();
+        header.extend(["overlaps", "tokens", "errors", "durability"]);
+        let columns = header.len();
+        table.set_header(header);
+        for entry in self.results.iter().filter(|entry| entry.label == scene.label()) {
+            table.add_row(self.row(scene, entry, columns));
+        }
+        for number in 2..columns {
+            if let Some(column) = table.column_mut(number) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table
+    }
+
+    fn row(&self, scene: Scene, entry: &Entry, columns: usize) -> Vec<String> {
+        let system = self.facts(entry.system).map_or("", |facts| &facts.name);
+        let mut row = vec![system.to_owned(), entry.contender.title().to_owned()];
+        let Some(summary) = &entry.summary else {
+            row.push("FAILED".to_owned());
+            row.resize(columns, String::new());
+            return row;
+        };
+        let wait = &summary.wait;
+        match scene.kind {
+            Kind::A => row.extend([
+                count(summary.acquisitions_per_second),
+                time(wait.p50),
+                time(wait.p99),
+                time(wait.max),
+                time(summary.pair.p50),
+                time(summary.pair.p99),
+            ]),
+            Kind::D => row.extend([
+                summary.acquisitions.saturating_sub(1).to_string(),
+                time(wait.p50),
+                time(wait.p99),
+                time(wait.max),
+            ]),
+            _ => row.extend([
+                count(summary.acquisitions_per_second),
+                count(summary.holder_changes_per_second),
+                time(wait.p50),
+                time(wait.p99),
+                time(wait.max),
+                format!("{:.3}", summary.jain_callers),
+                format!("{:.3}", summary.jain_processes),
+                summary.starved.to_string(),
+            ]),
+        }
+        row.push(if entry.contender.is_a_lock() { summary.overlaps.to_string() } else { "-".to_owned() });
+        row.push(match summary.tokens_not_grown {
+            None => "none".to_owned(),
+            Some(0) => "grow".to_owned(),
+            Some(number) => format!("{number} DID NOT GROW"),
+        });
+        row.push(summary.errors.values().sum::<u64>().to_string());
+        row.push(self.durability(entry).to_owned());
+        row
+    }
+
+    fn write_errors(&self, text: &mut String, scene: Scene) {
+        for entry in self.results.iter().filter(|entry| entry.label == scene.label()) {
+            let of = format!("{:?} {}", entry.system, entry.contender.title());
+            if let Some(failure) = &entry.failure {
+                let _ = writeln!(text, "  {of} failed: {failure}");
+            }
+            for (error, count) in entry.summary.iter().flat_map(|summary| &summary.errors) {
+                let _ = writeln!(text, "  {of}: {count} x {error}");
+            }
+        }
+    }
+}
+
+pub(crate) const UNEQUAL: &str = "\
+    !!! NOT COMPARABLE: some of these systems have a commit on disk when they answer, and others may lose it.\n\
+    !!! The difference between them is that of their settings and not that of the locks.\n";
+
+pub(crate) fn are_unequal(servers: &[Facts]) -> bool {
+    servers.iter().any(|facts| facts.durable) && servers.iter().any(|facts| !facts.durable)
+}
+
+fn count(number: f64) -> String {
+    if number < 100.0 { format!("{number:.1}") } else { format!("{number:.0}") }
+}
+
+/// Microseconds, as people write times.
+fn time(microseconds: f64) -> String {
+    match microseconds {
+        ..1_000.0 => format!("{microseconds:.0} us"),
+        ..100_000.0 => format!("{:.1} ms", microseconds / 1e3),
+        ..1_000_000.0 => format!("{:.0} ms", microseconds / 1e3),
+        _ => format!("{:.1} s", microseconds / 1e6),
+    }
+}

@@ -1,0 +1,78 @@
+//! What is played.
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::summary::Crowd;
+
+/// The letter of a scene.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+pub(crate) enum Kind {
+    /// Uncontended: 1, 8 and 64 callers, each with a free name of its own
+    #[value(name = "A")]
+    A,
+    /// Contended in one process: 64 and 512 callers on one name
+    #[value(name = "B")]
+    B,
+    /// Contended between processes: 4 processes of 16 callers on one name
+    #[value(name = "C")]
+    C,
+    /// The wake-up: from the holder's release to the lock in a waiter of another process
+    #[value(name = "D")]
+    D,
+}
+
+/// One scene with its number of callers.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct Scene {
+    pub(crate) kind: Kind,
+    pub(crate) processes: u32,
+    /// In each of the processes.
+    pub(crate) callers: u32,
+}
+
+const SCENES: [Scene; 7] = [
+    Scene { kind: Kind::A, processes: 1, callers: 1 },
+    Scene { kind: Kind::A, processes: 1, callers: 8 },
+    Scene { kind: Kind::A, processes: 1, callers: 64 },
+    Scene { kind: Kind::B, processes: 1, callers: 64 },
+    Scene { kind: Kind::B, processes: 1, callers: 512 },
+    Scene { kind: Kind::C, processes: 4, callers: 16 },
+    Scene { kind: Kind::D, processes: 2, callers: 1 },
+];
+
+impl Scene {
+    /// Those of these letters; all when there are none.
+    pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
+        SCENES.into_iter().filter(|scene| kinds.is_empty() || kinds.contains(&scene.kind)).collect()
+    }
+
+    pub(crate) fn is_contended(self) -> bool {
+        self.kind != Kind::A
+    }
+
+    pub(crate) fn crowd(self) -> Crowd {
+        Crowd { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
+    }
+
+    /// Short, as in file names: `A8`, `C4x16`.
+    pub(crate) fn label(self) -> String {
+        match self.kind {
+            Kind::A => format!("A{}", self.callers),
+            Kind::B => format!("B{}", self.callers),
+            Kind::C => format!("C{}x{}", self.processes, self.callers),
+            Kind::D => "D".to_owned(),
+        }
+    }
+
+    pub(crate) fn title(self) -> String {
+        let callers = self.callers;
+        match self.kind {
+            Kind::A if callers == 1 => "one caller, a free name".to_owned(),
+            Kind::A => format!("{callers} callers, each with a free name of its own"),
+            Kind::B => format!("{callers} callers of one process on one name"),
+            Kind::C => format!("{} processes of {callers} callers on one name", self.processes),
+            Kind::D => "from the release in one process to the lock in another".to_owned(),
+        }
+    }
+}
