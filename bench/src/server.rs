@@ -112,7 +112,7 @@ async fn mysql(url: &str) -> anyhow::Result<Facts> {
     }
     connection.close().await?;
     let durable = value(&settings, "innodb_flush_log_at_trx_commit") == "1"
-        && (value(&settings, "log_bin") == "0" || value(&settings, "sync_binlog") == "1");
+        && (["0", "OFF"].contains(&value(&settings, "log_bin")) || value(&settings, "sync_binlog") == "1");
     let name = if version.contains("MariaDB") { "MariaDB" } else { "MySQL" };
     Ok(Facts { system: System::MySql, name: name.to_owned(), version, settings, durable })
 }
