@@ -37,6 +37,7 @@ use crate::server::{Facts, Server};
 /// token did not grow, or a scene could not be played.
 #[derive(Parser)]
 #[command(version)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of the command line")]
 struct Arguments {
     /// postgres://…, whose user may create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_POSTGRES_URL", hide_env_values = true)]

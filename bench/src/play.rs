@@ -62,7 +62,8 @@ async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Su
     let mut log = Log::default();
     holder.say(&Order::Acquire).await?;
     let _granted: String = holder.hear(START_LIMIT).await?;
-    let end = after(now(), times.warm_up + times.measured);
+    let begin = after(now(), times.warm_up);
+    let end = after(begin, times.measured);
     while now() < end {
         waiter.say(&Order::Acquire).await?;
         // At random, or the release would always fall into the same place between two polls.
@@ -74,7 +75,7 @@ async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Su
     }
     holder.say(&Order::Release).await?;
     log.add(holder.hear(START_LIMIT).await?);
-    Summary::of_handovers(log)
+    Summary::of_handovers(log, Window { begin, end })
 }
 
 struct Process {

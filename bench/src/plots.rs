@@ -10,7 +10,9 @@ use crate::contender::System;
 use crate::report::{Entry, Report};
 use crate::scene::{Kind, Scene};
 
-const SIZE: (u32, u32) = (960, 600);
+const SIZE: (i32, i32) = (1180, 600);
+/// The width of the column beside the lines.
+const LEGEND: i32 = 260;
 const COLOURS: [RGBColor; 8] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),
@@ -44,13 +46,13 @@ pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::
                 _ => format!("{}: acquisitions of one name by one process{warning}", facts.name),
             };
             let file = folder.join(format!("throughput-{name}-{letter}.svg"));
-            chart(&file, &title, ("callers", "per second"), &lines, &|callers| format!("{callers:.0}"))?;
+            chart(&file, &title, ("callers", "per second"), &lines, |callers| format!("{callers:.0}"))?;
         }
         for scene in scenes {
             let lines = waits(report, &entries, *scene);
             let title = format!("{}: the wait, {}{warning}", facts.name, scene.title());
             let file = folder.join(format!("wait-{name}-{}.svg", scene.label()));
-            chart(&file, &title, ("percentile", "microseconds"), &lines, &percentile)?;
+            chart(&file, &title, ("percentile", "microseconds"), &lines, percentile)?;
         }
     }
     Ok(())
@@ -98,7 +100,7 @@ fn waits(report: &Report, entries: &[&Entry], scene: Scene) -> Vec<Line> {
     lines
 }
 
-fn percentile(rest: &f64) -> String {
+fn percentile(rest: f64) -> String {
     let percent = 100.0 - 100.0 / rest;
     format!("{percent:.6}").trim_end_matches('0').trim_end_matches('.').to_owned()
 }
@@ -115,49 +117,42 @@ fn chart(
     title: &str,
     (horizontal, vertical): (&str, &str),
     lines: &[Line],
-    label: &dyn Fn(&f64) -> String,
+    label: fn(f64) -> String,
 ) -> anyhow::Result<()> {
     if lines.iter().all(|line| line.points.is_empty()) {
         return Ok(());
     }
     let (width, height) = (range(lines, |point| point.0), range(lines, |point| point.1));
-    let area = SVGBackend::new(file, SIZE).into_drawing_area();
+    let area = SVGBackend::new(file, (SIZE.0.unsigned_abs(), SIZE.1.unsigned_abs())).into_drawing_area();
     let wrong = |error: &dyn std::fmt::Display| anyhow!("drawing {}: {error}", file.display());
     area.fill(&WHITE).map_err(|error| wrong(&error))?;
-    // Room below the lines for the legend.
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 18))
         .margin(12)
+        .margin_right(LEGEND)
         .x_label_area_size(40)
         .y_label_area_size(80)
-        .right_y_label_area_size(0)
         .build_cartesian_2d(width.log_scale(), (height.start * 0.7..height.end * 1.5).log_scale())
         .map_err(|error| wrong(&error))?;
     chart
         .configure_mesh()
         .x_desc(horizontal)
         .y_desc(vertical)
-        .x_label_formatter(&|value| label(value))
-        .y_label_formatter(&|value| format!("{value}"))
+        .x_label_formatter(&|value| label(*value))
+        .y_label_formatter(&|value| if *value < 1.0 { format!("{value:.2}") } else { format!("{value:.0}") })
         .light_line_style(RGBColor(235, 235, 235))
         .draw()
         .map_err(|error| wrong(&error))?;
-    for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
+    for (number, (line, colour)) in (0..).zip(lines.iter().zip(COLOURS.iter().cycle())) {
         let style = colour.stroke_width(2);
         let points = line.points.iter().copied().filter(|point| point.1 > 0.0);
-        chart
-            .draw_series(LineSeries::new(points, style).point_size(2))
-            .map_err(|error| wrong(&error))?
-            .label(&line.title)
-            .legend(move |(left, middle)| PathElement::new([(left, middle), (left + 18, middle)], style));
+        chart.draw_series(LineSeries::new(points, style).point_size(2)).map_err(|error| wrong(&error))?;
+        // Beside the lines, which plotters' own legend would cover.
+        let (left, middle) = (SIZE.0 - LEGEND + 12, 60 + 22 * number);
+        let sample = PathElement::new([(left, middle), (left + 18, middle)], style);
+        area.draw(&sample).map_err(|error| wrong(&error))?;
+        let text = Text::new(line.title.as_str(), (left + 24, middle - 7), ("sans-serif", 12));
+        area.draw(&text).map_err(|error| wrong(&error))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(RGBColor(200, 200, 200))
-        .label_font(("sans-serif", 13))
-        .draw()
-        .map_err(|error| wrong(&error))?;
     area.present().map_err(|error| wrong(&error))
 }

@@ -161,12 +161,14 @@ impl Report {
                 time(summary.pair.p50),
                 time(summary.pair.p99),
             ]),
-            Kind::D => row.extend([
-                summary.acquisitions.saturating_sub(1).to_string(),
-                time(wait.p50),
-                time(wait.p99),
-                time(wait.max),
-            ]),
+            Kind::D => {
+                row.extend([
+                    summary.acquisitions.to_string(),
+                    time(wait.p50),
+                    time(wait.p99),
+                    time(wait.max),
+                ]);
+            }
             _ => row.extend([
                 count(summary.acquisitions_per_second),
                 count(summary.holder_changes_per_second),

@@ -100,18 +100,23 @@ impl Summary {
     }
 
     /// Of scene D: how long it took from the release in one process to the lock in the other.
-    pub(crate) fn of_handovers(log: Log) -> anyhow::Result<Self> {
+    pub(crate) fn of_handovers(log: Log, window: Window) -> anyhow::Result<Self> {
         let Log { mut records, errors, .. } = log;
         records.sort_unstable_by_key(|record| record.granted);
         let (overlaps, tokens_not_grown) = check(&records, true);
-        let wait =
-            distribution(records.windows(2).map(|pair| pair[1].granted.saturating_sub(pair[0].releasing)))?;
+        let handovers: Vec<u64> = records
+            .windows(2)
+            .filter(|pair| pair[0].releasing >= window.begin)
+            .map(|pair| pair[1].granted.saturating_sub(pair[0].releasing))
+            .collect();
+        let number = handovers.len() as u64;
+        let wait = distribution(handovers.into_iter())?;
         let by_process: Vec<u32> = (0..2)
             .map(|process| records.iter().filter(|record| record.process == process).count())
             .map(|count| u32::try_from(count).unwrap_or(u32::MAX))
             .collect();
         Ok(Self {
-            acquisitions: records.len() as u64,
+            acquisitions: number,
             acquisitions_per_second: 0.0,
             pair: wait.clone(),
             wait,
