@@ -291,8 +291,8 @@ pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
 
 impl Held {
     pub(super) fn renewal(&self) -> Renewal {
-        let LeaseKey { row, secret, .. } = &self.state.key;
-        Renewal { id: row.id, secret: secret.clone(), ttl: self.ttl }
+        let LeaseKey { row, secret, fencing_token, .. } = &self.state.key;
+        Renewal { id: row.id, secret: secret.clone(), fencing_token: *fencing_token, ttl: self.ttl }
     }
 
     /// How long after now it is looked after again, if nothing comes of this time.

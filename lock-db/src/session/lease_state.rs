@@ -187,6 +187,7 @@ mod tests {
         let key = LeaseKey {
             row: RowKey { name: "a".into(), id: 1 },
             secret: Secret::generate().unwrap(),
+            fencing_token: 1,
             cluster: Cluster::SinglePrimary,
         };
         let (lease, _lost) = LeaseState::new(1, key, 1, Instant::now() + Duration::from_hours(1));
