@@ -198,4 +198,6 @@ fn literal(expression: &Expr) -> Option<&Lit> {
 }
 
 #[cfg(test)]
+mod any_input_tests;
+#[cfg(test)]
 mod tests;

@@ -27,6 +27,7 @@ for_each_database! {
     a_release_that_is_dropped_midway_and_rolled_back_does_not_count,
     a_release_after_one_that_was_rolled_back_is_a_release,
     beginning_before_an_empty_pool_keeps_no_lease,
+    a_late_copy_of_the_request_brings_no_lease_back,
     ;
     on servers:
     nobody_calls_a_lease_held_whose_release_may_have_been_committed,
@@ -509,4 +510,42 @@ async fn a_commit_does_not_wait_for_ever<T: TestServer>(database: &T) {
     increment::<T::Database>(&mut transaction).await;
     lease.commit_and_release(transaction).await.unwrap();
     assert_eq!(count(database).await, 1);
+}
+
+/// The request for a lease was sent twice, because its connection was given up, and the server carries the first copy out
+/// only now, when others have had the lock in between: the row carries the secret again, but another number.
+async fn a_late_copy_of_the_request_brings_no_lease_back<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let others_had_it = "UPDATE distributed_lock SET fencing_token = fencing_token + 2 WHERE lock_name = 'a'";
+    for release in [false, true] {
+        let lease = lease::<T>(&locks).await;
+        let other = lease.reenter().unwrap();
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        if T::NAME == "sqlite" {
+            // There is one writer at a time.
+            T::Database::run(&mut transaction, others_had_it).await.unwrap();
+        } else {
+            assert_eq!(database.run(others_had_it).await, 1);
+        }
+        let ended =
+            if release { lease.commit_and_release(transaction).await } else { transaction.commit().await };
+        assert!(matches!(ended, Err(Error::Lost { reason: Loss::TakenOver, .. })), "{ended:?}");
+        assert_eq!(count(database).await, 0);
+        if T::NAME == "sqlite" {
+            assert_eq!(database.run(others_had_it).await, 1);
+        }
+        let mut transaction = database.pool(1).await.begin().await.unwrap();
+        let asked = other.verify_in(&mut transaction).await;
+        assert!(matches!(asked, Err(Error::Lost { reason: Loss::TakenOver, .. })), "{asked:?}");
+        let _rolled_back = transaction.rollback().await;
+        let _free_again = other.release().await;
+        expire(database).await;
+    }
+    // And nobody renews it.
+    let lease =
+        locks.insert_lock("a").ttl(Duration::from_millis(900)).wait(PATIENCE).acquire().await.unwrap();
+    assert_eq!(database.run(others_had_it).await, 1);
+    lease.lost().await;
 }

@@ -352,7 +352,11 @@ async fn a_release_whose_answer_is_lost_is_done_once<T: TestServer>(database: &T
     let lease = far.lease("a", LONG_TTL).await;
     far.proxy.pause(Direction::ToClient);
     let releasing = tokio::spawn(lease.release());
-    // Somebody else has it by the time that it is asked for again.
+    // It is released, without anybody in the way, whom it would have to ask for again; and somebody else has it by the
+    // time that it is asked for again all the same.
+    let free =
+        "SELECT COUNT(*) FROM distributed_lock WHERE lock_name = 'a' AND expire_time < '2001-01-01 00:00:00'";
+    eventually(PATIENCE, async || database.number(free).await == 1).await;
     let next = near.insert_lock("a").ttl(LONG_TTL).wait(PATIENCE).acquire().await.unwrap();
     far.proxy.cut();
     far.proxy.resume(Direction::ToClient);

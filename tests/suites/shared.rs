@@ -66,11 +66,11 @@ async fn rollback_and_death_free_it_too<T: TestDatabase>(database: &T) {
 async fn a_lease_keeps_transactions_out_and_is_not_disturbed<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let pool = database.pool(2).await;
-    let lease = locks.insert_lock("a").ttl(Duration::from_secs(1)).acquire().await.unwrap();
+    let lease = locks.insert_lock("a").ttl(Duration::from_secs(2)).acquire().await.unwrap();
     let mut transaction = pool.begin().await.unwrap();
     assert!(other.insert_lock("a").try_acquire_in(&mut transaction).await.unwrap().is_none());
     // Longer than the TTL: the lease goes on being renewed, whatever the transaction has done.
-    let wait = Duration::from_millis(2500);
+    let wait = Duration::from_secs(4);
     let error = other.insert_lock("a").wait(wait).acquire_in(&mut transaction).await.unwrap_err();
     let Error::Timeout { held_by, .. } = error else { panic!("{error:?}") };
     assert_eq!(held_by.unwrap().fencing_token, lease.fencing_token());

@@ -258,6 +258,8 @@ pub struct Grant {
 pub struct LeaseKey {
     pub row: RowKey,
     pub secret: Secret,
+    /// Beside the secret, which a late copy of the request for the lease may bring back long after others have had it.
+    pub fencing_token: i64,
     pub cluster: Cluster,
 }
 
@@ -296,6 +298,7 @@ pub struct Renewal {
     /// Of the row.
     pub id: i64,
     pub secret: Secret,
+    pub fencing_token: i64,
     pub ttl: Duration,
 }
 
@@ -426,17 +429,17 @@ pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
     faults.contains(&Fault::Disconnected)
 }
 
-/// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000], …]`.
+/// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000, 1], …]`.
 #[cfg(any(feature = "mysql", feature = "sqlite"))]
 fn as_json(leases: &[Renewal]) -> String {
     use std::fmt::Write as _;
 
     let mut json = String::with_capacity(2 + leases.len() * 64);
     json.push('[');
-    for (position, Renewal { id, secret, ttl }) in leases.iter().enumerate() {
+    for (position, Renewal { id, secret, fencing_token, ttl }) in leases.iter().enumerate() {
         let comma = if position > 0 { "," } else { "" };
         let ttl = crate::limits::micros(*ttl);
-        let _infallible = write!(json, "{comma}[{id},\"{}\",{ttl}]", secret.as_str());
+        let _infallible = write!(json, "{comma}[{id},\"{}\",{ttl},{fencing_token}]", secret.as_str());
     }
     json.push(']');
     json

@@ -58,8 +58,9 @@ RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id";
 const RENEW: &str = "
 WITH unlocked AS MATERIALIZED (
     SELECT lease.id, asked.ttl
-    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, ttl)
-    JOIN distributed_lock AS lease ON lease.id = asked.id AND lease.secret_key = asked.secret_key
+    FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bigint[]) AS asked (id, secret_key, fencing_token, ttl)
+    JOIN distributed_lock AS lease ON lease.id = asked.id
+        AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
     WHERE lease.expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE OF lease SKIP LOCKED)
 UPDATE distributed_lock AS lease
@@ -69,8 +70,9 @@ RETURNING lease.secret_key";
 
 const STILL_OURS: &str = "
 SELECT lease.secret_key
-FROM unnest($1::bigint[], $2::text[]) AS asked (id, secret_key)
-JOIN distributed_lock AS lease ON lease.id = asked.id AND lease.secret_key = asked.secret_key
+FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fencing_token)
+JOIN distributed_lock AS lease ON lease.id = asked.id
+    AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
 const RELEASE: &str = "
@@ -140,7 +142,7 @@ WITH bound AS MATERIALIZED (
 SELECT set_config('lock_timeout', before, true)
 FROM (
     SELECT bound.before FROM bound, distributed_lock AS lease
-    WHERE lease.lock_name = $1 AND lease.secret_key = $2
+    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
     FOR KEY SHARE OF lease) AS guarded";
 
 const GUARD_AND_RELEASE: &str = "
@@ -148,7 +150,7 @@ WITH bound AS MATERIALIZED (
     SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true)),
 released AS (
     UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
-    FROM bound WHERE lease.lock_name = $1 AND lease.secret_key = $2
+    FROM bound WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
     RETURNING bound.before)
 SELECT set_config('lock_timeout', before, true) FROM released";
 
@@ -270,15 +272,22 @@ impl LockDatabase for Postgres {
     async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
         let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
         let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
+        let tokens: Vec<i64> = leases.iter().map(|lease| lease.fencing_token).collect();
         let ttls: Vec<i64> = leases.iter().map(|lease| micros(lease.ttl)).collect();
         let renewed: Vec<String> = sqlx::query_scalar(RENEW)
             .bind(&ids)
             .bind(&secrets)
+            .bind(&tokens)
             .bind(ttls)
             .fetch_all(&mut *connection)
             .await?;
         let ours: Vec<String> = if renewed.len() < leases.len() {
-            sqlx::query_scalar(STILL_OURS).bind(&ids).bind(&secrets).fetch_all(connection).await?
+            sqlx::query_scalar(STILL_OURS)
+                .bind(&ids)
+                .bind(&secrets)
+                .bind(&tokens)
+                .fetch_all(connection)
+                .await?
         } else {
             Vec::new()
         };
@@ -388,6 +397,7 @@ impl LockDatabase for Postgres {
         let sql = if release { GUARD_AND_RELEASE } else { GUARD };
         let limit = format!("{}ms", Self::GUARD_LIMIT.as_millis());
         let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str()).bind(limit);
+        let query = query.bind(lease.fencing_token);
         Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
     }
 

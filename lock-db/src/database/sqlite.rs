@@ -55,8 +55,10 @@ const RENEW: &str = "
 UPDATE distributed_lock
 SET expire_time = max(expire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now',
         printf('+%d.%03d seconds', asked.ttl / 1000000, asked.ttl / 1000 % 1000)))
-FROM (SELECT value ->> 0 AS id, value ->> 1 AS secret, value ->> 2 AS ttl FROM json_each(?1)) AS asked
-WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND expire_time > '1970-01-01 00:00:00.000000'
+FROM (
+    SELECT value ->> 0 AS id, value ->> 1 AS secret, value ->> 2 AS ttl, value ->> 3 AS token FROM json_each(?1)) AS asked
+WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND fencing_token = asked.token
+  AND expire_time > '1970-01-01 00:00:00.000000'
 RETURNING secret_key";
 
 const RELEASE: &str = "
@@ -75,7 +77,12 @@ FROM (
 WHERE distributed_lock.id = until.id";
 
 /// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
-const GUARD: &str = "UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2";
+const GUARD: &str = "
+UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
+
+const GUARD_AND_RELEASE: &str = "
+UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
+WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
 
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
@@ -351,8 +358,9 @@ async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
 }
 
 async fn guard(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
-    let sql = if release { RELEASE } else { GUARD };
+    let sql = if release { GUARD_AND_RELEASE } else { GUARD };
     let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str());
+    let query = query.bind(lease.fencing_token);
     Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
 }
 

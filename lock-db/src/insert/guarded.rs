@@ -111,18 +111,14 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Guard and commit, or release and commit.
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
         let Self { transaction, hold } = self;
-        if release {
-            // Others may have the lock a moment before we hear of it.
-            hold.lease.doubt();
-        }
+        // Others may have the lock a moment before we hear of it.
+        let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
         let ended = move |ended: &Result<(), Error>| {
-            if release {
-                if ended.is_ok() {
-                    hold.was_released();
-                }
-                drop(hold.doubt());
+            if release && ended.is_ok() {
+                hold.was_released();
             }
+            drop(in_doubt);
         };
         transaction.commit(condition, ended).await
     }

@@ -165,7 +165,7 @@ impl<DB: LockDatabase> Lease<DB> {
             return self.ask_in(transaction, false).await;
         }
         // To the end of the call, or of the future that is dropped on the way.
-        let _in_doubt = self.hold.doubt();
+        let _in_doubt = Hold::doubt(KeptByTransaction::new(&self.hold));
         self.ask_in(transaction, true).await
     }
 
@@ -336,9 +336,9 @@ impl Hold {
 
     /// From now on until the database tells, nobody knows whether a transaction has released it. The watchdog asks as soon
     /// as this is dropped.
-    pub(super) fn doubt(&self) -> InDoubt<'_> {
-        self.lease.doubt();
-        InDoubt(self)
+    pub(super) fn doubt(hold: KeptByTransaction) -> InDoubt {
+        hold.lease.doubt_begins();
+        InDoubt(hold)
     }
 
     /// A transaction that has committed released it.
@@ -349,12 +349,11 @@ impl Hold {
 }
 
 /// A statement that releases the lease with its transaction is under way.
-pub(super) struct InDoubt<'a>(&'a Hold);
+pub(super) struct InDoubt(KeptByTransaction);
 
-impl Drop for InDoubt<'_> {
+impl Drop for InDoubt {
     fn drop(&mut self) {
-        // Anew: what was asked before the row was locked says nothing.
-        self.0.lease.doubt();
+        self.0.lease.doubt_can_be_settled();
         let _session_may_be_gone =
             self.0.session.send(Request::ReleasedIn { lease: Arc::clone(&self.0.lease) });
     }

@@ -196,7 +196,7 @@ impl Attempt {
         }
         let granted = self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token })| {
             let Claim { name, secret, ttl, .. } = claim.clone();
-            let key = LeaseKey { row: RowKey { name, id }, secret, cluster };
+            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
             Granted { key, fencing_token, ttl, sent }
         });
         Ok(Some(granted.collect()))

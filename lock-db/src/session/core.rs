@@ -10,7 +10,7 @@ use sqlx::{ConnectOptions, Pool};
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{LocalSet, spawn_local};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::alarm::Alarm;
 use super::busy::Busy;
@@ -29,6 +29,9 @@ const CONNECTIONS: u32 = 2;
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long requests under way may take when everybody is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
+/// How long a plain read is tried while somebody is in the way, and how often.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
 /// How soon the end of a transaction that has released a lease is noticed.
 const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// The part of the TTL on which a holder relies: it gives up a little before the database does.
@@ -115,7 +118,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                 let _ = answer.send(core.ensure_row(&name, kind).await);
             })),
             Request::Look { name, answer } => drop(spawn_local(async move {
-                let row = twice(async || core.lane.look(&name).await).await;
+                let row = patiently(async || core.lane.look(&name).await).await;
                 let _ = answer.send(row.map_err(|failure| failure.into_error("read the row", Some(&name))));
             })),
             Request::Migrate { answer } => drop(spawn_local(async move {
@@ -245,7 +248,7 @@ impl Core {
         let failed = |failure: Failure| failure.into_error("make the row", Some(name));
         let mut missing = false;
         loop {
-            let row = twice(async || self.lane.look(name).await).await.map_err(failed)?;
+            let row = patiently(async || self.lane.look(name).await).await.map_err(failed)?;
             if let Some(row) = row {
                 if row.kind == kind {
                     return Ok((row, missing));
@@ -266,7 +269,7 @@ impl Core {
     }
 
     async fn check_schema(&self) -> Result<(), Error> {
-        let checked = twice(async || self.lane.check_schema().await).await;
+        let checked = patiently(async || self.lane.check_schema().await).await;
         checked.map_err(|failure| failure.into_error("check the table `distributed_lock`", None))
     }
 }
@@ -288,8 +291,8 @@ pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
 
 impl Held {
     pub(super) fn renewal(&self) -> Renewal {
-        let LeaseKey { row, secret, .. } = &self.state.key;
-        Renewal { id: row.id, secret: secret.clone(), ttl: self.ttl }
+        let LeaseKey { row, secret, fencing_token, .. } = &self.state.key;
+        Renewal { id: row.id, secret: secret.clone(), fencing_token: *fencing_token, ttl: self.ttl }
     }
 
     /// How long after now it is looked after again, if nothing comes of this time.
@@ -312,5 +315,19 @@ pub(super) async fn twice<T>(operation: impl AsyncFn() -> Result<T, Failure>) ->
     match operation().await {
         Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence() => operation().await,
         answer => answer,
+    }
+}
+
+/// `twice`, and again as long as somebody is in the way: on SQLite a commit keeps readers out, and on a busy machine for
+/// longer than a private connection waits.
+async fn patiently<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
+    let started = Instant::now();
+    loop {
+        match twice(&operation).await {
+            Err(failure) if failure.fault == Fault::Busy && started.elapsed() < PATIENCE => {
+                sleep(PAUSE).await;
+            }
+            answer => return answer,
+        }
     }
 }

@@ -15,8 +15,7 @@ pub(crate) struct LeaseState {
     pub(super) number: u64,
     pub(crate) key: LeaseKey,
     pub(crate) fencing_token: i64,
-    /// When a transaction that is still open released it. Whether it is ours will be known when that ends.
-    in_doubt: Mutex<Option<Instant>>,
+    doubts: Mutex<Doubts>,
     granted: Instant,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
     at_least: Mutex<Duration>,
@@ -37,7 +36,7 @@ impl LeaseState {
             number,
             key,
             fencing_token,
-            in_doubt: Mutex::default(),
+            doubts: Mutex::default(),
             granted: Instant::now(),
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
@@ -57,21 +56,33 @@ impl LeaseState {
 
     /// The database has renewed what was asked for at `sent`.
     pub(super) fn confirm(&self, sent: Instant) {
-        // An answer to an earlier question says nothing about the transaction.
-        self.doubts().take_if(|since| *since < sent);
+        let mut doubts = self.doubts();
+        // What was asked while the release was on its way, or before, may have been answered before the release was
+        // carried out.
+        if doubts.under_way == 0 {
+            doubts.since.take_if(|since| *since < sent);
+        }
     }
 
-    /// A transaction has released it, but has not ended yet.
-    pub(crate) fn doubt(&self) {
-        *self.doubts() = Some(Instant::now());
+    /// A statement that releases it with its transaction is about to be sent.
+    pub(crate) fn doubt_begins(&self) {
+        self.doubts().under_way += 1;
+    }
+
+    /// The statement was answered, or nobody waits for that any more. Its transaction may still be open.
+    pub(crate) fn doubt_can_be_settled(&self) {
+        let mut doubts = self.doubts();
+        doubts.under_way = doubts.under_way.saturating_sub(1);
+        doubts.since = Some(Instant::now());
     }
 
     pub(crate) fn is_in_doubt(&self) -> bool {
-        self.doubts().is_some()
+        let doubts = self.doubts();
+        doubts.under_way > 0 || doubts.since.is_some()
     }
 
-    fn doubts(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    fn doubts(&self) -> MutexGuard<'_, Doubts> {
+        self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nobody else is to have the lock for so long from now on.
@@ -114,6 +125,15 @@ impl LeaseState {
             Err(_session_is_gone) => Loss::NotRenewed,
         }
     }
+}
+
+/// Whether a transaction has released it, which will be known when that ends.
+#[derive(Debug, Default)]
+struct Doubts {
+    /// How many statements are on their way that release it.
+    under_way: usize,
+    /// Since when it would help to ask.
+    since: Option<Instant>,
 }
 
 /// A moment that may move forward until somebody has seen it pass, read and written without a lock.
@@ -159,6 +179,29 @@ impl Deadline {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::database::{Cluster, RowKey};
+    use crate::secret::Secret;
+
+    #[test]
+    fn no_answer_settles_a_doubt_whose_cause_is_still_on_its_way() {
+        let key = LeaseKey {
+            row: RowKey { name: "a".into(), id: 1 },
+            secret: Secret::generate().unwrap(),
+            fencing_token: 1,
+            cluster: Cluster::SinglePrimary,
+        };
+        let (lease, _lost) = LeaseState::new(1, key, 1, Instant::now() + Duration::from_hours(1));
+        lease.doubt_begins();
+        // Asked after that, and answered before the release was carried out.
+        lease.confirm(Instant::now());
+        assert_eq!(lease.loss(), Some(Loss::Released));
+        let asked_before = Instant::now();
+        lease.doubt_can_be_settled();
+        lease.confirm(asked_before);
+        assert_eq!(lease.loss(), Some(Loss::Released));
+        lease.confirm(Instant::now() + Duration::from_millis(1));
+        assert_eq!(lease.loss(), None);
+    }
 
     #[test]
     fn a_deadline_that_was_seen_to_pass_stays_past() {

@@ -23,9 +23,11 @@ const RENEW: &str = "
 UPDATE (
     SELECT lease.id, asked.ttl
     FROM JSON_TABLE(?, '$[*]' COLUMNS (
-            id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+            id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+            fencing_token BIGINT PATH '$[3]')) AS asked
     STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
-    WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'
+    WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+        AND lease.expire_time > '1970-01-01 00:00:00'
     LIMIT 1000000
     FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -37,9 +39,11 @@ const STILL_OURS: &str = "
 SELECT lease.secret_key,
     TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+        fencing_token BIGINT PATH '$[3]')) AS asked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
-WHERE lease.secret_key = asked.secret_key AND lease.expire_time > '1970-01-01 00:00:00'";
+WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+    AND lease.expire_time > '1970-01-01 00:00:00'";
 
 /// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one commit.
 const EXCHANGE: &str = "

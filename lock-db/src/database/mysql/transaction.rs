@@ -10,7 +10,6 @@ use super::errors::{NO_SUCH_SAVEPOINT, OUT_OF_RANGE, number};
 use super::literal;
 use crate::Kind;
 use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim};
-use crate::secret::Secret;
 
 const UNMARK: &str = "
 SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1)";
@@ -56,7 +55,7 @@ pub(super) async fn commit_guarded(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
-    let (id, is_ours) = (lease.row.id, is_ours(&lease.secret));
+    let (id, is_ours) = (lease.row.id, is_ours(lease));
     // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
     let guard = match write(lease, release) {
         Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
@@ -93,9 +92,11 @@ pub(super) async fn guard(
         return Ok(Guarded::when(written.rows_affected() > 0));
     }
     let sql = format!(
-        "{IN_TRANSACTION}; {} secret_key FROM distributed_lock WHERE id = {} LOCK IN SHARE MODE",
+        "{IN_TRANSACTION}; {} secret_key FROM distributed_lock
+        WHERE id = {} AND fencing_token = {} LOCK IN SHARE MODE",
         select_within(MySql::GUARD_LIMIT),
-        lease.row.id
+        lease.row.id,
+        lease.fencing_token
     );
     let row = fetch_optional(connection, sql).await?;
     let owner = row.map(|row| row.try_get::<String, _>(0)).transpose()?;
@@ -131,7 +132,7 @@ fn write(lease: &LeaseKey, release: bool) -> Option<String> {
         "{} id FROM distributed_lock WHERE id = {id} FOR UPDATE;
         UPDATE distributed_lock SET {set} WHERE id = {id} AND {}",
         select_within(MySql::GUARD_LIMIT),
-        is_ours(&lease.secret),
+        is_ours(lease),
         id = lease.row.id,
     ))
 }
@@ -225,8 +226,8 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::
 
 /// A statement in the application's connection goes as text, which its log shows when it takes long; so it tells a digest of
 /// the secret only.
-fn is_ours(secret: &Secret) -> String {
-    let digest = sha2::Sha256::digest(secret.as_str());
+fn is_ours(lease: &LeaseKey) -> String {
+    let digest = sha2::Sha256::digest(lease.secret.as_str());
     let digits = digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"));
-    format!("SHA2(secret_key, 256) = '{digits}'")
+    format!("fencing_token = {} AND SHA2(secret_key, 256) = '{digits}'", lease.fencing_token)
 }

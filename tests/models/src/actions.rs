@@ -1,0 +1,343 @@
+//! What can happen next, and what clients make of it. After `lock-db/src/session` and `lock-db/src/insert`.
+
+use crate::database::end;
+use crate::model::{Mutation, Protocol};
+use crate::state::{
+    Answer, Client, Phase, Request, Secret, State, Statement, Transaction, TransactionStage as Stage,
+};
+
+/// One thing that happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// All clocks go on, but perhaps one client's.
+    Tick {
+        /// Whose clock is late.
+        missed_by: Option<u8>,
+    },
+    /// Somebody deletes the row.
+    CleanRow,
+    /// The server carries out what nobody waits for any more.
+    CarryOutLate(usize),
+    /// A client, or its connections.
+    Client(u8, Step),
+}
+
+/// A connection of its own that a session has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// For what callers wait for.
+    Callers,
+    /// For the watchdog.
+    Renewals,
+}
+
+/// What happens at a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Want,
+    SendAcquire,
+    GiveUp,
+    SendRenewal,
+    Release,
+    SendRelease,
+    CarryOut(Lane),
+    Hear(Lane),
+    /// The request or its answer.
+    Lose(Lane),
+    /// The connection is given up, and the request arrives later.
+    LoseUntilLater(Lane),
+    BeginTransaction,
+    Guard,
+    Commit,
+    RollBack,
+    SendReleaseIn,
+    CarryOutReleaseIn,
+    HearReleaseIn,
+    CommitAndRelease,
+    HearReleased,
+    LoseReleased,
+}
+
+impl Client {
+    fn lane(&self, lane: Lane) -> Option<&Statement> {
+        match lane {
+            Lane::Callers => self.lane.as_ref(),
+            Lane::Renewals => self.renewal.as_ref(),
+        }
+    }
+
+    fn lane_mut(&mut self, lane: Lane) -> &mut Option<Statement> {
+        match lane {
+            Lane::Callers => &mut self.lane,
+            Lane::Renewals => &mut self.renewal,
+        }
+    }
+
+    fn send(&mut self, request: Request) {
+        let (acquisition, after_doubt) = (self.acquisition, self.doubt);
+        let lane = if request == Request::Renew { Lane::Renewals } else { Lane::Callers };
+        *self.lane_mut(lane) = Some(Statement { request, acquisition, age: 0, after_doubt, answer: None });
+    }
+
+    /// What was asked before says nothing.
+    fn doubt_anew(&mut self) {
+        self.doubt = self.phase == Phase::Holding;
+        if let Some(renewal) = &mut self.renewal {
+            renewal.after_doubt = false;
+        }
+    }
+
+    fn rest(&mut self) {
+        self.phase = Phase::Idle;
+        (self.unsettled, self.late_clock, self.doubt) = (false, false, false);
+        (self.token, self.left) = (0, 0);
+    }
+
+    /// Whether a statement that releases the lease is on its way, or its commit.
+    fn is_releasing_in(&self) -> bool {
+        let stage = self.transaction.as_ref().map(|transaction| transaction.stage);
+        matches!(stage, Some(Stage::ReleaseSent | Stage::ReleaseDone | Stage::Released))
+    }
+
+    fn tick(&mut self, longest: u8, missed: bool) {
+        if missed {
+            self.late_clock = true;
+            return;
+        }
+        self.left = self.left.saturating_sub(1);
+        for statement in [&mut self.lane, &mut self.renewal].into_iter().flatten() {
+            statement.age = (statement.age + 1).min(longest);
+        }
+    }
+}
+
+impl Protocol {
+    pub(crate) fn steps(&self, state: &State, client: &Client, steps: &mut Vec<Step>) {
+        match client.phase {
+            Phase::Idle if client.acquisition < self.acquisitions && client.lane.is_none() => {
+                steps.push(Step::Want);
+            }
+            Phase::Acquiring => {
+                if client.lane.is_none() {
+                    steps.push(Step::SendAcquire);
+                }
+                if client.lane.is_none() || !self.is(Mutation::NothingUndone) {
+                    steps.push(Step::GiveUp);
+                }
+            }
+            Phase::Holding => {
+                if client.renewal.is_none() {
+                    steps.push(Step::SendRenewal);
+                }
+                if client.transaction.is_none() {
+                    steps.push(Step::Release);
+                    if client.is_held() && client.transactions < self.transactions {
+                        steps.push(Step::BeginTransaction);
+                    }
+                }
+            }
+            Phase::Releasing if client.lane.is_none() => steps.push(Step::SendRelease),
+            Phase::Releasing | Phase::Idle => {}
+        }
+        for lane in [Lane::Callers, Lane::Renewals] {
+            let Some(statement) = client.lane(lane) else { continue };
+            let can_be_lost = state.losses < self.losses;
+            if statement.answer.is_some() {
+                steps.push(Step::Hear(lane));
+            } else {
+                steps.push(Step::CarryOut(lane));
+                if can_be_lost && state.late.len() < self.late {
+                    steps.push(Step::LoseUntilLater(lane));
+                }
+            }
+            if can_be_lost {
+                steps.push(Step::Lose(lane));
+            }
+        }
+        let Some(transaction) = &client.transaction else { return };
+        match transaction.stage {
+            Stage::Open => {
+                steps.extend([Step::Guard, Step::RollBack]);
+                if self.releases_in {
+                    steps.push(Step::SendReleaseIn);
+                }
+            }
+            Stage::Guarded | Stage::ReleaseAnswered => steps.extend([Step::Commit, Step::RollBack]),
+            Stage::ReleaseSent => steps.extend([Step::CarryOutReleaseIn, Step::RollBack]),
+            Stage::ReleaseDone => {
+                steps.extend([Step::HearReleaseIn, Step::CommitAndRelease, Step::RollBack]);
+            }
+            Stage::Released => {
+                steps.push(Step::HearReleased);
+                if state.losses < self.losses {
+                    steps.push(Step::LoseReleased);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn apply(&self, state: &mut State, action: Action) {
+        match action {
+            Action::Tick { missed_by } => {
+                if let Some(row) = &mut state.row {
+                    row.expires_in = row.expires_in.saturating_sub(1);
+                }
+                for (index, client) in (0_u8..).zip(&mut state.clients) {
+                    client.tick(self.reliable, missed_by == Some(index));
+                }
+            }
+            Action::CleanRow => {
+                state.row = None;
+                state.cleanings += 1;
+            }
+            Action::CarryOutLate(index) => {
+                let (secret, request) = state.late.remove(index);
+                self.carry_out(state, secret, request);
+            }
+            Action::Client(client, step) => self.step(state, client, step),
+        }
+    }
+
+    fn step(&self, state: &mut State, number: u8, step: Step) {
+        let index = usize::from(number);
+        let client = &mut state.clients[index];
+        match step {
+            Step::Want => {
+                client.acquisition += 1;
+                client.phase = Phase::Acquiring;
+            }
+            Step::SendAcquire => client.send(Request::Acquire),
+            Step::GiveUp => {
+                let may_have_it = client.unsettled || client.lane.is_some();
+                if may_have_it && !self.is(Mutation::NothingUndone) {
+                    client.phase = Phase::Releasing;
+                } else {
+                    client.rest();
+                }
+            }
+            Step::SendRenewal => client.send(Request::Renew),
+            Step::Release => {
+                client.rest();
+                client.phase = Phase::Releasing;
+            }
+            Step::SendRelease => client.send(Request::Release),
+            Step::CarryOut(lane) => {
+                let Some(statement) = client.lane(lane) else { return };
+                let secret = Secret { client: number, acquisition: statement.acquisition };
+                let answer = self.carry_out(state, secret, statement_request(state, index, lane));
+                if let Some(statement) = state.clients[index].lane_mut(lane) {
+                    statement.answer = Some(answer);
+                }
+            }
+            Step::Hear(lane) => {
+                if let Some(statement) = client.lane_mut(lane).take()
+                    && statement.acquisition == client.acquisition
+                {
+                    self.hear(client, &statement);
+                }
+            }
+            Step::Lose(lane) | Step::LoseUntilLater(lane) => {
+                state.losses += 1;
+                let Some(statement) = client.lane_mut(lane).take() else { return };
+                client.unsettled |= statement.request == Request::Acquire && client.phase == Phase::Acquiring;
+                if let Step::LoseUntilLater(_) = step {
+                    let secret = Secret { client: number, acquisition: statement.acquisition };
+                    state.late.push((secret, statement.request));
+                    state.late.sort_unstable();
+                }
+            }
+            _ => self.transaction_step(state, number, step),
+        }
+    }
+
+    fn hear(&self, client: &mut Client, statement: &Statement) {
+        let left = self.reliable.saturating_sub(statement.age);
+        match (statement.request, statement.answer) {
+            (Request::Acquire, Some(Answer::Granted(token))) if client.phase == Phase::Acquiring => {
+                let left = if self.is(Mutation::DeadlineFromTheAnswer) { self.reliable } else { left };
+                if left == 0 {
+                    // Worth nothing, but ours: for another attempt, or to be given back.
+                    client.unsettled = true;
+                    return;
+                }
+                client.phase = Phase::Holding;
+                (client.token, client.left) = (token, left);
+                // Of no use any more: the release goes by the secret in any case.
+                client.unsettled = false;
+            }
+            (Request::Renew, Some(Answer::Ours)) if client.phase == Phase::Holding => {
+                let left = if self.is(Mutation::DeadlineFromTheAnswer) { self.reliable } else { left };
+                client.left = client.left.max(left);
+                let is_answered = statement.after_doubt
+                    && (!client.is_releasing_in() || self.is(Mutation::DoubtEndsWhileReleasing));
+                client.doubt &= !is_answered;
+            }
+            (Request::Renew, Some(Answer::NotOurs)) if client.phase == Phase::Holding => client.left = 0,
+            (Request::Release, Some(Answer::Ours | Answer::NotOurs)) => client.rest(),
+            _ => {}
+        }
+    }
+
+    fn transaction_step(&self, state: &mut State, number: u8, step: Step) {
+        let client = &mut state.clients[usize::from(number)];
+        if step == Step::BeginTransaction {
+            client.transactions += 1;
+            let (acquisition, token) = (client.acquisition, client.token);
+            client.transaction = Some(Transaction { stage: Stage::Open, acquisition, token });
+            return;
+        }
+        let Some(mut transaction) = client.transaction.take() else { return };
+        let secret = Secret { client: number, acquisition: transaction.acquisition };
+        // What becomes of it: `None` when it has ended.
+        let stage = match step {
+            Step::Guard => self.guard(state, secret, transaction.token, false).then_some(Stage::Guarded),
+            Step::Commit => {
+                Self::commit(state, number, transaction.token);
+                None
+            }
+            Step::RollBack => {
+                if matches!(transaction.stage, Stage::ReleaseSent | Stage::ReleaseDone) {
+                    client.doubt_anew();
+                }
+                end(state, number);
+                None
+            }
+            Step::SendReleaseIn => {
+                if !self.is(Mutation::ReleaseInWithoutDoubt) {
+                    client.doubt_anew();
+                }
+                Some(Stage::ReleaseSent)
+            }
+            Step::CarryOutReleaseIn => {
+                self.guard(state, secret, transaction.token, true).then_some(Stage::ReleaseDone)
+            }
+            Step::HearReleaseIn => {
+                if !self.is(Mutation::ReleaseInWithoutDoubt) {
+                    client.doubt_anew();
+                }
+                Some(Stage::ReleaseAnswered)
+            }
+            Step::CommitAndRelease => {
+                Self::commit(state, number, transaction.token);
+                Some(Stage::Released)
+            }
+            Step::HearReleased => {
+                client.rest();
+                None
+            }
+            _lost_answer => {
+                state.losses += 1;
+                client.doubt_anew();
+                None
+            }
+        };
+        state.clients[usize::from(number)].transaction = stage.map(|stage| {
+            transaction.stage = stage;
+            transaction
+        });
+    }
+}
+
+fn statement_request(state: &State, index: usize, lane: Lane) -> Request {
+    state.clients[index].lane(lane).map_or(Request::Renew, |statement| statement.request)
+}

@@ -1,0 +1,226 @@
+//! The bounds, the mutations and the properties.
+
+use stateright::{Model, Property};
+
+use crate::actions::Action;
+use crate::state::{Answer, Phase, Request, State, TransactionStage};
+
+/// The protocol within bounds. Not bounded: time, renewals, attempts, pauses, delays.
+#[derive(Clone, Debug)]
+pub struct Protocol {
+    /// How many there are.
+    pub clients: usize,
+    /// How often each of them wants the lock.
+    pub acquisitions: u8,
+    /// How many guarded transactions each of them begins.
+    pub transactions: u8,
+    /// Whether those may release the lease with their commit.
+    pub releases_in: bool,
+    /// How many requests or answers are lost, of all.
+    pub losses: u8,
+    /// How many of those requests may be carried out later, at the same time.
+    pub late: usize,
+    /// How often somebody deletes the row.
+    pub cleanings: u8,
+    /// Also while a lease is held, which takes it from its holder.
+    pub cleans_held_rows: bool,
+    /// Whether each client's clock may lose a tick during a lease.
+    pub late_clocks: bool,
+    /// Whether the database's clock was set back, and does not reach the last token again. Else every grant is later than
+    /// the one before.
+    pub clock_stands_still: bool,
+    /// How long a lease lasts, in ticks.
+    pub ttl: u8,
+    /// On how much of that its holder relies.
+    pub reliable: u8,
+    /// What is done differently.
+    pub mutation: Option<Mutation>,
+}
+
+/// A rule that is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    ReleaseWithoutSecret,
+    RenewalWithoutSecret,
+    RenewalOfReleased,
+    ExpiryByClientClock,
+    GuardWithoutLock,
+    /// The guard does not compare the fencing token.
+    GuardBySecretAlone,
+    DeadlineFromTheAnswer,
+    AcquireNotIdempotent,
+    NothingUndone,
+    TokenOfTheRowAlone,
+    TokenOfTheClockAlone,
+    ReleaseInWithoutDoubt,
+    /// A renewal that is asked for and answered while `commit_and_release` is under way settles the doubt.
+    DoubtEndsWhileReleasing,
+}
+
+impl Default for Protocol {
+    fn default() -> Self {
+        Self {
+            clients: 2,
+            acquisitions: 1,
+            transactions: 0,
+            releases_in: false,
+            losses: 0,
+            late: 0,
+            cleanings: 0,
+            cleans_held_rows: false,
+            late_clocks: false,
+            clock_stands_still: false,
+            ttl: 2,
+            reliable: 2,
+            mutation: None,
+        }
+    }
+}
+
+impl Protocol {
+    pub(crate) fn is(&self, mutation: Mutation) -> bool {
+        self.mutation == Some(mutation)
+    }
+}
+
+/// The names of the properties.
+pub mod property {
+    pub const ONE_LEASE: &str = "at most one current lease by the database";
+    pub const HOLDERS_HOLD: &str = "whose `is_held` is true has the lease by the database";
+    pub const TOKENS_GROW: &str = "fencing tokens only grow";
+    pub const COMMITS_ARE_SERIAL: &str = "no guarded commit after a newer grant";
+    pub const OWN_ROW_ONLY: &str = "releases and renewals touch nobody else's lease";
+    pub const NOT_REFUSED_BY_ITSELF: &str = "nobody is refused because of a grant to itself";
+    pub const NOTHING_LEFT: &str = "when nobody wants it any more and nothing is under way, it is free";
+    pub const ALL_GRANTED: &str = "(reached) every client got the lock";
+    pub const TAKEN_FROM_PAUSED: &str = "(reached) an open transaction of a lease that was taken over";
+    pub const LATE_RELEASE: &str = "(reached) a release under way while another one holds it";
+}
+
+impl Model for Protocol {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State::new(self.clients)]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        actions.push(Action::Tick { missed_by: None });
+        let mut steps = Vec::new();
+        for (number, client) in (0_u8..).zip(&state.clients) {
+            if self.late_clocks && !client.late_clock && client.phase != Phase::Idle {
+                actions.push(Action::Tick { missed_by: Some(number) });
+            }
+            self.steps(state, client, &mut steps);
+            actions.extend(steps.drain(..).map(|step| Action::Client(number, step)));
+        }
+        actions.extend((0..state.late.len()).map(Action::CarryOutLate));
+        if let Some(row) = &state.row
+            && state.cleanings < self.cleanings
+            && row.lock.is_none()
+            && (row.expires_in == 0 || self.cleans_held_rows)
+        {
+            actions.push(Action::CleanRow);
+        }
+    }
+
+    fn next_state(&self, before: &State, action: Action) -> Option<State> {
+        let mut after = before.clone();
+        self.apply(&mut after, action);
+        let after = self.without_differences(after);
+        (after != *before).then_some(after)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::<Self>::always(property::TOKENS_GROW, |_, state| !state.wrong.token_did_not_grow),
+            Property::<Self>::always(property::COMMITS_ARE_SERIAL, |_, state| !state.wrong.late_commit),
+            Property::<Self>::always(property::OWN_ROW_ONLY, |_, state| !state.wrong.touched_another),
+            Property::<Self>::always(property::NOT_REFUSED_BY_ITSELF, |_, state| {
+                !state.wrong.refused_by_itself
+            }),
+            Property::<Self>::always(property::ONE_LEASE, |_, state| !state.wrong.two_leases),
+            Property::<Self>::sometimes(property::ALL_GRANTED, |_, state| {
+                state.clients.iter().all(|client| client.phase == Phase::Holding)
+            }),
+            Property::<Self>::sometimes(property::LATE_RELEASE, |_, state| {
+                state.clients.iter().any(|client| client.phase == Phase::Releasing && client.lane.is_some())
+                    && state.clients.iter().any(super::Client::is_held)
+            }),
+        ];
+        if !self.cleans_held_rows {
+            properties.push(Property::<Self>::always(property::HOLDERS_HOLD, |_, state| holders_hold(state)));
+        }
+        if self.late == 0 {
+            properties.push(Property::<Self>::always(property::NOTHING_LEFT, |_, state| nothing_left(state)));
+        }
+        if self.transactions > 0 {
+            properties.push(Property::<Self>::sometimes(property::TAKEN_FROM_PAUSED, |_, state| {
+                state.clients.iter().any(|client| {
+                    client.transaction.as_ref().is_some_and(|transaction| {
+                        transaction.stage == TransactionStage::Open
+                            && transaction.token < state.greatest_token
+                    })
+                })
+            }));
+        }
+        properties
+    }
+}
+
+impl Protocol {
+    /// Leaves out what nobody will ever look at, so that states that differ in nothing else are one.
+    fn without_differences(&self, mut state: State) -> State {
+        for client in &mut state.clients {
+            let (phase, acquisition, left) = (client.phase, client.acquisition, client.left);
+            // Only the holder heeds what becomes of a renewal, and an answer that changes nothing need not be heard.
+            client.renewal.take_if(|renewal| {
+                let is_heeded = phase == Phase::Holding && renewal.acquisition == acquisition;
+                if !is_heeded {
+                    (renewal.age, renewal.after_doubt) = (0, false);
+                }
+                match renewal.answer {
+                    None => false,
+                    Some(Answer::Ours) => {
+                        let is_news = self.reliable - renewal.age > left || renewal.after_doubt;
+                        let is_news = is_news || self.is(Mutation::DeadlineFromTheAnswer);
+                        !is_heeded || !is_news
+                    }
+                    Some(Answer::NotOurs) => !is_heeded || left == 0,
+                    Some(_) => true,
+                }
+            });
+            client.lane.take_if(|statement| {
+                if phase != Phase::Acquiring || statement.request != Request::Acquire {
+                    statement.age = 0;
+                }
+                match statement.request {
+                    Request::Acquire => {
+                        statement.answer.is_some() && phase != Phase::Acquiring
+                            || statement.answer == Some(Answer::Refused)
+                    }
+                    Request::Renew | Request::Release => statement.answer == Some(Answer::Busy),
+                }
+            });
+        }
+        state.with_small_tokens()
+    }
+}
+
+fn holders_hold(state: &State) -> bool {
+    (0_u8..).zip(&state.clients).filter(|(_, client)| client.is_held()).all(|(number, client)| {
+        state.row.as_ref().is_some_and(|row| {
+            let is_ours = row
+                .secret
+                .is_some_and(|secret| secret.client == number && secret.acquisition == client.acquisition);
+            is_ours && row.expires_in > 0
+        })
+    })
+}
+
+/// A late request may take a lease for nobody, which then is over after a TTL.
+fn nothing_left(state: &State) -> bool {
+    let at_rest = state.clients.iter().all(super::Client::is_at_rest);
+    !at_rest || state.row.as_ref().is_none_or(|row| row.expires_in == 0)
+}

@@ -1,0 +1,290 @@
+//! What there is at a moment.
+
+/// Who was granted a lease: a client and which of its acquisitions. Stands for the 128 random bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Secret {
+    /// The client that made it.
+    pub client: u8,
+    /// Which of its acquisitions.
+    pub acquisition: u8,
+}
+
+/// The lock's row, as everybody sees it who may.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Row {
+    /// Of the last grant; stays when the lease is released.
+    pub secret: Option<Secret>,
+    /// The fencing token of the last grant.
+    pub token: u8,
+    /// In ticks of the database's clock. Zero: free.
+    pub expires_in: u8,
+    /// Whether it stands at 1970, from where no renewal brings it back.
+    pub released: bool,
+    /// The transaction that has it locked.
+    pub lock: Option<RowLock>,
+}
+
+/// A lock on the row, until the end of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RowLock {
+    /// Whose transaction.
+    pub client: u8,
+    /// A release that is not committed yet; else a guard, which lets renewals pass.
+    pub releases: bool,
+}
+
+/// What a statement on a private connection asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Request {
+    /// The conditional update.
+    Acquire,
+    /// By secret, never of a released row.
+    Renew,
+    /// By secret.
+    Release,
+}
+
+/// What the database said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Answer {
+    /// With the fencing token.
+    Granted(u8),
+    /// Somebody else has it.
+    Refused,
+    /// Renewed, or released.
+    Ours,
+    /// Locked by a transaction for now.
+    Busy,
+    /// The row carries another secret, or is released.
+    NotOurs,
+}
+
+/// A statement whose answer a client waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Statement {
+    /// What it asks for.
+    pub request: Request,
+    /// For which of the client's acquisitions.
+    pub acquisition: u8,
+    /// Ticks of the client's clock since before it was sent.
+    pub age: u8,
+    /// Whether a doubt that stands was there when it was sent.
+    pub after_doubt: bool,
+    /// Once it was carried out; the answer is on its way.
+    pub answer: Option<Answer>,
+}
+
+/// What a client is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Nothing.
+    Idle,
+    /// It wants the lock.
+    Acquiring,
+    /// It was granted the lock, and has not given it back; it may have lost it.
+    Holding,
+    /// It gives back what it has, or may have.
+    Releasing,
+}
+
+/// How far a guarded transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TransactionStage {
+    /// Begun.
+    Open,
+    /// The guard has found the lease to be ours, and COMMIT comes next.
+    Guarded,
+    /// A statement that releases with the commit is on its way.
+    ReleaseSent,
+    /// That statement was carried out, but not answered: `commit_and_release` goes on to COMMIT.
+    ReleaseDone,
+    /// It was answered: `release_in`, and COMMIT or ROLLBACK is the caller's.
+    ReleaseAnswered,
+    /// COMMIT was carried out, and its answer is on its way.
+    Released,
+}
+
+/// A guarded transaction.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Transaction {
+    /// How far it is.
+    pub stage: TransactionStage,
+    /// Under which of the client's acquisitions.
+    pub acquisition: u8,
+    /// The fencing token of that.
+    pub token: u8,
+}
+
+/// A process.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Client {
+    /// What it is doing.
+    pub phase: Phase,
+    /// How many acquisitions it has begun.
+    pub acquisition: u8,
+    /// Whether the outcome of an attempt is not known.
+    pub unsettled: bool,
+    /// Of the lease that it holds.
+    pub token: u8,
+    /// Ticks of its own clock to its deadline.
+    pub left: u8,
+    /// Whether its clock has missed a tick during this lease.
+    pub late_clock: bool,
+    /// Whether a transaction may have released the lease.
+    pub doubt: bool,
+    /// The lane that callers wait for.
+    pub lane: Option<Statement>,
+    /// The lane of the watchdog.
+    pub renewal: Option<Statement>,
+    /// On a connection of the application.
+    pub transaction: Option<Transaction>,
+    /// How many transactions it has begun.
+    pub transactions: u8,
+}
+
+impl Client {
+    /// `Lease::is_held`.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.phase == Phase::Holding && self.left > 0 && !self.doubt
+    }
+
+    /// Whether nothing of it is under way.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        self.phase == Phase::Idle
+            && self.lane.is_none()
+            && self.renewal.is_none()
+            && self.transaction.is_none()
+    }
+}
+
+/// What must never have happened.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Wrong {
+    /// A grant while the lease before it was neither over nor released.
+    pub two_leases: bool,
+    /// A grant with a token that is not larger than all before.
+    pub token_did_not_grow: bool,
+    /// A commit after a newer grant.
+    pub late_commit: bool,
+    /// A renewal or a release that changed somebody else's row.
+    pub touched_another: bool,
+    /// An attempt that its own earlier grant stood in the way of.
+    pub refused_by_itself: bool,
+}
+
+/// Everything at a moment.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct State {
+    /// `None` before the first acquire, and when somebody has cleaned it away.
+    pub row: Option<Row>,
+    /// All of them alike.
+    pub clients: Vec<Client>,
+    /// Requests whose sender has given up the connection; the server may carry them out whenever it likes. Sorted.
+    pub late: Vec<(Secret, Request)>,
+    /// How many messages were lost.
+    pub losses: u8,
+    /// How often the row was cleaned away.
+    pub cleanings: u8,
+    /// The largest token that was ever granted.
+    pub greatest_token: u8,
+    /// For properties only.
+    pub wrong: Wrong,
+}
+
+impl State {
+    pub(crate) fn new(clients: usize) -> Self {
+        let client = Client {
+            phase: Phase::Idle,
+            acquisition: 0,
+            unsettled: false,
+            token: 0,
+            left: 0,
+            late_clock: false,
+            doubt: false,
+            lane: None,
+            renewal: None,
+            transaction: None,
+            transactions: 0,
+        };
+        Self {
+            row: None,
+            clients: vec![client; clients],
+            late: Vec::new(),
+            losses: 0,
+            cleanings: 0,
+            greatest_token: 0,
+            wrong: Wrong::default(),
+        }
+    }
+
+    /// The same state with the clients in one of their orders, the same one for all states that differ in nothing else.
+    #[must_use]
+    pub fn with_clients_in_order(&self) -> Self {
+        let mut order: Vec<usize> = (0..self.clients.len()).collect();
+        // What refers to a client belongs to it: without that, equal clients could be told apart.
+        order.sort_by_cached_key(|&index| (self.clients[index].clone(), self.references(index)));
+        let mut place = vec![0_u8; order.len()];
+        for (new, &old) in (0_u8..).zip(&order) {
+            place[old] = new;
+        }
+        let mut sorted = self.clone();
+        sorted.clients = order.iter().map(|&old| self.clients[old].clone()).collect();
+        let moved = |client: u8| place[usize::from(client)];
+        if let Some(row) = &mut sorted.row {
+            if let Some(secret) = &mut row.secret {
+                secret.client = moved(secret.client);
+            }
+            if let Some(lock) = &mut row.lock {
+                lock.client = moved(lock.client);
+            }
+        }
+        for (secret, _) in &mut sorted.late {
+            secret.client = moved(secret.client);
+        }
+        sorted.late.sort_unstable();
+        sorted
+    }
+
+    /// The same state with tokens as small as they can be: only their order counts, and a search must come to an end.
+    pub(crate) fn with_small_tokens(mut self) -> Self {
+        let mut tokens = vec![0];
+        self.each_token(|token| tokens.push(*token));
+        tokens.sort_unstable();
+        tokens.dedup();
+        let rank =
+            |token: u8| (0_u8..).zip(&tokens).find_map(|(rank, known)| (*known == token).then_some(rank));
+        self.each_token(|token| *token = rank(*token).unwrap_or(*token));
+        self
+    }
+
+    fn each_token(&mut self, mut with: impl FnMut(&mut u8)) {
+        with(&mut self.greatest_token);
+        if let Some(row) = &mut self.row {
+            with(&mut row.token);
+        }
+        for client in &mut self.clients {
+            with(&mut client.token);
+            if let Some(Answer::Granted(token)) = client.lane.as_mut().and_then(|lane| lane.answer.as_mut()) {
+                with(token);
+            }
+            if let Some(transaction) = &mut client.transaction {
+                with(&mut transaction.token);
+            }
+        }
+    }
+
+    fn references(&self, index: usize) -> (Option<u8>, bool, Vec<(u8, Request)>) {
+        let is_it = |client: u8| usize::from(client) == index;
+        let row = self.row.as_ref();
+        let secret = row.and_then(|row| row.secret).filter(|secret| is_it(secret.client));
+        let locked = row.and_then(|row| row.lock.as_ref()).is_some_and(|lock| is_it(lock.client));
+        let late = self.late.iter().filter(|(secret, _)| is_it(secret.client));
+        (
+            secret.map(|secret| secret.acquisition),
+            locked,
+            late.map(|(secret, request)| (secret.acquisition, *request)).collect(),
+        )
+    }
+}
