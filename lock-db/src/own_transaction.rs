@@ -47,14 +47,16 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
     ///
     /// To be called in a task: in sqlx 0.9 a `begin` that is dropped midway puts its connection back into the pool with the
     /// transaction open.
-    pub(crate) async fn begin(
-        connection: PoolConnection<DB>,
-        statement: &'static str,
-        kept: K,
-    ) -> sqlx::Result<Self> {
+    pub(crate) async fn begin(connection: PoolConnection<DB>, statement: &'static str) -> sqlx::Result<Self> {
         let runtime = Handle::current();
         let transaction = Transaction::begin(connection, Some(statement.into_sql_str())).await?;
-        Ok(Self { transaction: Some(transaction), kept: Some(kept), runtime })
+        Ok(Self { transaction: Some(transaction), kept: None, runtime })
+    }
+
+    /// What is kept from now on until it has ended. Not while it begins: a server that does not answer would keep it, too.
+    pub(crate) fn keep(mut self, kept: K) -> Self {
+        self.kept = Some(kept);
+        self
     }
 
     /// Commits it in a task if the condition holds, and rolls it back else.
@@ -69,20 +71,17 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
         let begins = Arc::clone(&begun);
         let task = self.runtime.spawn(async move {
             begins.store(true, Ordering::SeqCst);
-            let committing = commit(transaction, &condition);
-            let committed = timeout(COMMIT_LIMIT, committing).await.unwrap_or_else(|_elapsed| {
-                Err(unknown(
-                    condition.name(),
-                    io::Error::new(io::ErrorKind::TimedOut, "no answer to the COMMIT"),
-                ))
-            });
+            let name = Arc::clone(condition.name());
+            let committing = commit(transaction, condition);
+            let committed =
+                bounded(COMMIT_LIMIT, committing).await.unwrap_or_else(|error| Err(unknown(&name, error)));
             ended(&committed);
             drop(kept);
             committed
         });
         task.await.unwrap_or_else(|error| {
             if begun.load(Ordering::SeqCst) {
-                // The runtime was shut down in the middle of it, or sqlx panicked over an answer.
+                // The runtime was shut down in the middle of it.
                 Err(unknown(&name, io::Error::other(error)))
             } else {
                 // It was shut down before.
@@ -113,12 +112,24 @@ impl Condition {
     }
 }
 
+/// Waits for the end of a transaction no longer than that. What is not over by then goes on by itself: cut in half, it could
+/// leave its mark on the connection.
+async fn bounded<T: Send + 'static>(
+    limit: Duration,
+    end: impl Future<Output = T> + Send + 'static,
+) -> io::Result<T> {
+    match timeout(limit, tokio::spawn(end)).await {
+        Ok(ended) => ended.map_err(io::Error::other),
+        Err(_elapsed) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"))),
+    }
+}
+
 async fn commit<DB: LockDatabase>(
     mut transaction: Transaction<'static, DB>,
-    condition: &Condition,
+    condition: Condition,
 ) -> Result<(), Error> {
     let name = condition.name();
-    let checked = match condition {
+    let checked = match &condition {
         Condition::Lease { key, release } => DB::commit_guarded(&mut transaction, key, *release).await,
         Condition::Row { name, fencing_token } => {
             DB::commit_locked(&mut transaction, name, *fencing_token).await
@@ -159,15 +170,13 @@ async fn commit<DB: LockDatabase>(
 
 /// Whatever has become of the transaction, its connection is as it was before.
 async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
-    let rolling_back = async {
+    let rolling_back = async move {
         let unmarked = DB::unmark(&mut transaction).await;
         DB::reopen(&mut transaction).await;
         let rolled_back = transaction.rollback().await;
         unmarked.and(rolled_back)
     };
-    timeout(ROLLBACK_LIMIT, rolling_back).await.unwrap_or_else(|_elapsed| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the ROLLBACK").into())
-    })
+    bounded(ROLLBACK_LIMIT, rolling_back).await?
 }
 
 /// Nobody knows whether the COMMIT was carried out.

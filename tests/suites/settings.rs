@@ -12,6 +12,7 @@ for_each_server! {
     a_try_does_not_call_a_row_held_that_its_snapshot_does_not_show,
     connections_that_the_server_closed_are_made_anew,
     connections_of_the_pool_that_the_server_closed_are_left,
+    settings_of_sessions_do_not_matter,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,6 +32,35 @@ async fn connections_that_the_server_closed_are_made_anew<T: TestServer>(databas
     eventually(PATIENCE, async || private().await == 0).await;
     assert!(locks.info("a").await.unwrap().unwrap().held_until.is_some());
     lease.release().await.unwrap();
+}
+
+/// The pool's hooks are run on the private connections, too; so is what the server sets for all.
+async fn settings_of_sessions_do_not_matter<T: TestServer>(database: &T) {
+    const TTL: Duration = Duration::from_millis(900);
+    drop(database.locks().await);
+    let options = sqlx::pool::PoolOptions::new().max_connections(3).after_connect(|connection, _| {
+        Box::pin(async move {
+            let settings = if T::NAME == "postgres" {
+                "SET lock_timeout = '5ms'; SET default_transaction_isolation = 'serializable'"
+            } else {
+                "SET SESSION completion_type = 'CHAIN', SESSION sql_safe_updates = 1, SESSION sql_select_limit = 1"
+            };
+            T::Database::run(connection, settings).await.map(drop)
+        })
+    });
+    let locks: Locks<T::Database> = Locks::new(options.connect(database.url()).await.unwrap());
+    let other = Locks::new(database.pool(2).await);
+    let several = locks.insert_locks(["b", "c"]).wait(PATIENCE).acquire().await.unwrap();
+    several.release().await.unwrap();
+    let lease = locks.insert_lock("a").ttl(TTL).wait(PATIENCE).acquire().await.unwrap();
+    // What was given back is free for others, and what was taken is taken for them.
+    other.insert_locks(["b", "c"]).wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
+    let lost = tokio::time::timeout(3 * TTL, lease.lost()).await;
+    assert!(lost.is_err(), "it is not renewed");
+    lease.begin().await.unwrap().commit().await.unwrap();
+    lease.release().await.unwrap();
+    other.insert_lock("a").try_acquire().await.unwrap().expect("it is free").release().await.unwrap();
 }
 
 /// Those that nobody looks at before they are used, as with `test_before_acquire(false)`.

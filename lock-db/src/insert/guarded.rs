@@ -133,14 +133,12 @@ async fn begin_on<DB: LockDatabase>(
     let started = Instant::now();
     loop {
         let connection = pool.acquire().await?;
-        let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
-        let begun = tokio::spawn(async move {
-            let hold = KeptByTransaction::new(&hold);
-            let transaction = OwnTransaction::begin(connection, DB::BEGIN_GUARDED, hold.clone()).await?;
-            Ok(GuardedTransaction { transaction, hold })
-        });
+        let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_GUARDED));
         let error = match begun.await {
-            Ok(Ok(mut guarded)) => {
+            Ok(Ok(transaction)) => {
+                let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
+                let hold = KeptByTransaction::new(&hold);
+                let mut guarded = GuardedTransaction { transaction: transaction.keep(hold.clone()), hold };
                 let (key, fencing_token) = (guarded.hold.lease.key.clone(), guarded.hold.lease.fencing_token);
                 if DB::sees_grant(&mut guarded, &key, fencing_token).await? {
                     return Ok(guarded);

@@ -213,12 +213,13 @@ async fn take<DB: LockDatabase>(
     let mut broken = 0_u32;
     loop {
         let begun = match connect(attempt, answer).await {
-            Ok(Some(connection)) => begin(attempt, connection, &turn).await,
+            Ok(Some(connection)) => begin(attempt, connection).await,
             Ok(None) => return Ok(None),
             Err(error) => Err(error),
         };
         let error = match begun {
-            Ok(mut transaction) => {
+            Ok(transaction) => {
+                let mut transaction = transaction.keep(Arc::clone(&turn));
                 let locked = attempt.lock(&mut transaction, || {
                     may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
                     may_wait.is_some() && !answer.is_closed()
@@ -302,10 +303,8 @@ async fn connect<DB: LockDatabase>(
 async fn begin<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     connection: PoolConnection<DB>,
-    turn: &Arc<Turn>,
 ) -> Result<OwnTransaction<DB, Arc<Turn>>, Error> {
-    let turn = Arc::clone(turn);
-    let begun = tokio::spawn(async move { OwnTransaction::begin(connection, DB::BEGIN_MARKED, turn).await });
+    let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_MARKED));
     let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(SHORTEST_CONNECT));
     match timeout(left, begun).await {
         Ok(Ok(Ok(transaction))) => Ok(transaction),

@@ -71,13 +71,14 @@ pub(super) async fn commit_guarded(
 pub(super) async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
     // Back to autocommit would commit what is open.
     let sql = format!("ROLLBACK AND NO CHAIN NO RELEASE; {UNMARK}");
-    match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await {
-        // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
-        Err(sqlx::Error::Database(_)) => {
-            sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+    for _ in 0..2 {
+        match sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(&mut *connection).await {
+            // That was the answer to a statement whose caller has gone: sqlx hands it to whatever comes next.
+            Err(sqlx::Error::Database(_)) => {}
+            unmarked => return unmarked.map(drop),
         }
-        unmarked => unmarked.map(drop),
     }
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
 /// In one message, whatever it takes.
