@@ -20,6 +20,7 @@ for_each_database! {
     waiters_for_names_that_transactions_hold_are_in_nobodys_way,
     a_long_queue_is_no_silence,
     who_waits_together_travels_together,
+    what_is_given_back_may_be_taken_at_once,
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -230,4 +231,32 @@ async fn who_waits_together_travels_together<T: TestServer>(database: &T) {
     rounds().await;
     let messages = proxy.reads(Direction::ToServer) - before;
     assert!(messages < CALLERS / 4, "{messages} messages for {CALLERS} callers");
+}
+
+/// Somebody takes whatever is free the very moment it is. No release may mistake that for the loss of its own lease.
+async fn what_is_given_back_may_be_taken_at_once<T: TestServer>(database: &T) {
+    const TAKE_ALL: &str = "
+        UPDATE distributed_lock SET secret_key = 'taken', expire_time = '2037-01-01 00:00:00'
+        WHERE expire_time < '1971-01-01 00:00:00' AND secret_key <> ''";
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    let taking = tokio::spawn(async move {
+        let mut connection = pool.acquire().await.unwrap();
+        loop {
+            // The victim of a deadlock takes nothing this time.
+            let _taken = T::Database::run(&mut connection, TAKE_ALL).await;
+        }
+    });
+    for round in 0..20 {
+        let mut held = Vec::new();
+        for number in 0..50 {
+            let lock = locks.insert_lock(format!("{round} {number}")).ttl(LONG).wait(PATIENCE);
+            held.push(lock.acquire().await.unwrap());
+        }
+        let mut releases: JoinSet<_> = held.into_iter().map(lock_db::Lease::release).collect();
+        while let Some(released) = releases.join_next().await {
+            released.unwrap().unwrap();
+        }
+    }
+    taking.abort();
 }

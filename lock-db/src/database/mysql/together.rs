@@ -68,7 +68,8 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00')";
 
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
-/// than the holder will rely on.
+/// than the holder will rely on. In the transaction of `EXCHANGE`, whose locks it needs: right after its commit somebody
+/// else may take what was given back.
 const EXCHANGED: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id,
     IF(asked.ttl > 0,
@@ -105,15 +106,21 @@ pub(super) async fn exchange(
 ) -> sqlx::Result<Exchanged> {
     let asked = exchange_as_json(returns, claims);
     let owner = literal(claims.first().map_or("", |claim| &claim.owner));
-    // As text, so that both go in one message. Nothing in them needs to be escaped.
+    // As text, so that all of it goes in one message, and the server comes to the COMMIT whatever becomes of us. Nothing in
+    // it needs to be escaped.
     let sql = format!(
-        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4); {EXCHANGE}; {EXCHANGED}"
+        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4);
+        START TRANSACTION; {EXCHANGE}; {EXCHANGED}; COMMIT"
     );
-    let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
-        Err(error) if matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => {
-            return Ok(Exchanged::nothing(returns, claims));
+    let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await {
+        Err(error) => {
+            sqlx::raw_sql("ROLLBACK").execute(connection).await?;
+            return match MySql::classify(&error) {
+                Fault::Busy | Fault::Deadlock => Ok(Exchanged::nothing(returns, claims)),
+                _ => Err(error),
+            };
         }
-        rows => rows?,
+        Ok(rows) => rows,
     };
     let mut found = HashMap::with_capacity(rows.len());
     for row in &rows {
