@@ -3,11 +3,17 @@
 use std::time::Duration;
 
 use crate::Error;
+use crate::session::HandOff;
 
 /// How long a lease lasts without renewal when the caller says nothing.
 pub(crate) const DEFAULT_TTL: Duration = Duration::from_secs(30);
 /// How long an acquire waits when the caller says nothing.
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+
+/// How far a lease goes from hand to hand within a process when the builder says nothing.
+pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(200) };
+/// So many fencing tokens are left out at most, and never more than are granted in a fraction of a second.
+pub(crate) const MOST_TURNS: u32 = 65_536;
 
 /// Below this the renewal of a lease is a race with the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);

@@ -194,13 +194,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         release: bool,
     ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
 
-    /// Whether a transaction that has just begun sees the grant with this token, and so all that was committed before it:
+    /// Whether a transaction that has just begun sees the grant of this lease, and so all that was committed before it:
     /// not on a node that is behind the one which granted the lease.
     #[doc(hidden)]
     fn sees_grant(
         _connection: &mut Self::Connection,
         _lease: &LeaseKey,
-        _fencing_token: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send {
         async { Ok(true) }
     }
@@ -221,6 +220,8 @@ pub struct Claim {
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
+    /// How many fencing tokens are reserved with it, one at least: the row gets the last of them.
+    pub numbers: u32,
 }
 
 /// A lease that is given back.
@@ -250,6 +251,7 @@ impl Exchanged {
 pub struct Grant {
     /// Of the row.
     pub id: i64,
+    /// The last of those that were reserved.
     pub fencing_token: i64,
 }
 

@@ -43,7 +43,7 @@ ON CONFLICT DO NOTHING";
 const ACQUIRE: &str = "
 UPDATE distributed_lock AS lease
 SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
-        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) + $5 - 1 END,
     acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
     secret_key = $2,
@@ -109,15 +109,16 @@ WITH returned AS (
 granted AS (
     UPDATE distributed_lock AS lease
     SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
-            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
+                + unlocked.numbers - 1 END,
         acquire_time = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.acquire_time
             ELSE clock_timestamp() END,
         expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
         secret_key = unlocked.secret_key,
         owner = $6
     FROM (
-        SELECT lease.id, asked.secret_key, asked.ttl
-        FROM unnest($3::text[], $4::text[], $5::bigint[]) AS asked (lock_name, secret_key, ttl)
+        SELECT lease.id, asked.secret_key, asked.ttl, asked.numbers
+        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bigint[]) AS asked (lock_name, secret_key, ttl, numbers)
         JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
         WHERE lease.lock_kind = 'insert'
             AND (lease.expire_time <= clock_timestamp() OR lease.secret_key = asked.secret_key)
@@ -259,6 +260,7 @@ impl LockDatabase for Postgres {
             .bind(claim.secret.as_str())
             .bind(&*claim.owner)
             .bind(micros(claim.ttl))
+            .bind(i64::from(claim.numbers))
             .fetch_optional(connection)
             .await?;
         let Some(row) = row else { return Ok(None) };
@@ -327,6 +329,7 @@ impl LockDatabase for Postgres {
             .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
             .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
             .bind(claims.first().map_or("", |claim| &*claim.owner))
+            .bind(claims.iter().map(|claim| i64::from(claim.numbers)).collect::<Vec<_>>())
             .fetch_all(&mut *connection)
             .await?;
         let mut done = HashMap::with_capacity(rows.len());

@@ -40,7 +40,7 @@ ON CONFLICT (lock_name) DO NOTHING";
 /// back. They are bound (`?5`): the clock of an embedded database is ours, and its own functions cut it to milliseconds.
 const ACQUIRE: &str = "
 UPDATE distributed_lock
-SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
+SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) + ?6 - 1 END,
     acquire_time = CASE WHEN secret_key = ?2 THEN acquire_time
         ELSE strftime('%Y-%m-%d %H:%M:%f000', 'now') END,
     expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
@@ -194,6 +194,7 @@ impl LockDatabase for Sqlite {
             .bind(&*claim.owner)
             .bind(ttl)
             .bind(clock_micros())
+            .bind(claim.numbers)
             .fetch_all(connection)
             .await?;
         let Some(row) = rows.first() else { return Ok(None) };

@@ -114,9 +114,13 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         // Others may have the lock a moment before we hear of it.
         let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
+        hold.lease.commit_begins();
         let ended = move |ended: &Result<(), Error>| {
-            if release && ended.is_ok() {
-                hold.was_released();
+            if ended.is_ok() {
+                hold.lease.commit_has_ended();
+                if release {
+                    hold.was_released();
+                }
             }
             drop(in_doubt);
         };
@@ -139,8 +143,8 @@ async fn begin_on<DB: LockDatabase>(
                 let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
                 let hold = KeptByTransaction::new(&hold);
                 let mut guarded = GuardedTransaction { transaction: transaction.keep(hold.clone()), hold };
-                let (key, fencing_token) = (guarded.hold.lease.key.clone(), guarded.hold.lease.fencing_token);
-                if DB::sees_grant(&mut guarded, &key, fencing_token).await? {
+                let key = guarded.hold.lease.key.clone();
+                if DB::sees_grant(&mut guarded, &key).await? {
                     return Ok(guarded);
                 }
                 guarded.transaction.roll_back().await?;

@@ -12,7 +12,7 @@ use super::{GuardedTransaction, release_quietly};
 use crate::database::{Fault, Guarded, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::reentry::Held;
-use crate::session::{LeaseState, Request};
+use crate::session::{LeaseState, Queues, Request};
 use crate::{Error, Kind, Locks};
 
 /// An insert lock that is held, and renewed in the background at a third of its TTL as long as this exists.
@@ -51,7 +51,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// It begins near the microseconds since 1970 at which the name was first used.
     #[must_use]
     pub fn fencing_token(&self) -> i64 {
-        self.hold.lease.fencing_token
+        self.hold.fencing_token
     }
 
     /// The secret of this acquisition: 128 random bits as 32 hexadecimal digits, as it stands in the column
@@ -199,6 +199,8 @@ impl<DB: LockDatabase> Lease<DB> {
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
+        // How the caller's transaction ends is not told here.
+        self.hold.lease.commit_begins();
         let key = &self.hold.lease.key;
         let name = &*key.row.name;
         match DB::guard(transaction, key, release).await {
@@ -268,6 +270,9 @@ impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {
 /// What keeps a lease: the last owner of this releases it.
 pub(crate) struct Hold {
     pub(super) lease: Arc<LeaseState>,
+    fencing_token: i64,
+    /// Who waits in this process.
+    queues: Arc<Queues>,
     /// Also keeps the session alive.
     session: mpsc::UnboundedSender<Request>,
     released: AtomicBool,
@@ -276,8 +281,45 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    pub(crate) fn new(lease: Arc<LeaseState>, session: mpsc::UnboundedSender<Request>) -> Self {
-        Self { lease, session, released: AtomicBool::new(false), transactions: AtomicUsize::new(0) }
+    /// The first one of a lease.
+    pub(crate) fn new(
+        lease: Arc<LeaseState>,
+        session: mpsc::UnboundedSender<Request>,
+        queues: Arc<Queues>,
+    ) -> Self {
+        let fencing_token = lease.last_fencing_token();
+        let (released, transactions) = (AtomicBool::new(false), AtomicUsize::new(0));
+        Self { lease, fencing_token, queues, session, released, transactions }
+    }
+
+    /// See [`LeaseState::may_be_handed_on`].
+    pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
+        self.lease.may_be_handed_on(time)
+    }
+
+    /// Of the next holder of the same lease.
+    pub(crate) fn successor(&self) -> Self {
+        Self {
+            lease: Arc::clone(&self.lease),
+            fencing_token: self.lease.next_fencing_token(),
+            queues: Arc::clone(&self.queues),
+            session: self.session.clone(),
+            released: AtomicBool::new(false),
+            transactions: AtomicUsize::new(0),
+        }
+    }
+
+    /// Another one holds the lease.
+    pub(crate) fn forget(self) {
+        self.released.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.lease.key.row.name
+    }
+
+    pub(crate) fn ttl(&self) -> Duration {
+        self.lease.ttl
     }
 
     /// See [`InsertLock::at_least`](crate::InsertLock::at_least).
@@ -325,7 +367,7 @@ impl Hold {
     }
 
     async fn release(self) -> Result<(), Error> {
-        if self.released.swap(true, Ordering::SeqCst) {
+        if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
             return Ok(());
         }
         let (answer, answered) = oneshot::channel();
@@ -407,7 +449,7 @@ impl Drop for KeptByTransaction {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if !self.released.load(Ordering::SeqCst) {
+        if !self.released.load(Ordering::SeqCst) && !self.queues.hand_on(self) {
             // Fails only when the session is gone, which has released it.
             let _ = self.session.send(Request::Release { lease: Arc::clone(&self.lease), answer: None });
         }

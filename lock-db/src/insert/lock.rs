@@ -8,7 +8,6 @@ use crate::database::{Claim, LockDatabase};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::reentry::{self, Entered};
 use crate::secret::Secret;
-use crate::session::{Acquire, Request};
 use crate::{Error, Kind, Locks, limits, name};
 
 /// A request for an insert lock, from [`Locks::insert_lock`]. Nothing happens before one of its async methods is
@@ -265,10 +264,10 @@ impl<DB: LockDatabase> Locks<DB> {
         let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
         let claims = names.into_iter().map(|name| {
             let owner = Arc::clone(self.owner());
-            Ok(Claim { name, secret: Secret::generate()?, owner, ttl })
+            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, numbers: 1 })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
-        self.session().ask(|answer| Request::Acquire(Acquire { claims, wait, started, answer })).await
+        self.session().acquire(claims, wait, started).await
     }
 }
 

@@ -1,4 +1,4 @@
-//! Taking a lease: the turn within the process, then the database, until the caller's wait is over.
+//! Taking a lease from the database, by the one of this process whose turn it is, until its wait is over.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -9,13 +9,13 @@ use tokio::select;
 use tokio::time::{sleep, timeout};
 
 use super::core::{Core, Granted, deadline};
+use super::queues::Turn;
 use super::release;
 use super::request::Acquire;
 use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
-use crate::turns::Turn;
 use crate::{Error, Kind};
 
 /// The first and the longest pause between two looks at a lock that somebody else holds.
@@ -32,7 +32,7 @@ const ACTION: &str = "acquire";
 /// Answers an acquire or a try. When the caller has gone, whatever was reached is undone.
 pub(super) async fn acquire(core: Rc<Core>, mut request: Acquire) {
     let result = {
-        let mut attempt = Attempt::new(&core, &request);
+        let mut attempt = Attempt::new(&core, &mut request);
         select! {
             biased;
             () = request.answer.closed() => return,
@@ -48,6 +48,7 @@ struct Attempt {
     core: Rc<Core>,
     /// All or none of them, in the order in which everybody takes them.
     claims: Vec<Claim>,
+    turns: Vec<Turn>,
     wait: Option<Duration>,
     started: Instant,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
@@ -58,10 +59,18 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn new(core: &Rc<Core>, request: &Acquire) -> Self {
+    fn new(core: &Rc<Core>, request: &mut Acquire) -> Self {
+        let mut claims = std::mem::take(&mut request.claims);
+        if let [claim] = &mut *claims
+            && core.queues.somebody_waits(&claim.name)
+        {
+            // So that it can be handed on. Once for all attempts: a later one may find what an earlier one has got.
+            claim.numbers = core.queues.hand_off().turns.max(1);
+        }
         Self {
             core: Rc::clone(core),
-            claims: request.claims.clone(),
+            claims,
+            turns: std::mem::take(&mut request.turns),
             wait: request.wait,
             started: request.started,
             unsettled: Rc::default(),
@@ -80,30 +89,12 @@ impl Attempt {
     }
 
     async fn run(&mut self) -> Result<Option<Vec<Hold>>, Error> {
-        let Some(turns) = self.turns().await? else { return Ok(None) };
         let Some(granted) = self.contend().await? else { return Ok(None) };
+        let turns = std::mem::take(&mut self.turns);
         let holds = granted.into_iter().zip(turns).map(|(granted, turn)| self.core.hold(granted, turn));
         let holds: Option<Vec<Hold>> = holds.collect();
         self.unsettled.set(holds.is_none());
         holds.map(Some).ok_or(Error::Closed)
-    }
-
-    /// Waits for the callers of this process that came before.
-    async fn turns(&mut self) -> Result<Option<Vec<Turn>>, Error> {
-        let mut turns = Vec::with_capacity(self.claims.len());
-        for Claim { name, .. } in &self.claims {
-            let turn = if let Some(turn) = self.core.turns.try_enter(name) {
-                turn
-            } else {
-                let Some(left) = self.left() else { return Ok(None) };
-                let Ok(turn) = timeout(left, self.core.turns.enter(name)).await else {
-                    return Err(self.timed_out());
-                };
-                turn
-            };
-            turns.push(turn);
-        }
-        Ok(Some(turns))
     }
 
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
@@ -195,9 +186,9 @@ impl Attempt {
             return Ok(None);
         }
         let granted = self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token })| {
-            let Claim { name, secret, ttl, .. } = claim.clone();
+            let Claim { name, secret, ttl, numbers, .. } = claim.clone();
             let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
-            Granted { key, fencing_token, ttl, sent }
+            Granted { key, numbers, ttl, sent }
         });
         Ok(Some(granted.collect()))
     }

@@ -16,12 +16,12 @@ use super::alarm::Alarm;
 use super::busy::Busy;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
+use super::queues::{HandOff, Queues, Turn};
 use super::request::Request;
-use super::{acquire, release, renewal};
+use super::{Way, acquire, release, renewal};
 use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Renewal};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
-use crate::turns::{Turn, Turns};
 use crate::{Error, Kind};
 
 /// One for what callers wait for, one for renewals, which must not wait behind it.
@@ -38,9 +38,7 @@ const LOOK_AFTER: Duration = Duration::from_millis(100);
 const RELIABLE: (u32, u32) = (9, 10);
 
 /// Starts the thread. It ends after `Close`, or when the sender and all its clones are gone.
-pub(super) fn start<DB: LockDatabase>(
-    application: &Pool<DB>,
-) -> Result<mpsc::UnboundedSender<Request>, Error> {
+pub(super) fn start<DB: LockDatabase>(application: &Pool<DB>, hand_off: HandOff) -> Result<Way, Error> {
     let connect_options = application.connect_options();
     DB::check_options(&connect_options)?;
     let options = application
@@ -54,6 +52,8 @@ pub(super) fn start<DB: LockDatabase>(
         .test_before_acquire(false);
     let (sender, requests) = mpsc::unbounded_channel();
     let weak = sender.downgrade();
+    let queues = Queues::new(weak.clone(), hand_off);
+    let way = Way { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread().enable_all().build().map_err(no_thread)?;
     std::thread::Builder::new()
         .name("lock-db".into())
@@ -65,7 +65,7 @@ pub(super) fn start<DB: LockDatabase>(
                         // Secrets belong in no log.
                         let pool =
                             options.connect_lazy_with((*connect_options).clone().disable_statement_logging());
-                        let core = Core::new(pool, weak);
+                        let core = Core::new(pool, weak, queues);
                         serve(&core, requests).await;
                     })
                     .await;
@@ -73,7 +73,7 @@ pub(super) fn start<DB: LockDatabase>(
             });
         })
         .map_err(no_thread)?;
-    Ok(sender)
+    Ok(way)
 }
 
 fn no_thread(error: std::io::Error) -> Error {
@@ -88,6 +88,8 @@ fn no_thread(error: std::io::Error) -> Error {
 async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) {
     spawn_local(renewal::renew(Rc::clone(core)));
     spawn_local(renewal::watch_deadlines(Rc::clone(core)));
+    let queues = Arc::clone(&core.queues);
+    let watching = spawn_local(async move { queues.watch_waits().await });
     while let Some(request) = requests.recv().await {
         let core = Rc::clone(core);
         match request {
@@ -136,6 +138,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             })),
             Request::Close { done } => {
                 core.closing.send_replace(true);
+                core.queues.close();
                 release::release_all(&core);
                 // Those that were dropped before, and what attempts that end now may have got, are given back as well.
                 let _in_time = timeout(FINISH_LIMIT, core.busy.nobody()).await;
@@ -145,6 +148,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
         }
     }
     core.closing.send_replace(true);
+    watching.abort();
 }
 
 /// What a session keeps. All of it lives on its own thread.
@@ -153,7 +157,7 @@ pub(super) struct Core {
     pub(super) lane: Lane,
     /// For renewals.
     pub(super) renewals: Lane,
-    pub(super) turns: Arc<Turns>,
+    pub(super) queues: Arc<Queues>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
     last_number: Cell<u64>,
     /// For guards, which keep the session alive; weak, so that the session doesn't.
@@ -177,11 +181,15 @@ pub(super) struct Held {
 }
 
 impl Core {
-    fn new<DB: LockDatabase>(pool: Pool<DB>, requests: mpsc::WeakUnboundedSender<Request>) -> Rc<Self> {
+    fn new<DB: LockDatabase>(
+        pool: Pool<DB>,
+        requests: mpsc::WeakUnboundedSender<Request>,
+        queues: Arc<Queues>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             lane: Lane::start(pool.clone()),
             renewals: Lane::start(pool),
-            turns: Arc::default(),
+            queues,
             leases: RefCell::default(),
             last_number: Cell::new(0),
             requests,
@@ -201,11 +209,11 @@ impl Core {
     /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
     pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
-        let Granted { key, fencing_token, ttl, sent } = granted;
+        let Granted { key, numbers, ttl, sent } = granted;
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
-        let (state, lost) = LeaseState::new(number, key, fencing_token, deadline);
+        let (state, lost) = LeaseState::new(number, key, numbers, ttl, deadline);
         let held = Held {
             state: Arc::clone(&state),
             ttl,
@@ -217,14 +225,14 @@ impl Core {
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.deadline);
         self.leases.borrow_mut().insert(number, held);
-        Some(Hold::new(state, requests))
+        Some(Hold::new(state, requests, Arc::clone(&self.queues)))
     }
 
     /// A lease that is gone: its guard is told, and the next caller of this process gets its turn.
     pub(super) fn lose(&self, number: u64, loss: Loss) {
         let lost = self.leases.borrow_mut().remove(&number);
         if let Some(held) = lost {
-            let (name, fencing_token) = (held.state.name(), held.state.fencing_token);
+            let (name, fencing_token) = (held.state.name(), held.state.last_fencing_token());
             match loss {
                 Loss::Closed | Loss::Released => {
                     tracing::debug!(lock = name, fencing_token, "lock ended: {loss}");
@@ -277,7 +285,8 @@ impl Core {
 /// A lease that the database granted.
 pub(super) struct Granted {
     pub(super) key: LeaseKey,
-    pub(super) fencing_token: i64,
+    /// How many fencing tokens were reserved with it.
+    pub(super) numbers: u32,
     pub(super) ttl: Duration,
     /// When the request for it was sent.
     pub(super) sent: Instant,

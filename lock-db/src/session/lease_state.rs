@@ -1,20 +1,26 @@
 //! What the session and the guard of a lease share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::database::LeaseKey;
+use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
 
-/// A lease as its guard sees it.
+/// A lease as its guard sees it, and those to whom it is handed on.
 #[derive(Debug)]
 pub(crate) struct LeaseState {
     pub(super) number: u64,
+    /// With the last of the fencing tokens that were reserved.
     pub(crate) key: LeaseKey,
-    pub(crate) fencing_token: i64,
+    pub(crate) ttl: Duration,
+    /// How many fencing tokens there are for the holders of this lease, and how many were used.
+    numbers: u32,
+    numbers_used: AtomicU32,
+    /// Transactions of former holders that may still commit by this lease, for all we know.
+    open_commits: AtomicUsize,
     doubts: Mutex<Doubts>,
     granted: Instant,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
@@ -28,14 +34,18 @@ impl LeaseState {
     pub(super) fn new(
         number: u64,
         key: LeaseKey,
-        fencing_token: i64,
+        numbers: u32,
+        ttl: Duration,
         deadline: Instant,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
         let (sender, lost) = watch::channel(None);
         let state = Self {
             number,
             key,
-            fencing_token,
+            ttl,
+            numbers,
+            numbers_used: AtomicU32::new(1),
+            open_commits: AtomicUsize::new(0),
             doubts: Mutex::default(),
             granted: Instant::now(),
             at_least: Mutex::default(),
@@ -47,6 +57,41 @@ impl LeaseState {
 
     pub(crate) fn name(&self) -> &str {
         &self.key.row.name
+    }
+
+    /// Of the present holder, if it was handed on; else of the only one.
+    pub(crate) fn last_fencing_token(&self) -> i64 {
+        let used = self.numbers_used.load(Ordering::Acquire);
+        self.key.fencing_token - i64::from(self.numbers) + i64::from(used)
+    }
+
+    /// A fencing token for the next holder.
+    pub(crate) fn next_fencing_token(&self) -> i64 {
+        self.numbers_used.fetch_add(1, Ordering::AcqRel);
+        self.last_fencing_token()
+    }
+
+    /// Whether another holder may have it without the database being asked: only if the present one can do nothing more in
+    /// its name, and if there is enough left of it.
+    pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
+        // On another node the next holder might not see yet what this one has committed.
+        self.key.cluster == Cluster::SinglePrimary
+            && self.numbers_used.load(Ordering::Acquire) < self.numbers
+            && self.granted.elapsed() < time
+            && self.open_commits.load(Ordering::Acquire) == 0
+            && self.at_least().is_zero()
+            && self.deadline.is_later_than(Instant::now() + self.ttl / 2)
+            && self.loss().is_none()
+    }
+
+    /// A transaction is about to be committed, or verified, by this lease.
+    pub(crate) fn commit_begins(&self) {
+        self.open_commits.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It has been carried out, or never will be.
+    pub(crate) fn commit_has_ended(&self) {
+        self.open_commits.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// `false`: too late, somebody was told already that it is over.
@@ -159,6 +204,13 @@ impl Deadline {
         self.micros.fetch_update(Ordering::AcqRel, Ordering::Acquire, extended).is_ok()
     }
 
+    fn is_later_than(&self, moment: Instant) -> bool {
+        match self.micros.load(Ordering::Acquire) {
+            PAST => false,
+            micros => self.origin + Duration::from_micros(micros) > moment,
+        }
+    }
+
     fn is_past(&self) -> bool {
         let mut micros = self.micros.load(Ordering::Acquire);
         loop {
@@ -179,8 +231,10 @@ impl Deadline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::database::{Cluster, RowKey};
+    use crate::database::RowKey;
     use crate::secret::Secret;
+
+    const TTL: Duration = Duration::from_hours(1);
 
     #[test]
     fn no_answer_settles_a_doubt_whose_cause_is_still_on_its_way() {
@@ -190,7 +244,7 @@ mod tests {
             fencing_token: 1,
             cluster: Cluster::SinglePrimary,
         };
-        let (lease, _lost) = LeaseState::new(1, key, 1, Instant::now() + Duration::from_hours(1));
+        let (lease, _lost) = LeaseState::new(1, key, 1, TTL, Instant::now() + TTL);
         lease.doubt_begins();
         // Asked after that, and answered before the release was carried out.
         lease.confirm(Instant::now());

@@ -10,20 +10,24 @@ mod busy;
 mod core;
 mod lane;
 mod lease_state;
+mod queues;
 mod release;
 mod renewal;
 mod request;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use sqlx::Pool;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::lease_state::LeaseState;
-pub(crate) use self::request::{Acquire, Answer, Request};
+pub(crate) use self::queues::{HandOff, Queues};
+use self::request::Acquire;
+pub(crate) use self::request::{Answer, Request};
 use crate::Error;
-use crate::database::LockDatabase;
+use crate::database::{Claim, LockDatabase};
+use crate::insert::Hold;
 
 /// How long `close` waits for the last releases.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
@@ -35,16 +39,39 @@ pub(crate) struct Session {
 
 enum State {
     /// What starts the thread.
-    Idle(Box<dyn Fn() -> Result<mpsc::UnboundedSender<Request>, Error> + Send>),
-    Running(mpsc::UnboundedSender<Request>),
+    Idle(Box<dyn Fn() -> Result<Way, Error> + Send>),
+    Running(Way),
     /// The other end of what is dropped when all is released.
     Closed(Option<watch::Receiver<()>>),
 }
 
+/// To the thread, and to the queues before it.
+#[derive(Clone)]
+struct Way {
+    requests: mpsc::UnboundedSender<Request>,
+    queues: Arc<Queues>,
+}
+
 impl Session {
     /// A session whose private connections are made like those of `pool`, hooks included.
-    pub(crate) fn new<DB: LockDatabase>(pool: Pool<DB>) -> Self {
-        Self { state: Mutex::new(State::Idle(Box::new(move || core::start(&pool)))) }
+    pub(crate) fn new<DB: LockDatabase>(pool: Pool<DB>, hand_off: HandOff) -> Self {
+        Self { state: Mutex::new(State::Idle(Box::new(move || core::start(&pool, hand_off)))) }
+    }
+
+    /// Takes leases, all or none. Without a `wait` it is a try.
+    pub(crate) async fn acquire(
+        &self,
+        claims: Vec<Claim>,
+        wait: Option<Duration>,
+        started: Instant,
+    ) -> Result<Option<Vec<Hold>>, Error> {
+        let queues = self.way()?.queues;
+        let (answer, answered) = oneshot::channel();
+        let number = queues.number();
+        let names = claims.iter().map(|claim| Arc::clone(&claim.name)).collect();
+        let waiting = Waiting { number, names, queues: &queues, answered };
+        queues.enter(Acquire { number, claims, turns: Vec::new(), wait, started, answer });
+        waiting.answer().await
     }
 
     /// Sends a request and waits for its answer.
@@ -53,19 +80,19 @@ impl Session {
         request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
     ) -> Result<T, Error> {
         let (answer, answered) = oneshot::channel();
-        self.sender()?.send(request(answer)).map_err(|_| Error::Closed)?;
+        self.way()?.requests.send(request(answer)).map_err(|_| Error::Closed)?;
         answered.await.unwrap_or(Err(Error::Closed))
     }
 
-    fn sender(&self) -> Result<mpsc::UnboundedSender<Request>, Error> {
+    fn way(&self) -> Result<Way, Error> {
         let mut state = self.lock();
         match &*state {
-            State::Running(sender) => Ok(sender.clone()),
+            State::Running(way) => Ok(way.clone()),
             State::Closed(_) => Err(Error::Closed),
             State::Idle(start) => {
-                let sender = start()?;
-                *state = State::Running(sender.clone());
-                Ok(sender)
+                let way = start()?;
+                *state = State::Running(way.clone());
+                Ok(way)
             }
         }
     }
@@ -83,9 +110,9 @@ impl Session {
         let mut state = self.lock();
         let closed = match &*state {
             State::Idle(_) => None,
-            State::Running(sender) => {
+            State::Running(Way { requests, .. }) => {
                 let (done, closed) = watch::channel(());
-                let _session_may_be_gone = sender.send(Request::Close { done });
+                let _session_may_be_gone = requests.send(Request::Close { done });
                 Some(closed)
             }
             State::Closed(closed) => closed.clone(),
@@ -110,5 +137,27 @@ impl std::fmt::Debug for Session {
             State::Running(_) => "Session(running)",
             State::Closed(_) => "Session(closed)",
         })
+    }
+}
+
+/// A caller that waits for its leases. Dropping it leaves the queues; leases that came too late are dropped with the
+/// answer, and so released.
+struct Waiting<'a> {
+    number: u64,
+    names: Vec<Arc<str>>,
+    queues: &'a Queues,
+    answered: oneshot::Receiver<Result<Option<Vec<Hold>>, Error>>,
+}
+
+impl Waiting<'_> {
+    async fn answer(mut self) -> Result<Option<Vec<Hold>>, Error> {
+        (&mut self.answered).await.unwrap_or(Err(Error::Closed))
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.answered.close();
+        self.queues.leave(self.number, &self.names);
     }
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+use super::queues::Turn;
+
 use crate::database::{Claim, LockRow};
 use crate::insert::Hold;
 use crate::{Error, Kind};
@@ -51,11 +53,28 @@ pub(crate) enum Request {
 }
 
 pub(crate) struct Acquire {
+    /// By which it is found in the queues.
+    pub(crate) number: u64,
     /// All or none of them, in the order in which everybody takes them.
     pub(crate) claims: Vec<Claim>,
+    /// For the first so many of the claims.
+    pub(crate) turns: Vec<Turn>,
     /// `None`: a try, which never waits for a holder.
     pub(crate) wait: Option<Duration>,
     pub(crate) started: Instant,
     /// Carries the guards themselves: an answer that nobody takes any more is dropped guards, which release.
     pub(crate) answer: Answer<Option<Vec<Hold>>>,
+}
+
+impl Acquire {
+    /// `None` for a try.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.wait.map(|wait| self.started + wait)
+    }
+}
+
+impl std::fmt::Debug for Acquire {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Acquire").field("number", &self.number).finish_non_exhaustive()
+    }
 }

@@ -38,7 +38,7 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
-        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))) + ? - 1),
     lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = ?,
     lease.owner = ?,
@@ -105,6 +105,7 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
         .bind(secret)
         .bind(name)
         .bind(secret)
+        .bind(claim.numbers)
         .bind(secret)
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))

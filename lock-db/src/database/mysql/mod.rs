@@ -192,12 +192,8 @@ impl LockDatabase for MySql {
         transaction::guard(connection, lease, release).await
     }
 
-    async fn sees_grant(
-        connection: &mut MySqlConnection,
-        lease: &LeaseKey,
-        fencing_token: i64,
-    ) -> sqlx::Result<bool> {
-        transaction::sees_grant(connection, lease, fencing_token).await
+    async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+        transaction::sees_grant(connection, lease).await
     }
 
     async fn doom(connection: &mut MySqlConnection) {

@@ -49,9 +49,10 @@ WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencin
 const EXCHANGE: &str = "
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
-        lease.secret_key = asked.secret_key AS is_again, asked.secret_key, asked.ttl
+        lease.secret_key = asked.secret_key AS is_again, asked.secret_key, asked.ttl, asked.numbers
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
-            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+            numbers BIGINT PATH '$[3]')) AS asked
     STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
@@ -60,7 +61,8 @@ UPDATE (
     FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
-        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))
+            + unlocked.numbers - 1),
     lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = unlocked.secret_key,
     lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
@@ -140,14 +142,15 @@ pub(super) async fn exchange(
     })
 }
 
-/// `[["6e616d65", "secret", 30000000], …]`, with a `ttl` of zero for what is given back.
+/// `[["6e616d65", "secret", 30000000, 1], …]`, with a `ttl` of zero for what is given back.
 fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
-    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0));
-    let claims = claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl)));
+    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 1));
+    let claims = claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.numbers));
     let mut json = String::from("[");
-    for (position, (name, secret, ttl)) in returns.chain(claims).enumerate() {
+    for (position, (name, secret, ttl, numbers)) in returns.chain(claims).enumerate() {
         let comma = if position > 0 { "," } else { "" };
-        let _infallible = write!(json, "{comma}[\"{}\",\"{}\",{ttl}]", hexadecimal(name), secret.as_str());
+        let _infallible =
+            write!(json, "{comma}[\"{}\",\"{}\",{ttl},{numbers}]", hexadecimal(name), secret.as_str());
     }
     json.push(']');
     json

@@ -104,15 +104,11 @@ pub(super) async fn guard(
     Ok(Guarded::when(owner.as_deref() == Some(lease.secret.as_str())))
 }
 
-pub(super) async fn sees_grant(
-    connection: &mut MySqlConnection,
-    lease: &LeaseKey,
-    fencing_token: i64,
-) -> sqlx::Result<bool> {
+pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
     if lease.cluster == Cluster::SinglePrimary {
         return Ok(true);
     }
-    let id = lease.row.id;
+    let (id, fencing_token) = (lease.row.id, lease.fencing_token);
     let sql = format!("SELECT 1 FROM distributed_lock WHERE id = {id} AND fencing_token >= {fencing_token}");
     Ok(fetch_optional(connection, sql).await?.is_some())
 }

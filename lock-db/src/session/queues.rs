@@ -1,0 +1,243 @@
+//! The callers of a process that wait for the same name: first come, first served, and only the first one asks the
+//! database.
+//!
+//! What is given back goes to the next of them by the hand of whoever gives it back, without the session's thread: the
+//! lease itself while it may be handed on, else the turn to ask for it. So these queues are shared by all threads.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::sleep_until;
+
+use super::request::{Acquire, Request};
+use crate::Error;
+use crate::error::WaitingFor;
+use crate::insert::Hold;
+
+/// How far a lease goes from hand to hand before other processes get their chance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HandOff {
+    /// How many holders in a row may have it, the first one included.
+    pub(crate) turns: u32,
+    /// How long after the grant it may be handed on.
+    pub(crate) time: Duration,
+}
+
+#[derive(Debug)]
+pub(crate) struct Queues {
+    state: Mutex<State>,
+    hand_off: HandOff,
+    /// Weak: the session ends when nobody else can send any more.
+    session: mpsc::WeakUnboundedSender<Request>,
+    /// A waiter came whose wait is over before that of all others.
+    sooner: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// An entry for each name that somebody has the turn for.
+    names: HashMap<Arc<str>, Line>,
+    last_number: u64,
+    /// No wait is over before then.
+    next_deadline: Option<Instant>,
+    closed: bool,
+}
+
+/// Who waits for a name, in the order in which they came.
+type Line = BTreeMap<u64, Acquire>;
+
+impl Queues {
+    pub(super) fn new(session: mpsc::WeakUnboundedSender<Request>, hand_off: HandOff) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), hand_off, session, sooner: Notify::new() })
+    }
+
+    pub(crate) fn hand_off(&self) -> HandOff {
+        self.hand_off
+    }
+
+    /// Where a caller stands in all of its queues.
+    pub(super) fn number(&self) -> u64 {
+        let mut state = self.state();
+        state.last_number += 1;
+        state.last_number
+    }
+
+    /// Asks the database as soon as all turns are there that it takes. A try waits for none of them.
+    pub(super) fn enter(self: &Arc<Self>, mut request: Acquire) {
+        let mut state = self.state();
+        if state.closed {
+            drop(state);
+            let _caller_has_gone = request.answer.send(Err(Error::Closed));
+            return;
+        }
+        while let Some(claim) = request.claims.get(request.turns.len()) {
+            let name = Arc::clone(&claim.name);
+            match state.names.entry(Arc::clone(&name)) {
+                Entry::Vacant(free) => {
+                    free.insert(Line::new());
+                    request.turns.push(Turn { name, queues: Arc::clone(self) });
+                }
+                Entry::Occupied(mut line) => {
+                    let Some(deadline) = request.deadline() else {
+                        drop(state);
+                        let _caller_has_gone = request.answer.send(Ok(None));
+                        return;
+                    };
+                    line.get_mut().insert(request.number, request);
+                    if state.next_deadline.is_none_or(|next| deadline < next) {
+                        state.next_deadline = Some(deadline);
+                        self.sooner.notify_one();
+                    }
+                    return;
+                }
+            }
+        }
+        drop(state);
+        match self.session.upgrade() {
+            Some(session) => drop(session.send(Request::Acquire(request))),
+            None => drop(request.answer.send(Err(Error::Closed))),
+        }
+    }
+
+    /// A caller has gone. Whatever it got by now is not here any more.
+    pub(super) fn leave<'a>(&self, number: u64, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        let mut state = self.state();
+        let waiting = names.into_iter().find_map(|name| state.names.get_mut(name)?.remove(&number));
+        drop(state);
+        // With the turns that it had already.
+        drop(waiting);
+    }
+
+    /// Whether somebody waits for a name whose turn is taken.
+    pub(super) fn somebody_waits(&self, name: &str) -> bool {
+        self.state().names.get(name).is_some_and(|line| !line.is_empty())
+    }
+
+    /// Gives a lease that its holder is done with to the next waiter. `false`: it has to be released.
+    pub(crate) fn hand_on(&self, hold: &Hold) -> bool {
+        while hold.may_be_handed_on(self.hand_off.time) {
+            let Some(waiter) = self.first_waiter_for(hold) else { return false };
+            match waiter.answer.send(Ok(Some(vec![hold.successor()]))) {
+                Ok(()) => return true,
+                // The waiter has gone in this very moment: to the one behind.
+                Err(unsent) => unsent.into_iter().flatten().flatten().for_each(Hold::forget),
+            }
+        }
+        false
+    }
+
+    /// The first in the queue, if a lease like this one is what it waits for.
+    fn first_waiter_for(&self, hold: &Hold) -> Option<Acquire> {
+        let mut gone = Vec::new();
+        let mut state = self.state();
+        if state.closed {
+            return None;
+        }
+        let line = state.names.get_mut(hold.name())?;
+        let first = loop {
+            let first = line.first_entry()?;
+            if first.get().answer.is_closed() {
+                gone.push(first.remove());
+                continue;
+            }
+            let [claim] = &*first.get().claims else { return None };
+            let same = claim.ttl == hold.ttl();
+            break same.then(|| first.remove());
+        };
+        drop(state);
+        drop(gone);
+        first
+    }
+
+    /// The turn goes to the next one.
+    fn pass(self: &Arc<Self>, name: &Arc<str>) {
+        let mut gone = Vec::new();
+        let mut state = self.state();
+        let Some(line) = state.names.get_mut(name) else { return };
+        let next = loop {
+            match line.pop_first() {
+                Some((_, first)) if first.answer.is_closed() => gone.push(first),
+                Some((_, first)) => break Some(first),
+                None => break None,
+            }
+        };
+        if next.is_none() {
+            state.names.remove(name);
+        }
+        drop(state);
+        drop(gone);
+        if let Some(mut next) = next {
+            next.turns.push(Turn { name: Arc::clone(name), queues: Arc::clone(self) });
+            self.enter(next);
+        }
+    }
+
+    /// Answers those whose wait is over, for ever.
+    pub(super) async fn watch_waits(&self) {
+        loop {
+            let next = self.state().next_deadline;
+            let over = async {
+                match next {
+                    Some(next) => sleep_until(next.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => self.answer_those_whose_wait_is_over(),
+                () = self.sooner.notified() => {}
+            }
+        }
+    }
+
+    fn answer_those_whose_wait_is_over(&self) {
+        let now = Instant::now();
+        let mut over = Vec::new();
+        let mut state = self.state();
+        let mut next = None;
+        for line in state.names.values_mut() {
+            over.extend(line.extract_if(.., |_, waiting| waiting.deadline().is_some_and(|it| it <= now)));
+            let earliest = line.values().filter_map(Acquire::deadline).min();
+            next = [next, earliest].into_iter().flatten().min();
+        }
+        state.next_deadline = next;
+        drop(state);
+        for (_, waiting) in over {
+            let name = waiting.claims.get(waiting.turns.len()).map_or("", |claim| &claim.name).to_owned();
+            let waited = waiting.started.elapsed();
+            let timeout = Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by: None };
+            let _caller_has_gone = waiting.answer.send(Err(timeout));
+        }
+    }
+
+    /// Answers everybody, and lets nobody in any more.
+    pub(super) fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        let waiting: Vec<Line> = state.names.values_mut().map(std::mem::take).collect();
+        drop(state);
+        for (_, waiting) in waiting.into_iter().flatten() {
+            let _caller_has_gone = waiting.answer.send(Err(Error::Closed));
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to ask the database for a name. It is kept as long as the lease, and dropping it lets the next waiter of
+/// this process ask.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    name: Arc<str>,
+    queues: Arc<Queues>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.queues.pass(&self.name);
+    }
+}
