@@ -28,6 +28,7 @@ struct Shared<DB: LockDatabase> {
     owner: Arc<str>,
     default_ttl: Duration,
     default_wait: Duration,
+    fair: bool,
     known_rows: KnownRows,
     counts: Counts,
     row_queues: RowQueues,
@@ -55,6 +56,7 @@ impl<DB: LockDatabase> Locks<DB> {
             default_ttl: DEFAULT_TTL,
             default_wait: DEFAULT_WAIT,
             hand_off: DEFAULT_HAND_OFF,
+            fair: true,
             #[cfg(feature = "testing")]
             kept: None,
         }
@@ -164,6 +166,10 @@ impl<DB: LockDatabase> Locks<DB> {
         self.shared.default_wait
     }
 
+    pub(crate) fn is_fair(&self) -> bool {
+        self.shared.fair
+    }
+
     pub(crate) fn known_rows(&self) -> &KnownRows {
         &self.shared.known_rows
     }
@@ -208,6 +214,7 @@ pub struct LocksBuilder<DB: LockDatabase> {
     default_ttl: Duration,
     default_wait: Duration,
     hand_off: HandOff,
+    fair: bool,
     #[cfg(feature = "testing")]
     kept: Option<Kept>,
 }
@@ -221,6 +228,7 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
             default_ttl: self.default_ttl,
             default_wait: self.default_wait,
             hand_off: self.hand_off,
+            fair: self.fair,
             #[cfg(feature = "testing")]
             kept: self.kept.clone(),
         }
@@ -243,6 +251,16 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// For locks that say nothing of their own: at most 365 days. Default: 30 seconds.
     pub fn default_wait(mut self, wait: Duration) -> Self {
         self.default_wait = wait;
+        self
+    }
+
+    /// Whether processes that wait for an insert lock get it in the order in which they came. Default: yes.
+    ///
+    /// The queue is kept in the lock's row, so a caller that has to wait costs a small write, and one more each second. Whoever is not
+    /// fair neither stands in the queue nor minds it: he takes what is free when he happens to look, and may
+    /// find it taken for any number of times.
+    pub fn fair(mut self, fair: bool) -> Self {
+        self.fair = fair;
         self
     }
 
@@ -269,12 +287,13 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     pub fn build(self) -> Locks<DB> {
         #[cfg(all(feature = "testing", not(debug_assertions)))]
         crate::testing::warn_of_optimised_program();
-        let Self { pool, label, default_ttl, default_wait, hand_off, .. } = self;
+        let Self { pool, label, default_ttl, default_wait, hand_off, fair, .. } = self;
         let shared = Shared {
             session: Session::new(pool.clone(), hand_off),
             owner: owner(&label),
             default_ttl,
             default_wait,
+            fair,
             known_rows: KnownRows::default(),
             counts: Counts::default(),
             row_queues: RowQueues::new(pool.options().get_max_connections()),

@@ -15,6 +15,8 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     acquire_time  TIMESTAMPTZ(6) NOT NULL DEFAULT clock_timestamp(),
     -- 1970-01-01 once released.
     expire_time   TIMESTAMPTZ(6) NOT NULL DEFAULT '1970-01-01 00:00:00+00',
+    -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
+    waiters       TEXT NOT NULL DEFAULT '',
     CONSTRAINT distributed_lock_name UNIQUE (lock_name),
     -- Makes fencing_token a key column: FOR KEY SHARE on the row then holds off a takeover, not a renewal.
     CONSTRAINT distributed_lock_fence UNIQUE (lock_name, fencing_token)

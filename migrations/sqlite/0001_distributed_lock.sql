@@ -14,5 +14,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     acquire_time  TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
     -- 1970-01-01 once released.
     expire_time   TEXT NOT NULL DEFAULT '1970-01-01 00:00:00.000000',
+    -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
+    waiters       TEXT NOT NULL DEFAULT '',
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 );

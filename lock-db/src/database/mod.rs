@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
+pub(crate) use self::waiters::Waiters;
 use crate::secret::Secret;
 use crate::{Kind, LockInfo};
 
@@ -16,6 +17,7 @@ mod mysql;
 mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod waiters;
 
 mod sealed {
     pub trait Sealed {}
@@ -90,7 +92,8 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         kind: Kind,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Takes the lease when it is free, or already ours by this very claim. `None`: not free, or no row.
+    /// Takes the lease when it is free, and for a fair claim when nobody else is first in the queue, or when it is already ours
+    /// by this very claim. What stood first in the queue for this claim is gone then. `None`: not free, or no row.
     #[doc(hidden)]
     fn acquire(
         connection: &mut Self::Connection,
@@ -140,6 +143,23 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         returns: &[Return],
         claims: &[Claim],
     ) -> impl Future<Output = sqlx::Result<Exchanged>> + Send;
+
+    /// Writes the queue of a name, if it still is what it was `before`. `false`: it is not, or somebody has the row locked.
+    #[doc(hidden)]
+    fn set_waiters(
+        connection: &mut Self::Connection,
+        name: &str,
+        before: &str,
+        after: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Takes the place of this secret out of the queue of a name, unless somebody has the row locked.
+    #[doc(hidden)]
+    fn remove_waiter(
+        connection: &mut Self::Connection,
+        name: &str,
+        secret: &Secret,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
@@ -222,6 +242,8 @@ pub struct Claim {
     pub ttl: Duration,
     /// How many fencing tokens are reserved with it, one at least: the row gets the last of them.
     pub numbers: u32,
+    /// Whether it leaves a free lock to those who wait for it in their queue.
+    pub fair: bool,
 }
 
 /// A lease that is given back.
@@ -370,12 +392,19 @@ pub struct LockRow {
     pub expires: i64,
     /// Until `expires`; zero or less when free.
     pub remaining: i64,
+    /// The processes that wait: see [`Waiters`].
+    pub waiters: String,
 }
 
 impl LockRow {
     /// How long the holder has left without another renewal; zero when the lease is free.
     pub(crate) fn remaining(&self) -> Duration {
         Duration::from_micros(u64::try_from(self.remaining).unwrap_or(0))
+    }
+
+    /// When it was read, by the database's clock, in microseconds since 1970.
+    pub(crate) fn now(&self) -> i64 {
+        self.expires.saturating_sub(self.remaining)
     }
 
     pub(crate) fn into_info(self, name: &str) -> LockInfo {

@@ -24,7 +24,7 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
-       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, waiters
 FROM distributed_lock WHERE lock_name = $1";
 
 /// Whichever of the two unique indexes notices first.
@@ -47,10 +47,12 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
     secret_key = $2,
-    owner = $3
+    owner = $3,
+    waiters = CASE WHEN left(lease.waiters, 32) = $2 THEN substr(lease.waiters, 57) ELSE lease.waiters END
 WHERE lease.id = (
     SELECT id FROM distributed_lock
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND (expire_time <= clock_timestamp() OR secret_key = $2)
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
+        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $6 OR left(waiters, 32) = $2)))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id";
 
@@ -115,17 +117,35 @@ granted AS (
             ELSE clock_timestamp() END,
         expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
         secret_key = unlocked.secret_key,
-        owner = $6
+        owner = $6,
+        waiters = CASE WHEN left(lease.waiters, 32) = unlocked.secret_key THEN substr(lease.waiters, 57)
+            ELSE lease.waiters END
     FROM (
         SELECT lease.id, asked.secret_key, asked.ttl, asked.numbers
-        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bigint[]) AS asked (lock_name, secret_key, ttl, numbers)
+        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bigint[], $8::bool[])
+            AS asked (lock_name, secret_key, ttl, numbers, barges)
         JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
         WHERE lease.lock_kind = 'insert'
-            AND (lease.expire_time <= clock_timestamp() OR lease.secret_key = asked.secret_key)
+            AND (lease.secret_key = asked.secret_key OR (lease.expire_time <= clock_timestamp()
+                AND (lease.waiters = '' OR asked.barges OR left(lease.waiters, 32) = asked.secret_key)))
         FOR UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
     RETURNING lease.secret_key, lease.fencing_token, lease.id)
 SELECT secret_key, fencing_token, id FROM returned UNION ALL SELECT secret_key, fencing_token, id FROM granted"#;
+
+/// Only on top of what was read before.
+const SET_WAITERS: &str = "
+UPDATE distributed_lock SET waiters = $3
+WHERE id = (
+    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
+    FOR NO KEY UPDATE SKIP LOCKED)";
+
+const REMOVE_WAITER: &str = "
+UPDATE distributed_lock
+SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
+WHERE id = (
+    SELECT id FROM distributed_lock WHERE lock_name = $1 AND position($2 IN waiters) > 0
+    FOR NO KEY UPDATE SKIP LOCKED)";
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key
@@ -185,7 +205,7 @@ FROM distributed_lock WHERE id = $1 AND lock_name = $2";
 const STILL_LOCKED: &str = "SELECT txid_current_if_assigned() IS NOT NULL";
 
 const CHECK_SCHEMA: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters
 FROM distributed_lock LIMIT 0";
 
 /// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
@@ -245,6 +265,7 @@ impl LockDatabase for Postgres {
                 acquired: row.try_get(6)?,
                 expires: row.try_get(7)?,
                 remaining: row.try_get(8)?,
+                waiters: row.try_get(9)?,
             })
         })
         .transpose()
@@ -261,6 +282,7 @@ impl LockDatabase for Postgres {
             .bind(&*claim.owner)
             .bind(micros(claim.ttl))
             .bind(i64::from(claim.numbers))
+            .bind(!claim.fair)
             .fetch_optional(connection)
             .await?;
         let Some(row) = row else { return Ok(None) };
@@ -330,6 +352,7 @@ impl LockDatabase for Postgres {
             .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
             .bind(claims.first().map_or("", |claim| &*claim.owner))
             .bind(claims.iter().map(|claim| i64::from(claim.numbers)).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
             .fetch_all(&mut *connection)
             .await?;
         let mut done = HashMap::with_capacity(rows.len());
@@ -352,6 +375,20 @@ impl LockDatabase for Postgres {
             returns: secrets.iter().map(standing).collect(),
             grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied()).collect(),
         })
+    }
+
+    async fn set_waiters(
+        connection: &mut PgConnection,
+        name: &str,
+        before: &str,
+        after: &str,
+    ) -> sqlx::Result<bool> {
+        let query = sqlx::query(SET_WAITERS).bind(name).bind(before).bind(after);
+        Ok(query.execute(connection).await?.rows_affected() > 0)
+    }
+
+    async fn remove_waiter(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<()> {
+        sqlx::query(REMOVE_WAITER).bind(name).bind(secret.as_str()).execute(connection).await.map(drop)
     }
 
     async fn lock_row(

@@ -29,7 +29,7 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
-       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER)
+       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), waiters
 FROM distributed_lock WHERE lock_name = ?1";
 
 const CREATE: &str = "
@@ -45,9 +45,11 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
         ELSE strftime('%Y-%m-%d %H:%M:%f000', 'now') END,
     expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
     secret_key = ?2,
-    owner = ?3
+    owner = ?3,
+    waiters = CASE WHEN substr(waiters, 1, 32) = ?2 THEN substr(waiters, 57) ELSE waiters END
 WHERE lock_name = ?1 AND lock_kind = 'insert'
-  AND (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now') OR secret_key = ?2)
+  AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
+      AND (waiters = '' OR ?7 OR substr(waiters, 1, 32) = ?2)))
 RETURNING lock_name, secret_key, fencing_token, id";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
@@ -76,6 +78,15 @@ FROM (
         FROM distributed_lock WHERE lock_name = ?1 AND secret_key = ?2)) AS until
 WHERE distributed_lock.id = until.id";
 
+/// Only on top of what was read before.
+const SET_WAITERS: &str = "
+UPDATE distributed_lock SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
+
+const REMOVE_WAITER: &str = "
+UPDATE distributed_lock
+SET waiters = substr(waiters, 1, instr(waiters, ?2) - 1) || substr(waiters, instr(waiters, ?2) + 56)
+WHERE lock_name = ?1 AND instr(waiters, ?2) > 0";
+
 /// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
 const GUARD: &str = "
 UPDATE distributed_lock SET owner = owner WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
@@ -103,7 +114,7 @@ RETURNING fencing_token";
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token >= ?2";
 
 const CHECK_SCHEMA: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters
 FROM distributed_lock LIMIT 0";
 
 const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
@@ -175,6 +186,7 @@ impl LockDatabase for Sqlite {
                 acquired: row.try_get(6)?,
                 expires: row.try_get(7)?,
                 remaining: row.try_get(8)?,
+                waiters: row.try_get(9)?,
             })
         })
         .transpose()
@@ -195,6 +207,7 @@ impl LockDatabase for Sqlite {
             .bind(ttl)
             .bind(clock_micros())
             .bind(claim.numbers)
+            .bind(!claim.fair)
             .fetch_all(connection)
             .await?;
         let Some(row) = rows.first() else { return Ok(None) };
@@ -251,6 +264,24 @@ impl LockDatabase for Sqlite {
         }
         transaction.commit().await?;
         Ok(exchanged)
+    }
+
+    async fn set_waiters(
+        connection: &mut SqliteConnection,
+        name: &str,
+        before: &str,
+        after: &str,
+    ) -> sqlx::Result<bool> {
+        let query = sqlx::query(SET_WAITERS).bind(name).bind(before).bind(after);
+        Ok(query.execute(connection).await?.rows_affected() > 0)
+    }
+
+    async fn remove_waiter(
+        connection: &mut SqliteConnection,
+        name: &str,
+        secret: &Secret,
+    ) -> sqlx::Result<()> {
+        sqlx::query(REMOVE_WAITER).bind(name).bind(secret.as_str()).execute(connection).await.map(drop)
     }
 
     async fn lock_row(

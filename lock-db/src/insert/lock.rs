@@ -64,7 +64,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self
     }
 
-    /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked.
+    /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked, and so do the
+    /// processes that wait for it, unless the builder says otherwise ([`fair`](crate::LocksBuilder::fair)).
     ///
     /// Not re-entrant: a caller that holds the lock already waits for itself, until its wait is over. To go on under a lease
     /// use [`Lease::reenter`], or [`run`](Self::run) for both calls.
@@ -264,7 +265,7 @@ impl<DB: LockDatabase> Locks<DB> {
         let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
         let claims = names.into_iter().map(|name| {
             let owner = Arc::clone(self.owner());
-            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, numbers: 1 })
+            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, numbers: 1, fair: self.is_fair() })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         self.session().acquire(claims, wait, started).await

@@ -12,15 +12,19 @@ use super::core::{Core, Granted, deadline};
 use super::queues::Turn;
 use super::release;
 use super::request::Acquire;
-use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey};
+use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
 use crate::{Error, Kind};
 
-/// The first and the longest pause between two looks at a lock that somebody else holds.
+/// The shortest and the longest pause between two looks at a lock that somebody else holds. Jitter makes it shorter, by
+/// half at most.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// Whoever is first in the queue looks so often during the time that it has waited already: for a lock that is held for
+/// long it need not be quick.
+const LOOKS: u32 = 16;
 
 /// How much longer than the wait an attempt may take that the database leaves without an answer.
 const GRACE: Duration = Duration::from_secs(1);
@@ -53,6 +57,8 @@ struct Attempt {
     started: Instant,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
+    /// Whether a place in the queue of some name may be ours.
+    stands_in_queue: bool,
     /// What was in the way last.
     last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
@@ -74,6 +80,7 @@ impl Attempt {
             wait: request.wait,
             started: request.started,
             unsettled: Rc::default(),
+            stands_in_queue: false,
             last_seen: None,
             last_failure: None,
         }
@@ -99,15 +106,24 @@ impl Attempt {
 
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
-        let mut pause = SHORTEST_PAUSE;
         let mut failures = 0_u32;
         loop {
-            let held_for = match self.ask().await {
-                Ok(Reply::Granted(granted)) => return Ok(Some(granted)),
-                Ok(Reply::HeldFor(remaining)) => {
+            let mut held_for = Duration::ZERO;
+            let pause = match self.ask().await {
+                Ok(Reply::Granted(granted)) => {
+                    // Every place is gone with the grant.
+                    self.stands_in_queue = false;
+                    return Ok(Some(granted));
+                }
+                Ok(Reply::InTheWay { remaining, position }) => {
                     failures = 0;
                     self.last_failure = None;
-                    remaining
+                    held_for = remaining;
+                    if position == 0 {
+                        (self.started.elapsed() / LOOKS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+                    } else {
+                        (SHORTEST_PAUSE * position.saturating_add(1)).min(LONGEST_PAUSE)
+                    }
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -140,14 +156,13 @@ impl Attempt {
             let jittered = jitter(pause);
             let until_free = if held_for.is_zero() { jittered } else { held_for };
             sleep(jittered.min(until_free).min(left)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
     /// One attempt. After the first one it looks before it writes: a plain read costs the database next to nothing.
     async fn ask(&mut self) -> Result<Reply, Failure> {
-        if let Some((name, _)) = self.last_seen.clone()
-            && let Some(in_the_way) = self.look(&name).await?
+        if self.last_seen.is_some()
+            && let Some(in_the_way) = self.look_at_all().await?
         {
             return Ok(in_the_way);
         }
@@ -156,13 +171,22 @@ impl Attempt {
             if let Some(granted) = self.claim().await? {
                 return Ok(Reply::Granted(granted));
             }
-            for name in self.claims.iter().map(|claim| Arc::clone(&claim.name)).collect::<Vec<_>>() {
-                if let Some(in_the_way) = self.look(&name).await? {
-                    return Ok(in_the_way);
-                }
+            if let Some(in_the_way) = self.look_at_all().await? {
+                return Ok(in_the_way);
             }
         }
-        Ok(Reply::HeldFor(Duration::ZERO))
+        Ok(Reply::InTheWay { remaining: Duration::ZERO, position: 0 })
+    }
+
+    /// The first name that is in the way. Before those that are not, we keep the first place meanwhile: everybody does so in
+    /// the same order.
+    async fn look_at_all(&mut self) -> Result<Option<Reply>, Failure> {
+        for position in 0..self.claims.len() {
+            if let Some(in_the_way) = self.look(position).await? {
+                return Ok(Some(in_the_way));
+            }
+        }
+        Ok(None)
     }
 
     /// Sends the claims to the database.
@@ -193,22 +217,46 @@ impl Attempt {
         Ok(Some(granted.collect()))
     }
 
-    /// Looks whether a name is in the way, and makes its row when there is none.
-    async fn look(&mut self, name: &Arc<str>) -> Result<Option<Reply>, Failure> {
-        let lane = &self.core.lane;
-        let Some(row) = lane.look(name).await? else {
-            lane.create(name, Kind::Insert).await?;
+    /// Looks whether a name is in the way, and makes its row when there is none. Whoever waits takes a place in the queue.
+    async fn look(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
+        let Some(Claim { name, secret, fair, .. }) = self.claims.get(position).cloned() else {
+            return Ok(None);
+        };
+        let core = Rc::clone(&self.core);
+        let Some(row) = core.lane.look(&name).await? else {
+            core.lane.create(&name, Kind::Insert).await?;
             return Ok(None);
         };
         if row.kind != Kind::Insert {
-            return Ok(Some(Reply::WrongKind(Arc::clone(name), row.kind)));
+            return Ok(Some(Reply::WrongKind(name, row.kind)));
         }
-        let remaining = row.remaining();
-        if remaining.is_zero() || self.claims.iter().any(|claim| claim.secret.as_str() == row.secret_key) {
+        if self.claims.iter().any(|claim| claim.secret.as_str() == row.secret_key) {
+            // By a request whose answer was lost.
             return Ok(None);
         }
-        self.last_seen = Some((Arc::clone(name), row));
-        Ok(Some(Reply::HeldFor(remaining)))
+        let (remaining, now) = (row.remaining(), row.now());
+        let is_free = remaining.is_zero();
+        if is_free && (!fair || row.waiters.is_empty()) {
+            return Ok(None);
+        }
+        let mut waiters = Waiters::parse(&row.waiters, now);
+        let took_place = fair && self.wait.is_some() && waiters.stand(secret.as_str(), now, 0);
+        // A try has no place: it comes after all who have one.
+        let ahead = waiters.position(secret.as_str()).unwrap_or_else(|| waiters.len());
+        let may_take = is_free && ahead == 0;
+        // Those in front whose place is over have to go, or the row knows nothing of us.
+        let is_known = waiters.is_empty() || row.waiters.starts_with(secret.as_str());
+        let mut written = true;
+        if took_place || (may_take && !is_known) || (may_take && waiters.is_empty()) {
+            self.stands_in_queue |= took_place;
+            written = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await?;
+        }
+        if may_take && written {
+            return Ok(None);
+        }
+        self.last_seen = Some((name, row));
+        let position = u32::try_from(ahead).unwrap_or(u32::MAX);
+        Ok(Some(Reply::InTheWay { remaining, position }))
     }
 
     /// For messages.
@@ -235,7 +283,8 @@ impl Attempt {
     }
 }
 
-/// However the attempt ends, by an error or because the caller has gone: a lease that it may have got is given back.
+/// However the attempt ends, by an error or because the caller has gone: a lease that it may have got is given back, and
+/// nobody waits behind its place.
 impl Drop for Attempt {
     fn drop(&mut self) {
         if self.unsettled.get() {
@@ -243,13 +292,21 @@ impl Drop for Attempt {
                 release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
             }
         }
+        if self.stands_in_queue {
+            for claim in &self.claims {
+                release::leave_queue(&self.core, Arc::clone(&claim.name), claim.secret.clone());
+            }
+        }
     }
 }
 
 enum Reply {
     Granted(Vec<Granted>),
-    /// Somebody else has it, for so long at least; zero when that is not known.
-    HeldFor(Duration),
+    /// Somebody else has it, for so long at least; zero when that is not known. So many are to have it before us.
+    InTheWay {
+        remaining: Duration,
+        position: u32,
+    },
     /// The name is used as something else.
     WrongKind(Arc<str>, Kind),
 }

@@ -32,9 +32,10 @@ impl Operation {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
+            Self::SetWaiters(_, _, _, reply) => reply.is_closed(),
             Self::Create(_, _, reply) | Self::CheckSchema(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
-            Self::Release(..) | Self::Migrate(_) => false,
+            Self::Release(..) | Self::RemoveWaiter(..) | Self::Migrate(_) => false,
         }
     }
 }
@@ -49,6 +50,8 @@ enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
+    SetWaiters(Arc<str>, String, String, Reply<bool>),
+    RemoveWaiter(Arc<str>, Secret, Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
     Release(Return, Duration, Reply<Standing>),
     Migrate(Reply<()>),
@@ -95,6 +98,25 @@ impl Lane {
 
     pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<(), Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
+    }
+
+    /// Writes the queue of a name, if it is still the one that was read.
+    pub(super) async fn set_waiters(
+        &self,
+        name: &Arc<str>,
+        before: &str,
+        after: String,
+    ) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| {
+            Operation::SetWaiters(Arc::clone(name), before.to_owned(), after, reply)
+        })
+        .await
+    }
+
+    /// Leaves the queue of a name.
+    pub(super) async fn remove_waiter(&self, name: &Arc<str>, secret: &Secret) -> Result<(), Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(Arc::clone(name), secret.clone(), reply))
+            .await
     }
 
     /// Renews leases, in `limit` at most. Also answers when the statement was sent.
@@ -276,6 +298,20 @@ impl<DB: LockDatabase> Server<DB> {
             Operation::Create(name, kind, reply) => {
                 let answer =
                     self.on_connection(STATEMENT_LIMIT, async |c| DB::create(c, &name, kind).await).await;
+                let _ = reply.send(answer);
+            }
+            Operation::SetWaiters(name, before, after, reply) => {
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |c| {
+                        DB::set_waiters(c, &name, &before, &after).await
+                    })
+                    .await;
+                let _ = reply.send(answer);
+            }
+            Operation::RemoveWaiter(name, secret, reply) => {
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |c| DB::remove_waiter(c, &name, &secret).await)
+                    .await;
                 let _ = reply.send(answer);
             }
             Operation::Renew(leases, limit, reply) => {

@@ -56,6 +56,17 @@ pub(super) fn undo(core: &Rc<Core>, name: Arc<str>, secret: Secret, ttl: Duratio
     give_back(core, name, secret, Duration::ZERO, ttl);
 }
 
+/// Gives up a place in a queue, in the background. One that stays for want of an answer lasts some seconds.
+pub(super) fn leave_queue(core: &Rc<Core>, name: Arc<str>, secret: Secret) {
+    let (core, busy) = (Rc::clone(core), core.busy.enter());
+    spawn_local(async move {
+        if let Err(failure) = core.lane.remove_waiter(&name, &secret).await {
+            tracing::debug!(lock = &*name, error = %failure.source, "a place in the queue stays until it is over");
+        }
+        drop(busy);
+    });
+}
+
 fn give_back(core: &Rc<Core>, name: Arc<str>, secret: Secret, at_least: Duration, ttl: Duration) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
     spawn_local(async move {

@@ -16,7 +16,7 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
-       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time)
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), waiters
 FROM distributed_lock WHERE lock_name = ?";
 
 /// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
@@ -31,9 +31,11 @@ const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES
 /// transaction that would leave a lock on the gap behind it; by itself it does not.
 const ACQUIRE: &str = "
 UPDATE (
-    SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again
+    SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
+        waiters AS last_waiters
     FROM distributed_lock FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND (expire_time <= UTC_TIMESTAMP(6) OR secret_key = ?)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
+        OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -42,7 +44,8 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = ?,
     lease.owner = ?,
-    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))";
+    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
+    lease.waiters = IF(LEFT(unlocked.last_waiters, 32) = ?, SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
 
 const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
@@ -66,6 +69,26 @@ STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlo
 SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
 
+/// Only on top of what was read before.
+const SET_WAITERS: &str = "
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.waiters = ?";
+
+const REMOVE_WAITER: &str = "
+UPDATE (
+    SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS place
+    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND INSTR(waiters, ?) > 0
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.waiters = INSERT(unlocked.last_waiters, unlocked.place, 56, '')";
+
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 pub(super) async fn look(connection: &mut MySqlConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
@@ -81,6 +104,7 @@ pub(super) async fn look(connection: &mut MySqlConnection, name: &str) -> sqlx::
             acquired: row.try_get(6)?,
             expires: row.try_get(7)?,
             remaining: row.try_get(8)?,
+            waiters: row.try_get(9)?,
         })
     })
     .transpose()
@@ -105,10 +129,13 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
         .bind(secret)
         .bind(name)
         .bind(secret)
+        .bind(!claim.fair)
+        .bind(secret)
         .bind(claim.numbers)
         .bind(secret)
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
+        .bind(secret)
         .execute(&mut *connection)
         .await?;
     if acquired.rows_affected() == 0 {
@@ -153,4 +180,24 @@ async fn released_or_not(
     let ours =
         sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
     Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+}
+
+pub(super) async fn set_waiters(
+    connection: &mut MySqlConnection,
+    name: &str,
+    before: &str,
+    after: &str,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(SET_WAITERS).bind(name.as_bytes()).bind(before).bind(after);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
+}
+
+pub(super) async fn remove_waiter(
+    connection: &mut MySqlConnection,
+    name: &str,
+    secret: &Secret,
+) -> sqlx::Result<()> {
+    let secret = secret.as_str();
+    let query = sqlx::query(REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
+    query.execute(connection).await.map(drop)
 }

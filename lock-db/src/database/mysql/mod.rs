@@ -35,7 +35,7 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'innodb_rollback_on_timeout')";
 
 const CHECK_COLUMNS: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time,
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
        guard_count
 FROM distributed_lock LIMIT 0";
 const CHECK_ENGINE: &str = "
@@ -154,6 +154,23 @@ impl LockDatabase for MySql {
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
         together::exchange(connection, returns, claims).await
+    }
+
+    async fn set_waiters(
+        connection: &mut MySqlConnection,
+        name: &str,
+        before: &str,
+        after: &str,
+    ) -> sqlx::Result<bool> {
+        lease::set_waiters(connection, name, before, after).await
+    }
+
+    async fn remove_waiter(
+        connection: &mut MySqlConnection,
+        name: &str,
+        secret: &Secret,
+    ) -> sqlx::Result<()> {
+        lease::remove_waiter(connection, name, secret).await
     }
 
     async fn lock_row(

@@ -49,14 +49,17 @@ WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencin
 const EXCHANGE: &str = "
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
-        lease.secret_key = asked.secret_key AS is_again, asked.secret_key, asked.ttl, asked.numbers
+        lease.secret_key = asked.secret_key AS is_again, lease.waiters AS last_waiters, asked.secret_key, asked.ttl,
+        asked.numbers
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
-            numbers BIGINT PATH '$[3]')) AS asked
+            numbers BIGINT PATH '$[3]', barges INT PATH '$[4]')) AS asked
     STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
-        AND (lease.secret_key = asked.secret_key OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)))
+        AND (lease.secret_key = asked.secret_key
+            OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
+                AND (lease.waiters = '' OR asked.barges OR LEFT(lease.waiters, 32) = asked.secret_key)))
     LIMIT 1000000
     FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -67,7 +70,9 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.secret_key = unlocked.secret_key,
     lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
     lease.expire_time = IF(
-        unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00')";
+        unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
+    lease.waiters = IF(unlocked.ttl > 0 AND LEFT(unlocked.last_waiters, 32) = unlocked.secret_key,
+        SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
 
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
 /// than the holder will rely on. In the transaction of `EXCHANGE`, whose locks it needs: right after its commit somebody
@@ -142,15 +147,21 @@ pub(super) async fn exchange(
     })
 }
 
-/// `[["6e616d65", "secret", 30000000, 1], …]`, with a `ttl` of zero for what is given back.
+/// `[["6e616d65", "secret", 30000000, 1, 0], …]`, with a `ttl` of zero for what is given back.
 fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
-    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 1));
-    let claims = claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.numbers));
+    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 1, 0));
+    let claims = claims
+        .iter()
+        .map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.numbers, u8::from(!claim.fair)));
     let mut json = String::from("[");
-    for (position, (name, secret, ttl, numbers)) in returns.chain(claims).enumerate() {
+    for (position, (name, secret, ttl, numbers, barges)) in returns.chain(claims).enumerate() {
         let comma = if position > 0 { "," } else { "" };
-        let _infallible =
-            write!(json, "{comma}[\"{}\",\"{}\",{ttl},{numbers}]", hexadecimal(name), secret.as_str());
+        let _infallible = write!(
+            json,
+            "{comma}[\"{}\",\"{}\",{ttl},{numbers},{barges}]",
+            hexadecimal(name),
+            secret.as_str()
+        );
     }
     json.push(']');
     json
