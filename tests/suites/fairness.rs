@@ -1,0 +1,173 @@
+//! Processes that wait for the same lease get it in the order in which they came, also when one of them dies or gives up.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::VecDeque;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lock_db::{Error, Lease, Locks};
+use lock_tests::{Backend, Parent, Process, TestDatabase, child_roles, eventually, for_each_database};
+use tokio::task::{JoinHandle, JoinSet};
+
+for_each_database! {
+    whoever_waits_longest_is_next,
+    a_waiter_that_gives_up_is_not_waited_for,
+    a_waiter_whose_wait_is_over_is_not_waited_for,
+    a_waiter_that_was_killed_is_passed_over,
+    a_try_leaves_a_free_lock_to_those_who_wait,
+    who_is_not_fair_takes_what_is_free,
+    several_locks_at_once_come_to_their_turn,
+    a_queue_that_nobody_stands_in_is_empty,
+}
+
+child_roles! { wait_for_a_lease }
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const LONG: Duration = Duration::from_mins(10);
+
+/// How many processes stand in the queue of the one name there is.
+async fn in_queue<T: TestDatabase>(database: &T) -> i64 {
+    database.number("SELECT length(waiters) FROM distributed_lock").await / 56
+}
+
+type Waiting<T> = JoinHandle<Result<Lease<<T as TestDatabase>::Database>, Error>>;
+
+/// Another process, as far as locks go, that stands in the queue when this returns.
+async fn waiter<T: TestDatabase>(database: &T) -> (Locks<T::Database>, Waiting<T>) {
+    let before = in_queue(database).await;
+    let locks = database.locks().await;
+    let waiting = tokio::spawn(locks.insert_lock("a").ttl(LONG).wait(PATIENCE).acquire());
+    eventually(PATIENCE, async || in_queue(database).await == before + 1).await;
+    (locks, waiting)
+}
+
+async fn whoever_waits_longest_is_next<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let mut held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let mut queue = VecDeque::new();
+    for _ in 0..4 {
+        queue.push_back(waiter(database).await);
+    }
+    // One more comes when the queue is half through.
+    for round in 0..4 {
+        if round == 2 {
+            queue.push_back(waiter(database).await);
+        }
+        held.release().await.unwrap();
+        let (_locks, next) = queue.pop_front().unwrap();
+        held = tokio::time::timeout(PATIENCE, next).await.unwrap().unwrap().unwrap();
+        assert!(queue.iter().all(|(_, waiting)| !waiting.is_finished()));
+    }
+    held.release().await.unwrap();
+    let (_locks, last) = queue.pop_front().unwrap();
+    last.await.unwrap().unwrap().release().await.unwrap();
+}
+
+async fn a_waiter_that_gives_up_is_not_waited_for<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let (_first_locks, first) = waiter(database).await;
+    let (_second_locks, second) = waiter(database).await;
+    first.abort();
+    eventually(PATIENCE, async || in_queue(database).await == 1).await;
+    held.release().await.unwrap();
+    second.await.unwrap().unwrap().release().await.unwrap();
+}
+
+async fn a_waiter_whose_wait_is_over_is_not_waited_for<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let _held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let short = database.locks().await.insert_lock("a").wait(Duration::from_millis(200));
+    let error = short.acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    eventually(PATIENCE, async || in_queue(database).await == 0).await;
+}
+
+async fn wait_for_a_lease<DB: Backend>(parent: Parent) {
+    let locks = Locks::new(lock_tests::pool::<DB>(parent.url(), 1).await);
+    let _never = locks.insert_lock("a").ttl(LONG).wait(LONG).acquire().await;
+}
+
+async fn a_waiter_that_was_killed_is_passed_over<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let mut killed = Process::spawn("wait_for_a_lease", database.url(), [""; 0]);
+    eventually(PATIENCE, async || in_queue(database).await == 1).await;
+    let (_locks, next) = waiter(database).await;
+    killed.kill();
+    held.release().await.unwrap();
+    tokio::time::timeout(PATIENCE, next).await.unwrap().unwrap().unwrap().release().await.unwrap();
+}
+
+/// Somebody else stands first in the queue of a lock that is free, and is seen no more.
+async fn leave_a_place<T: TestDatabase>(database: &T) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
+    let place = format!("{:032x}{:016}{:08x}", 7, now.as_micros(), 0);
+    database.run(&format!("UPDATE distributed_lock SET waiters = '{place}'")).await;
+}
+
+async fn a_try_leaves_a_free_lock_to_those_who_wait<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    leave_a_place(database).await;
+    assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
+    // Not for ever.
+    eventually(PATIENCE, async || locks.insert_lock("a").try_acquire().await.unwrap().is_some()).await;
+}
+
+async fn who_is_not_fair_takes_what_is_free<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    leave_a_place(database).await;
+    let unfair = Locks::builder(database.pool(1).await).fair(false).build();
+    let held = unfair.insert_lock("a").ttl(LONG).try_acquire().await.unwrap().unwrap();
+    assert_eq!(in_queue(database).await, 1, "it left the queue as it was");
+    let short = Locks::builder(database.pool(1).await).fair(false).build();
+    let short = short.insert_lock("a").wait(Duration::from_millis(200));
+    assert!(matches!(short.acquire().await, Err(Error::Timeout { .. })));
+    assert_eq!(in_queue(database).await, 1, "and took no place in it");
+    held.release().await.unwrap();
+}
+
+/// All or none, while others take them one by one.
+async fn several_locks_at_once_come_to_their_turn<T: TestDatabase>(database: &T) {
+    let mut callers = JoinSet::new();
+    for process in 0..3 {
+        let locks = database.locks().await;
+        for name in ["a", "b"] {
+            let locks = locks.clone();
+            callers.spawn(async move {
+                for _ in 0..10 {
+                    locks.insert_lock(name).wait(PATIENCE).acquire().await?.release().await?;
+                }
+                Ok(())
+            });
+        }
+        if process > 0 {
+            callers.spawn(async move {
+                for _ in 0..5 {
+                    locks.insert_locks(["b", "a"]).wait(PATIENCE).acquire().await?.release().await?;
+                }
+                Ok(())
+            });
+        }
+    }
+    callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
+}
+
+async fn a_queue_that_nobody_stands_in_is_empty<T: TestDatabase>(database: &T) {
+    let processes = [database.locks().await, database.locks().await, database.locks().await];
+    let mut callers = JoinSet::new();
+    for caller in 0..9 {
+        let locks = processes[caller % 3].clone();
+        callers.spawn(async move {
+            for _ in 0..5 {
+                locks.insert_lock("a").wait(PATIENCE).acquire().await?.release().await?;
+            }
+            Ok(())
+        });
+    }
+    callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
+    eventually(PATIENCE, async || in_queue(database).await == 0).await;
+    assert_eq!(database.text("SELECT waiters FROM distributed_lock").await, "");
+}

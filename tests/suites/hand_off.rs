@@ -1,0 +1,308 @@
+//! A lease that is given back while callers of the same process wait for it: it goes from one to the next in memory,
+//! with a fencing token of its own for each, unless a transaction of the last holder may still commit by it.
+//!
+//! Leases that were handed on have the secret of the one acquisition in common: that is how the cases tell.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::Duration;
+
+use lock_db::{Error, Lease, LockDatabase, Locks};
+use lock_tests::{Backend, Direction, TestDatabase, TestServer, for_each_database};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+for_each_database! {
+    waiters_have_it_one_after_the_other,
+    after_its_turns_it_goes_by_the_database,
+    after_its_time_it_goes_by_the_database,
+    a_waiter_that_has_gone_is_passed_over,
+    a_waiter_that_goes_while_it_is_served_passes_it_on,
+    a_waiter_for_another_ttl_asks_the_database,
+    what_is_kept_for_some_time_is_not_handed_on,
+    a_committed_transaction_is_no_obstacle,
+    a_verified_transaction_is,
+    a_lease_that_is_over_is_not_handed_on,
+    closing_answers_who_waits,
+    tokens_grow_over_hands_and_processes;
+
+    on servers:
+    no_message_is_needed,
+    a_commit_without_an_answer_is_an_obstacle,
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_mins(10);
+/// For what must not happen: too short a time only lets a mistake pass.
+const A_WHILE: Duration = Duration::from_millis(300);
+
+type Acquiring<DB> = Pin<Box<dyn Future<Output = Result<Lease<DB>, Error>> + Send>>;
+
+/// A caller that stands in the queue when this returns.
+async fn queued<DB: LockDatabase>(locks: &Locks<DB>, ttl: Duration) -> Acquiring<DB> {
+    let mut acquiring: Acquiring<DB> = Box::pin(locks.insert_lock("a").ttl(ttl).wait(PATIENCE).acquire());
+    assert!(poll_fn(|context| Poll::Ready(acquiring.as_mut().poll(context))).await.is_pending());
+    acquiring
+}
+
+/// A lease that may be handed on, and those who wait for it: granted while they waited.
+async fn held_before<DB: LockDatabase>(
+    locks: &Locks<DB>,
+    waiters: usize,
+) -> (Lease<DB>, Vec<Acquiring<DB>>) {
+    let first = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let second = queued(locks, LONG).await;
+    let mut waiting = Vec::new();
+    for _ in 0..waiters {
+        waiting.push(queued(locks, LONG).await);
+    }
+    first.release().await.unwrap();
+    (second.await.unwrap(), waiting)
+}
+
+async fn locks_with<T: TestDatabase>(database: &T, turns: u32, time: Duration) -> Locks<T::Database> {
+    drop(database.locks().await);
+    Locks::builder(database.pool(3).await).hand_off(turns, time).build()
+}
+
+async fn locks<T: TestDatabase>(database: &T) -> Locks<T::Database> {
+    locks_with(database, 64, LONG).await
+}
+
+fn was_handed_on<DB: LockDatabase>(from: &str, to: &Lease<DB>) -> bool {
+    to.secret_key() == from
+}
+
+async fn waiters_have_it_one_after_the_other<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let (mut held, waiting) = held_before(&locks, 5).await;
+    for next in waiting {
+        let (secret, token) = (held.secret_key().to_owned(), held.fencing_token());
+        // By a drop as well as by a release.
+        if token % 2 == 0 { drop(held) } else { held.release().await.unwrap() }
+        held = timeout(PATIENCE, next).await.unwrap().unwrap();
+        assert!(was_handed_on(&secret, &held));
+        assert_eq!(held.fencing_token(), token + 1);
+        assert!(held.is_held());
+    }
+    let last = held.fencing_token();
+    held.release().await.unwrap();
+    let elsewhere = database.locks().await;
+    let after = elsewhere.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
+    assert!(after.fencing_token() > last, "{} after {last}", after.fencing_token());
+}
+
+async fn after_its_turns_it_goes_by_the_database<T: TestDatabase>(database: &T) {
+    let locks = locks_with(database, 3, LONG).await;
+    let (mut held, waiting) = held_before(&locks, 5).await;
+    let mut by_hand = Vec::new();
+    let mut last = held.fencing_token();
+    for next in waiting {
+        let secret = held.secret_key().to_owned();
+        held.release().await.unwrap();
+        held = next.await.unwrap();
+        by_hand.push(was_handed_on(&secret, &held));
+        assert!(held.fencing_token() > last);
+        last = held.fencing_token();
+    }
+    assert_eq!(by_hand, [true, true, false, true, true]);
+}
+
+async fn after_its_time_it_goes_by_the_database<T: TestDatabase>(database: &T) {
+    let locks = locks_with(database, 64, Duration::ZERO).await;
+    let (held, waiting) = held_before(&locks, 1).await;
+    let secret = held.secret_key().to_owned();
+    held.release().await.unwrap();
+    for next in waiting {
+        assert!(!was_handed_on(&secret, &next.await.unwrap()));
+    }
+}
+
+async fn a_waiter_that_has_gone_is_passed_over<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let (held, mut waiting) = held_before(&locks, 3).await;
+    let secret = held.secret_key().to_owned();
+    drop(waiting.remove(1));
+    drop(waiting.remove(0));
+    held.release().await.unwrap();
+    let next = waiting.remove(0).await.unwrap();
+    assert!(was_handed_on(&secret, &next));
+}
+
+/// It has got the lease, and nobody looks.
+async fn a_waiter_that_goes_while_it_is_served_passes_it_on<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let (held, mut waiting) = held_before(&locks, 2).await;
+    let secret = held.secret_key().to_owned();
+    let (served, next) = (waiting.remove(0), waiting.remove(0));
+    held.release().await.unwrap();
+    drop(served);
+    let next = timeout(PATIENCE, next).await.unwrap().unwrap();
+    assert!(was_handed_on(&secret, &next));
+}
+
+async fn a_waiter_for_another_ttl_asks_the_database<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let first = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let second = queued(&locks, LONG).await;
+    let third = queued(&locks, 2 * LONG).await;
+    first.release().await.unwrap();
+    let second = second.await.unwrap();
+    let secret = second.secret_key().to_owned();
+    second.release().await.unwrap();
+    assert!(!was_handed_on(&secret, &third.await.unwrap()));
+}
+
+async fn what_is_kept_for_some_time_is_not_handed_on<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let first = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let kept = locks.insert_lock("a").ttl(LONG).wait(PATIENCE).at_least(Duration::from_secs(1));
+    let mut second = Box::pin(kept.acquire());
+    assert!(poll_fn(|context| Poll::Ready(second.as_mut().poll(context))).await.is_pending());
+    let third = queued(&locks, LONG).await;
+    first.release().await.unwrap();
+    let second = second.await.unwrap();
+    let (secret, token) = (second.secret_key().to_owned(), second.fencing_token());
+    second.release().await.unwrap();
+    let third = third.await.unwrap();
+    assert!(!was_handed_on(&secret, &third));
+    // Both begin near the microseconds of their grants.
+    assert!(third.fencing_token() - token > 900_000);
+}
+
+async fn a_committed_transaction_is_no_obstacle<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    database.run("CREATE TABLE counter (n BIGINT)").await;
+    database.run("INSERT INTO counter VALUES (0)").await;
+    let (mut held, waiting) = held_before(&locks, 3).await;
+    for next in waiting {
+        let secret = held.secret_key().to_owned();
+        let mut transaction = held.begin().await.unwrap();
+        T::Database::run(&mut transaction, "UPDATE counter SET n = n + 1").await.unwrap();
+        // The transaction keeps the lease.
+        held.release().await.unwrap();
+        transaction.commit().await.unwrap();
+        held = next.await.unwrap();
+        assert!(was_handed_on(&secret, &held));
+    }
+    let transaction = held.begin().await.unwrap();
+    held.commit_and_release(transaction).await.unwrap();
+    assert_eq!(database.number("SELECT n FROM counter").await, 3);
+    assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_some());
+}
+
+/// Nobody but its owner knows when it ends: the next holder comes after it.
+async fn a_verified_transaction_is<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let mut connection = database.connection().await;
+    let (held, mut waiting) = held_before(&locks, 1).await;
+    let secret = held.secret_key().to_owned();
+    let mut transaction = sqlx::Connection::begin(&mut connection).await.unwrap();
+    held.verify_in(&mut transaction).await.unwrap();
+    drop(held);
+    let mut next = waiting.remove(0);
+    assert!(timeout(A_WHILE, &mut next).await.is_err(), "the transaction is open");
+    transaction.commit().await.unwrap();
+    let next = timeout(PATIENCE, next).await.unwrap().unwrap();
+    assert!(!was_handed_on(&secret, &next));
+}
+
+async fn a_lease_that_is_over_is_not_handed_on<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let ttl = Duration::from_secs(1);
+    let first = locks.insert_lock("a").ttl(ttl).acquire().await.unwrap();
+    let (second, third) = (queued(&locks, ttl).await, queued(&locks, ttl).await);
+    first.release().await.unwrap();
+    let second = second.await.unwrap();
+    let secret = second.secret_key().to_owned();
+    // Somebody takes it by force.
+    database.run("UPDATE distributed_lock SET secret_key = 'x', expire_time = '1970-01-01 00:00:00'").await;
+    timeout(PATIENCE, second.lost()).await.unwrap();
+    assert!(matches!(second.release().await, Err(Error::Lost { .. })));
+    assert!(!was_handed_on(&secret, &third.await.unwrap()));
+}
+
+async fn closing_answers_who_waits<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let (held, waiting) = held_before(&locks, 3).await;
+    locks.close().await;
+    for next in waiting {
+        assert!(matches!(timeout(PATIENCE, next).await.unwrap(), Err(Error::Closed)));
+    }
+    assert!(!held.is_held());
+    drop(held);
+    let elsewhere = database.locks().await;
+    assert!(elsewhere.insert_lock("a").try_acquire().await.unwrap().is_some());
+}
+
+/// Two processes of eight callers each, for one name.
+async fn tokens_grow_over_hands_and_processes<T: TestDatabase>(database: &T) {
+    let is_held = Arc::new(AtomicBool::new(false));
+    let tokens = Arc::new(Mutex::new(Vec::new()));
+    let processes = [database.locks().await, database.locks().await];
+    let mut callers = JoinSet::new();
+    for caller in 0..16 {
+        let locks = processes[caller % 2].clone();
+        let (is_held, tokens) = (Arc::clone(&is_held), Arc::clone(&tokens));
+        callers.spawn(async move {
+            for _ in 0..20 {
+                let lease = locks.insert_lock("a").wait(2 * PATIENCE).acquire().await?;
+                assert!(!is_held.swap(true, Ordering::SeqCst), "two holders");
+                tokens.lock().unwrap().push(lease.fencing_token());
+                tokio::task::yield_now().await;
+                is_held.store(false, Ordering::SeqCst);
+                lease.release().await?;
+            }
+            Ok(())
+        });
+    }
+    callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
+    let tokens = tokens.lock().unwrap();
+    assert_eq!(tokens.len(), 320);
+    assert!(tokens.is_sorted_by(|before, after| before < after), "{tokens:?}");
+}
+
+async fn no_message_is_needed<T: TestServer>(database: &T) {
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let pool = lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await;
+    let locks = Locks::builder(pool).hand_off(64, LONG).build();
+    let (mut held, waiting) = held_before(&locks, 10).await;
+    for direction in [Direction::ToServer, Direction::ToClient] {
+        proxy.pause(direction);
+    }
+    for next in waiting {
+        held.release().await.unwrap();
+        held = timeout(PATIENCE, next).await.unwrap().unwrap();
+    }
+    for direction in [Direction::ToServer, Direction::ToClient] {
+        proxy.resume(direction);
+    }
+    held.release().await.unwrap();
+}
+
+/// It may be carried out later, and would be by the same lease.
+async fn a_commit_without_an_answer_is_an_obstacle<T: TestServer>(database: &T) {
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let far = lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await;
+    let locks = Locks::builder(far).hand_off(64, LONG).build();
+    let (held, mut waiting) = held_before(&locks, 1).await;
+    let secret = held.secret_key().to_owned();
+    let transaction = held.begin().await.unwrap();
+    proxy.pause(Direction::ToClient);
+    let mut committing = Box::pin(transaction.commit());
+    assert!(timeout(A_WHILE, &mut committing).await.is_err(), "no answer comes through");
+    // Its last handle.
+    drop(held);
+    proxy.cut();
+    assert!(timeout(PATIENCE, committing).await.unwrap().is_err());
+    proxy.resume(Direction::ToClient);
+    let next = timeout(PATIENCE, waiting.remove(0)).await.unwrap().unwrap();
+    assert!(!was_handed_on(&secret, &next));
+}
