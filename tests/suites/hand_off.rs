@@ -51,10 +51,7 @@ async fn queued<DB: LockDatabase>(locks: &Locks<DB>, ttl: Duration) -> Acquiring
 }
 
 /// A lease that may be handed on, and those who wait for it: granted while they waited.
-async fn held_before<DB: LockDatabase>(
-    locks: &Locks<DB>,
-    waiters: usize,
-) -> (Lease<DB>, Vec<Acquiring<DB>>) {
+async fn held_before<DB: LockDatabase>(locks: &Locks<DB>, waiters: usize) -> (Lease<DB>, Vec<Acquiring<DB>>) {
     let first = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let second = queued(locks, LONG).await;
     let mut waiting = Vec::new();
@@ -84,7 +81,11 @@ async fn waiters_have_it_one_after_the_other<T: TestDatabase>(database: &T) {
     for next in waiting {
         let (secret, token) = (held.secret_key().to_owned(), held.fencing_token());
         // By a drop as well as by a release.
-        if token % 2 == 0 { drop(held) } else { held.release().await.unwrap() }
+        if token % 2 == 0 {
+            drop(held)
+        } else {
+            held.release().await.unwrap()
+        }
         held = timeout(PATIENCE, next).await.unwrap().unwrap();
         assert!(was_handed_on(&secret, &held));
         assert_eq!(held.fencing_token(), token + 1);

@@ -66,6 +66,31 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Cluster>> + Send;
 
+    /// A private connection on which the server can call us.
+    #[doc(hidden)]
+    type Listening: Send;
+
+    /// Whether this database calls at all.
+    #[doc(hidden)]
+    const CALLS: bool = false;
+
+    /// Makes such a connection, like those of the pool, that hears the calls to this listener.
+    #[doc(hidden)]
+    fn listen(
+        pool: &sqlx::Pool<Self>,
+        listener: u32,
+    ) -> impl Future<Output = sqlx::Result<Self::Listening>> + Send;
+
+    /// For other statements.
+    #[doc(hidden)]
+    fn listening_connection(
+        listening: &mut Self::Listening,
+    ) -> impl Future<Output = sqlx::Result<&mut Self::Connection>> + Send;
+
+    /// Waits for a call: the lock with this row is free. Cancel safe.
+    #[doc(hidden)]
+    fn called(listening: &mut Self::Listening) -> impl Future<Output = sqlx::Result<i64>> + Send;
+
     /// Applies the migrations that are missing, one process at a time. Leaves no lock behind but on the connection
     /// itself, which the caller closes when this failed.
     #[doc(hidden)]

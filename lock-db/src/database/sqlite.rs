@@ -2,13 +2,14 @@
 //!
 //! There is one writer at a time in the whole database, so there are no row locks: `lock_row` takes the write lock.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
-use sqlx::{AssertSqlSafe, Connection, Row, Sqlite};
+use sqlx::{AssertSqlSafe, Connection, Pool, Row, Sqlite};
 
 use super::{
     Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
@@ -151,6 +152,20 @@ impl LockDatabase for Sqlite {
     async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<Cluster> {
         sqlx::raw_sql(PREPARE).execute(connection).await?;
         Ok(Cluster::SinglePrimary)
+    }
+
+    type Listening = Infallible;
+
+    async fn listen(_pool: &Pool<Sqlite>, _listener: u32) -> sqlx::Result<Infallible> {
+        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut SqliteConnection> {
+        match *listening {}
+    }
+
+    async fn called(listening: &mut Infallible) -> sqlx::Result<i64> {
+        match *listening {}
     }
 
     async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {

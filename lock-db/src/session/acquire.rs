@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::select;
 use tokio::time::{sleep, timeout};
 
+use super::calls::Bell;
 use super::core::{Core, Granted, deadline};
 use super::queues::Turn;
 use super::release;
@@ -59,6 +60,9 @@ struct Attempt {
     unsettled: Rc<Cell<bool>>,
     /// Whether a place in the queue of some name may be ours.
     stands_in_queue: bool,
+    bell: Bell,
+    /// It has rung: no need to look.
+    was_called: bool,
     /// What was in the way last.
     last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
@@ -81,6 +85,8 @@ impl Attempt {
             started: request.started,
             unsettled: Rc::default(),
             stands_in_queue: false,
+            bell: Bell::new(&core.calls),
+            was_called: false,
             last_seen: None,
             last_failure: None,
         }
@@ -155,13 +161,18 @@ impl Attempt {
             // Never later than the holder's deadline, and once more at our own.
             let jittered = jitter(pause);
             let until_free = if held_for.is_zero() { jittered } else { held_for };
-            sleep(jittered.min(until_free).min(left)).await;
+            self.was_called = select! {
+                biased;
+                () = self.bell.rings() => true,
+                () = sleep(jittered.min(until_free).min(left)) => false,
+            };
         }
     }
 
     /// One attempt. After the first one it looks before it writes: a plain read costs the database next to nothing.
     async fn ask(&mut self) -> Result<Reply, Failure> {
         if self.last_seen.is_some()
+            && !self.was_called
             && let Some(in_the_way) = self.look_at_all().await?
         {
             return Ok(in_the_way);
@@ -240,7 +251,8 @@ impl Attempt {
             return Ok(None);
         }
         let mut waiters = Waiters::parse(&row.waiters, now);
-        let took_place = fair && self.wait.is_some() && waiters.stand(secret.as_str(), now, 0);
+        let took_place =
+            fair && self.wait.is_some() && waiters.stand(secret.as_str(), now, core.calls.listener());
         // A try has no place: it comes after all who have one.
         let ahead = waiters.position(secret.as_str()).unwrap_or_else(|| waiters.len());
         let may_take = is_free && ahead == 0;
@@ -249,6 +261,8 @@ impl Attempt {
         let mut written = true;
         if took_place || (may_take && !is_known) || (may_take && waiters.is_empty()) {
             self.stands_in_queue |= took_place;
+            self.bell.hang(row.id);
+            core.listen();
             written = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await?;
         }
         if may_take && written {

@@ -14,6 +14,7 @@ use tokio::time::{sleep, timeout};
 
 use super::alarm::Alarm;
 use super::busy::Busy;
+use super::calls::Calls;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
 use super::queues::{HandOff, Queues, Turn};
@@ -155,8 +156,9 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
 pub(super) struct Core {
     /// For what callers wait for.
     pub(super) lane: Lane,
-    /// For renewals.
+    /// For renewals, and where the database calls.
     pub(super) renewals: Lane,
+    pub(super) calls: Rc<Calls>,
     pub(super) queues: Arc<Queues>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
     last_number: Cell<u64>,
@@ -186,9 +188,11 @@ impl Core {
         requests: mpsc::WeakUnboundedSender<Request>,
         queues: Arc<Queues>,
     ) -> Rc<Self> {
+        let calls = Rc::new(Calls::new());
         Rc::new(Self {
-            lane: Lane::start(pool.clone()),
-            renewals: Lane::start(pool),
+            lane: Lane::start(pool.clone(), &calls),
+            renewals: Lane::start(pool, &calls),
+            calls,
             queues,
             leases: RefCell::default(),
             last_number: Cell::new(0),
@@ -240,6 +244,19 @@ impl Core {
                 _ => tracing::warn!(lock = name, fencing_token, "lock lost: {loss}"),
             }
             held.lost.send_replace(Some(loss));
+        }
+    }
+
+    /// Sees to it that the database calls, some time soon, for those who wait.
+    pub(super) fn listen(self: &Rc<Self>) {
+        if self.calls.should_begin() {
+            let core = Rc::clone(self);
+            drop(spawn_local(async move {
+                if let Err(failure) = core.renewals.listen().await {
+                    tracing::debug!(error = %failure.source, "nothing calls when a lock is free");
+                }
+                core.calls.was_asked();
+            }));
         }
     }
 

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, Pool};
+use tokio::select;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{timeout, timeout_at};
 
+use super::calls::Calls;
 use crate::Kind;
 use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Return, Standing};
 use crate::error::Failure;
@@ -23,6 +25,9 @@ use crate::secret::Secret;
 const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// Migrations wait for other processes that migrate.
 const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
+/// How long nothing listens after a server did not answer: a connection that is left alone in a network that is dead takes
+/// long to end.
+const DEAF_FOR: Duration = Duration::from_mins(5);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 256;
 
@@ -33,7 +38,7 @@ impl Operation {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
             Self::SetWaiters(_, _, _, reply) => reply.is_closed(),
-            Self::Create(_, _, reply) | Self::CheckSchema(reply) => reply.is_closed(),
+            Self::Create(_, _, reply) | Self::CheckSchema(reply) | Self::Listen(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
             Self::Release(..) | Self::RemoveWaiter(..) | Self::Migrate(_) => false,
         }
@@ -52,6 +57,7 @@ enum Operation {
     Create(Arc<str>, Kind, Reply<()>),
     SetWaiters(Arc<str>, String, String, Reply<bool>),
     RemoveWaiter(Arc<str>, Secret, Reply<()>),
+    Listen(Reply<()>),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
     Release(Return, Duration, Reply<Standing>),
     Migrate(Reply<()>),
@@ -69,7 +75,7 @@ pub(super) struct Lane {
 
 impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
-    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>) -> Self {
+    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
         let server = Server {
@@ -77,6 +83,8 @@ impl Lane {
             connection: None,
             cluster: Cluster::SinglePrimary,
             answered: Rc::clone(&answered),
+            calls: Rc::clone(calls),
+            deaf_until: None,
         };
         tokio::task::spawn_local(server.serve(queue));
         Self { operations, answered, no_answer: Failure::no_answer::<DB> }
@@ -117,6 +125,11 @@ impl Lane {
     pub(super) async fn remove_waiter(&self, name: &Arc<str>, secret: &Secret) -> Result<(), Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(Arc::clone(name), secret.clone(), reply))
             .await
+    }
+
+    /// Makes sure that the database can call, if it ever does.
+    pub(super) async fn listen(&self) -> Result<(), Failure> {
+        self.ask(STATEMENT_LIMIT, Operation::Listen).await
     }
 
     /// Renews leases, in `limit` at most. Also answers when the statement was sent.
@@ -203,16 +216,38 @@ impl Exchange {
 struct Server<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
-    connection: Option<DB::Connection>,
+    connection: Option<Private<DB>>,
     /// Of the server that the connection leads to.
     cluster: Cluster,
     answered: Rc<Cell<Option<Instant>>>,
+    calls: Rc<Calls>,
+    deaf_until: Option<Instant>,
+}
+
+/// A connection, which may listen.
+enum Private<DB: LockDatabase> {
+    Plain(DB::Connection),
+    Listening(DB::Listening),
+}
+
+impl<DB: LockDatabase> Private<DB> {
+    async fn connection(&mut self) -> sqlx::Result<&mut DB::Connection> {
+        match self {
+            Self::Plain(connection) => Ok(connection),
+            Self::Listening(listening) => DB::listening_connection(listening).await,
+        }
+    }
 }
 
 impl<DB: LockDatabase> Server<DB> {
     async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
         let mut round = Vec::with_capacity(ROUND);
-        while queue.recv_many(&mut round, ROUND).await > 0 {
+        loop {
+            select! {
+                biased;
+                count = queue.recv_many(&mut round, ROUND) => if count == 0 { break },
+                () = self.called() => continue,
+            }
             let mut exchange = Exchange::default();
             let mut others = Vec::new();
             for operation in round.drain(..) {
@@ -227,8 +262,44 @@ impl<DB: LockDatabase> Server<DB> {
                 }
             }
         }
-        if let Some(connection) = self.connection {
+        if let Some(Private::Plain(connection)) = self.connection {
             let _in_time = timeout(Duration::from_secs(1), connection.close()).await;
+        }
+    }
+
+    /// Passes on what the database calls. Ends never where it doesn't call, and may be dropped at any time.
+    async fn called(&mut self) {
+        let Some(Private::Listening(listening)) = &mut self.connection else {
+            return std::future::pending().await;
+        };
+        match DB::called(listening).await {
+            Ok(id) => self.calls.ring(id),
+            Err(_gone) => self.give_up_connection(),
+        }
+    }
+
+    /// Unless this database does not call, or the network is bad.
+    async fn listen(&mut self) -> sqlx::Result<()> {
+        if !DB::CALLS
+            || matches!(self.connection, Some(Private::Listening(_)))
+            || self.deaf_until.is_some_and(|until| Instant::now() < until)
+        {
+            return Ok(());
+        }
+        // One at a time.
+        if let Some(Private::Plain(connection)) = self.connection.take() {
+            connection.close().await?;
+        }
+        let mut listening = DB::listen(&self.pool, self.calls.number()).await?;
+        self.cluster = DB::prepare(DB::listening_connection(&mut listening).await?).await?;
+        self.connection = Some(Private::Listening(listening));
+        self.calls.begin();
+        Ok(())
+    }
+
+    fn give_up_connection(&mut self) {
+        if let Some(Private::Listening(_)) = self.connection.take() {
+            self.calls.end();
         }
     }
 
@@ -300,6 +371,16 @@ impl<DB: LockDatabase> Server<DB> {
                     self.on_connection(STATEMENT_LIMIT, async |c| DB::create(c, &name, kind).await).await;
                 let _ = reply.send(answer);
             }
+            Operation::Listen(reply) => {
+                let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
+                    Ok(listening) => listening.map_err(Failure::new::<DB>),
+                    Err(_elapsed) => {
+                        self.deaf_until = Some(Instant::now() + DEAF_FOR);
+                        Err(Failure::no_answer::<DB>(STATEMENT_LIMIT))
+                    }
+                };
+                let _ = reply.send(answer);
+            }
             Operation::SetWaiters(name, before, after, reply) => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |c| {
@@ -361,15 +442,16 @@ impl<DB: LockDatabase> Server<DB> {
         operation: impl AsyncFnOnce(&mut DB::Connection) -> sqlx::Result<T>,
     ) -> Result<T, Failure> {
         let kept = self.connection.take();
+        let listened = matches!(kept, Some(Private::Listening(_)));
         let running = async {
             let mut connection = match kept {
                 Some(connection) => connection,
                 None => self.connect().await?,
             };
-            let result = operation(&mut connection).await.map_err(Failure::new::<DB>);
+            let result = operation(connection.connection().await?).await.map_err(Failure::new::<DB>);
             Ok((connection, result))
         };
-        match timeout(limit, running).await {
+        let result = match timeout(limit, running).await {
             Ok(Ok((connection, result))) => {
                 if !matches!(result, Err(Failure { fault: Fault::Disconnected, .. })) {
                     self.connection = Some(connection);
@@ -378,14 +460,21 @@ impl<DB: LockDatabase> Server<DB> {
                 result
             }
             Ok(Err(not_connected)) => Err(Failure::new::<DB>(not_connected)),
-            Err(_elapsed) => Err(Failure::no_answer::<DB>(limit)),
+            Err(_elapsed) => {
+                self.deaf_until = Some(Instant::now() + DEAF_FOR);
+                Err(Failure::no_answer::<DB>(limit))
+            }
+        };
+        if listened && self.connection.is_none() {
+            self.calls.end();
         }
+        result
     }
 
-    async fn connect(&mut self) -> sqlx::Result<DB::Connection> {
+    async fn connect(&mut self) -> sqlx::Result<Private<DB>> {
         let mut connection = self.pool.acquire().await?.detach();
         self.cluster = DB::prepare(&mut connection).await?;
-        Ok(connection)
+        Ok(Private::Plain(connection))
     }
 }
 

@@ -7,6 +7,7 @@
 mod acquire;
 mod alarm;
 mod busy;
+mod calls;
 mod core;
 mod lane;
 mod lease_state;

@@ -8,10 +8,11 @@ mod lease;
 mod together;
 mod transaction;
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use sqlx::mysql::MySqlConnection;
-use sqlx::{MySql, Row};
+use sqlx::{MySql, Pool, Row};
 
 use self::errors::{DEADLOCK, DUPLICATE_KEY, number};
 use super::{
@@ -85,6 +86,20 @@ impl LockDatabase for MySql {
 
     async fn after_short(connection: &mut MySqlConnection) -> sqlx::Result<()> {
         sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map(drop)
+    }
+
+    type Listening = Infallible;
+
+    async fn listen(_pool: &Pool<MySql>, _listener: u32) -> sqlx::Result<Infallible> {
+        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut MySqlConnection> {
+        match *listening {}
+    }
+
+    async fn called(listening: &mut Infallible) -> sqlx::Result<i64> {
+        match *listening {}
     }
 
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {

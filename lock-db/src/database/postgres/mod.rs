@@ -4,11 +4,13 @@
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
 //! a pooler in transaction mode would hand on to other clients.
 
+mod listener;
+
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
-use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
+use sqlx::postgres::{PgConnection, PgDatabaseError, PgListener, PgSeverity};
+use sqlx::{AssertSqlSafe, Connection, Pool, Postgres, Row};
 
 use super::{
     Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
@@ -77,11 +79,14 @@ JOIN distributed_lock AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
+/// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
-UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00+00'
+UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
 WHERE id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
-    FOR NO KEY UPDATE SKIP LOCKED)";
+    FOR NO KEY UPDATE SKIP LOCKED)
+RETURNING CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+    THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END";
 
 const RELEASE_LATER: &str = "
 UPDATE distributed_lock AS lease
@@ -107,7 +112,9 @@ WITH returned AS (
             ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
         FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
-    RETURNING lease.secret_key, lease.fencing_token, lease.id),
+    RETURNING lease.secret_key, lease.fencing_token, lease.id,
+        CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+            THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END AS called),
 granted AS (
     UPDATE distributed_lock AS lease
     SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
@@ -131,7 +138,8 @@ granted AS (
         FOR UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
     RETURNING lease.secret_key, lease.fencing_token, lease.id)
-SELECT secret_key, fencing_token, id FROM returned UNION ALL SELECT secret_key, fencing_token, id FROM granted"#;
+SELECT secret_key, fencing_token, id, called FROM returned
+UNION ALL SELECT secret_key, fencing_token, id, NULL FROM granted"#;
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
@@ -172,8 +180,9 @@ WITH bound AS MATERIALIZED (
 released AS (
     UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
     FROM bound WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
-    RETURNING bound.before)
-SELECT set_config('lock_timeout', before, true) FROM released";
+    RETURNING bound.before, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+        THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END AS called)
+SELECT set_config('lock_timeout', before, true), called FROM released";
 
 const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2";
 
@@ -230,6 +239,22 @@ impl LockDatabase for Postgres {
 
     async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Cluster> {
         Ok(Cluster::SinglePrimary)
+    }
+
+    type Listening = PgListener;
+
+    const CALLS: bool = true;
+
+    async fn listen(pool: &Pool<Postgres>, listener: u32) -> sqlx::Result<PgListener> {
+        listener::listen(pool, listener).await
+    }
+
+    async fn listening_connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {
+        listener::connection(listening).await
+    }
+
+    async fn called(listening: &mut PgListener) -> sqlx::Result<i64> {
+        listener::called(listening).await
     }
 
     async fn migrate(connection: &mut PgConnection) -> sqlx::Result<()> {
