@@ -23,6 +23,9 @@ use crate::{Error, Kind};
 /// half at most.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
+/// Doubled from time to time.
+const ROW_IS_BUSY: Duration = Duration::from_micros(500);
 /// Whoever is first in the queue looks so often during the time that it has waited already: for a lock that is held for
 /// long it need not be quick.
 const LOOKS: u32 = 16;
@@ -112,7 +115,7 @@ impl Attempt {
 
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
-        let mut failures = 0_u32;
+        let (mut failures, mut busy) = (0_u32, 0_u32);
         loop {
             let mut held_for = Duration::ZERO;
             let pause = match self.ask().await {
@@ -122,7 +125,7 @@ impl Attempt {
                     return Ok(Some(granted));
                 }
                 Ok(Reply::InTheWay { remaining, position }) => {
-                    failures = 0;
+                    (failures, busy) = (0, 0);
                     self.last_failure = None;
                     held_for = remaining;
                     if position == 0 {
@@ -130,6 +133,11 @@ impl Attempt {
                     } else {
                         (SHORTEST_PAUSE * position.saturating_add(1)).min(LONGEST_PAUSE)
                     }
+                }
+                Ok(Reply::RowIsBusy) => {
+                    self.last_failure = None;
+                    busy += 1;
+                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -186,7 +194,7 @@ impl Attempt {
                 return Ok(in_the_way);
             }
         }
-        Ok(Reply::InTheWay { remaining: Duration::ZERO, position: 0 })
+        Ok(Reply::RowIsBusy)
     }
 
     /// The first name that is in the way. Before those that are not, we keep the first place meanwhile: everybody does so in
@@ -321,6 +329,8 @@ enum Reply {
         remaining: Duration,
         position: u32,
     },
+    /// It is our turn, but somebody has the row locked.
+    RowIsBusy,
     /// The name is used as something else.
     WrongKind(Arc<str>, Kind),
 }
