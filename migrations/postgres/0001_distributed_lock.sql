@@ -17,9 +17,8 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     expire_time   TIMESTAMPTZ(6) NOT NULL DEFAULT '1970-01-01 00:00:00+00',
     -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
     waiters       TEXT NOT NULL DEFAULT '',
-    CONSTRAINT distributed_lock_name UNIQUE (lock_name),
-    -- Makes fencing_token a key column: FOR KEY SHARE on the row then holds off a takeover, not a renewal.
-    CONSTRAINT distributed_lock_fence UNIQUE (lock_name, fencing_token)
+    -- No index on what changes: every update then stays in its page (HOT).
+    CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 ) WITH (
     -- Room in the page for the next versions of a hot row, and vacuum by count rather than by share.
     fillfactor = 50,

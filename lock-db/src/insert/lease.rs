@@ -55,7 +55,8 @@ impl<DB: LockDatabase> Lease<DB> {
     }
 
     /// The secret of this acquisition: 128 random bits as 32 hexadecimal digits, as it stands in the column
-    /// `secret_key`. Who knows it can release the lock, so it belongs in no log.
+    /// `secret_key`. Leases that go from hand to hand within a process ([`hand_off`](crate::LocksBuilder::hand_off)) are
+    /// one acquisition. Who knows it can release the lock, so it belongs in no log.
     #[must_use]
     pub fn secret_key(&self) -> &str {
         self.hold.lease.key.secret.as_str()
@@ -153,7 +154,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// # Errors
     ///
     /// As [`verify_in`](Self::verify_in). In REPEATABLE READ and above on PostgreSQL also [`Error::Serialization`] when the
-    /// lease was renewed since the transaction's first statement.
+    /// lease was renewed, or somebody came to wait for it, since the transaction's first statement.
     ///
     /// # Cancel safety
     ///
@@ -235,7 +236,8 @@ impl<DB: LockDatabase> Lease<DB> {
     }
 
     /// Releases the lock and waits until the database has confirmed it: others can take it from then on. On a handle
-    /// that is not the last one this only gives up the handle.
+    /// that is not the last one this only gives up the handle. When a caller of the same process is next
+    /// ([`hand_off`](crate::LocksBuilder::hand_off)), that one has the lease now, and the database is not asked.
     ///
     /// # Errors
     ///

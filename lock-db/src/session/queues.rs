@@ -6,6 +6,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,7 @@ pub(crate) struct HandOff {
 #[derive(Debug)]
 pub(crate) struct Queues {
     state: Mutex<State>,
+    last_number: AtomicU64,
     hand_off: HandOff,
     /// Weak: the session ends when nobody else can send any more.
     session: mpsc::WeakUnboundedSender<Request>,
@@ -40,7 +42,6 @@ pub(crate) struct Queues {
 struct State {
     /// An entry for each name that somebody has the turn for.
     names: HashMap<Arc<str>, Line>,
-    last_number: u64,
     /// No wait is over before then.
     next_deadline: Option<Instant>,
     closed: bool,
@@ -51,7 +52,8 @@ type Line = BTreeMap<u64, Acquire>;
 
 impl Queues {
     pub(super) fn new(session: mpsc::WeakUnboundedSender<Request>, hand_off: HandOff) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), hand_off, session, sooner: Notify::new() })
+        let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
+        Arc::new(Self { state, last_number, hand_off, session, sooner: Notify::new() })
     }
 
     pub(crate) fn hand_off(&self) -> HandOff {
@@ -60,9 +62,7 @@ impl Queues {
 
     /// Where a caller stands in all of its queues.
     pub(super) fn number(&self) -> u64 {
-        let mut state = self.state();
-        state.last_number += 1;
-        state.last_number
+        self.last_number.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Asks the database as soon as all turns are there that it takes. A try waits for none of them.

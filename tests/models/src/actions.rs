@@ -18,6 +18,8 @@ pub enum Action {
     CleanRow,
     /// The server carries out what nobody waits for any more.
     CarryOutLate(usize),
+    /// The same for a commit.
+    CommitLate(usize),
     /// A client, or its connections.
     Client(u8, Step),
 }
@@ -38,6 +40,8 @@ pub enum Step {
     SendAcquire,
     GiveUp,
     SendRenewal,
+    /// To the next one of the same process.
+    HandOn,
     Release,
     SendRelease,
     CarryOut(Lane),
@@ -49,6 +53,8 @@ pub enum Step {
     BeginTransaction,
     Guard,
     Commit,
+    /// Its connection is given up while guard and commit are on their way.
+    LoseCommit,
     RollBack,
     SendReleaseIn,
     CarryOutReleaseIn,
@@ -91,6 +97,7 @@ impl Client {
         self.phase = Phase::Idle;
         (self.unsettled, self.late_clock, self.doubt) = (false, false, false);
         (self.token, self.left) = (0, 0);
+        (self.hand, self.commit_is_open) = (0, false);
     }
 
     /// Whether a statement that releases the lease is on its way, or its commit.
@@ -129,6 +136,11 @@ impl Protocol {
                 if client.renewal.is_none() {
                     steps.push(Step::SendRenewal);
                 }
+                let is_in_use = client.transaction.is_some() && !self.is(Mutation::HandOnDuringTransaction)
+                    || client.commit_is_open && !self.is(Mutation::HandOnAfterLostCommit);
+                if client.is_held() && client.hand + 1 < self.hands && !is_in_use {
+                    steps.push(Step::HandOn);
+                }
                 if client.transaction.is_none() {
                     steps.push(Step::Release);
                     if client.is_held() && client.transactions < self.transactions {
@@ -158,6 +170,9 @@ impl Protocol {
         match transaction.stage {
             Stage::Open => {
                 steps.extend([Step::Guard, Step::RollBack]);
+                if state.losses < self.losses {
+                    steps.push(Step::LoseCommit);
+                }
                 if self.releases_in {
                     steps.push(Step::SendReleaseIn);
                 }
@@ -194,6 +209,12 @@ impl Protocol {
                 let (secret, request) = state.late.remove(index);
                 self.carry_out(state, secret, request);
             }
+            Action::CommitLate(index) => {
+                let (secret, transaction) = state.late_commits.remove(index);
+                if self.guard(state, secret, &transaction, false) {
+                    Self::commit(state, secret.client, &transaction);
+                }
+            }
             Action::Client(client, step) => self.step(state, client, step),
         }
     }
@@ -216,6 +237,12 @@ impl Protocol {
                 }
             }
             Step::SendRenewal => client.send(Request::Renew),
+            Step::HandOn => {
+                client.hand += 1;
+                if client.token == state.greatest_token {
+                    state.greatest_hand = state.greatest_hand.max(client.hand);
+                }
+            }
             Step::Release => {
                 client.rest();
                 client.phase = Phase::Releasing;
@@ -261,7 +288,7 @@ impl Protocol {
                     return;
                 }
                 client.phase = Phase::Holding;
-                (client.token, client.left) = (token, left);
+                (client.token, client.left, client.hand) = (token, left, 0);
                 // Of no use any more: the release goes by the secret in any case.
                 client.unsettled = false;
             }
@@ -282,17 +309,24 @@ impl Protocol {
         let client = &mut state.clients[usize::from(number)];
         if step == Step::BeginTransaction {
             client.transactions += 1;
-            let (acquisition, token) = (client.acquisition, client.token);
-            client.transaction = Some(Transaction { stage: Stage::Open, acquisition, token });
+            let (acquisition, token, hand) = (client.acquisition, client.token, client.hand);
+            client.transaction = Some(Transaction { stage: Stage::Open, acquisition, token, hand });
             return;
         }
         let Some(mut transaction) = client.transaction.take() else { return };
         let secret = Secret { client: number, acquisition: transaction.acquisition };
         // What becomes of it: `None` when it has ended.
         let stage = match step {
-            Step::Guard => self.guard(state, secret, transaction.token, false).then_some(Stage::Guarded),
+            Step::Guard => self.guard(state, secret, &transaction, false).then_some(Stage::Guarded),
             Step::Commit => {
-                Self::commit(state, number, transaction.token);
+                Self::commit(state, number, &transaction);
+                None
+            }
+            Step::LoseCommit => {
+                state.losses += 1;
+                client.commit_is_open |= transaction.acquisition == client.acquisition;
+                state.late_commits.push((secret, transaction.clone()));
+                state.late_commits.sort_unstable();
                 None
             }
             Step::RollBack => {
@@ -309,7 +343,7 @@ impl Protocol {
                 Some(Stage::ReleaseSent)
             }
             Step::CarryOutReleaseIn => {
-                self.guard(state, secret, transaction.token, true).then_some(Stage::ReleaseDone)
+                self.guard(state, secret, &transaction, true).then_some(Stage::ReleaseDone)
             }
             Step::HearReleaseIn => {
                 if !self.is(Mutation::ReleaseInWithoutDoubt) {
@@ -318,7 +352,7 @@ impl Protocol {
                 Some(Stage::ReleaseAnswered)
             }
             Step::CommitAndRelease => {
-                Self::commit(state, number, transaction.token);
+                Self::commit(state, number, &transaction);
                 Some(Stage::Released)
             }
             Step::HearReleased => {

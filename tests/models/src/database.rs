@@ -1,7 +1,7 @@
 //! What the statements do: one step each, as the row's lock orders them. After the SQL in `lock-db/src/database`.
 
 use crate::model::{Mutation, Protocol};
-use crate::state::{Answer, Request, Row, RowLock, Secret, State};
+use crate::state::{Answer, Request, Row, RowLock, Secret, State, Transaction};
 
 impl Protocol {
     pub(crate) fn carry_out(&self, state: &mut State, secret: Secret, request: Request) -> Answer {
@@ -46,7 +46,9 @@ impl Protocol {
                 _ => clock.max(row.token + 1),
             };
             state.wrong.token_did_not_grow |= row.token <= state.greatest_token;
-            state.greatest_token = state.greatest_token.max(row.token);
+            if row.token > state.greatest_token {
+                (state.greatest_token, state.greatest_hand) = (row.token, 0);
+            }
         }
         row.secret = Some(secret);
         row.expires_in = self.ttl;
@@ -86,10 +88,17 @@ impl Protocol {
     }
 
     /// The last statement before COMMIT. `false`: not ours.
-    pub(crate) fn guard(&self, state: &mut State, secret: Secret, token: u8, releases: bool) -> bool {
+    pub(crate) fn guard(
+        &self,
+        state: &mut State,
+        secret: Secret,
+        transaction: &Transaction,
+        releases: bool,
+    ) -> bool {
         // A secret can be granted twice: an attempt that was made again may arrive once more after the lease is over.
         let is_ours = |row: &Row| {
-            row.secret == Some(secret) && (row.token == token || self.is(Mutation::GuardBySecretAlone))
+            row.secret == Some(secret)
+                && (row.token == transaction.token || self.is(Mutation::GuardBySecretAlone))
         };
         let Some(row) = state.row.as_mut().filter(|row| is_ours(row)) else { return false };
         if releases || !self.is(Mutation::GuardWithoutLock) {
@@ -98,8 +107,9 @@ impl Protocol {
         true
     }
 
-    pub(crate) fn commit(state: &mut State, client: u8, token: u8) {
-        state.wrong.late_commit |= token != state.greatest_token;
+    pub(crate) fn commit(state: &mut State, client: u8, transaction: &Transaction) {
+        let is_last = (transaction.token, transaction.hand) == (state.greatest_token, state.greatest_hand);
+        state.wrong.late_commit |= !is_last;
         if let Some(row) = state.row.as_mut()
             && row.lock.as_ref().is_some_and(|lock| lock.client == client && lock.releases)
         {

@@ -3,7 +3,7 @@
 use stateright::{Model, Property};
 
 use crate::actions::Action;
-use crate::state::{Answer, Phase, Request, State, TransactionStage};
+use crate::state::{Answer, Phase, Request, State, Transaction, TransactionStage};
 
 /// The protocol within bounds. Not bounded: time, renewals, attempts, pauses, delays.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub struct Protocol {
     pub transactions: u8,
     /// Whether those may release the lease with their commit.
     pub releases_in: bool,
+    /// How many holders a lease may have one after the other in its process.
+    pub hands: u8,
     /// How many requests or answers are lost, of all.
     pub losses: u8,
     /// How many of those requests may be carried out later, at the same time.
@@ -53,6 +55,10 @@ pub enum Mutation {
     TokenOfTheRowAlone,
     TokenOfTheClockAlone,
     ReleaseInWithoutDoubt,
+    /// A holder hands the lease on, and its guarded transaction goes on.
+    HandOnDuringTransaction,
+    /// A holder hands the lease on after a commit without an answer.
+    HandOnAfterLostCommit,
     /// A renewal that is asked for and answered while `commit_and_release` is under way settles the doubt.
     DoubtEndsWhileReleasing,
 }
@@ -64,6 +70,7 @@ impl Default for Protocol {
             acquisitions: 1,
             transactions: 0,
             releases_in: false,
+            hands: 1,
             losses: 0,
             late: 0,
             cleanings: 0,
@@ -94,6 +101,7 @@ pub mod property {
     pub const NOTHING_LEFT: &str = "when nobody wants it any more and nothing is under way, it is free";
     pub const ALL_GRANTED: &str = "(reached) every client got the lock";
     pub const TAKEN_FROM_PAUSED: &str = "(reached) an open transaction of a lease that was taken over";
+    pub const HANDED_ON: &str = "(reached) a guard by a lease that was handed on";
     pub const LATE_RELEASE: &str = "(reached) a release under way while another one holds it";
 }
 
@@ -116,6 +124,7 @@ impl Model for Protocol {
             actions.extend(steps.drain(..).map(|step| Action::Client(number, step)));
         }
         actions.extend((0..state.late.len()).map(Action::CarryOutLate));
+        actions.extend((0..state.late_commits.len()).map(Action::CommitLate));
         if let Some(row) = &state.row
             && state.cleanings < self.cleanings
             && row.lock.is_none()
@@ -154,6 +163,16 @@ impl Model for Protocol {
         }
         if self.late == 0 {
             properties.push(Property::<Self>::always(property::NOTHING_LEFT, |_, state| nothing_left(state)));
+        }
+        if self.transactions > 0 && self.hands > 1 {
+            properties.push(Property::<Self>::sometimes(property::HANDED_ON, |_, state| {
+                state.clients.iter().any(|client| {
+                    let is_guarded = |transaction: &Transaction| {
+                        transaction.stage == TransactionStage::Guarded && transaction.hand > 0
+                    };
+                    client.transaction.as_ref().is_some_and(is_guarded)
+                })
+            }));
         }
         if self.transactions > 0 {
             properties.push(Property::<Self>::sometimes(property::TAKEN_FROM_PAUSED, |_, state| {

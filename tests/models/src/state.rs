@@ -111,8 +111,10 @@ pub struct Transaction {
     pub stage: TransactionStage,
     /// Under which of the client's acquisitions.
     pub acquisition: u8,
-    /// The fencing token of that.
+    /// The fencing token of that, in the row.
     pub token: u8,
+    /// Which of its holders began it.
+    pub hand: u8,
 }
 
 /// A process.
@@ -124,8 +126,12 @@ pub struct Client {
     pub acquisition: u8,
     /// Whether the outcome of an attempt is not known.
     pub unsettled: bool,
-    /// Of the lease that it holds.
+    /// Of the lease that it holds, in the row.
     pub token: u8,
+    /// How often that was handed on. With it the holder's own fencing token grows, among those that are reserved.
+    pub hand: u8,
+    /// Whether a transaction of the lease may still commit, for all it knows.
+    pub commit_is_open: bool,
     /// Ticks of its own clock to its deadline.
     pub left: u8,
     /// Whether its clock has missed a tick during this lease.
@@ -159,6 +165,9 @@ impl Client {
     }
 }
 
+/// What refers to a client: the row's secret, its lock, and what is late.
+type References = (Option<u8>, bool, Vec<(u8, Request)>, Vec<Transaction>);
+
 /// What must never have happened.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Wrong {
@@ -183,12 +192,16 @@ pub struct State {
     pub clients: Vec<Client>,
     /// Requests whose sender has given up the connection; the server may carry them out whenever it likes. Sorted.
     pub late: Vec<(Secret, Request)>,
+    /// Guards and commits likewise. Sorted.
+    pub late_commits: Vec<(Secret, Transaction)>,
     /// How many messages were lost.
     pub losses: u8,
     /// How often the row was cleaned away.
     pub cleanings: u8,
     /// The largest token that was ever granted.
     pub greatest_token: u8,
+    /// How often the lease with that token was handed on.
+    pub greatest_hand: u8,
     /// For properties only.
     pub wrong: Wrong,
 }
@@ -200,6 +213,8 @@ impl State {
             acquisition: 0,
             unsettled: false,
             token: 0,
+            hand: 0,
+            commit_is_open: false,
             left: 0,
             late_clock: false,
             doubt: false,
@@ -212,9 +227,11 @@ impl State {
             row: None,
             clients: vec![client; clients],
             late: Vec::new(),
+            late_commits: Vec::new(),
             losses: 0,
             cleanings: 0,
             greatest_token: 0,
+            greatest_hand: 0,
             wrong: Wrong::default(),
         }
     }
@@ -244,6 +261,10 @@ impl State {
             secret.client = moved(secret.client);
         }
         sorted.late.sort_unstable();
+        for (secret, _) in &mut sorted.late_commits {
+            secret.client = moved(secret.client);
+        }
+        sorted.late_commits.sort_unstable();
         sorted
     }
 
@@ -273,9 +294,12 @@ impl State {
                 with(&mut transaction.token);
             }
         }
+        for (_, transaction) in &mut self.late_commits {
+            with(&mut transaction.token);
+        }
     }
 
-    fn references(&self, index: usize) -> (Option<u8>, bool, Vec<(u8, Request)>) {
+    fn references(&self, index: usize) -> References {
         let is_it = |client: u8| usize::from(client) == index;
         let row = self.row.as_ref();
         let secret = row.and_then(|row| row.secret).filter(|secret| is_it(secret.client));
@@ -285,6 +309,11 @@ impl State {
             secret.map(|secret| secret.acquisition),
             locked,
             late.map(|(secret, request)| (secret.acquisition, *request)).collect(),
+            self.late_commits
+                .iter()
+                .filter(|(secret, _)| is_it(secret.client))
+                .map(|(_, transaction)| transaction.clone())
+                .collect(),
         )
     }
 }

@@ -81,3 +81,13 @@ fn clocks_of_clients_that_are_late() {
 fn a_clock_of_the_database_that_was_set_back() {
     holds(Protocol { acquisitions: 2, transactions: 1, clock_stands_still: true, ..Protocol::default() });
 }
+
+#[test]
+fn a_lease_from_hand_to_hand_and_a_commit_without_an_answer() {
+    holds(Protocol { transactions: 2, hands: 3, losses: 1, ..Protocol::default() });
+}
+
+#[test]
+fn a_lease_from_hand_to_hand_between_three_clients() {
+    holds(Protocol { transactions: 1, hands: 2, ..three_clients() });
+}

@@ -114,3 +114,16 @@ fn a_doubt_that_a_renewal_ends_while_the_release_is_under_way() {
     let protocol = Protocol { transactions: 1, releases_in: true, ..Protocol::default() };
     breaks(Mutation::DoubtEndsWhileReleasing, property::HOLDERS_HOLD, protocol);
 }
+
+#[test]
+fn a_hand_off_during_a_transaction() {
+    let protocol = Protocol { transactions: 1, hands: 2, ..Protocol::default() };
+    breaks(Mutation::HandOnDuringTransaction, property::COMMITS_ARE_SERIAL, protocol);
+}
+
+/// All holders of a lease have its secret, so the guard can't tell a late one from the present one.
+#[test]
+fn a_hand_off_after_a_commit_without_an_answer() {
+    let protocol = Protocol { transactions: 1, hands: 2, losses: 1, ..Protocol::default() };
+    breaks(Mutation::HandOnAfterLostCommit, property::COMMITS_ARE_SERIAL, protocol);
+}

@@ -29,7 +29,6 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, waiters
 FROM distributed_lock WHERE lock_name = $1";
 
-/// Whichever of the two unique indexes notices first.
 /// DO NOTHING waits all the same: when somebody made the row a moment ago and a transaction has locked and written it by
 /// now, for the end of that transaction. The lane must not stand still for that, least of all because that transaction may
 /// wait for the lane. So it looks first, which sees what this process has made, and has a limit, which is that of the
@@ -161,7 +160,8 @@ FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
 JOIN distributed_lock AS lease
     ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;
 
-/// Conflicts with a takeover, which changes the key column `fencing_token`, but not with our own renewal.
+/// Conflicts with a takeover, but not with our own renewal: a takeover has the row locked FOR UPDATE before it writes, in the
+/// same statement, and PostgreSQL keeps the stronger of the two locks of one transaction.
 ///
 /// `bound` limits the wait for a transaction that has the row, and the outermost SELECT puts the caller's own limit back
 /// once the row is locked. When it is not, the transaction has failed or is about to be doomed.
