@@ -144,7 +144,7 @@ async fn a_process_that_waits_has_no_more_connections(database: &PostgresServer)
     let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let proxy = database.proxy();
     let far = Locks::new(lock_tests::pool::<Postgres>(&database.url_by(proxy.address()), 1).await);
-    let others = far.insert_lock("b").ttl(Duration::from_secs(1)).acquire().await.unwrap();
+    let others = far.insert_lock("b").ttl(Duration::from_secs(5)).acquire().await.unwrap();
     let next = wait_for(&far, "a");
     channel_before(database, "a").await;
     // The pool opened one to see whether it can.

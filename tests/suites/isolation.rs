@@ -167,8 +167,8 @@ async fn a_lock_of_another_name_keeps_no_lease_from_renewal<T: TestServer>(datab
     let guarded = other.insert_lock("c").acquire().await.unwrap();
     let mut verified = database.pool(1).await.begin().await.unwrap();
     guarded.verify_in(&mut verified).await.unwrap();
-    let lease = locks.insert_lock("a").ttl(Duration::from_millis(900)).acquire().await.unwrap();
-    let lost = tokio::time::timeout(Duration::from_secs(4), lease.lost()).await;
+    let lease = locks.insert_lock("a").ttl(Duration::from_secs(2)).acquire().await.unwrap();
+    let lost = tokio::time::timeout(Duration::from_secs(5), lease.lost()).await;
     assert!(lost.is_err(), "the lease was lost");
     verified.rollback().await.unwrap();
     row.rollback().await.unwrap();

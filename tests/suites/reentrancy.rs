@@ -585,7 +585,7 @@ async fn a_lock_that_is_lost_is_not_entered<T: TestDatabase>(database: &T) {
     let mut carried = None;
     let ran = locks
         .insert_lock("a")
-        .ttl(Duration::from_secs(1))
+        .ttl(Duration::from_secs(3))
         .run(async |lease| {
             let task_locks = locks.clone();
             carried = Some(tokio::spawn(Owner::current().unwrap().scope(async move {

@@ -36,7 +36,7 @@ async fn connections_that_the_server_closed_are_made_anew<T: TestServer>(databas
 
 /// The pool's hooks are run on the private connections, too; so is what the server sets for all.
 async fn settings_of_sessions_do_not_matter<T: TestServer>(database: &T) {
-    const TTL: Duration = Duration::from_millis(900);
+    const TTL: Duration = Duration::from_secs(2);
     drop(database.locks().await);
     let options = sqlx::pool::PoolOptions::new().max_connections(3).after_connect(|connection, _| {
         Box::pin(async move {
