@@ -1,0 +1,139 @@
+//! Many leases at a time, on private connections.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::Row;
+use sqlx::postgres::PgConnection;
+
+use crate::database::{Claim, Exchanged, Grant, Renewal, Return, Standing, in_order};
+use crate::limits::micros;
+
+/// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
+const RENEW: &str = "
+WITH unlocked AS MATERIALIZED (
+    SELECT lease.id, asked.ttl
+    FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bigint[]) AS asked (id, secret_key, fencing_token, ttl)
+    JOIN distributed_lock AS lease ON lease.id = asked.id
+        AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+    WHERE lease.expire_time > '1970-01-01 00:00:00+00'
+    FOR NO KEY UPDATE OF lease SKIP LOCKED)
+UPDATE distributed_lock AS lease
+SET expire_time = GREATEST(lease.expire_time, clock_timestamp() + unlocked.ttl * interval '1 microsecond')
+FROM unlocked WHERE lease.id = unlocked.id
+RETURNING lease.secret_key";
+
+const STILL_OURS: &str = "
+SELECT lease.secret_key
+FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fencing_token)
+JOIN distributed_lock AS lease ON lease.id = asked.id
+    AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
+
+/// `RELEASE` and `ACQUIRE` for many at once, in one statement and one commit.
+const EXCHANGE: &str = r#"
+WITH returned AS (
+    UPDATE distributed_lock AS lease
+    SET expire_time = '1970-01-01 00:00:00+00'
+    FROM (
+        SELECT lease.id
+        FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+        JOIN distributed_lock AS lease
+            ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+        FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+    WHERE lease.id = unlocked.id
+    RETURNING lease.secret_key, lease.fencing_token, lease.id,
+        CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+            THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END AS called),
+granted AS (
+    UPDATE distributed_lock AS lease
+    SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
+            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
+                + unlocked.numbers - 1 END,
+        acquire_time = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.acquire_time
+            ELSE clock_timestamp() END,
+        expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
+        secret_key = unlocked.secret_key,
+        owner = $6,
+        waiters = CASE WHEN left(lease.waiters, 32) = unlocked.secret_key THEN substr(lease.waiters, 57)
+            ELSE lease.waiters END
+    FROM (
+        SELECT lease.id, asked.secret_key, asked.ttl, asked.numbers
+        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bigint[], $8::bool[])
+            AS asked (lock_name, secret_key, ttl, numbers, barges)
+        JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
+        WHERE lease.lock_kind = 'insert'
+            AND (lease.secret_key = asked.secret_key OR (lease.expire_time <= clock_timestamp()
+                AND (lease.waiters = '' OR asked.barges OR left(lease.waiters, 32) = asked.secret_key)))
+        FOR UPDATE OF lease SKIP LOCKED) AS unlocked
+    WHERE lease.id = unlocked.id
+    RETURNING lease.secret_key, lease.fencing_token, lease.id)
+SELECT secret_key, fencing_token, id, called FROM returned
+UNION ALL SELECT secret_key, fencing_token, id, NULL FROM granted"#;
+
+const WHICH_ARE_OURS: &str = r#"
+SELECT lease.secret_key
+FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+JOIN distributed_lock AS lease
+    ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;
+
+pub(super) async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
+    let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
+    let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
+    let tokens: Vec<i64> = leases.iter().map(|lease| lease.fencing_token).collect();
+    let ttls: Vec<i64> = leases.iter().map(|lease| micros(lease.ttl)).collect();
+    let renewed: Vec<String> = sqlx::query_scalar(RENEW)
+        .bind(&ids)
+        .bind(&secrets)
+        .bind(&tokens)
+        .bind(ttls)
+        .fetch_all(&mut *connection)
+        .await?;
+    let ours: Vec<String> = if renewed.len() < leases.len() {
+        sqlx::query_scalar(STILL_OURS).bind(&ids).bind(&secrets).bind(&tokens).fetch_all(connection).await?
+    } else {
+        Vec::new()
+    };
+    // Those that were renewed last: they count.
+    let found = ours.into_iter().map(|secret| (secret, Standing::Busy));
+    Ok(in_order(leases, found.chain(renewed.into_iter().map(|secret| (secret, Standing::Ours)))))
+}
+
+pub(super) async fn exchange(
+    connection: &mut PgConnection,
+    returns: &[Return],
+    claims: &[Claim],
+) -> sqlx::Result<Exchanged> {
+    let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
+    let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
+    let rows = sqlx::query(EXCHANGE)
+        .bind(&names)
+        .bind(&secrets)
+        .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
+        .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
+        .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
+        .bind(claims.first().map_or("", |claim| &*claim.owner))
+        .bind(claims.iter().map(|claim| i64::from(claim.numbers)).collect::<Vec<_>>())
+        .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
+        .fetch_all(&mut *connection)
+        .await?;
+    let mut done = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+        done.insert(row.try_get::<&str, _>(0)?, grant);
+    }
+    let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
+        HashSet::new()
+    } else {
+        let ours = sqlx::query_scalar(WHICH_ARE_OURS).bind(&names).bind(&secrets);
+        ours.fetch_all(connection).await?.into_iter().collect()
+    };
+    let standing = |secret: &&str| match secret {
+        secret if done.contains_key(*secret) => Standing::Ours,
+        secret if ours.contains(*secret) => Standing::Busy,
+        _ => Standing::NotOurs,
+    };
+    Ok(Exchanged {
+        returns: secrets.iter().map(standing).collect(),
+        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied()).collect(),
+    })
+}
