@@ -217,6 +217,9 @@ pub enum Loss {
     Closed,
     /// It was released, by a transaction that has committed.
     Released,
+    /// Nobody knows whether an earlier transaction of the lease was committed, or still will be: no other one may begin under
+    /// the same lease. Release it, and take the lock again.
+    CommitUnknown,
 }
 
 impl std::fmt::Display for Loss {
@@ -227,6 +230,9 @@ impl std::fmt::Display for Loss {
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",
             Self::Released => "a transaction has released it",
+            Self::CommitUnknown => {
+                "an earlier transaction of the lease may still be committed; take the lock again"
+            }
         })
     }
 }

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
-use crate::database::{Fault, LockDatabase};
+use crate::database::{Fault, LockDatabase, is_disconnected};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::{Error, Locks};
@@ -38,6 +38,9 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Begins on a connection of the application's pool, unless the lease is lost first.
     pub(super) async fn begin(locks: &Locks<DB>, hold: &Arc<Hold>) -> Result<Self, Error> {
         hold.check()?;
+        if hold.lease.has_unknown_commit() {
+            return Err(hold.lost(Loss::CommitUnknown));
+        }
         let (pool, for_task) = (locks.pool().clone(), Arc::downgrade(hold));
         let (mut answer, answered) = oneshot::channel();
         current_runtime()?.spawn(async move {
@@ -79,7 +82,8 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// [`Error::Lost`] when somebody else has the lock, or when the transaction had ended before (by a deadlock, say, whose
     /// error was swallowed): nothing was committed. [`Error::Serialization`] and [`Error::Deadlock`] likewise, when it is
     /// that by which the database tells. [`Error::Database`] when the commit itself failed; after a broken connection
-    /// nobody knows whether it was carried out, but if it was, the lease was ours.
+    /// nobody knows whether it was carried out, but if it was, the lease was ours. It may even be carried out later, so no
+    /// other transaction begins under this lease then ([`Loss::CommitUnknown`]): take the lock again.
     ///
     /// # Cancel safety
     ///
@@ -116,11 +120,18 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
         hold.lease.commit_begins();
         let ended = move |ended: &Result<(), Error>| {
-            if ended.is_ok() {
-                hold.lease.commit_has_ended();
-                if release {
-                    hold.was_released();
+            match ended {
+                Ok(()) => {
+                    hold.lease.commit_has_ended();
+                    if release {
+                        hold.was_released();
+                    }
                 }
+                // It would pass its guard also after another transaction of the same lease.
+                Err(Error::Database { source, .. }) if is_disconnected(source) => {
+                    hold.lease.commit_is_unknown();
+                }
+                Err(_nothing_was_committed) => {}
             }
             drop(in_doubt);
         };

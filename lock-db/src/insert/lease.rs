@@ -115,7 +115,8 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] at once when the lease is lost, or when it gets lost while the pool has no connection;
+    /// [`Error::Lost`] at once when the lease is lost, when it gets lost while the pool has no connection, or when an earlier
+    /// transaction of it may still be committed, for all we know;
     /// [`Error::Timeout`] when the pool gave up first; [`Error::Database`].
     ///
     /// # Cancel safety

@@ -23,6 +23,12 @@ use crate::{Error, Kind};
 /// half at most.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// Where this process waits for very many names, each of them looks less often, so that the lane has time for more than looks;
+/// often enough to keep a place in the queue.
+const PER_CONTENDER: Duration = Duration::from_micros(250);
+const LONGEST_PAUSE_IN_A_CROWD: Duration = Duration::from_millis(250);
+/// How long the first in the queue may leave a free lock alone. It looks several times meanwhile.
+const LONGEST_IDLE: Duration = Duration::from_millis(500);
 /// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
 /// Doubled from time to time.
 const ROW_IS_BUSY: Duration = Duration::from_micros(500);
@@ -66,6 +72,8 @@ struct Attempt {
     bell: Bell,
     /// It has rung: no need to look.
     was_called: bool,
+    /// Who is first in the queue of a lock that is free, and since when.
+    idle_first: Option<(String, Instant)>,
     /// What was in the way last.
     last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
@@ -80,6 +88,7 @@ impl Attempt {
             // So that it can be handed on. Once for all attempts: a later one may find what an earlier one has got.
             claim.numbers = core.queues.hand_off().turns.max(1);
         }
+        core.contenders.set(core.contenders.get() + 1);
         Self {
             core: Rc::clone(core),
             claims,
@@ -90,6 +99,7 @@ impl Attempt {
             stands_in_queue: false,
             bell: Bell::new(&core.calls),
             was_called: false,
+            idle_first: None,
             last_seen: None,
             last_failure: None,
         }
@@ -128,11 +138,14 @@ impl Attempt {
                     (failures, busy) = (0, 0);
                     self.last_failure = None;
                     held_for = remaining;
-                    if position == 0 {
-                        (self.started.elapsed() / LOOKS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+                    let pause = if position == 0 {
+                        self.started.elapsed() / LOOKS
                     } else {
-                        (SHORTEST_PAUSE * position.saturating_add(1)).min(LONGEST_PAUSE)
-                    }
+                        SHORTEST_PAUSE * position.saturating_add(1)
+                    };
+                    let in_a_crowd =
+                        (PER_CONTENDER * self.core.contenders.get()).min(LONGEST_PAUSE_IN_A_CROWD);
+                    pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(in_a_crowd)
                 }
                 Ok(Reply::RowIsBusy) => {
                     self.last_failure = None;
@@ -259,15 +272,19 @@ impl Attempt {
             return Ok(None);
         }
         let mut waiters = Waiters::parse(&row.waiters, now);
-        let took_place =
-            fair && self.wait.is_some() && waiters.stand(secret.as_str(), now, core.calls.listener());
+        let stands = fair && self.wait.is_some();
+        let took_place = stands && waiters.stand(secret.as_str(), now, core.calls.listener());
+        if !is_free {
+            self.idle_first = None;
+        }
+        let passed_over = is_free && stands && self.pass_over_idle_first(&mut waiters, secret.as_str());
         // A try has no place: it comes after all who have one.
         let ahead = waiters.position(secret.as_str()).unwrap_or_else(|| waiters.len());
         let may_take = is_free && ahead == 0;
         // Those in front whose place is over have to go, or the row knows nothing of us.
         let is_known = waiters.is_empty() || row.waiters.starts_with(secret.as_str());
         let mut written = true;
-        if took_place || (may_take && !is_known) || (may_take && waiters.is_empty()) {
+        if took_place || passed_over || (may_take && !is_known) || (may_take && waiters.is_empty()) {
             self.stands_in_queue |= took_place;
             self.bell.hang(row.id);
             core.listen();
@@ -279,6 +296,29 @@ impl Attempt {
         self.last_seen = Some((name, row));
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
         Ok(Some(Reply::InTheWay { remaining, position }))
+    }
+
+    /// Takes the first one out of the queue of a lock that is free, when it has not taken the lock for so long that it must
+    /// have died.
+    fn pass_over_idle_first(&mut self, waiters: &mut Waiters, secret: &str) -> bool {
+        let Some(first) = waiters.first().filter(|first| *first != secret) else {
+            self.idle_first = None;
+            return false;
+        };
+        match &self.idle_first {
+            Some((idle, since)) if idle == first => {
+                let passed_over = since.elapsed() >= LONGEST_IDLE;
+                if passed_over {
+                    waiters.remove_first();
+                    self.idle_first = None;
+                }
+                passed_over
+            }
+            _ => {
+                self.idle_first = Some((first.to_owned(), Instant::now()));
+                false
+            }
+        }
     }
 
     /// For messages.
@@ -309,6 +349,7 @@ impl Attempt {
 /// nobody waits behind its place.
 impl Drop for Attempt {
     fn drop(&mut self) {
+        self.core.contenders.set(self.core.contenders.get() - 1);
         if self.unsettled.get() {
             for claim in &self.claims {
                 release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);

@@ -160,6 +160,8 @@ pub(super) struct Core {
     pub(super) renewals: Lane,
     pub(super) calls: Rc<Calls>,
     pub(super) queues: Arc<Queues>,
+    /// How many attempts are under way.
+    pub(super) contenders: Cell<u32>,
     pub(super) leases: RefCell<HashMap<u64, Held>>,
     last_number: Cell<u64>,
     /// For guards, which keep the session alive; weak, so that the session doesn't.
@@ -194,6 +196,7 @@ impl Core {
             renewals: Lane::start(pool, &calls),
             calls,
             queues,
+            contenders: Cell::new(0),
             leases: RefCell::default(),
             last_number: Cell::new(0),
             requests,

@@ -1,6 +1,6 @@
 //! What the session and the guard of a lease share.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ pub(crate) struct LeaseState {
     numbers_used: AtomicU32,
     /// Transactions of former holders that may still commit by this lease, for all we know.
     open_commits: AtomicUsize,
+    /// Whether there is one of those whose outcome nobody will learn.
+    unknown_commit: AtomicBool,
     doubts: Mutex<Doubts>,
     granted: Instant,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
@@ -46,6 +48,7 @@ impl LeaseState {
             numbers,
             numbers_used: AtomicU32::new(1),
             open_commits: AtomicUsize::new(0),
+            unknown_commit: AtomicBool::new(false),
             doubts: Mutex::default(),
             granted: Instant::now(),
             at_least: Mutex::default(),
@@ -87,6 +90,15 @@ impl LeaseState {
     /// A transaction is about to be committed, or verified, by this lease.
     pub(crate) fn commit_begins(&self) {
         self.open_commits.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It may be carried out at any time.
+    pub(crate) fn commit_is_unknown(&self) {
+        self.unknown_commit.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_unknown_commit(&self) -> bool {
+        self.unknown_commit.load(Ordering::Acquire)
     }
 
     /// It has been carried out, or never will be.
