@@ -6,7 +6,7 @@ use lock_tests::Random;
 use super::*;
 
 const STRICT: Rules = Rules { leases_exclude: true };
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 60;
 
 /// A history as it should be: holders come one after the other, with and without a pause in between, some of them lose
 /// their lease, and some transactions are refused or of unknown outcome.
