@@ -212,14 +212,14 @@ async fn assert_clock_moves<K: ServerKind>(database: &Server<K>, server: &OwnSer
 
 /// The same work with the same checks on a lock that somebody has made by hand.
 async fn by_hand<T: TestServer>(mistake: Mistake) -> Vec<Violation> {
-    const ROUNDS: u64 = 10;
+    const ROUNDS: u64 = 12;
     let mut seeds = Random(seed());
     for _ in 0..ROUNDS {
         let database = T::create().await.expect("there was one before");
         let plan = Plan {
             seed: seeds.next(),
             faults: &[Fault::Stop, Fault::StopAtCommit],
-            length: Duration::from_secs(2),
+            length: LENGTH,
             mistake: Some(mistake),
         };
         let (violations, _) = run_and_check(&database, ways_through_proxies(&database), None, plan).await;
