@@ -69,7 +69,11 @@ pub(crate) async fn worker<DB: Backend>(mut parent: Parent) {
         .acquire_timeout(Duration::from_secs(5))
         .connect_lazy(parent.url())
         .unwrap();
-    let locks = Locks::new(pool.clone());
+    // With settings of its own: they need not be the same in all processes.
+    let mut random = Random(!contract.seed);
+    let (turns, time) =
+        random.pick(&[(64, Duration::from_millis(200)), (1, Duration::ZERO), (1000, Duration::from_secs(3))]);
+    let locks = Locks::builder(pool.clone()).fair(random.below(4) > 0).hand_off(turns, time).build();
     let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
     let tasks_before = tasks();
 
