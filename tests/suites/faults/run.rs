@@ -20,6 +20,7 @@ use super::worker::POOL;
 
 /// For what must happen, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(30);
+const LONG_TTL: Duration = Duration::from_mins(10);
 /// How long a server may take to come back.
 const START: Duration = Duration::from_mins(2);
 /// How long the workers go on when nothing is wrong any more.
@@ -179,7 +180,7 @@ async fn take_all<T: TestDatabase>(database: &T) -> Vec<(String, Moment)> {
     let locks = database.locks().await;
     let mut free = Vec::new();
     for name in LEASES {
-        let lease = locks.insert_lock(name).ttl(TTL).wait(TTL + PATIENCE).acquire().await.unwrap();
+        let lease = locks.insert_lock(name).ttl(LONG_TTL).wait(TTL + PATIENCE).acquire().await.unwrap();
         free.push((name.to_owned(), now()));
         lease.release().await.unwrap();
     }
