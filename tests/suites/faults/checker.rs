@@ -36,7 +36,7 @@ pub(crate) enum Violation {
     /// Something is there that nobody has written, or not so.
     FromNobody { kept: Kept },
     /// Two transactions read the same value and wrote: what the first of them wrote was overwritten unseen.
-    LostUpdate { first: Kept, second: Kept },
+    LostUpdate { first: Kept, second: Kept, deeds: Vec<Deed> },
     /// Something was read that never stood there.
     ReadOfNothing { register: String, value: i64 },
     /// The register does not end with what was written last.
@@ -155,7 +155,10 @@ fn check_register<'a>(
             violations.push(Violation::FromNobody { kept: kept.clone() });
         }
         if let Some(first) = next.insert(kept.previous, kept) {
-            violations.push(Violation::LostUpdate { first: first.clone(), second: kept.clone() });
+            let both = [first.value, kept.value];
+            let deeds =
+                both.iter().filter_map(|value| writes.get(value)).map(|deed| (*deed).clone()).collect();
+            violations.push(Violation::LostUpdate { first: first.clone(), second: kept.clone(), deeds });
             is_chain = false;
         }
     }

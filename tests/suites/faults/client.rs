@@ -83,7 +83,7 @@ impl<DB: Backend> Client<DB> {
             return self.say(What::Denied);
         };
         self.say(What::Granted { token: Some(lease.token()) });
-        let mut was_told = self.look(&lease);
+        let (mut was_told, mut in_doubt) = (self.look(&lease), false);
         for _ in 0..1 + self.random.below(4) {
             if was_told {
                 break;
@@ -98,20 +98,27 @@ impl<DB: Backend> Client<DB> {
                         was_told = true;
                     }
                 }
-                kind => self.do_business(&lease, name, kind > 1).await,
+                kind => {
+                    if self.do_business(&lease, name, kind > 1).await == Some(Outcome::Unknown) {
+                        // The commit may still arrive, and passes as long as the lease is the current one: under
+                        // the same lease nobody knows whether what he reads next is from before it.
+                        in_doubt = true;
+                        break;
+                    }
+                }
             }
             was_told |= self.look(&lease);
         }
         // Whoever lost it tries all the same.
-        if was_told {
+        if was_told && !in_doubt {
             self.do_business(&lease, name, true).await;
         }
         match self.random.below(4) {
+            1 if !in_doubt => self.end_with_business(lease, name).await,
             0 => {
                 self.say(What::Ends);
                 drop(lease);
             }
-            1 => self.end_with_business(lease, name).await,
             _ => {
                 self.say(What::Ends);
                 lease.release().await;
@@ -130,15 +137,16 @@ impl<DB: Backend> Client<DB> {
         true
     }
 
-    async fn do_business(&mut self, lease: &SubjectLease<DB>, name: &str, writes: bool) {
+    /// `None`: it came to no commit.
+    async fn do_business(&mut self, lease: &SubjectLease<DB>, name: &str, writes: bool) -> Option<Outcome> {
         let called = now();
-        let Some(mut transaction) = lease.begin().await else { return };
+        let mut transaction = lease.begin().await?;
         // What is not committed is rolled back by dropping it.
-        if let Ok((previous, value)) = self.change_register(&mut transaction, name, writes).await {
-            self.say(What::Commits { called, previous, value });
-            let outcome = lease.commit(transaction).await;
-            self.say_outcome(outcome);
-        }
+        let (previous, value) = self.change_register(&mut transaction, name, writes).await.ok()?;
+        self.say(What::Commits { called, previous, value });
+        let outcome = lease.commit(transaction).await;
+        self.say_outcome(outcome);
+        Some(outcome)
     }
 
     async fn end_with_business(&mut self, lease: SubjectLease<DB>, name: &str) {
