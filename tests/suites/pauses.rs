@@ -8,10 +8,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use lock_tests::{Backend, Process, TestDatabase, TestServer, child_roles, for_each_database};
+use lock_tests::{Backend, Process, Random, TestDatabase, TestServer, child_roles, for_each_database, seed};
 use tokio::time::{sleep_until, timeout};
 
 use self::player::{LEVELS, Line, Outcome, Part, Place, Way, player};
@@ -87,13 +86,6 @@ async fn play_rounds<T: TestDatabase>(database: &T, guarded: bool, rounds: u64) 
         },);
     first.add(second);
     first
-}
-
-fn seed() -> u64 {
-    match std::env::var("LOCK_DB_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("LOCK_DB_TEST_SEED is a number"),
-        Err(_) => RandomState::new().hash_one(std::process::id()),
-    }
 }
 
 async fn hear(player: &mut Process) -> Line {
@@ -416,26 +408,5 @@ impl fmt::Display for Tally {
             "committed {committed}, taken over {taken_over}, of these refused {refused}; waited {waited}; \
              lost updates {lost_updates}, out of order {out_of_order}"
         )
-    }
-}
-
-/// `SplitMix64`.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % limit as u64).unwrap_or(0)
-    }
-
-    fn pick<V: Copy>(&mut self, values: &[V]) -> V {
-        values[self.below(values.len())]
     }
 }

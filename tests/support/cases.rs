@@ -10,6 +10,12 @@ use crate::TestDatabase;
 /// Longer than any case takes on a slow machine: what passes it hangs.
 const PATIENCE: Duration = Duration::from_mins(3);
 
+/// How long faults are to be injected (`tests/run --faults`), if longer than in every run of all tests.
+pub fn long_run() -> Option<Duration> {
+    let seconds = std::env::var("LOCK_DB_TEST_FAULTS_SECONDS").ok().filter(|seconds| !seconds.is_empty())?;
+    Some(Duration::from_secs(seconds.parse().expect("LOCK_DB_TEST_FAULTS_SECONDS is a number")))
+}
+
 /// Makes a test of each case on each kind of database, named `postgres::case`, `mariadb::case`, `mysql::case` and
 /// `sqlite::case`. Once in a module:
 ///
@@ -93,8 +99,9 @@ pub fn run_case<T: TestDatabase>(runtime: CaseRuntime, case: impl AsyncFnOnce(&T
     let Some(database) = runtime.block_on(T::create()) else { return };
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         runtime.block_on(async {
-            let in_time = tokio::time::timeout(PATIENCE, case(&database)).await;
-            assert!(in_time.is_ok(), "the case hangs: it did not end within {PATIENCE:?}");
+            let patience = PATIENCE + long_run().unwrap_or_default();
+            let in_time = tokio::time::timeout(patience, case(&database)).await;
+            assert!(in_time.is_ok(), "the case hangs: it did not end within {patience:?}");
         });
     }));
     runtime.shutdown_timeout(Duration::from_secs(5));

@@ -22,6 +22,16 @@ pub trait TestDatabase: Sized + Send + Sync + 'static {
     /// The connections to this database and what they are doing; not those of the harness itself.
     fn activity(&self) -> impl Future<Output = Activity> + Send;
 
+    /// The locks of lock-db's migrations that somebody has.
+    fn advisory_locks(&self) -> impl Future<Output = usize> + Send {
+        std::future::ready(0)
+    }
+
+    /// After the server was away: the harness's own connection has to be made anew.
+    fn reconnect(&self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+
     /// Runs statements on a connection of the harness.
     fn run(&self, sql: &str) -> impl Future<Output = u64> + Send;
 

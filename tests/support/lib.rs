@@ -18,15 +18,18 @@ mod database;
 mod eventually;
 mod process;
 mod proxy;
+mod random;
 mod servers;
 mod sqlite;
 
-pub use cases::{CaseRuntime, run_case};
+pub use cases::{CaseRuntime, long_run, run_case};
 pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
 pub use eventually::eventually;
-pub use process::{Parent, Process, RoleForAll, become_child};
+pub use process::{Parent, Process, RoleForAll, become_child, say_to_parent};
 pub use proxy::{Direction, Proxy};
+pub use random::{Random, seed};
 pub use servers::{
-    GaleraCluster, MariaDbServer, MySqlServer, PostgresServer, Server, ServerDialect, ServerKind,
+    GaleraCluster, MariaDbKind, MariaDbServer, MySqlKind, MySqlServer, PostgresKind, PostgresServer, Server,
+    ServerDialect, ServerKind,
 };
 pub use sqlite::SqliteFile;

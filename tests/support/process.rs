@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 const ROLE: &str = "LOCK_TESTS_ROLE";
@@ -115,6 +116,25 @@ impl Process {
         line.unwrap_or_else(|| panic!("the child process ended: {:?}", self.child.wait()))
     }
 
+    /// What it has said by now and nobody has heard; panics when it has ended.
+    pub fn overhear(&mut self) -> Option<String> {
+        match self.lines.try_recv() {
+            Ok(line) => Some(line),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => panic!("the child process ended: {:?}", self.child.wait()),
+        }
+    }
+
+    /// [`kill`](Self::kill), and what it had said before and nobody has heard. The last line may be cut off.
+    pub async fn kill_and_hear(&mut self) -> Vec<String> {
+        self.kill();
+        let mut lines = Vec::new();
+        while let Some(line) = self.lines.recv().await {
+            lines.push(line);
+        }
+        lines
+    }
+
     /// Waits for a line, which must be this one.
     pub async fn expect(&mut self, line: &str) {
         assert_eq!(self.hear().await, line);
@@ -182,8 +202,7 @@ impl Parent {
 
     /// Sends a line to the parent.
     pub fn say(&self, line: impl std::fmt::Display) {
-        let mut output = std::io::stdout().lock();
-        writeln!(output, "\n{MARK}{line}").and_then(|()| output.flush()).expect("the parent listens");
+        say_to_parent(line);
     }
 
     /// The next line that the parent says; `None` when it wants an end.
@@ -209,6 +228,12 @@ impl Parent {
         });
         Self { url, arguments, lines }
     }
+}
+
+/// Sends a line to the parent, from anywhere in a child. It is on its way when this returns.
+pub fn say_to_parent(line: impl std::fmt::Display) {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "\n{MARK}{line}").and_then(|()| output.flush()).expect("the parent listens");
 }
 
 /// Runs the role that this process was started for; returns at once when it is no child.

@@ -78,9 +78,10 @@ impl Proxy {
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("starts a runtime").block_on(async {
-                let listener =
-                    listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("listens on loopback");
-                let address = listener.local_addr().expect("has an address");
+                // Never listens: it keeps the address from others while the proxy refuses.
+                let reserved = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("binds on loopback");
+                let address = reserved.local_addr().expect("has an address");
+                let listener = listen(address).expect("listens on loopback");
                 started.send(address).expect("the proxy is waited for");
                 tokio::select! {
                     () = serve(listener, address, shared) => {}
@@ -186,12 +187,17 @@ impl Way {
     }
 }
 
-/// A listener that can have the same address again after it was closed.
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+/// A socket that can share its address with one that listens.
+fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = TcpSocket::new_v4()?;
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    socket.listen(1024)
+    Ok(socket)
+}
+
+/// A listener that can have the same address again after it was closed.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    bind(address)?.listen(1024)
 }
 
 async fn serve(listener: TcpListener, address: SocketAddr, state: Arc<State>) {

@@ -99,16 +99,7 @@ impl<K: ServerKind> TestDatabase for Server<K> {
 
     async fn create() -> Option<Self> {
         let administration = configured_servers::<K>()?.swap_remove(0);
-        let name = format!("lock_db_test_{:016x}", RandomState::new().hash_one(std::process::id()));
-        let mut url = administration.clone();
-        url.set_path(&name);
-
-        let mut administrator = connect::<K::Database>(&administration).await;
-        let create = format!("CREATE DATABASE {name} {}", K::Database::CREATE_OPTIONS);
-        K::Database::run(&mut administrator, &create).await.expect("creates a database for the test");
-        drop(administrator.close().await);
-        let observer = Mutex::new(connect::<K::Database>(&url).await);
-        Some(Self { name, url, observer, administration, kind: PhantomData })
+        Some(Self::create_at(administration).await)
     }
 
     fn url(&self) -> &str {
@@ -118,6 +109,16 @@ impl<K: ServerKind> TestDatabase for Server<K> {
     async fn activity(&self) -> Activity {
         let mut observer = self.observer.lock().await;
         K::Database::activity(&mut observer).await.expect("reads the activity of the database")
+    }
+
+    async fn advisory_locks(&self) -> usize {
+        let mut observer = self.observer.lock().await;
+        let holders = K::Database::numbers(&mut observer, K::Database::ADVISORY_LOCKS).await;
+        holders.expect("reads the advisory locks").len()
+    }
+
+    async fn reconnect(&self) {
+        *self.observer.lock().await = connect::<K::Database>(&self.url).await;
     }
 
     async fn run(&self, sql: &str) -> u64 {
@@ -133,6 +134,22 @@ impl<K: ServerKind> TestDatabase for Server<K> {
     async fn find_text(&self, sql: &str) -> Option<String> {
         let mut observer = self.observer.lock().await;
         K::Database::find_text(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+    }
+}
+
+impl<K: ServerKind> Server<K> {
+    /// A new database on a server of the test's own, with the URL of a database that is there.
+    pub async fn create_at(administration: Url) -> Self {
+        let name = format!("lock_db_test_{:016x}", RandomState::new().hash_one(std::process::id()));
+        let mut url = administration.clone();
+        url.set_path(&name);
+
+        let mut administrator = connect::<K::Database>(&administration).await;
+        let create = format!("CREATE DATABASE {name} {}", K::Database::CREATE_OPTIONS);
+        K::Database::run(&mut administrator, &create).await.expect("creates a database for the test");
+        drop(administrator.close().await);
+        let observer = Mutex::new(connect::<K::Database>(&url).await);
+        Self { name, url, observer, administration, kind: PhantomData }
     }
 }
 
@@ -189,6 +206,8 @@ impl<K: ServerKind> Drop for Server<K> {
 pub trait ServerDialect: Backend {
     const PORT: u16;
     const CREATE_OPTIONS: &'static str;
+    /// A row for each that is held. Of MySQL and MariaDB it asks by name: only one of them lists them all.
+    const ADVISORY_LOCKS: &'static str;
 
     fn activity(observer: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Activity>> + Send;
 
@@ -205,6 +224,9 @@ pub trait ServerDialect: Backend {
 impl ServerDialect for Postgres {
     const PORT: u16 = 5432;
     const CREATE_OPTIONS: &'static str = "TEMPLATE template0";
+    const ADVISORY_LOCKS: &'static str =
+        "SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database
+        WHERE locktype = 'advisory' AND datname = current_database()";
 
     async fn activity(observer: &mut PgConnection) -> sqlx::Result<Activity> {
         const OTHERS: &str = "FROM pg_stat_activity
@@ -237,6 +259,8 @@ impl ServerDialect for Postgres {
 impl ServerDialect for MySql {
     const PORT: u16 = 3306;
     const CREATE_OPTIONS: &'static str = "";
+    const ADVISORY_LOCKS: &'static str = "SELECT id FROM information_schema.processlist
+        WHERE id = IS_USED_LOCK(CONCAT('lock_db:', SHA2(DATABASE(), 224)))";
 
     /// `information_schema.innodb_trx` would be simpler, but it is a copy that is made anew only when nobody on the
     /// whole server has read it for a tenth of a second.

@@ -1,0 +1,251 @@
+//! Locks while things go wrong: real workers on real servers, whose processes, networks and servers fail by a seeded
+//! schedule, and a checker that goes over what they have seen. docs/testing.md says what for.
+//!
+//! A run that fails says its seed; with `LOCK_DB_TEST_SEED` set to it the same faults are injected at the same moments.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::fs::File;
+use std::io::Write;
+use std::time::Duration;
+
+use lock_tests::{
+    MariaDbKind, MySqlKind, PostgresKind, Random, Server, ServerKind, TestDatabase, TestServer, child_roles,
+    for_each_database, long_run, seed,
+};
+use tokio::time::{Instant, timeout};
+
+use self::broken::Mistake;
+use self::checker::Violation;
+use self::crew::Way;
+use self::nemesis::{Fault, OF_CLOCKS, OF_NETWORKS, OF_PROCESSES, OF_SERVERS};
+use self::own_server::OwnServer;
+use self::report::Report;
+use self::run::{PLACES, Plan, run, run_and_check};
+use self::worker::worker;
+
+#[path = "faults/broken.rs"]
+mod broken;
+#[path = "faults/checker.rs"]
+mod checker;
+#[path = "faults/client.rs"]
+mod client;
+#[path = "faults/crew.rs"]
+mod crew;
+#[path = "faults/events.rs"]
+mod events;
+#[path = "faults/history.rs"]
+mod history;
+#[path = "faults/nemesis.rs"]
+mod nemesis;
+#[path = "faults/own_server.rs"]
+mod own_server;
+#[path = "faults/report.rs"]
+mod report;
+#[path = "faults/run.rs"]
+mod run;
+#[path = "faults/subject.rs"]
+mod subject;
+#[path = "faults/worker.rs"]
+mod worker;
+
+for_each_database! {
+    processes_fail;
+    on servers:
+    networks_fail,
+    processes_and_networks_fail,
+    a_lock_by_hand_without_a_mistake_passes,
+    a_release_without_the_secret_is_found,
+    an_expiry_by_the_clients_clock_is_found,
+    a_guard_without_a_row_lock_is_found,
+}
+
+child_roles! { worker }
+
+/// Of all leases: short, so that it passes often.
+const TTL: Duration = Duration::from_millis(600);
+/// How long faults are injected in a round.
+const LENGTH: Duration = Duration::from_secs(3);
+/// … of a long run.
+const LONG_LENGTH: Duration = Duration::from_secs(20);
+/// How long a run may take, beyond what a long one is to take.
+const PATIENCE: Duration = Duration::from_mins(4);
+
+/// One round; in a long run as many as there is time for, some with all faults mixed, some with one of them alone.
+async fn rounds(what: &str, faults: &[Fault], mut round: impl AsyncFnMut(Plan<'_>) -> Report) {
+    let (started, time) = (Instant::now(), long_run());
+    let mut seeds = Random(seed());
+    // The first one is the one that was given, so that a single round can be had again.
+    let mut seed = seeds.0;
+    let mut total = Report::default();
+    loop {
+        let mut choice = Random(!seed);
+        let alone = [choice.pick(faults)];
+        let is_alone = time.is_some() && choice.below(2) == 0;
+        let plan = Plan {
+            seed,
+            faults: if is_alone { &alone } else { faults },
+            length: if time.is_some() { LONG_LENGTH } else { LENGTH },
+            mistake: None,
+        };
+        total.add(round(plan).await);
+        if std::env::var_os("LOCK_DB_TEST_SEED").is_some() || started.elapsed() >= time.unwrap_or_default() {
+            break;
+        }
+        seed = seeds.next();
+    }
+    report(&format!("{what}: {total}"));
+}
+
+/// Also into the file that `tests/run --faults` shows in the end.
+fn report(line: &str) {
+    println!("{line}");
+    if let Some(path) = std::env::var_os("LOCK_DB_TEST_FAULTS_REPORT") {
+        let mut file = File::options().append(true).create(true).open(path).expect("opens the report");
+        writeln!(file, "{line}").expect("writes the report");
+    }
+}
+
+async fn processes_fail<T: TestDatabase>(_: &T) {
+    rounds(&format!("{}, processes", T::NAME), OF_PROCESSES, async |plan| {
+        let database = T::create().await.expect("there was one before");
+        let ways = (0..PLACES).map(|_| Way { url: database.url().to_owned(), proxy: None }).collect();
+        run(&database, ways, None, plan).await
+    })
+    .await;
+}
+
+fn ways_through_proxies<T: TestServer>(database: &T) -> Vec<Way> {
+    let way = |_| {
+        let proxy = database.proxy();
+        Way { url: database.url_by(proxy.address()), proxy: Some(proxy) }
+    };
+    (0..PLACES).map(way).collect()
+}
+
+async fn networks_fail<T: TestServer>(_: &T) {
+    rounds(&format!("{}, networks", T::NAME), OF_NETWORKS, async |plan| {
+        let database = T::create().await.expect("there was one before");
+        run(&database, ways_through_proxies(&database), None, plan).await
+    })
+    .await;
+}
+
+async fn processes_and_networks_fail<T: TestServer>(_: &T) {
+    let faults = [OF_PROCESSES, OF_NETWORKS].concat();
+    rounds(&format!("{}, processes and networks", T::NAME), &faults, async |plan| {
+        let database = T::create().await.expect("there was one before");
+        run(&database, ways_through_proxies(&database), None, plan).await
+    })
+    .await;
+}
+
+// -------------------------------------------------------------------------------------- a server of one's own
+
+macro_rules! on_own_servers {
+    ($($case:ident $faults:ident);* $(;)?) => {$(
+        mod $case {
+            use super::*;
+
+            #[test]
+            fn postgres() {
+                on_own_server::<PostgresKind>($faults);
+            }
+
+            #[test]
+            fn mariadb() {
+                on_own_server::<MariaDbKind>($faults);
+            }
+
+            #[test]
+            fn mysql() {
+                on_own_server::<MySqlKind>($faults);
+            }
+        }
+    )*};
+}
+
+on_own_servers! {
+    servers_fail OF_SERVERS;
+    clocks_move OF_CLOCKS;
+}
+
+fn on_own_server<K: ServerKind>(faults: &[Fault]) {
+    let moves_clock = faults.iter().any(|fault| fault.moves_clock());
+    if !OwnServer::can_have(K::NAME) || (moves_clock && !OwnServer::can_have("clock")) {
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut server = OwnServer::new(K::NAME, moves_clock).await;
+        let what = format!("{}, {}", K::NAME, if moves_clock { "its clock" } else { "its server" });
+        let all_rounds = rounds(&what, faults, async |plan| {
+            server.is_back::<K::Database>().await;
+            let database = Server::<K>::create_at(server.url()).await;
+            if moves_clock {
+                assert_clock_moves(&database, &server).await;
+            }
+            run(&database, ways_through_proxies(&database), Some(&mut server), plan).await
+        });
+        let patience = PATIENCE + long_run().unwrap_or_default();
+        timeout(patience, all_rounds)
+            .await
+            .unwrap_or_else(|_| panic!("it hangs: no end within {patience:?}"));
+    });
+}
+
+/// Else a run with its clock would show nothing.
+async fn assert_clock_moves<K: ServerKind>(database: &Server<K>, server: &OwnServer) {
+    const HOUR: i64 = 3600;
+    let now = match K::NAME {
+        "postgres" => "SELECT extract(epoch FROM clock_timestamp())::BIGINT",
+        _ => "SELECT TIMESTAMPDIFF(SECOND, '1970-01-01', UTC_TIMESTAMP(6))",
+    };
+    let true_time = database.number(now).await;
+    server.set_clock(HOUR);
+    let wrong_time = database.number(now).await;
+    server.set_clock(0);
+    assert!(wrong_time - true_time > HOUR / 2, "the server's clock does not move");
+}
+
+// --------------------------------------------------------------------------------------- what must be found
+
+/// The same work with the same checks on a lock that somebody has made by hand.
+async fn by_hand<T: TestServer>(mistake: Mistake) -> Vec<Violation> {
+    const ROUNDS: u64 = 12;
+    let mut seeds = Random(seed());
+    for _ in 0..ROUNDS {
+        let database = T::create().await.expect("there was one before");
+        let plan = Plan {
+            seed: seeds.next(),
+            faults: &[Fault::Stop, Fault::StopAtCommit],
+            length: LENGTH,
+            mistake: Some(mistake),
+        };
+        let (violations, _) = run_and_check(&database, ways_through_proxies(&database), None, plan).await;
+        if mistake == Mistake::None || !violations.is_empty() {
+            return violations;
+        }
+    }
+    panic!("{mistake:?} was not found");
+}
+
+async fn a_lock_by_hand_without_a_mistake_passes<T: TestServer>(_: &T) {
+    assert_eq!(by_hand::<T>(Mistake::None).await, []);
+}
+
+async fn a_release_without_the_secret_is_found<T: TestServer>(_: &T) {
+    by_hand::<T>(Mistake::ReleaseWithoutSecret).await;
+}
+
+async fn an_expiry_by_the_clients_clock_is_found<T: TestServer>(_: &T) {
+    let violations = by_hand::<T>(Mistake::ExpiryByTheClientsClock).await;
+    assert!(violations.iter().any(|found| matches!(found, Violation::HeldByTwo { .. })), "{violations:#?}");
+}
+
+async fn a_guard_without_a_row_lock_is_found<T: TestServer>(_: &T) {
+    let violations = by_hand::<T>(Mistake::GuardWithoutRowLock).await;
+    let is_it =
+        |found: &Violation| matches!(found, Violation::LostUpdate { .. } | Violation::LateCommit { .. });
+    assert!(violations.iter().any(is_it), "{violations:#?}");
+}
