@@ -32,6 +32,7 @@ for_each_database! {
     on servers:
     nobody_calls_a_lease_held_whose_release_may_have_been_committed,
     a_commit_does_not_wait_for_ever,
+    under_a_commit_without_an_answer_no_other_transaction_begins,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -548,4 +549,31 @@ async fn a_late_copy_of_the_request_brings_no_lease_back<T: TestDatabase>(databa
         locks.insert_lock("a").ttl(Duration::from_millis(900)).wait(PATIENCE).acquire().await.unwrap();
     assert_eq!(database.run(others_had_it).await, 1);
     lease.lost().await;
+}
+
+/// It may be carried out after the other one has read, and its guard would find the same lease.
+async fn under_a_commit_without_an_answer_no_other_transaction_begins<T: TestServer>(database: &T) {
+    counter(database).await;
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let locks = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await);
+    let held = lease::<T>(&locks).await;
+    let mut transaction = held.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    // For each answer of those that a commit takes.
+    proxy.delay(Direction::ToClient, Duration::from_secs(2));
+    let committing = tokio::spawn(transaction.commit());
+    // Carried out, and the answer is under way.
+    eventually(PATIENCE, async || count(database).await == 1).await;
+    proxy.cut();
+    let committed = committing.await.unwrap();
+    assert!(matches!(committed, Err(Error::Database { .. })), "{committed:?}");
+    proxy.delay(Direction::ToClient, Duration::ZERO);
+    assert!(held.is_held());
+    let begun = held.begin().await;
+    assert!(matches!(begun, Err(Error::Lost { reason: Loss::CommitUnknown, .. })), "{begun:?}");
+    held.release().await.unwrap();
+    // Under another lease they are in order.
+    let held = lease::<T>(&locks).await;
+    held.begin().await.unwrap().commit().await.unwrap();
 }
