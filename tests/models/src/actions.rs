@@ -143,7 +143,8 @@ impl Protocol {
                 }
                 if client.transaction.is_none() {
                     steps.push(Step::Release);
-                    if client.is_held() && client.transactions < self.transactions {
+                    let may_begin = !client.commit_is_open || self.is(Mutation::BeginAfterLostCommit);
+                    if client.is_held() && may_begin && client.transactions < self.transactions {
                         steps.push(Step::BeginTransaction);
                     }
                 }
@@ -310,7 +311,8 @@ impl Protocol {
         if step == Step::BeginTransaction {
             client.transactions += 1;
             let (acquisition, token, hand) = (client.acquisition, client.token, client.hand);
-            client.transaction = Some(Transaction { stage: Stage::Open, acquisition, token, hand });
+            let number = client.transactions;
+            client.transaction = Some(Transaction { stage: Stage::Open, acquisition, token, hand, number });
             return;
         }
         let Some(mut transaction) = client.transaction.take() else { return };

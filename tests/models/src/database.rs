@@ -110,6 +110,9 @@ impl Protocol {
     pub(crate) fn commit(state: &mut State, client: u8, transaction: &Transaction) {
         let is_last = (transaction.token, transaction.hand) == (state.greatest_token, state.greatest_hand);
         state.wrong.late_commit |= !is_last;
+        let last_committed = &mut state.clients[usize::from(client)].last_committed;
+        state.wrong.overtaken_commit |= transaction.number < *last_committed;
+        *last_committed = transaction.number.max(*last_committed);
         if let Some(row) = state.row.as_mut()
             && row.lock.as_ref().is_some_and(|lock| lock.client == client && lock.releases)
         {

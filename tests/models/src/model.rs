@@ -59,6 +59,8 @@ pub enum Mutation {
     HandOnDuringTransaction,
     /// A holder hands the lease on after a commit without an answer.
     HandOnAfterLostCommit,
+    /// Another transaction of a lease begins after a commit without an answer.
+    BeginAfterLostCommit,
     /// A renewal that is asked for and answered while `commit_and_release` is under way settles the doubt.
     DoubtEndsWhileReleasing,
 }
@@ -96,6 +98,8 @@ pub mod property {
     pub const HOLDERS_HOLD: &str = "whose `is_held` is true has the lease by the database";
     pub const TOKENS_GROW: &str = "fencing tokens only grow";
     pub const COMMITS_ARE_SERIAL: &str = "no guarded commit after a newer grant";
+    pub const COMMITS_ARE_IN_ORDER: &str =
+        "no guarded commit after that of a later transaction of the same client";
     pub const OWN_ROW_ONLY: &str = "releases and renewals touch nobody else's lease";
     pub const NOT_REFUSED_BY_ITSELF: &str = "nobody is refused because of a grant to itself";
     pub const NOTHING_LEFT: &str = "when nobody wants it any more and nothing is under way, it is free";
@@ -145,6 +149,9 @@ impl Model for Protocol {
         let mut properties = vec![
             Property::<Self>::always(property::TOKENS_GROW, |_, state| !state.wrong.token_did_not_grow),
             Property::<Self>::always(property::COMMITS_ARE_SERIAL, |_, state| !state.wrong.late_commit),
+            Property::<Self>::always(property::COMMITS_ARE_IN_ORDER, |_, state| {
+                !state.wrong.overtaken_commit
+            }),
             Property::<Self>::always(property::OWN_ROW_ONLY, |_, state| !state.wrong.touched_another),
             Property::<Self>::always(property::NOT_REFUSED_BY_ITSELF, |_, state| {
                 !state.wrong.refused_by_itself

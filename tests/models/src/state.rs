@@ -115,6 +115,8 @@ pub struct Transaction {
     pub token: u8,
     /// Which of its holders began it.
     pub hand: u8,
+    /// Which of the client's transactions it is.
+    pub number: u8,
 }
 
 /// A process.
@@ -146,6 +148,8 @@ pub struct Client {
     pub transaction: Option<Transaction>,
     /// How many transactions it has begun.
     pub transactions: u8,
+    /// The last of them that was committed.
+    pub last_committed: u8,
 }
 
 impl Client {
@@ -177,6 +181,8 @@ pub struct Wrong {
     pub token_did_not_grow: bool,
     /// A commit after a newer grant.
     pub late_commit: bool,
+    /// A commit after that of a later transaction of the same client.
+    pub overtaken_commit: bool,
     /// A renewal or a release that changed somebody else's row.
     pub touched_another: bool,
     /// An attempt that its own earlier grant stood in the way of.
@@ -222,6 +228,7 @@ impl State {
             renewal: None,
             transaction: None,
             transactions: 0,
+            last_committed: 0,
         };
         Self {
             row: None,

@@ -127,3 +127,10 @@ fn a_hand_off_after_a_commit_without_an_answer() {
     let protocol = Protocol { transactions: 1, hands: 2, losses: 1, ..Protocol::default() };
     breaks(Mutation::HandOnAfterLostCommit, property::COMMITS_ARE_SERIAL, protocol);
 }
+
+/// Both are guarded by the same lease.
+#[test]
+fn a_transaction_after_a_commit_without_an_answer() {
+    let protocol = Protocol { transactions: 2, losses: 1, ..Protocol::default() };
+    breaks(Mutation::BeginAfterLostCommit, property::COMMITS_ARE_IN_ORDER, protocol);
+}
