@@ -190,9 +190,15 @@ impl<DB: Metered> Counted<DB> {
 
     async fn renewal(&mut self) -> anyhow::Result<()> {
         let locks = self.locks.clone();
-        let mut leases = Vec::new();
+        let mut tasks = JoinSet::new();
         for name in self.names("renewed", RENEWED) {
-            leases.push(locks.insert_lock(name).ttl(SHORT_TTL).acquire().await?);
+            let lock = locks.insert_lock(name).ttl(SHORT_TTL);
+            // At once: those that are due at about the same time are renewed together.
+            tasks.spawn(lock.acquire());
+        }
+        let mut leases = Vec::new();
+        while let Some(ended) = tasks.join_next().await {
+            leases.push(ended??);
         }
         // Until they are renewed together.
         sleep(SHORT_TTL).await;

@@ -154,7 +154,8 @@ async fn proxy<DB: Metered>(url: &str) -> anyhow::Result<Option<Proxy>> {
     }
 }
 
-/// As a service has them. Without the ping of sqlx's pools, which has nothing to do with locks.
+/// As a service has them. Without the ping of sqlx's pools before each use, which has nothing to do with locks; the one
+/// after each use cannot be switched off.
 async fn locks<DB: Database>(options: Options<DB>) -> anyhow::Result<(Locks<DB>, sqlx::Pool<DB>)> {
     let pool = pool_options(CONNECTIONS).test_before_acquire(false).connect_with(options).await?;
     let locks = Locks::new(pool.clone());
