@@ -10,9 +10,18 @@ use crate::clock::{Moment, now};
 use crate::contender::{self, Job};
 use crate::drive::drive;
 use crate::record::{Log, Record};
+use crate::study::Study;
 use crate::summary::Window;
 
-/// What the first process says, one line each. The first is the job.
+/// The first line that the first process says.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Task {
+    /// A part in a scene.
+    Play(Job),
+    Study(Study),
+}
+
+/// What it says to those who play, one line each.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Order {
     /// To all callers; answered by the log.
@@ -26,7 +35,10 @@ pub(crate) enum Order {
 pub(crate) async fn main() -> anyhow::Result<()> {
     let mut input = BufReader::new(tokio::io::stdin()).lines();
     let line = input.next_line().await?.context("there is no job")?;
-    let job: Job = serde_json::from_str(&line)?;
+    let job = match serde_json::from_str(&line)? {
+        Task::Play(job) => job,
+        Task::Study(study) => return study.carry_out().await,
+    };
     let team = contender::team(&job).await?;
     answer(&"ready")?;
     match order(&mut input).await? {
@@ -77,7 +89,7 @@ async fn order(input: &mut Lines<BufReader<Stdin>>) -> anyhow::Result<Option<Ord
     Ok(line.map(|line| serde_json::from_str::<Order>(&line)).transpose()?)
 }
 
-fn answer(answer: &impl Serialize) -> anyhow::Result<()> {
+pub(crate) fn answer(answer: &impl Serialize) -> anyhow::Result<()> {
     let mut output = std::io::stdout().lock();
     serde_json::to_writer(&mut output, answer)?;
     writeln!(output)?;

@@ -13,7 +13,7 @@ use sqlx::{Connection, MySql, Pool, Postgres, Sqlite};
 /// As many rows as the floor has callers at most.
 const FLOOR_ROWS: i64 = 64;
 
-type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
+pub(crate) type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
 
 /// A database with the tables of the peers. Each statement commits by itself.
 pub(crate) trait Database: LockDatabase {

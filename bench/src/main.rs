@@ -7,12 +7,15 @@ mod contender;
 mod database;
 mod drive;
 mod machine;
+mod meter;
 mod play;
 mod plots;
+mod proxy;
 mod record;
 mod report;
 mod scene;
 mod server;
+mod study;
 mod summary;
 
 use std::path::PathBuf;
@@ -29,6 +32,7 @@ use crate::play::{Times, play};
 use crate::report::{Entry, Report, UNEQUAL, are_unequal, middle};
 use crate::scene::{Kind, Scene};
 use crate::server::{Facts, Server};
+use crate::study::{Findings, Sizes};
 
 /// How fast and how fair the locks of lock-db are, side by side with their peers.
 ///
@@ -59,9 +63,25 @@ struct Arguments {
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
-    /// Which scenes to play [default: all]
+    /// Which scenes to play [default: A to D]
     #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
     scenes: Vec<Kind>,
+
+    /// Scene E: how many leases
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    leases: u32,
+
+    /// Scene E: how long they are held
+    #[arg(long, default_value_t = 45.0, value_parser = seconds, value_name = "SECONDS")]
+    hold_leases: f64,
+
+    /// Scene F: how long names are taken and given back, each of the two times
+    #[arg(long, default_value_t = 60.0, value_parser = seconds, value_name = "SECONDS")]
+    churn: f64,
+
+    /// Scene G: how often each operation is done
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(50..=100_000))]
+    repeats: u32,
 
     /// Only lock-db, without the peers
     #[arg(long)]
@@ -200,6 +220,7 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
             bar.inc(1);
         }
     }
+    let findings = look(arguments, servers, &bar).await;
     bar.finish_and_clear();
     machine.look_again();
     let results = parts.into_iter().zip(summaries).zip(failures);
@@ -210,6 +231,7 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
     });
     Ok(Report {
         results: results.collect(),
+        findings,
         machine,
         servers: facts,
         seconds: arguments.seconds,
@@ -217,6 +239,24 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
         hold_seconds: hold(arguments).as_secs_f64(),
         connections_per_process: arguments.connections,
     })
+}
+
+/// The scenes that are not played by contenders.
+async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> Findings {
+    let sizes = Sizes {
+        leases: arguments.leases,
+        hold: Duration::from_secs_f64(arguments.hold_leases),
+        churn: Duration::from_secs_f64(arguments.churn),
+        repeats: arguments.repeats,
+    };
+    let mut findings = Findings::default();
+    for kind in arguments.scenes.iter().copied().filter(|kind| kind.is_study()) {
+        for server in servers.iter().filter(|server| server.system != System::Redis) {
+            bar.set_message(format!("{kind:?} {:?}", server.system));
+            findings.add(kind, server.system, &server.url, sizes).await;
+        }
+    }
+    findings
 }
 
 /// Contenders of one scene follow each other, so that they meet the machine in the same state.
@@ -269,9 +309,9 @@ fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
     if let Some(folder) = &arguments.plots {
         plots::draw(report, &scenes, folder)?;
     }
-    if report.results.iter().all(Entry::is_right) {
+    if report.results.iter().all(Entry::is_right) && report.findings.are_right() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("Something is wrong: see the columns `overlaps` and `tokens`, and what FAILED.");
+    eprintln!("Something is wrong: see the columns `overlaps`, `tokens` and `lost`, and what FAILED.");
     Ok(ExitCode::FAILURE)
 }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::{sleep, timeout};
 
-use crate::child::Order;
+use crate::child::{Order, Task};
 use crate::clock::{after, now};
 use crate::contender::Job;
 use crate::record::Log;
@@ -34,7 +34,7 @@ pub(crate) struct Times {
 pub(crate) async fn play(scene: Scene, job: &Job, times: Times) -> anyhow::Result<Summary> {
     let mut processes = Vec::new();
     for process in 0..scene.processes {
-        processes.push(Process::start(&Job { process, ..job.clone() }).await?);
+        processes.push(Process::start(&Task::Play(Job { process, ..job.clone() })).await?);
     }
     if scene.kind == Kind::D {
         return hand_over(&mut processes, times).await;
@@ -78,14 +78,15 @@ async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Su
     Summary::of_handovers(log, Window { begin, end })
 }
 
-struct Process {
+/// A process that does what it is told.
+pub(crate) struct Process {
     child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
 }
 
 impl Process {
-    async fn start(job: &Job) -> anyhow::Result<Self> {
+    pub(crate) async fn start(task: &Task) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let mut child = Command::new(program)
             .arg("--child")
@@ -98,7 +99,7 @@ impl Process {
         let output = child.stdout.take().context("a process without output")?;
         let mut process = Self { child, input, output: BufReader::new(output).lines() };
         // Not as an argument: everybody on the machine may read those, and the address may hold a password.
-        process.say(job).await?;
+        process.say(task).await?;
         let _ready: String = process.hear(START_LIMIT).await?;
         Ok(process)
     }
@@ -109,14 +110,14 @@ impl Process {
         Ok(self.input.write_all(&line).await?)
     }
 
-    async fn hear<T: DeserializeOwned>(&mut self, limit: Duration) -> anyhow::Result<T> {
+    pub(crate) async fn hear<T: DeserializeOwned>(&mut self, limit: Duration) -> anyhow::Result<T> {
         let line = timeout(limit, self.output.next_line()).await.context("a process does not answer")??;
         let line = line.context("a process ended too early; it says why above")?;
         Ok(serde_json::from_str(&line)?)
     }
 
     /// After its last answer it has nothing left to do.
-    async fn end(mut self) -> anyhow::Result<()> {
+    pub(crate) async fn end(mut self) -> anyhow::Result<()> {
         drop(self.input);
         let ended = timeout(START_LIMIT, self.child.wait()).await;
         let status = ended.context("a process does not end")??;

@@ -10,6 +10,7 @@ use crate::contender::{Contender, System};
 use crate::machine::Machine;
 use crate::scene::{Kind, Scene};
 use crate::server::Facts;
+use crate::study::Findings;
 use crate::summary::Summary;
 
 /// Everything that is known after a run.
@@ -22,6 +23,8 @@ pub(crate) struct Report {
     pub(crate) hold_seconds: f64,
     pub(crate) connections_per_process: u32,
     pub(crate) results: Vec<Entry>,
+    #[serde(flatten)]
+    pub(crate) findings: Findings,
 }
 
 /// A contender in a scene.
@@ -69,6 +72,7 @@ impl Report {
             let _ = writeln!(text, "\n{}: {}\n{}", scene.label(), scene.title(), self.table(*scene));
             self.write_errors(&mut text, *scene);
         }
+        self.findings.write(&mut text, |system| self.facts(system).map_or("", |facts| &facts.name));
         text
     }
 
@@ -217,7 +221,7 @@ fn count(number: f64) -> String {
 }
 
 /// Microseconds, as people write times.
-fn time(microseconds: f64) -> String {
+pub(crate) fn time(microseconds: f64) -> String {
     match microseconds {
         ..1_000.0 => format!("{microseconds:.0} us"),
         ..100_000.0 => format!("{:.1} ms", microseconds / 1e3),

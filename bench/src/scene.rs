@@ -1,12 +1,12 @@
 //! What is played.
 
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::summary::Crowd;
 
 /// The letter of a scene.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum Kind {
     /// Uncontended: 1, 8 and 64 callers, each with a free name of its own
     #[value(name = "A")]
@@ -20,6 +20,22 @@ pub(crate) enum Kind {
     /// The wake-up: from the holder's release to the lock in a waiter of another process
     #[value(name = "D")]
     D,
+    /// lock-db alone: many leases that one process holds
+    #[value(name = "E")]
+    E,
+    /// lock-db alone: the same names again and again
+    #[value(name = "F")]
+    F,
+    /// lock-db alone: what each operation costs the database
+    #[value(name = "G")]
+    G,
+}
+
+impl Kind {
+    /// Not played by contenders. They take their time, so they have to be asked for.
+    pub(crate) fn is_study(self) -> bool {
+        matches!(self, Self::E | Self::F | Self::G)
+    }
 }
 
 /// One scene with its number of callers.
@@ -42,7 +58,7 @@ const SCENES: [Scene; 7] = [
 ];
 
 impl Scene {
-    /// Those of these letters; all when there are none.
+    /// Those of these letters; all of the contenders when there are none.
     pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
         SCENES.into_iter().filter(|scene| kinds.is_empty() || kinds.contains(&scene.kind)).collect()
     }
@@ -61,7 +77,7 @@ impl Scene {
             Kind::A => format!("A{}", self.callers),
             Kind::B => format!("B{}", self.callers),
             Kind::C => format!("C{}x{}", self.processes, self.callers),
-            Kind::D => "D".to_owned(),
+            Kind::D | Kind::E | Kind::F | Kind::G => format!("{:?}", self.kind),
         }
     }
 
@@ -73,6 +89,7 @@ impl Scene {
             Kind::B => format!("{callers} callers of one process on one name"),
             Kind::C => format!("{} processes of {callers} callers on one name", self.processes),
             Kind::D => "from the release in one process to the lock in another".to_owned(),
+            Kind::E | Kind::F | Kind::G => String::new(),
         }
     }
 }

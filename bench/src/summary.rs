@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::clock::Moment;
 use crate::record::{Log, Record};
@@ -40,7 +40,7 @@ pub(crate) struct Summary {
 }
 
 /// How long something took, in microseconds.
-#[derive(Clone, Default, Serialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Distribution {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
@@ -154,7 +154,7 @@ fn check(records: &[Record], one_name: bool) -> (u64, Option<u64>) {
     (overlaps, has_tokens.then_some(not_grown))
 }
 
-fn distribution(nanoseconds: impl Iterator<Item = u64>) -> anyhow::Result<Distribution> {
+pub(crate) fn distribution(nanoseconds: impl Iterator<Item = u64>) -> anyhow::Result<Distribution> {
     let mut histogram = Histogram::<u64>::new(3)?;
     for value in nanoseconds {
         histogram.record(value)?;

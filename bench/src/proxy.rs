@@ -1,0 +1,91 @@
+//! Counts what goes to a server and back.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+/// A TCP proxy on loopback. Dropping it stops the counting and takes no new connections.
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
+    counts: Arc<Counts>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Counts {
+    round_trips: AtomicU64,
+    connections: AtomicU64,
+}
+
+impl Proxy {
+    pub(crate) async fn start(host: String, port: u16) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let own_port = listener.local_addr()?.port();
+        let counts = Arc::new(Counts::default());
+        let shared = Arc::clone(&counts);
+        let task = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                shared.connections.fetch_add(1, Ordering::SeqCst);
+                let (host, counts) = (host.clone(), Arc::clone(&shared));
+                // An error ends the connection, which both sides notice.
+                tokio::spawn(async move {
+                    let _ended = pass(client, host, port, counts).await;
+                });
+            }
+        });
+        Ok(Self { port: own_port, counts, task })
+    }
+
+    /// How often a client has sent something and been answered.
+    pub(crate) fn round_trips(&self) -> u64 {
+        self.counts.round_trips.load(Ordering::SeqCst)
+    }
+
+    /// How many connections there have been.
+    pub(crate) fn connections(&self) -> u64 {
+        self.counts.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(client: TcpStream, host: String, port: u16, counts: Arc<Counts>) -> io::Result<()> {
+    let server = TcpStream::connect((host.as_str(), port)).await?;
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    // A message may arrive in pieces: the first one after an answer begins a round trip.
+    let answered = AtomicBool::new(true);
+    tokio::try_join!(
+        pump(from_client, to_server, || {
+            if answered.swap(false, Ordering::SeqCst) {
+                counts.round_trips.fetch_add(1, Ordering::SeqCst);
+            }
+        }),
+        pump(from_server, to_client, || answered.store(true, Ordering::SeqCst)),
+    )?;
+    Ok(())
+}
+
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, seen: impl Fn()) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = from.read(&mut buffer).await?;
+        if length == 0 {
+            return to.shutdown().await;
+        }
+        seen();
+        to.write_all(&buffer[..length]).await?;
+    }
+}

@@ -1,0 +1,100 @@
+//! F: the same names again and again, to see whether anything grows.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::{LONG, Study, end, locks, real};
+use crate::clock::{after, nanoseconds, now};
+use crate::meter::{Meter, Metered, TableSize};
+use crate::summary::{Distribution, distribution};
+
+const MANY: u32 = 10_000;
+const PARTS: u64 = 6;
+/// For statistics, which come a moment after the connections of those who caused them have ended.
+const SETTLED: Duration = Duration::from_millis(1500);
+
+/// A time of acquiring and releasing, one after the other.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Churn {
+    pub(crate) names: u32,
+    pub(crate) pairs: u64,
+    /// Acquire and release, of the first and of the last sixth.
+    pub(crate) first: Distribution,
+    pub(crate) last: Distribution,
+    pub(crate) before: TableSize,
+    pub(crate) after: TableSize,
+}
+
+pub(super) async fn churn<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Churn>> {
+    Ok(vec![on_names::<DB>(study, 1).await?, on_names::<DB>(study, MANY).await?])
+}
+
+async fn on_names<DB: Metered>(study: &Study, count: u32) -> anyhow::Result<Churn> {
+    let mut meter = Meter::<DB>::start(&study.url).await?;
+    let names: Vec<String> = (0..count).map(|number| format!("{}:{count}:{number}", study.prefix)).collect();
+    make_rows::<DB>(study, &names).await?;
+    sleep(SETTLED).await;
+    let before = meter.table_size().await?;
+
+    let (locks, pool) = locks::<DB>(DB::options(&study.url)?).await?;
+    let (begin, duration) = (now(), study.sizes.churn);
+    let part = (nanoseconds(duration) / PARTS).max(1);
+    let (mut first, mut last, mut pairs) = (Vec::new(), Vec::new(), 0);
+    for name in names.iter().cycle() {
+        let asked = now();
+        if asked >= after(begin, duration) {
+            break;
+        }
+        locks.insert_lock(name).ttl(LONG).acquire().await?.release().await?;
+        let took = now() - asked;
+        pairs += 1;
+        match (asked - begin) / part {
+            0 => first.push(took),
+            number if number >= PARTS - 1 => last.push(took),
+            _ => {}
+        }
+    }
+    end(locks, pool).await?;
+    sleep(SETTLED).await;
+    let after = meter.table_size().await?;
+    let (first, last) = (distribution(first.into_iter())?, distribution(last.into_iter())?);
+    Ok(Churn { names: count, pairs, first, last, before, after })
+}
+
+/// By many tasks at once: their first use is no part of what is looked at.
+async fn make_rows<DB: Metered>(study: &Study, names: &[String]) -> anyhow::Result<()> {
+    const AT_ONCE: usize = 256;
+
+    let (locks, pool) = locks::<DB>(DB::options(&study.url)?).await?;
+    let mut tasks = JoinSet::new();
+    for names in names.chunks(names.len().div_ceil(AT_ONCE)) {
+        let (locks, names) = (locks.clone(), names.to_owned());
+        tasks.spawn(async move {
+            for name in names {
+                locks.insert_lock(name).wait(Duration::from_mins(2)).acquire().await?.release().await?;
+            }
+            Ok::<_, lock_db::Error>(())
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended??;
+    }
+    end(locks, pool).await
+}
+
+impl Churn {
+    /// How much slower the last sixth was: 1 is not at all.
+    pub(crate) fn growth(&self) -> f64 {
+        if self.first.p50 > 0.0 { self.last.p50 / self.first.p50 } else { 0.0 }
+    }
+
+    /// The part of the updates that left the indexes alone, in percent.
+    pub(crate) fn hot_percent(&self) -> Option<f64> {
+        let updates = self.after.updates? - self.before.updates?;
+        let hot = self.after.hot_updates? - self.before.hot_updates?;
+        (updates > 0).then(|| 100.0 * real(hot) / real(updates))
+    }
+}

@@ -1,0 +1,270 @@
+//! G: what each operation costs the database, counted and not timed.
+
+use std::time::Duration;
+
+use lock_db::{Lease, Locks};
+use serde::{Deserialize, Serialize};
+use sqlx::Pool;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::{LONG, Study, end, locks, proxy, real};
+use crate::meter::{Meter, Metered, Written};
+use crate::proxy::Proxy;
+
+const CALLERS: u32 = 64;
+const RENEWED: u32 = 500;
+/// Renewed every second.
+const SHORT_TTL: Duration = Duration::from_secs(3);
+const RENEWAL_TICKS: u32 = 10;
+
+/// Of one operation, on the average.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Cost {
+    pub(crate) operation: String,
+    pub(crate) times: u32,
+    /// Where there is a network.
+    pub(crate) round_trips: Option<f64>,
+    pub(crate) commits: f64,
+    pub(crate) log_bytes: f64,
+}
+
+/// One process and what counts what it does.
+struct Counted<DB: Metered> {
+    meter: Meter<DB>,
+    proxy: Option<Proxy>,
+    locks: Locks<DB>,
+    pool: Pool<DB>,
+    prefix: String,
+    costs: Vec<Cost>,
+}
+
+pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost>> {
+    let meter = Meter::<DB>::start(&study.url).await?;
+    let proxy = proxy::<DB>(&study.url).await?;
+    let options = DB::for_measuring(DB::options(&study.url)?, proxy.as_ref().map(|proxy| proxy.port));
+    let (locks, pool) = locks::<DB>(options).await?;
+    let prefix = study.prefix.clone();
+    let mut counted = Counted { meter, proxy, locks, pool, prefix, costs: Vec::new() };
+    // The first times make connections and prepare statements.
+    let repeats = study.sizes.repeats;
+    for times in [20, repeats] {
+        counted.costs.clear();
+        counted.alone(times).await?;
+        counted.in_transactions(times).await?;
+    }
+    counted.many_callers(repeats / 10).await?;
+    counted.renewal().await?;
+    counted.between_processes(Duration::from_millis(200), (repeats / 50).max(1)).await?;
+    counted.between_processes(Duration::from_secs(5), 2).await?;
+    end(counted.locks, counted.pool).await?;
+    Ok(counted.costs)
+}
+
+impl<DB: Metered> Counted<DB> {
+    async fn read(&mut self) -> anyhow::Result<(u64, Written)> {
+        let round_trips = self.proxy.as_ref().map_or(0, Proxy::round_trips);
+        Ok((round_trips, self.meter.written().await?))
+    }
+
+    async fn measure<T>(
+        &mut self,
+        operation: impl Into<String>,
+        times: u32,
+        work: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        let (round_trips, before) = self.read().await?;
+        let done = work.await?;
+        let (round_trips_after, after) = self.read().await?;
+        let each = |count: u64| real(count) / f64::from(times);
+        self.costs.push(Cost {
+            operation: operation.into(),
+            times,
+            round_trips: self.proxy.as_ref().map(|_proxy| each(round_trips_after - round_trips)),
+            commits: each(after.commits - before.commits),
+            log_bytes: each(after.bytes - before.bytes),
+        });
+        Ok(done)
+    }
+
+    fn names(&self, kind: &str, count: u32) -> Vec<String> {
+        (0..count).map(|number| format!("{}:{kind}:{count}:{number}", self.prefix)).collect()
+    }
+
+    /// One caller, free names.
+    async fn alone(&mut self, times: u32) -> anyhow::Result<()> {
+        let (locks, names) = (self.locks.clone(), self.names("lease", times));
+        let leases = self.measure("acquire, first use of the name", times, acquire(&locks, &names)).await?;
+        release(leases).await?;
+        let leases = self.measure("acquire", times, acquire(&locks, &names)).await?;
+        self.measure("release", times, release(leases)).await?;
+        let leases = acquire(&locks, &names).await?;
+        let guarded = async {
+            for lease in &leases {
+                lease.begin().await?.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("lease.begin, commit", times, guarded).await?;
+        let released = async {
+            for lease in leases {
+                let transaction = lease.begin().await?;
+                lease.commit_and_release(transaction).await?;
+            }
+            Ok(())
+        };
+        self.measure("lease.begin, commit_and_release", times, released).await
+    }
+
+    async fn in_transactions(&mut self, times: u32) -> anyhow::Result<()> {
+        let (locks, pool) = (self.locks.clone(), self.pool.clone());
+        let (rows, leases) = (self.names("row", times), self.names("lease", times));
+        let first = async {
+            for name in &rows {
+                locks.row_lock(name).acquire().await?.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("row lock, first use of the name, commit", times, first).await?;
+        let own = async {
+            for name in &rows {
+                locks.row_lock(name).acquire().await?.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("row lock, commit", times, own).await?;
+        let bare = async {
+            for _ in 0..times {
+                pool.begin().await?.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("your transaction: BEGIN, COMMIT", times, bare).await?;
+        let with_row = async {
+            for name in &rows {
+                let mut transaction = pool.begin().await?;
+                locks.row_lock(name).acquire_in(&mut transaction).await?;
+                transaction.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("the same with row_lock.acquire_in", times, with_row).await?;
+        let with_lease = async {
+            for name in &leases {
+                let mut transaction = pool.begin().await?;
+                locks.insert_lock(name).acquire_in(&mut transaction).await?;
+                transaction.commit().await?;
+            }
+            Ok(())
+        };
+        self.measure("the same with insert_lock.acquire_in", times, with_lease).await
+    }
+
+    /// What queues and batches save.
+    async fn many_callers(&mut self, turns: u32) -> anyhow::Result<()> {
+        let turns = turns.max(1);
+        let one = vec![format!("{}:one", self.prefix); CALLERS as usize];
+        for (names, on) in [(one, "one name"), (self.names("own", CALLERS), "names of their own")] {
+            let operation = format!("acquire, release; {CALLERS} callers on {on}");
+            let locks = self.locks.clone();
+            self.measure(operation, CALLERS * turns, async move {
+                let mut tasks = JoinSet::new();
+                for name in names {
+                    let locks = locks.clone();
+                    tasks.spawn(async move {
+                        for _ in 0..turns {
+                            locks.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
+                        }
+                        Ok::<_, lock_db::Error>(())
+                    });
+                }
+                while let Some(ended) = tasks.join_next().await {
+                    ended??;
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn renewal(&mut self) -> anyhow::Result<()> {
+        let locks = self.locks.clone();
+        let mut tasks = JoinSet::new();
+        for name in self.names("renewed", RENEWED) {
+            let lock = locks.insert_lock(name).ttl(SHORT_TTL);
+            // At once: those that are due at about the same time are renewed together.
+            tasks.spawn(lock.acquire());
+        }
+        let mut leases = Vec::new();
+        while let Some(ended) = tasks.join_next().await {
+            leases.push(ended??);
+        }
+        // Until they are renewed together.
+        sleep(SHORT_TTL).await;
+        let operation = format!("renewal of {RENEWED} leases");
+        let work = async {
+            sleep(SHORT_TTL / 3 * RENEWAL_TICKS).await;
+            Ok(())
+        };
+        self.measure(operation, RENEWAL_TICKS, work).await?;
+        release(leases).await
+    }
+
+    /// From a waiter's first attempt to its grant, the holder's release included.
+    async fn between_processes(&mut self, wait: Duration, times: u32) -> anyhow::Result<()> {
+        // A process of its own as far as the database knows.
+        let (others, pool) = {
+            let port = self.proxy.as_ref().map(|proxy| proxy.port);
+            let options = (*self.pool.connect_options()).clone();
+            locks::<DB>(DB::for_measuring(options, port)).await?
+        };
+        let name = format!("{}:between", self.prefix);
+        others.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
+        let mut sum = Cost {
+            operation: format!("another process waits {} s, release, grant", wait.as_secs_f64()),
+            times,
+            round_trips: None,
+            commits: 0.0,
+            log_bytes: 0.0,
+        };
+        // The first one waits in vain for the statements to be prepared.
+        for number in 0..=times {
+            let lease = self.locks.insert_lock(&name).ttl(LONG).acquire().await?;
+            let waiting = others.insert_lock(&name).ttl(LONG).acquire();
+            let granted = self
+                .measure("", times, async {
+                    let (granted, released) = tokio::join!(waiting, async {
+                        sleep(wait).await;
+                        lease.release().await
+                    });
+                    released?;
+                    Ok(granted?)
+                })
+                .await?;
+            granted.release().await?;
+            if let (Some(one), 1..) = (self.costs.pop(), number) {
+                sum.round_trips = one.round_trips.map(|trips| trips + sum.round_trips.unwrap_or_default());
+                sum.commits += one.commits;
+                sum.log_bytes += one.log_bytes;
+            }
+        }
+        self.costs.push(sum);
+        end(others, pool).await
+    }
+}
+
+async fn acquire<DB: Metered>(locks: &Locks<DB>, names: &[String]) -> anyhow::Result<Vec<Lease<DB>>> {
+    let mut leases = Vec::with_capacity(names.len());
+    for name in names {
+        leases.push(locks.insert_lock(name).ttl(LONG).acquire().await?);
+    }
+    Ok(leases)
+}
+
+async fn release<DB: Metered>(leases: Vec<Lease<DB>>) -> anyhow::Result<()> {
+    for lease in leases {
+        lease.release().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! E: many leases that one process does nothing with but hold them.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use lock_db::{Lease, Locks};
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::{Study, end, locks, real};
+use crate::child::answer;
+use crate::clock::now;
+use crate::database::Database;
+use crate::meter::{Meter, Metered};
+
+/// lock-db's own default.
+const TTL: Duration = Duration::from_secs(30);
+const TASKS: u32 = 256;
+
+/// What it costs to hold them.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) leases: u32,
+    pub(crate) ttl_seconds: f64,
+    pub(crate) acquired_in_seconds: f64,
+    pub(crate) seconds: f64,
+    /// Of one core, by the process that holds them.
+    pub(crate) processor_percent: f64,
+    pub(crate) bytes_per_lease: f64,
+    /// While they were held, where there is a network.
+    pub(crate) round_trips: Option<u64>,
+    pub(crate) commits: u64,
+    pub(crate) log_bytes: u64,
+    /// There have been so many, those of the pool included.
+    pub(crate) connections: Option<u64>,
+    /// Must be 0.
+    pub(crate) lost: usize,
+}
+
+impl Held {
+    /// Every third of the TTL each lease is renewed once.
+    pub(crate) fn ticks(&self) -> f64 {
+        self.seconds / (self.ttl_seconds / 3.0)
+    }
+}
+
+pub(super) async fn hold<DB: Metered>(study: &Study) -> anyhow::Result<()> {
+    let count = study.sizes.leases;
+    let mut meter = Meter::<DB>::start(&study.url).await?;
+    let options = DB::for_measuring(DB::options(&study.url)?, study.port);
+    let (locks, pool) = locks::<DB>(options).await?;
+    // So that the memory of connections, statements and tasks is not counted with the leases.
+    drop(acquire(&locks, &format!("{}:before", study.prefix), TASKS * 4).await?);
+    sleep(Duration::from_secs(1)).await;
+    let memory_before = resident_bytes()?;
+    let begin = now();
+    let leases = acquire(&locks, &study.prefix, count).await?;
+    let acquired_in_seconds = real(now() - begin) / 1e9;
+    let memory = resident_bytes()?.saturating_sub(memory_before);
+
+    answer(&"holding")?;
+    let (before, begin, processor) = (meter.written().await?, now(), processor_seconds());
+    sleep(study.sizes.hold).await;
+    let (processor, seconds) = (processor_seconds() - processor, real(now() - begin) / 1e9);
+    let written = meter.written().await?;
+    answer(&Held {
+        leases: count,
+        ttl_seconds: TTL.as_secs_f64(),
+        acquired_in_seconds,
+        seconds,
+        processor_percent: 100.0 * processor / seconds,
+        bytes_per_lease: real(memory) / f64::from(count),
+        round_trips: None,
+        commits: written.commits - before.commits,
+        log_bytes: written.bytes - before.bytes,
+        connections: None,
+        lost: leases.iter().filter(|lease| !lease.is_held()).count(),
+    })?;
+    drop(leases);
+    end(locks, pool).await
+}
+
+/// By many tasks at once.
+async fn acquire<DB: Database>(
+    locks: &Locks<DB>,
+    prefix: &str,
+    count: u32,
+) -> anyhow::Result<Vec<Lease<DB>>> {
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let (locks, prefix) = (locks.clone(), prefix.to_owned());
+        tasks.spawn(async move {
+            let mut leases = Vec::new();
+            for number in (task..count).step_by(TASKS as usize) {
+                let lock = locks.insert_lock(format!("{prefix}:{number}")).ttl(TTL);
+                leases.push(lock.wait(Duration::from_mins(2)).acquire().await?);
+            }
+            Ok::<_, lock_db::Error>(leases)
+        });
+    }
+    let mut leases = Vec::with_capacity(count as usize);
+    while let Some(ended) = tasks.join_next().await {
+        leases.extend(ended??);
+    }
+    Ok(leases)
+}
+
+fn processor_seconds() -> f64 {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default().as_secs_f64()
+}
+
+fn resident_bytes() -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    Ok(kibibytes.context("the system does not tell the memory of a process")?.parse::<u64>()? * 1024)
+}
