@@ -48,6 +48,8 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
             if held.state.is_in_doubt() { alone.push(due) } else { together.push(due) }
         }
     }
+    // Neighbours in the table, so that what is written lies together.
+    together.sort_unstable_by_key(|(_, renewal)| renewal.id);
     (together, alone)
 }
 
