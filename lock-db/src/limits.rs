@@ -11,8 +11,8 @@ pub(crate) const DEFAULT_TTL: Duration = Duration::from_secs(30);
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 
 /// How far a lease goes from hand to hand within a process when the builder says nothing.
-pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(200) };
-/// So many fencing tokens are left out at most, and never more than are granted in a fraction of a second.
+pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
+/// So many fencing tokens, times four, are left out at most: fewer than there are microseconds in a second.
 pub(crate) const MOST_TURNS: u32 = 65_536;
 
 /// Below this the renewal of a lease is a race with the network.

@@ -266,10 +266,11 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
 
     /// How long an insert lock that is released stays in this process while callers of this process wait for it: it goes
     /// from one to the next in memory, without asking the database, for at most so many `turns` and so much `time` since
-    /// the database granted it. Then it is released, and whoever waits longest has it next, in whichever process.
+    /// the database granted it. Then it is released, and whoever waits longest has it next, in whichever process. If no
+    /// other process waited for it at the grant, there are four times as many turns.
     ///
     /// More of it costs less and lets other processes wait longer. One turn means that each holder asks the database; more
-    /// than 65 536 turns count as so many. Default: 64 turns, 200 ms.
+    /// than 65 536 turns count as so many. Default: 64 turns, 50 ms.
     pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
         self.hand_off = HandOff { turns: turns.clamp(1, MOST_TURNS), time };
         self

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lock_db::{Error, Lease, Locks};
+use lock_db::{Error, Lease, LockDatabase, Locks};
 use lock_tests::{Backend, Parent, Process, TestDatabase, child_roles, eventually, for_each_database};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -18,6 +18,7 @@ for_each_database! {
     who_is_not_fair_takes_what_is_free,
     several_locks_at_once_come_to_their_turn,
     a_queue_that_nobody_stands_in_is_empty,
+    another_process_has_it_after_some_turns,
 }
 
 child_roles! { wait_for_a_lease }
@@ -170,4 +171,46 @@ async fn a_queue_that_nobody_stands_in_is_empty<T: TestDatabase>(database: &T) {
     callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
     eventually(PATIENCE, async || in_queue(database).await == 0).await;
     assert_eq!(database.text("SELECT waiters FROM distributed_lock").await, "");
+}
+
+async fn another_process_has_it_after_some_turns<T: TestDatabase>(database: &T) {
+    const TURNS: u32 = 3;
+    let first = database.locks().await.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let locks = Locks::builder(database.pool(1).await).hand_off(TURNS, LONG).build();
+    let mut callers = VecDeque::new();
+    for _ in 0..2 * TURNS {
+        let lock = locks.insert_lock("a").ttl(LONG).wait(PATIENCE);
+        callers.push_back(tokio::spawn(lock.acquire()));
+        // The first of them stands in the queue, for all.
+        eventually(PATIENCE, async || in_queue(database).await == 1).await;
+    }
+    let (_locks, other) = waiter(database).await;
+    first.release().await.unwrap();
+    let mut secrets = Vec::new();
+    for _ in 0..TURNS {
+        assert!(!other.is_finished());
+        let held = next_of(&mut callers).await;
+        secrets.push(held.secret_key().to_owned());
+        held.release().await.unwrap();
+    }
+    assert!(secrets.iter().all(|secret| *secret == secrets[0]), "they asked the database");
+    let held = other.await.unwrap().unwrap();
+    assert!(callers.iter().all(|caller| !caller.is_finished()));
+    held.release().await.unwrap();
+    for _ in 0..TURNS {
+        next_of(&mut callers).await.release().await.unwrap();
+    }
+}
+
+/// Whoever of them has the lock next. They came in no certain order.
+async fn next_of<DB: LockDatabase>(
+    callers: &mut VecDeque<JoinHandle<Result<Lease<DB>, Error>>>,
+) -> Lease<DB> {
+    let mut next = None;
+    eventually(PATIENCE, async || {
+        next = callers.iter().position(JoinHandle::is_finished);
+        next.is_some()
+    })
+    .await;
+    callers.remove(next.unwrap()).unwrap().await.unwrap().unwrap()
 }

@@ -300,6 +300,8 @@ pub struct Grant {
     pub id: i64,
     /// The last of those that were reserved.
     pub fencing_token: i64,
+    /// Whether other processes stand in the queue.
+    pub others_wait: bool,
 }
 
 /// A lease, as the statements in a transaction name it.

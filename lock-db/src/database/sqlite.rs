@@ -51,7 +51,7 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
       AND (waiters = '' OR ?7 OR substr(waiters, 1, 32) = ?2)))
-RETURNING lock_name, secret_key, fencing_token, id";
+RETURNING lock_name, secret_key, fencing_token, id, waiters <> ''";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
 const RENEW: &str = "
@@ -231,7 +231,8 @@ impl LockDatabase for Sqlite {
                 "the database answered with the row of another statement".into(),
             ));
         }
-        Ok(Some(Grant { fencing_token: row.try_get(2)?, id: row.try_get(3)? }))
+        let (fencing_token, id, others_wait) = (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
+        Ok(Some(Grant { id, fencing_token, others_wait }))
     }
 
     async fn renew(connection: &mut SqliteConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {

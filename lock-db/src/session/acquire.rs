@@ -81,17 +81,10 @@ struct Attempt {
 
 impl Attempt {
     fn new(core: &Rc<Core>, request: &mut Acquire) -> Self {
-        let mut claims = std::mem::take(&mut request.claims);
-        if let [claim] = &mut *claims
-            && core.queues.somebody_waits(&claim.name)
-        {
-            // So that it can be handed on. Once for all attempts: a later one may find what an earlier one has got.
-            claim.numbers = core.queues.hand_off().turns.max(1);
-        }
         core.contenders.set(core.contenders.get() + 1);
         Self {
             core: Rc::clone(core),
-            claims,
+            claims: std::mem::take(&mut request.claims),
             turns: std::mem::take(&mut request.turns),
             wait: request.wait,
             started: request.started,
@@ -150,7 +143,7 @@ impl Attempt {
                 Ok(Reply::RowIsBusy) => {
                     self.last_failure = None;
                     busy += 1;
-                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
+                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(LONGEST_PAUSE)
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -225,6 +218,13 @@ impl Attempt {
     async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
         // What an earlier attempt may have got is not settled by what this one does not get.
         let unsettled_before = self.unsettled.get();
+        if let [claim] = &mut *self.claims
+            && !unsettled_before
+        {
+            // So that it can be handed on. Not otherwise: this claim may find what an earlier one has got.
+            let is_first_of_many = self.core.queues.somebody_waits(&claim.name);
+            claim.numbers = if is_first_of_many { self.core.queues.hand_off().most_turns() } else { 1 };
+        }
         let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
         {
             Err(failure) if failure.fault != Fault::Disconnected => {
@@ -241,11 +241,14 @@ impl Attempt {
         if self.claims.iter().any(|claim| Instant::now() >= deadline(sent, claim.ttl)) {
             return Ok(None);
         }
-        let granted = self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token })| {
-            let Claim { name, secret, ttl, numbers, .. } = claim.clone();
-            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
-            Granted { key, numbers, ttl, sent }
-        });
+        let hand_off = self.core.queues.hand_off();
+        let granted =
+            self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token, others_wait })| {
+                let Claim { name, secret, ttl, numbers, .. } = claim.clone();
+                let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
+                let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
+                Granted { key, numbers, turns, ttl, sent }
+            });
         Ok(Some(granted.collect()))
     }
 
@@ -294,6 +297,9 @@ impl Attempt {
             return Ok(None);
         }
         self.last_seen = Some((name, row));
+        if !written {
+            return Ok(Some(Reply::RowIsBusy));
+        }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
         Ok(Some(Reply::InTheWay { remaining, position }))
     }
@@ -370,7 +376,7 @@ enum Reply {
         remaining: Duration,
         position: u32,
     },
-    /// It is our turn, but somebody has the row locked.
+    /// It is our turn, or we were to take a place in the queue, but somebody has the row locked or was quicker.
     RowIsBusy,
     /// The name is used as something else.
     WrongKind(Arc<str>, Kind),

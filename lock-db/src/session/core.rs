@@ -216,11 +216,11 @@ impl Core {
     /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
     pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
-        let Granted { key, numbers, ttl, sent } = granted;
+        let Granted { key, numbers, turns, ttl, sent } = granted;
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
-        let (state, lost) = LeaseState::new(number, key, numbers, ttl, deadline);
+        let (state, lost) = LeaseState::new(number, key, (numbers, turns), ttl, deadline);
         let held = Held {
             state: Arc::clone(&state),
             ttl,
@@ -307,6 +307,8 @@ pub(super) struct Granted {
     pub(super) key: LeaseKey,
     /// How many fencing tokens were reserved with it.
     pub(super) numbers: u32,
+    /// How many holders may have it, of those.
+    pub(super) turns: u32,
     pub(super) ttl: Duration,
     /// When the request for it was sent.
     pub(super) sent: Instant,

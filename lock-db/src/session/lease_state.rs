@@ -19,6 +19,8 @@ pub(crate) struct LeaseState {
     /// How many fencing tokens there are for the holders of this lease, and how many were used.
     numbers: u32,
     numbers_used: AtomicU32,
+    /// How many holders may have it one after the other.
+    turns: u32,
     /// Transactions of former holders that may still commit by this lease, for all we know.
     open_commits: AtomicUsize,
     /// Whether there is one of those whose outcome nobody will learn.
@@ -36,7 +38,7 @@ impl LeaseState {
     pub(super) fn new(
         number: u64,
         key: LeaseKey,
-        numbers: u32,
+        (numbers, turns): (u32, u32),
         ttl: Duration,
         deadline: Instant,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
@@ -47,6 +49,7 @@ impl LeaseState {
             ttl,
             numbers,
             numbers_used: AtomicU32::new(1),
+            turns,
             open_commits: AtomicUsize::new(0),
             unknown_commit: AtomicBool::new(false),
             doubts: Mutex::default(),
@@ -79,7 +82,7 @@ impl LeaseState {
     pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
         // On another node the next holder might not see yet what this one has committed.
         self.key.cluster == Cluster::SinglePrimary
-            && self.numbers_used.load(Ordering::Acquire) < self.numbers
+            && self.numbers_used.load(Ordering::Acquire) < self.turns
             && self.granted.elapsed() < time
             && self.open_commits.load(Ordering::Acquire) == 0
             && self.at_least().is_zero()
@@ -256,7 +259,7 @@ mod tests {
             fencing_token: 1,
             cluster: Cluster::SinglePrimary,
         };
-        let (lease, _lost) = LeaseState::new(1, key, 1, TTL, Instant::now() + TTL);
+        let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, Instant::now() + TTL);
         lease.doubt_begins();
         // Asked after that, and answered before the release was carried out.
         lease.confirm(Instant::now());

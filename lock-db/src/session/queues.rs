@@ -21,10 +21,17 @@ use crate::insert::Hold;
 /// How far a lease goes from hand to hand before other processes get their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HandOff {
-    /// How many holders in a row may have it, the first one included.
+    /// How many holders in a row may have it, the first one included, when other processes wait.
     pub(crate) turns: u32,
     /// How long after the grant it may be handed on.
     pub(crate) time: Duration,
+}
+
+impl HandOff {
+    /// When nobody waited anywhere else at the time of the grant.
+    pub(crate) fn most_turns(self) -> u32 {
+        self.turns.saturating_mul(if self.turns > 1 { 4 } else { 1 })
+    }
 }
 
 #[derive(Debug)]

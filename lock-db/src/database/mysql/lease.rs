@@ -47,7 +47,8 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
     lease.waiters = IF(LEFT(unlocked.last_waiters, 32) = ?, SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
 
-const GRANTED: &str = "SELECT fencing_token, id FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+const GRANTED: &str = "
+SELECT fencing_token, id, waiters <> '' FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 const RELEASE: &str = "
 UPDATE (
@@ -142,7 +143,11 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
         return Ok(None);
     }
     let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
-    row.map(|row| Ok(Grant { fencing_token: row.try_get(0)?, id: row.try_get(1)? })).transpose()
+    row.map(|row| {
+        let (fencing_token, id, others_wait) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        Ok(Grant { id, fencing_token, others_wait })
+    })
+    .transpose()
 }
 
 pub(super) async fn release(

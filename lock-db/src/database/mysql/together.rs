@@ -81,7 +81,8 @@ const EXCHANGED: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id,
     IF(asked.ttl > 0,
         TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11,
-        lease.expire_time = '1970-01-01 00:00:00')
+        lease.expire_time = '1970-01-01 00:00:00'),
+    lease.waiters <> ''
 FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
         lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
@@ -131,7 +132,8 @@ pub(super) async fn exchange(
     };
     let mut found = HashMap::with_capacity(rows.len());
     for row in &rows {
-        let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+        let (fencing_token, id, others_wait) = (row.try_get(1)?, row.try_get(2)?, row.try_get(4)?);
+        let grant = Grant { id, fencing_token, others_wait };
         found.insert(row.try_get::<String, _>(0)?, (grant, row.try_get::<bool, _>(3)?));
     }
     let standing = |one: &Return| match found.get(one.secret.as_str()) {

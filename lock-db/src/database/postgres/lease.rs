@@ -45,7 +45,7 @@ WHERE lease.id = (
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
         OR (expire_time <= clock_timestamp() AND (waiters = '' OR $6 OR left(waiters, 32) = $2)))
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id";
+RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> ''";
 
 /// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
@@ -122,7 +122,8 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
         return Err(foreign_answer());
     }
-    Ok(Some(Grant { fencing_token: row.try_get(2)?, id: row.try_get(3)? }))
+    let (fencing_token, id, others_wait) = (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
+    Ok(Some(Grant { id, fencing_token, others_wait }))
 }
 
 pub(super) async fn release(

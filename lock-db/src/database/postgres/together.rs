@@ -66,9 +66,9 @@ granted AS (
                 AND (lease.waiters = '' OR asked.barges OR left(lease.waiters, 32) = asked.secret_key)))
         FOR UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
-    RETURNING lease.secret_key, lease.fencing_token, lease.id)
-SELECT secret_key, fencing_token, id, called FROM returned
-UNION ALL SELECT secret_key, fencing_token, id, NULL FROM granted"#;
+    RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '' AS others_wait)
+SELECT secret_key, fencing_token, id, false, called FROM returned
+UNION ALL SELECT secret_key, fencing_token, id, others_wait, NULL FROM granted"#;
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key
@@ -118,7 +118,8 @@ pub(super) async fn exchange(
         .await?;
     let mut done = HashMap::with_capacity(rows.len());
     for row in &rows {
-        let grant = Grant { fencing_token: row.try_get(1)?, id: row.try_get(2)? };
+        let (fencing_token, id, others_wait) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+        let grant = Grant { id, fencing_token, others_wait };
         done.insert(row.try_get::<&str, _>(0)?, grant);
     }
     let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
