@@ -48,7 +48,7 @@ pub struct LockInfo {
     /// Host, process id and label of the present or last holder. Empty before the first one.
     pub owner: String,
     /// The number of the present or last grant. When leases go from hand to hand within a process
-    /// ([`hand_off`](crate::LocksBuilder::hand_off)), the last of the numbers that are reserved for that.
+    /// ([`hand_off`](crate::LocksBuilder::hand_off)), the last of the numbers that belong to the grant.
     pub fencing_token: i64,
     /// When the name was first used, by the database's clock.
     pub created_at: DateTime<Utc>,

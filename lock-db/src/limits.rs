@@ -12,7 +12,7 @@ pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 
 /// How far a lease goes from hand to hand within a process when the builder says nothing.
 pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
-/// So many fencing tokens, times four, are left out at most: fewer than there are microseconds in a second.
+/// Each takes a fencing token, of which there is one for each microsecond.
 pub(crate) const MOST_TURNS: u32 = 65_536;
 
 /// Below this the renewal of a lease is a race with the network.

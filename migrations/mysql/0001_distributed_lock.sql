@@ -9,6 +9,8 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
     secret_key    VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT '',
     fencing_token BIGINT NOT NULL DEFAULT 0,
+    -- Of the grant before: the numbers between the two belong to the present one.
+    previous_token BIGINT NOT NULL DEFAULT 0,
     -- For people: host, process id and label of the present or last holder.
     owner         VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL DEFAULT '',
     create_time   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),

@@ -8,6 +8,8 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
     secret_key    TEXT NOT NULL DEFAULT '',
     fencing_token INTEGER NOT NULL DEFAULT 0,
+    -- Of the grant before: the numbers between the two belong to the present one.
+    previous_token INTEGER NOT NULL DEFAULT 0,
     -- For people: host, process id and label of the present or last holder.
     owner         TEXT NOT NULL DEFAULT '',
     create_time   TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),

@@ -65,7 +65,7 @@ child_roles! { worker }
 /// Of all leases: short, so that it passes often.
 const TTL: Duration = Duration::from_millis(600);
 /// How long faults are injected in a round.
-const LENGTH: Duration = Duration::from_secs(3);
+const LENGTH: Duration = Duration::from_millis(1500);
 /// … of a long run.
 const LONG_LENGTH: Duration = Duration::from_secs(20);
 /// How long a run may take, beyond what a long one is to take.

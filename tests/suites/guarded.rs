@@ -572,6 +572,11 @@ async fn under_a_commit_without_an_answer_no_other_transaction_begins<T: TestSer
     assert!(held.is_held());
     let begun = held.begin().await;
     assert!(matches!(begun, Err(Error::Lost { reason: Loss::CommitUnknown, .. })), "{begun:?}");
+    let mut own = database.connection().await;
+    let mut own = own.begin().await.unwrap();
+    let verified = held.verify_in(&mut own).await;
+    assert!(matches!(verified, Err(Error::Lost { reason: Loss::CommitUnknown, .. })), "{verified:?}");
+    own.rollback().await.unwrap();
     held.release().await.unwrap();
     // Under another lease they are in order.
     let held = lease::<T>(&locks).await;

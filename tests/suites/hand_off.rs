@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lock_db::{Error, Lease, LockDatabase, Locks};
 use lock_tests::{Backend, Direction, TestDatabase, TestServer, for_each_database};
@@ -267,6 +267,10 @@ async fn tokens_grow_over_hands_and_processes<T: TestDatabase>(database: &T) {
     let tokens = tokens.lock().unwrap();
     assert_eq!(tokens.len(), 320);
     assert!(tokens.is_sorted_by(|before, after| before < after), "{tokens:?}");
+    // Never ahead of the clock: a row that is made anew begins with that.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros();
+    let in_the_row = database.number("SELECT fencing_token FROM distributed_lock").await;
+    assert!(u128::try_from(in_the_row).unwrap() <= now, "{in_the_row} at {now}");
 }
 
 async fn no_message_is_needed<T: TestServer>(database: &T) {

@@ -74,12 +74,18 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const CALLS: bool = false;
 
-    /// Makes such a connection, like those of the pool, that hears the calls to this listener.
+    /// Makes such a connection, like those of the pool.
+    #[doc(hidden)]
+    fn connect_listening(
+        pool: &sqlx::Pool<Self>,
+    ) -> impl Future<Output = sqlx::Result<Self::Listening>> + Send;
+
+    /// Hears the calls to this listener from now on.
     #[doc(hidden)]
     fn listen(
-        pool: &sqlx::Pool<Self>,
+        listening: &mut Self::Listening,
         listener: u32,
-    ) -> impl Future<Output = sqlx::Result<Self::Listening>> + Send;
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// For other statements.
     #[doc(hidden)]
@@ -265,8 +271,6 @@ pub struct Claim {
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
-    /// How many fencing tokens are reserved with it, one at least: the row gets the last of them.
-    pub numbers: u32,
     /// Whether it leaves a free lock to those who wait for it in their queue.
     pub fair: bool,
 }
@@ -298,8 +302,10 @@ impl Exchanged {
 pub struct Grant {
     /// Of the row.
     pub id: i64,
-    /// The last of those that were reserved.
+    /// The last of those that belong to this grant.
     pub fencing_token: i64,
+    /// How many belong to it, one at least: those since the grant before, which the clock has gone over meanwhile.
+    pub numbers: i64,
     /// Whether other processes stand in the queue.
     pub others_wait: bool,
 }
@@ -485,6 +491,15 @@ pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
         sqlx::Sqlite::classify(error),
     ];
     faults.contains(&Fault::Disconnected)
+}
+
+/// For an error after a change that stands: whether it does is not known to whoever hears only of the error.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+fn outcome_unknown(error: sqlx::Error) -> sqlx::Error {
+    match error {
+        sqlx::Error::Io(error) => sqlx::Error::Io(error),
+        error => sqlx::Error::Io(std::io::Error::other(error)),
+    }
 }
 
 /// The leases of a batch as JSON, for databases that have no arrays: `[[7, "secret", 30000000, 1], …]`.

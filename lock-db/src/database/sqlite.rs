@@ -41,7 +41,8 @@ ON CONFLICT (lock_name) DO NOTHING";
 /// back. They are bound (`?5`): the clock of an embedded database is ours, and its own functions cut it to milliseconds.
 const ACQUIRE: &str = "
 UPDATE distributed_lock
-SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) + ?6 - 1 END,
+SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
+    previous_token = CASE WHEN secret_key = ?2 THEN previous_token ELSE fencing_token END,
     acquire_time = CASE WHEN secret_key = ?2 THEN acquire_time
         ELSE strftime('%Y-%m-%d %H:%M:%f000', 'now') END,
     expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
@@ -50,8 +51,8 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     waiters = CASE WHEN substr(waiters, 1, 32) = ?2 THEN substr(waiters, 57) ELSE waiters END
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
-      AND (waiters = '' OR ?7 OR substr(waiters, 1, 32) = ?2)))
-RETURNING lock_name, secret_key, fencing_token, id, waiters <> ''";
+      AND (waiters = '' OR ?6 OR substr(waiters, 1, 32) = ?2)))
+RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
 const RENEW: &str = "
@@ -115,7 +116,8 @@ RETURNING fencing_token";
 const STILL_LOCKED: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ?1 AND fencing_token >= ?2";
 
 const CHECK_SCHEMA: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
+       previous_token
 FROM distributed_lock LIMIT 0";
 
 const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
@@ -156,8 +158,12 @@ impl LockDatabase for Sqlite {
 
     type Listening = Infallible;
 
-    async fn listen(_pool: &Pool<Sqlite>, _listener: u32) -> sqlx::Result<Infallible> {
+    async fn connect_listening(_pool: &Pool<Sqlite>) -> sqlx::Result<Infallible> {
         Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<()> {
+        match *listening {}
     }
 
     async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut SqliteConnection> {
@@ -221,7 +227,6 @@ impl LockDatabase for Sqlite {
             .bind(&*claim.owner)
             .bind(ttl)
             .bind(clock_micros())
-            .bind(claim.numbers)
             .bind(!claim.fair)
             .fetch_all(connection)
             .await?;
@@ -231,8 +236,8 @@ impl LockDatabase for Sqlite {
                 "the database answered with the row of another statement".into(),
             ));
         }
-        let (fencing_token, id, others_wait) = (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
-        Ok(Some(Grant { id, fencing_token, others_wait }))
+        let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
+        Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
     }
 
     async fn renew(connection: &mut SqliteConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {

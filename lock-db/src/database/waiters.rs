@@ -16,7 +16,7 @@ const UNTIL: usize = 16;
 const LISTENER: usize = 8;
 const PLACE: usize = SECRET + UNTIL + LISTENER;
 
-/// How long a place lasts without a sign of its process.
+/// How long a place lasts without a sign of its process: so long a free lock may wait for one that has died.
 pub(crate) const LASTS: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -54,17 +54,6 @@ impl Waiters {
 
     pub(crate) fn position(&self, secret: &str) -> Option<usize> {
         self.0.iter().position(|waiter| waiter.secret == secret)
-    }
-
-    /// The secret of the first one.
-    pub(crate) fn first(&self) -> Option<&str> {
-        self.0.first().map(|waiter| &*waiter.secret)
-    }
-
-    pub(crate) fn remove_first(&mut self) {
-        if !self.0.is_empty() {
-            self.0.remove(0);
-        }
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -38,9 +38,12 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Begins on a connection of the application's pool, unless the lease is lost first.
     pub(super) async fn begin(locks: &Locks<DB>, hold: &Arc<Hold>) -> Result<Self, Error> {
         hold.check()?;
-        if hold.lease.has_unknown_commit() {
-            return Err(hold.lost(Loss::CommitUnknown));
+        // One that its caller waits for no more may still be under way: this one must see what comes of it.
+        select! {
+            reason = hold.lease.lost() => return Err(hold.lost(reason)),
+            () = hold.lease.commits_have_ended() => {}
         }
+        hold.refuse_after_unknown_commit()?;
         let (pool, for_task) = (locks.pool().clone(), Arc::downgrade(hold));
         let (mut answer, answered) = oneshot::channel();
         current_runtime()?.spawn(async move {
@@ -115,23 +118,25 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Guard and commit, or release and commit.
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
         let Self { transaction, hold } = self;
+        if let Err(refused) = hold.refuse_after_unknown_commit() {
+            let _rolled_back = transaction.roll_back().await;
+            return Err(refused);
+        }
         // Others may have the lock a moment before we hear of it.
         let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        hold.lease.commit_begins();
+        let under_way = hold.lease.commit_begins();
         let ended = move |ended: &Result<(), Error>| {
             match ended {
                 Ok(()) => {
-                    hold.lease.commit_has_ended();
+                    under_way.was_carried_out();
                     if release {
                         hold.was_released();
                     }
                 }
                 // It would pass its guard also after another transaction of the same lease.
-                Err(Error::Database { source, .. }) if is_disconnected(source) => {
-                    hold.lease.commit_is_unknown();
-                }
-                Err(_nothing_was_committed) => {}
+                Err(Error::Database { source, .. }) if is_disconnected(source) => drop(under_way),
+                Err(_nothing_was_committed) => under_way.never_comes(),
             }
             drop(in_doubt);
         };

@@ -103,6 +103,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Begins a transaction on a connection of the application's pool that commits only while this lease is ours.
     ///
     /// Begun after the lease was granted, it sees everything that earlier holders have committed, at every isolation level.
+    /// Commits of this lease that are under way are waited for.
     ///
     /// ```no_run
     /// # async fn example(lease: lock_db::Lease<sqlx::Postgres>) -> Result<(), Box<dyn std::error::Error>> {
@@ -135,8 +136,8 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] when somebody else has the lock: the transaction must be rolled back, and except on SQLite can't be
-    /// committed any more. [`Error::NotInTransaction`]; [`Error::Serialization`] and [`Error::Deadlock`] when the database
+    /// [`Error::Lost`] when somebody else has the lock, or when an earlier transaction of the lease may still be committed:
+    /// the transaction must be rolled back, and except on SQLite can't be committed any more. [`Error::NotInTransaction`]; [`Error::Serialization`] and [`Error::Deadlock`] when the database
     /// ended the transaction; [`Error::Database`].
     ///
     /// # Cancel safety
@@ -201,8 +202,12 @@ impl<DB: LockDatabase> Lease<DB> {
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
+        if let Err(refused) = self.hold.refuse_after_unknown_commit() {
+            DB::doom(transaction).await;
+            return Err(refused);
+        }
         // How the caller's transaction ends is not told here.
-        self.hold.lease.commit_begins();
+        self.hold.lease.is_verified();
         let key = &self.hold.lease.key;
         let name = &*key.row.name;
         match DB::guard(transaction, key, release).await {
@@ -333,6 +338,11 @@ impl Hold {
     /// Fails when the lease is lost.
     pub(super) fn check(&self) -> Result<(), Error> {
         self.lease.loss().map_or(Ok(()), |reason| Err(self.lost(reason)))
+    }
+
+    /// See [`Loss::CommitUnknown`].
+    pub(super) fn refuse_after_unknown_commit(&self) -> Result<(), Error> {
+        if self.lease.has_unknown_commit() { Err(self.lost(Loss::CommitUnknown)) } else { Ok(()) }
     }
 
     pub(super) fn lost(&self, reason: Loss) -> Error {

@@ -263,9 +263,12 @@ impl<DB: LockDatabase> Locks<DB> {
     ) -> Result<Option<Vec<Hold>>, Error> {
         let started = Instant::now();
         let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
+        // Several at once stand in no queue: a place in one of them would keep that lock from everybody while the others are not
+        // free.
+        let fair = self.is_fair() && names.len() == 1;
         let claims = names.into_iter().map(|name| {
             let owner = Arc::clone(self.owner());
-            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, numbers: 1, fair: self.is_fair() })
+            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, fair })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         self.session().acquire(claims, wait, started).await

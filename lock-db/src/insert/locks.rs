@@ -45,7 +45,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         self
     }
 
-    /// Takes all of them together, in one transaction: as long as one of them is held by somebody else, none is taken.
+    /// Takes all of them together, in one transaction: as long as one of them is held by somebody else, none is taken. Between
+    /// processes that is no place in a queue: they are taken when they happen to be free at the same time.
     ///
     /// # Errors
     ///

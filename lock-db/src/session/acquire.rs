@@ -27,8 +27,6 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// often enough to keep a place in the queue.
 const PER_CONTENDER: Duration = Duration::from_micros(250);
 const LONGEST_PAUSE_IN_A_CROWD: Duration = Duration::from_millis(250);
-/// How long the first in the queue may leave a free lock alone. It looks several times meanwhile.
-const LONGEST_IDLE: Duration = Duration::from_millis(500);
 /// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
 /// Doubled from time to time.
 const ROW_IS_BUSY: Duration = Duration::from_micros(500);
@@ -65,6 +63,8 @@ struct Attempt {
     turns: Vec<Turn>,
     wait: Option<Duration>,
     started: Instant,
+    /// When it was this one's turn to ask the database.
+    turn_came: Instant,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
     /// Whether a place in the queue of some name may be ours.
@@ -72,8 +72,6 @@ struct Attempt {
     bell: Bell,
     /// It has rung: no need to look.
     was_called: bool,
-    /// Who is first in the queue of a lock that is free, and since when.
-    idle_first: Option<(String, Instant)>,
     /// What was in the way last.
     last_seen: Option<(Arc<str>, LockRow)>,
     last_failure: Option<Failure>,
@@ -88,11 +86,11 @@ impl Attempt {
             turns: std::mem::take(&mut request.turns),
             wait: request.wait,
             started: request.started,
+            turn_came: Instant::now(),
             unsettled: Rc::default(),
             stands_in_queue: false,
             bell: Bell::new(&core.calls),
             was_called: false,
-            idle_first: None,
             last_seen: None,
             last_failure: None,
         }
@@ -132,7 +130,7 @@ impl Attempt {
                     self.last_failure = None;
                     held_for = remaining;
                     let pause = if position == 0 {
-                        self.started.elapsed() / LOOKS
+                        self.turn_came.elapsed() / LOOKS
                     } else {
                         SHORTEST_PAUSE * position.saturating_add(1)
                     };
@@ -203,8 +201,7 @@ impl Attempt {
         Ok(Reply::RowIsBusy)
     }
 
-    /// The first name that is in the way. Before those that are not, we keep the first place meanwhile: everybody does so in
-    /// the same order.
+    /// The first name that is in the way.
     async fn look_at_all(&mut self) -> Result<Option<Reply>, Failure> {
         for position in 0..self.claims.len() {
             if let Some(in_the_way) = self.look(position).await? {
@@ -218,13 +215,6 @@ impl Attempt {
     async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
         // What an earlier attempt may have got is not settled by what this one does not get.
         let unsettled_before = self.unsettled.get();
-        if let [claim] = &mut *self.claims
-            && !unsettled_before
-        {
-            // So that it can be handed on. Not otherwise: this claim may find what an earlier one has got.
-            let is_first_of_many = self.core.queues.somebody_waits(&claim.name);
-            claim.numbers = if is_first_of_many { self.core.queues.hand_off().most_turns() } else { 1 };
-        }
         let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
         {
             Err(failure) if failure.fault != Fault::Disconnected => {
@@ -242,13 +232,16 @@ impl Attempt {
             return Ok(None);
         }
         let hand_off = self.core.queues.hand_off();
-        let granted =
-            self.claims.iter().zip(grants).map(|(claim, Grant { id, fencing_token, others_wait })| {
-                let Claim { name, secret, ttl, numbers, .. } = claim.clone();
-                let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
-                let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
-                Granted { key, numbers, turns, ttl, sent }
-            });
+        let granted = self.claims.iter().zip(grants).map(|(claim, grant)| {
+            let Grant { id, fencing_token, numbers, others_wait } = grant;
+            let Claim { name, secret, ttl, .. } = claim.clone();
+            // Whoever has nobody behind him has the number that stands in the row.
+            let most = if self.core.queues.somebody_waits(&name) { hand_off.most_turns() } else { 1 };
+            let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
+            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
+            let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
+            Granted { key, numbers, turns, ttl, sent }
+        });
         Ok(Some(granted.collect()))
     }
 
@@ -275,19 +268,15 @@ impl Attempt {
             return Ok(None);
         }
         let mut waiters = Waiters::parse(&row.waiters, now);
-        let stands = fair && self.wait.is_some();
+        let stands = fair && self.left().is_some_and(|left| !left.is_zero());
         let took_place = stands && waiters.stand(secret.as_str(), now, core.calls.listener());
-        if !is_free {
-            self.idle_first = None;
-        }
-        let passed_over = is_free && stands && self.pass_over_idle_first(&mut waiters, secret.as_str());
         // A try has no place: it comes after all who have one.
         let ahead = waiters.position(secret.as_str()).unwrap_or_else(|| waiters.len());
         let may_take = is_free && ahead == 0;
         // Those in front whose place is over have to go, or the row knows nothing of us.
         let is_known = waiters.is_empty() || row.waiters.starts_with(secret.as_str());
         let mut written = true;
-        if took_place || passed_over || (may_take && !is_known) || (may_take && waiters.is_empty()) {
+        if took_place || (may_take && !is_known) || (may_take && waiters.is_empty()) {
             self.stands_in_queue |= took_place;
             self.bell.hang(row.id);
             core.listen();
@@ -302,29 +291,6 @@ impl Attempt {
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
         Ok(Some(Reply::InTheWay { remaining, position }))
-    }
-
-    /// Takes the first one out of the queue of a lock that is free, when it has not taken the lock for so long that it must
-    /// have died.
-    fn pass_over_idle_first(&mut self, waiters: &mut Waiters, secret: &str) -> bool {
-        let Some(first) = waiters.first().filter(|first| *first != secret) else {
-            self.idle_first = None;
-            return false;
-        };
-        match &self.idle_first {
-            Some((idle, since)) if idle == first => {
-                let passed_over = since.elapsed() >= LONGEST_IDLE;
-                if passed_over {
-                    waiters.remove_first();
-                    self.idle_first = None;
-                }
-                passed_over
-            }
-            _ => {
-                self.idle_first = Some((first.to_owned(), Instant::now()));
-                false
-            }
-        }
     }
 
     /// For messages.

@@ -192,8 +192,8 @@ impl Core {
     ) -> Rc<Self> {
         let calls = Rc::new(Calls::new());
         Rc::new(Self {
-            lane: Lane::start(pool.clone(), &calls),
-            renewals: Lane::start(pool, &calls),
+            lane: Lane::start(pool.clone(), &calls, false),
+            renewals: Lane::start(pool, &calls, true),
             calls,
             queues,
             contenders: Cell::new(0),
@@ -305,7 +305,7 @@ impl Core {
 /// A lease that the database granted.
 pub(super) struct Granted {
     pub(super) key: LeaseKey,
-    /// How many fencing tokens were reserved with it.
+    /// How many fencing tokens there are for its holders.
     pub(super) numbers: u32,
     /// How many holders may have it, of those.
     pub(super) turns: u32,

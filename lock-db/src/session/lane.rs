@@ -75,7 +75,8 @@ pub(super) struct Lane {
 
 impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
-    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>) -> Self {
+    /// With `may_listen` it is where the database calls.
+    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>, may_listen: bool) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
         let server = Server {
@@ -84,6 +85,7 @@ impl Lane {
             cluster: Cluster::SinglePrimary,
             answered: Rc::clone(&answered),
             calls: Rc::clone(calls),
+            may_listen,
             deaf_until: None,
         };
         tokio::task::spawn_local(server.serve(queue));
@@ -221,6 +223,7 @@ struct Server<DB: LockDatabase> {
     cluster: Cluster,
     answered: Rc<Cell<Option<Instant>>>,
     calls: Rc<Calls>,
+    may_listen: bool,
     deaf_until: Option<Instant>,
 }
 
@@ -278,27 +281,23 @@ impl<DB: LockDatabase> Server<DB> {
         }
     }
 
-    /// Unless this database does not call, or the network is bad.
+    /// On the connection that renews leases, which is never given up for it.
     async fn listen(&mut self) -> sqlx::Result<()> {
-        if !DB::CALLS
-            || matches!(self.connection, Some(Private::Listening(_)))
-            || self.deaf_until.is_some_and(|until| Instant::now() < until)
-        {
+        if self.calls.listener() != 0 {
             return Ok(());
         }
-        // One at a time.
-        if let Some(Private::Plain(connection)) = self.connection.take() {
-            connection.close().await?;
+        if self.connection.is_none() {
+            self.connection = Some(self.connect().await?);
         }
-        let mut listening = DB::listen(&self.pool, self.calls.number()).await?;
-        self.cluster = DB::prepare(DB::listening_connection(&mut listening).await?).await?;
-        self.connection = Some(Private::Listening(listening));
-        self.calls.begin();
+        if let Some(Private::Listening(listening)) = &mut self.connection {
+            DB::listen(listening, self.calls.number()).await?;
+            self.calls.begin();
+        }
         Ok(())
     }
 
     fn give_up_connection(&mut self) {
-        if let Some(Private::Listening(_)) = self.connection.take() {
+        if self.connection.take().is_some() {
             self.calls.end();
         }
     }
@@ -379,6 +378,9 @@ impl<DB: LockDatabase> Server<DB> {
                         Err(Failure::no_answer::<DB>(STATEMENT_LIMIT))
                     }
                 };
+                if matches!(answer, Err(Failure { fault: Fault::Disconnected, .. })) {
+                    self.give_up_connection();
+                }
                 let _ = reply.send(answer);
             }
             Operation::SetWaiters(name, before, after, reply) => {
@@ -472,9 +474,14 @@ impl<DB: LockDatabase> Server<DB> {
     }
 
     async fn connect(&mut self) -> sqlx::Result<Private<DB>> {
-        let mut connection = self.pool.acquire().await?.detach();
-        self.cluster = DB::prepare(&mut connection).await?;
-        Ok(Private::Plain(connection))
+        let is_deaf = self.deaf_until.is_some_and(|until| Instant::now() < until);
+        let mut connection = if DB::CALLS && self.may_listen && !is_deaf {
+            Private::Listening(DB::connect_listening(&self.pool).await?)
+        } else {
+            Private::Plain(self.pool.acquire().await?.detach())
+        };
+        self.cluster = DB::prepare(connection.connection().await?).await?;
+        Ok(connection)
     }
 }
 

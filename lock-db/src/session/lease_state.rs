@@ -13,7 +13,7 @@ use crate::error::Loss;
 #[derive(Debug)]
 pub(crate) struct LeaseState {
     pub(super) number: u64,
-    /// With the last of the fencing tokens that were reserved.
+    /// With the last of the fencing tokens that belong to the grant.
     pub(crate) key: LeaseKey,
     pub(crate) ttl: Duration,
     /// How many fencing tokens there are for the holders of this lease, and how many were used.
@@ -25,6 +25,8 @@ pub(crate) struct LeaseState {
     open_commits: AtomicUsize,
     /// Whether there is one of those whose outcome nobody will learn.
     unknown_commit: AtomicBool,
+    /// How many guarded commits are under way.
+    commits_under_way: watch::Sender<usize>,
     doubts: Mutex<Doubts>,
     granted: Instant,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
@@ -52,6 +54,7 @@ impl LeaseState {
             turns,
             open_commits: AtomicUsize::new(0),
             unknown_commit: AtomicBool::new(false),
+            commits_under_way: watch::Sender::new(0),
             doubts: Mutex::default(),
             granted: Instant::now(),
             at_least: Mutex::default(),
@@ -90,23 +93,28 @@ impl LeaseState {
             && self.loss().is_none()
     }
 
-    /// A transaction is about to be committed, or verified, by this lease.
-    pub(crate) fn commit_begins(&self) {
+    /// A transaction is verified by this lease, and nobody will tell how it ends.
+    pub(crate) fn is_verified(&self) {
         self.open_commits.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// It may be carried out at any time.
-    pub(crate) fn commit_is_unknown(&self) {
-        self.unknown_commit.store(true, Ordering::Release);
+    /// A guarded transaction is about to be committed.
+    pub(crate) fn commit_begins(self: &Arc<Self>) -> CommitUnderWay {
+        self.open_commits.fetch_add(1, Ordering::AcqRel);
+        self.commits_under_way.send_modify(|count| *count += 1);
+        CommitUnderWay { lease: Arc::clone(self), may_come: true }
     }
 
+    /// Resolves when no guarded commit is under way.
+    pub(crate) async fn commits_have_ended(&self) {
+        let mut under_way = self.commits_under_way.subscribe();
+        // The sender is ours.
+        let _ended = under_way.wait_for(|count| *count == 0).await;
+    }
+
+    /// Whether some commit may still be carried out, for ever.
     pub(crate) fn has_unknown_commit(&self) -> bool {
         self.unknown_commit.load(Ordering::Acquire)
-    }
-
-    /// It has been carried out, or never will be.
-    pub(crate) fn commit_has_ended(&self) {
-        self.open_commits.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// `false`: too late, somebody was told already that it is over.
@@ -184,6 +192,35 @@ impl LeaseState {
             Ok(loss) => loss.unwrap_or(Loss::NotRenewed),
             Err(_session_is_gone) => Loss::NotRenewed,
         }
+    }
+}
+
+/// A commit whose end is not known yet. If this is dropped before, it never will be.
+#[derive(Debug)]
+pub(crate) struct CommitUnderWay {
+    lease: Arc<LeaseState>,
+    may_come: bool,
+}
+
+impl CommitUnderWay {
+    /// It was carried out.
+    pub(crate) fn was_carried_out(mut self) {
+        self.may_come = false;
+        self.lease.open_commits.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// It was refused.
+    pub(crate) fn never_comes(mut self) {
+        self.may_come = false;
+    }
+}
+
+impl Drop for CommitUnderWay {
+    fn drop(&mut self) {
+        if self.may_come {
+            self.lease.unknown_commit.store(true, Ordering::Release);
+        }
+        self.lease.commits_under_way.send_modify(|count| *count = count.saturating_sub(1));
     }
 }
 

@@ -93,6 +93,11 @@ impl Queues {
                         let _caller_has_gone = request.answer.send(Ok(None));
                         return;
                     };
+                    // Its caller leaves all queues after that, so it is found here or says so by now.
+                    if request.answer.is_closed() {
+                        drop(state);
+                        return;
+                    }
                     line.get_mut().insert(request.number, request);
                     if state.next_deadline.is_none_or(|next| deadline < next) {
                         state.next_deadline = Some(deadline);
@@ -103,9 +108,16 @@ impl Queues {
             }
         }
         drop(state);
-        match self.session.upgrade() {
-            Some(session) => drop(session.send(Request::Acquire(request))),
-            None => drop(request.answer.send(Err(Error::Closed))),
+        let sent = match self.session.upgrade() {
+            Some(session) => session.send(Request::Acquire(request)).map_err(|unsent| unsent.0),
+            None => Err(Request::Acquire(request)),
+        };
+        if let Err(unsent) = sent {
+            // Its thread is gone. All of them at once: one after the other they would be answered from within each other.
+            self.close();
+            if let Request::Acquire(request) = unsent {
+                let _caller_has_gone = request.answer.send(Err(Error::Closed));
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use sqlx::{MySql, Row};
 
 use super::errors::{DUPLICATE_KEY, number};
 use crate::Kind;
-use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Standing};
+use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Standing, outcome_unknown};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -32,7 +32,7 @@ const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES
 const ACQUIRE: &str = "
 UPDATE (
     SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
-        waiters AS last_waiters
+        previous_token AS last_previous, waiters AS last_waiters
     FROM distributed_lock FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
         OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
@@ -40,7 +40,8 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
-        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))) + ? - 1),
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
     lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = ?,
     lease.owner = ?,
@@ -48,7 +49,8 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.waiters = IF(LEFT(unlocked.last_waiters, 32) = ?, SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
 
 const GRANTED: &str = "
-SELECT fencing_token, id, waiters <> '' FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
+FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
 
 const RELEASE: &str = "
 UPDATE (
@@ -132,7 +134,6 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
         .bind(secret)
         .bind(!claim.fair)
         .bind(secret)
-        .bind(claim.numbers)
         .bind(secret)
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
@@ -142,10 +143,12 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
     if acquired.rows_affected() == 0 {
         return Ok(None);
     }
-    let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await?;
+    // It is ours already: an error is no answer to the question whether it is.
+    let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await;
+    let row = row.map_err(outcome_unknown)?;
     row.map(|row| {
-        let (fencing_token, id, others_wait) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        Ok(Grant { id, fencing_token, others_wait })
+        let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
+        Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
     })
     .transpose()
 }

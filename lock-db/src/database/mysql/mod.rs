@@ -37,7 +37,7 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
-       guard_count
+       previous_token, guard_count
 FROM distributed_lock LIMIT 0";
 const CHECK_ENGINE: &str = "
 SELECT 1 FROM information_schema.tables
@@ -90,8 +90,12 @@ impl LockDatabase for MySql {
 
     type Listening = Infallible;
 
-    async fn listen(_pool: &Pool<MySql>, _listener: u32) -> sqlx::Result<Infallible> {
+    async fn connect_listening(_pool: &Pool<MySql>) -> sqlx::Result<Infallible> {
         Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<()> {
+        match *listening {}
     }
 
     async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut MySqlConnection> {

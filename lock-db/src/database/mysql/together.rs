@@ -49,11 +49,11 @@ WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencin
 const EXCHANGE: &str = "
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
-        lease.secret_key = asked.secret_key AS is_again, lease.waiters AS last_waiters, asked.secret_key, asked.ttl,
-        asked.numbers
+        lease.secret_key = asked.secret_key AS is_again, lease.waiters AS last_waiters,
+        lease.previous_token AS last_previous, asked.secret_key, asked.ttl
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
-            numbers BIGINT PATH '$[3]', barges INT PATH '$[4]')) AS asked
+            barges INT PATH '$[3]')) AS asked
     STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
@@ -64,8 +64,8 @@ UPDATE (
     FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
-        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))
-            + unlocked.numbers - 1),
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
     lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
     lease.secret_key = unlocked.secret_key,
     lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
@@ -82,7 +82,7 @@ SELECT lease.secret_key, lease.fencing_token, lease.id,
     IF(asked.ttl > 0,
         TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11,
         lease.expire_time = '1970-01-01 00:00:00'),
-    lease.waiters <> ''
+    lease.waiters <> '', lease.fencing_token - lease.previous_token
 FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
         lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
@@ -132,8 +132,8 @@ pub(super) async fn exchange(
     };
     let mut found = HashMap::with_capacity(rows.len());
     for row in &rows {
-        let (fencing_token, id, others_wait) = (row.try_get(1)?, row.try_get(2)?, row.try_get(4)?);
-        let grant = Grant { id, fencing_token, others_wait };
+        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+        let grant = Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? };
         found.insert(row.try_get::<String, _>(0)?, (grant, row.try_get::<bool, _>(3)?));
     }
     let standing = |one: &Return| match found.get(one.secret.as_str()) {
@@ -149,21 +149,16 @@ pub(super) async fn exchange(
     })
 }
 
-/// `[["6e616d65", "secret", 30000000, 1, 0], …]`, with a `ttl` of zero for what is given back.
+/// `[["6e616d65", "secret", 30000000, 0], …]`, with a `ttl` of zero for what is given back.
 fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
-    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 1, 0));
-    let claims = claims
-        .iter()
-        .map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.numbers, u8::from(!claim.fair)));
+    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 0));
+    let claims =
+        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), u8::from(!claim.fair)));
     let mut json = String::from("[");
-    for (position, (name, secret, ttl, numbers, barges)) in returns.chain(claims).enumerate() {
+    for (position, (name, secret, ttl, barges)) in returns.chain(claims).enumerate() {
         let comma = if position > 0 { "," } else { "" };
-        let _infallible = write!(
-            json,
-            "{comma}[\"{}\",\"{}\",{ttl},{numbers},{barges}]",
-            hexadecimal(name),
-            secret.as_str()
-        );
+        let _infallible =
+            write!(json, "{comma}[\"{}\",\"{}\",{ttl},{barges}]", hexadecimal(name), secret.as_str());
     }
     json.push(']');
     json

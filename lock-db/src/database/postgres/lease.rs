@@ -34,7 +34,8 @@ ON CONFLICT DO NOTHING";
 const ACQUIRE: &str = "
 UPDATE distributed_lock AS lease
 SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
-        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) + $5 - 1 END,
+        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+    previous_token = CASE WHEN lease.secret_key = $2 THEN lease.previous_token ELSE lease.fencing_token END,
     acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
     secret_key = $2,
@@ -43,9 +44,10 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
 WHERE lease.id = (
     SELECT id FROM distributed_lock
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
-        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $6 OR left(waiters, 32) = $2)))
+        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5 OR left(waiters, 32) = $2)))
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> ''";
+RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
+    lease.fencing_token - lease.previous_token";
 
 /// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
@@ -113,7 +115,6 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
         .bind(claim.secret.as_str())
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
-        .bind(i64::from(claim.numbers))
         .bind(!claim.fair)
         .fetch_optional(connection)
         .await?;
@@ -122,8 +123,8 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
         return Err(foreign_answer());
     }
-    let (fencing_token, id, others_wait) = (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
-    Ok(Some(Grant { id, fencing_token, others_wait }))
+    let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
+    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
 }
 
 pub(super) async fn release(

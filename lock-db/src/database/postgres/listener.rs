@@ -10,8 +10,8 @@ fn channel(listener: u32) -> String {
     format!("lock_db_{listener:08x}")
 }
 
-/// A new connection, made like those of `pool`, that hears what is sent to this listener.
-pub(super) async fn listen(pool: &Pool<Postgres>, listener: u32) -> sqlx::Result<PgListener> {
+/// A new connection, made like those of `pool`, that can listen.
+pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
     // A pool of its own: dropped, the connection goes back into it, which may take as long as a dead network takes to be
     // noticed.
     let options = (*pool.connect_options()).clone();
@@ -19,8 +19,12 @@ pub(super) async fn listen(pool: &Pool<Postgres>, listener: u32) -> sqlx::Result
     let mut listening = PgListener::connect_with(&own).await?;
     listening.ignore_pool_close_event(true);
     listening.eager_reconnect(false);
-    listening.listen(&channel(listener)).await?;
     Ok(listening)
+}
+
+/// Hears what is sent to this listener from now on.
+pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<()> {
+    listening.listen(&channel(listener)).await
 }
 
 pub(super) async fn connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {

@@ -22,7 +22,8 @@ use crate::secret::Secret;
 use crate::{Kind, schema};
 
 const CHECK_SCHEMA: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters
+SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
+       previous_token
 FROM distributed_lock LIMIT 0";
 
 /// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
@@ -53,8 +54,12 @@ impl LockDatabase for Postgres {
 
     const CALLS: bool = true;
 
-    async fn listen(pool: &Pool<Postgres>, listener: u32) -> sqlx::Result<PgListener> {
-        listener::listen(pool, listener).await
+    async fn connect_listening(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
+        listener::connect(pool).await
+    }
+
+    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<()> {
+        listener::listen(listening, listener).await
     }
 
     async fn listening_connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {

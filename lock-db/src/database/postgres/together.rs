@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use crate::database::{Claim, Exchanged, Grant, Renewal, Return, Standing, in_order};
+use crate::database::{Claim, Exchanged, Grant, Renewal, Return, Standing, in_order, outcome_unknown};
 use crate::limits::micros;
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
@@ -47,8 +47,9 @@ WITH returned AS (
 granted AS (
     UPDATE distributed_lock AS lease
     SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
-            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
-                + unlocked.numbers - 1 END,
+            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+        previous_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.previous_token
+            ELSE lease.fencing_token END,
         acquire_time = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.acquire_time
             ELSE clock_timestamp() END,
         expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
@@ -57,18 +58,18 @@ granted AS (
         waiters = CASE WHEN left(lease.waiters, 32) = unlocked.secret_key THEN substr(lease.waiters, 57)
             ELSE lease.waiters END
     FROM (
-        SELECT lease.id, asked.secret_key, asked.ttl, asked.numbers
-        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bigint[], $8::bool[])
-            AS asked (lock_name, secret_key, ttl, numbers, barges)
+        SELECT lease.id, asked.secret_key, asked.ttl
+        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bool[]) AS asked (lock_name, secret_key, ttl, barges)
         JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
         WHERE lease.lock_kind = 'insert'
             AND (lease.secret_key = asked.secret_key OR (lease.expire_time <= clock_timestamp()
                 AND (lease.waiters = '' OR asked.barges OR left(lease.waiters, 32) = asked.secret_key)))
         FOR UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
-    RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '' AS others_wait)
-SELECT secret_key, fencing_token, id, false, called FROM returned
-UNION ALL SELECT secret_key, fencing_token, id, others_wait, NULL FROM granted"#;
+    RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '' AS others_wait,
+        lease.fencing_token - lease.previous_token AS numbers)
+SELECT secret_key, fencing_token, id, false, 1::bigint, called FROM returned
+UNION ALL SELECT secret_key, fencing_token, id, others_wait, numbers, NULL FROM granted"#;
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key
@@ -112,21 +113,21 @@ pub(super) async fn exchange(
         .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
         .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
         .bind(claims.first().map_or("", |claim| &*claim.owner))
-        .bind(claims.iter().map(|claim| i64::from(claim.numbers)).collect::<Vec<_>>())
         .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
         .fetch_all(&mut *connection)
         .await?;
     let mut done = HashMap::with_capacity(rows.len());
     for row in &rows {
-        let (fencing_token, id, others_wait) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
-        let grant = Grant { id, fencing_token, others_wait };
+        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? };
         done.insert(row.try_get::<&str, _>(0)?, grant);
     }
     let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
         HashSet::new()
     } else {
         let ours = sqlx::query_scalar(WHICH_ARE_OURS).bind(&names).bind(&secrets);
-        ours.fetch_all(connection).await?.into_iter().collect()
+        // What was found above is released already.
+        ours.fetch_all(connection).await.map_err(outcome_unknown)?.into_iter().collect()
     };
     let standing = |secret: &&str| match secret {
         secret if done.contains_key(*secret) => Standing::Ours,
