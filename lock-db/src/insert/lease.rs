@@ -150,6 +150,9 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Releases the lock together with the commit of a transaction: others get it exactly then, and not at all when the
     /// transaction is rolled back, in which case the lease goes on. Includes what [`verify_in`](Self::verify_in) does.
     ///
+    /// On PostgreSQL not for a transaction that is prepared for a two-phase commit: it may have called the process that
+    /// is next, which `PREPARE TRANSACTION` does not allow.
+    ///
     /// Until the transaction has ended nobody knows which it is, and [`is_held`](Self::is_held) is `false`. The transaction
     /// should end within the TTL.
     ///

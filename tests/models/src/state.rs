@@ -130,7 +130,7 @@ pub struct Client {
     pub unsettled: bool,
     /// Of the lease that it holds, in the row.
     pub token: u8,
-    /// How often that was handed on. With it the holder's own fencing token grows, among those that are reserved.
+    /// How often that was handed on. With it the holder's own fencing token grows, among those of the grant.
     pub hand: u8,
     /// Whether a transaction of the lease may still commit, for all it knows.
     pub commit_is_open: bool,
