@@ -264,7 +264,7 @@ async fn tokens_grow_over_hands_and_processes<T: TestDatabase>(database: &T) {
         });
     }
     callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
-    let tokens = tokens.lock().unwrap();
+    let tokens = std::mem::take(&mut *tokens.lock().unwrap());
     assert_eq!(tokens.len(), 320);
     assert!(tokens.is_sorted_by(|before, after| before < after), "{tokens:?}");
     // Never ahead of the clock: a row that is made anew begins with that.
