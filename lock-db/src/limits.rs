@@ -12,8 +12,9 @@ pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 
 /// How far a lease goes from hand to hand within a process when the builder says nothing.
 pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
-/// Each takes a fencing token, of which there is one for each microsecond.
-pub(crate) const MOST_TURNS: u32 = 65_536;
+/// Each takes a fencing token, of which there is one for each microsecond: so that those of a grant, four times as many, lie
+/// within less time than any failover takes, which may have lost the grant before.
+pub(crate) const MOST_TURNS: u32 = 4096;
 
 /// Below this the renewal of a lease is a race with the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);

@@ -270,7 +270,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// other process waited for it at the grant, there are four times as many turns.
     ///
     /// More of it costs less and lets other processes wait longer. One turn means that each holder asks the database; more
-    /// than 65 536 turns count as so many. Default: 64 turns, 50 ms.
+    /// than 4 096 turns count as so many. Default: 64 turns, 50 ms.
     pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
         self.hand_off = HandOff { turns: turns.clamp(1, MOST_TURNS), time };
         self

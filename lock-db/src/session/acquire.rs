@@ -236,7 +236,10 @@ impl Attempt {
             let Grant { id, fencing_token, numbers, others_wait } = grant;
             let Claim { name, secret, ttl, .. } = claim.clone();
             // Whoever has nobody behind him has the number that stands in the row.
-            let most = if self.core.queues.somebody_waits(&name) { hand_off.most_turns() } else { 1 };
+            // In a new row there was no grant before: in a row that was cleaned away there may have been, a moment ago.
+            let is_new_row = numbers == fencing_token;
+            let may_hand_on = !is_new_row && self.core.queues.somebody_waits(&name);
+            let most = if may_hand_on { hand_off.most_turns() } else { 1 };
             let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
             let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
             let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
