@@ -22,6 +22,7 @@ for_each_database! {
     a_release_counts_with_the_commit,
     a_release_that_is_rolled_back_does_not_count,
     commit_and_release_do_both_or_nothing,
+    what_a_commit_released_may_be_taken_at_once,
     a_transaction_of_another_lease_is_refused,
     run_may_release_in_a_transaction,
     a_release_that_is_dropped_midway_and_rolled_back_does_not_count,
@@ -334,6 +335,17 @@ async fn a_release_that_is_rolled_back_does_not_count<T: TestDatabase>(database:
     transaction.commit().await.unwrap();
     assert_eq!(count(database).await, 1);
     lease.release().await.unwrap();
+}
+
+/// By a try, which waits neither for a holder nor for its turn.
+async fn what_a_commit_released_may_be_taken_at_once<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let mut lease = lease::<T>(&locks).await;
+    for _ in 0..100 {
+        let transaction = lease.begin().await.unwrap();
+        lease.commit_and_release(transaction).await.unwrap();
+        lease = locks.insert_lock("a").ttl(LONG).try_acquire().await.unwrap().unwrap();
+    }
 }
 
 async fn commit_and_release_do_both_or_nothing<T: TestDatabase>(database: &T) {

@@ -402,7 +402,9 @@ impl Hold {
     /// A transaction that has committed released it.
     pub(super) fn was_released(&self) {
         self.released.store(true, Ordering::SeqCst);
+        // In this order: what the next one asks for comes to the session after the end of this one.
         let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });
+        self.lease.pass_turn();
     }
 }
 

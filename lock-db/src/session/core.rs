@@ -181,7 +181,6 @@ pub(super) struct Held {
     pub(super) deadline: Instant,
     pub(super) next_renewal: Instant,
     lost: watch::Sender<Option<Loss>>,
-    _turn: Turn,
 }
 
 impl Core {
@@ -220,15 +219,8 @@ impl Core {
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
-        let (state, lost) = LeaseState::new(number, key, (numbers, turns), ttl, deadline);
-        let held = Held {
-            state: Arc::clone(&state),
-            ttl,
-            deadline,
-            next_renewal: sent + ttl / 3,
-            lost,
-            _turn: turn,
-        };
+        let (state, lost) = LeaseState::new(number, key, (numbers, turns), ttl, deadline, Some(turn));
+        let held = Held { state: Arc::clone(&state), ttl, deadline, next_renewal: sent + ttl / 3, lost };
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.deadline);
         self.leases.borrow_mut().insert(number, held);
@@ -245,6 +237,10 @@ impl Core {
                     tracing::debug!(lock = name, fencing_token, "lock ended: {loss}");
                 }
                 _ => tracing::warn!(lock = name, fencing_token, "lock lost: {loss}"),
+            }
+            if loss == Loss::Released {
+                // Whoever is told may take it again at once.
+                held.state.pass_turn();
             }
             held.lost.send_replace(Some(loss));
         }
@@ -299,6 +295,12 @@ impl Core {
     async fn check_schema(&self) -> Result<(), Error> {
         let checked = patiently(async || self.lane.check_schema().await).await;
         checked.map_err(|failure| failure.into_error("check the table `distributed_lock`", None))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.state.pass_turn();
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
 
@@ -28,6 +29,8 @@ pub(crate) struct LeaseState {
     /// How many guarded commits are under way.
     commits_under_way: watch::Sender<usize>,
     doubts: Mutex<Doubts>,
+    /// Until others of this process may ask for the lock. Not only the session knows when that is.
+    turn: Mutex<Option<Turn>>,
     granted: Instant,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
     at_least: Mutex<Duration>,
@@ -43,6 +46,7 @@ impl LeaseState {
         (numbers, turns): (u32, u32),
         ttl: Duration,
         deadline: Instant,
+        turn: Option<Turn>,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
         let (sender, lost) = watch::channel(None);
         let state = Self {
@@ -56,6 +60,7 @@ impl LeaseState {
             unknown_commit: AtomicBool::new(false),
             commits_under_way: watch::Sender::new(0),
             doubts: Mutex::default(),
+            turn: Mutex::new(turn),
             granted: Instant::now(),
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
@@ -66,6 +71,12 @@ impl LeaseState {
 
     pub(crate) fn name(&self) -> &str {
         &self.key.row.name
+    }
+
+    /// The next caller of this process may ask for the lock.
+    pub(crate) fn pass_turn(&self) {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(turn);
     }
 
     /// Of the present holder, if it was handed on; else of the only one.
@@ -296,7 +307,7 @@ mod tests {
             fencing_token: 1,
             cluster: Cluster::SinglePrimary,
         };
-        let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, Instant::now() + TTL);
+        let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, Instant::now() + TTL, None);
         lease.doubt_begins();
         // Asked after that, and answered before the release was carried out.
         lease.confirm(Instant::now());
