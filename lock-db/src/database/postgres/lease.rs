@@ -1,4 +1,9 @@
 //! One lease at a time, and its queue, on private connections.
+//!
+//! What gives something up does not wait for the disk (`synchronous_commit` off, for that statement alone). Others see it
+//! at once, and whatever they commit on top of it comes behind it in the log, so the order of grants is that of the disk. When
+//! the server crashes within the next second, the release may be forgotten: then the lease ends with its TTL, like that of
+//! a holder that died. A grant always waits: forgotten, it would be given twice.
 
 use std::time::Duration;
 
@@ -24,7 +29,8 @@ FROM distributed_lock WHERE lock_name = $1";
 /// wait for the lane. So it looks first, which sees what this process has made, and has a limit, which is that of the
 /// statement alone, for what another one is making.
 const CREATE: &str = "
-WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '50ms', true))
+WITH bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true))
 INSERT INTO distributed_lock (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM distributed_lock WHERE lock_name = $1)
 ON CONFLICT DO NOTHING";
@@ -51,13 +57,16 @@ RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, leas
 
 /// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
-WHERE id = (
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
 RETURNING CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
     THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END";
 
+/// On disk like a grant: until then nobody else is to have it, whatever crashes.
 const RELEASE_LATER: &str = "
 UPDATE distributed_lock AS lease
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
@@ -72,15 +81,19 @@ WHERE lease.id = until.id";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
-UPDATE distributed_lock SET waiters = $3
-WHERE id = (
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease SET waiters = $3
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
 const REMOVE_WAITER: &str = "
-UPDATE distributed_lock
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
 SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
-WHERE id = (
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND position($2 IN waiters) > 0
     FOR NO KEY UPDATE SKIP LOCKED)";
 

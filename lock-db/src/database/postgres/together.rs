@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::database::{Claim, Exchanged, Grant, Renewal, Return, Standing, in_order, outcome_unknown};
 use crate::limits::micros;
@@ -28,6 +28,21 @@ FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fe
 JOIN distributed_lock AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
+
+/// `RELEASE` for many at once, and like it not waiting for the disk.
+const RETURN: &str = r#"
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
+SET expire_time = '1970-01-01 00:00:00+00'
+FROM unsynced, (
+    SELECT lease.id
+    FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+    JOIN distributed_lock AS lease
+        ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.id = unlocked.id
+RETURNING lease.secret_key, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+    THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
 
 /// `RELEASE` and `ACQUIRE` for many at once, in one statement and one commit.
 const EXCHANGE: &str = r#"
@@ -106,20 +121,23 @@ pub(super) async fn exchange(
 ) -> sqlx::Result<Exchanged> {
     let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
     let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
-    let rows = sqlx::query(EXCHANGE)
-        .bind(&names)
-        .bind(&secrets)
-        .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
-        .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
-        .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
-        .bind(claims.first().map_or("", |claim| &*claim.owner))
-        .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
-        .fetch_all(&mut *connection)
-        .await?;
-    let mut done = HashMap::with_capacity(rows.len());
+    let mut done = HashMap::with_capacity(names.len() + claims.len());
+    let rows = if claims.is_empty() {
+        sqlx::query(RETURN).bind(&names).bind(&secrets).fetch_all(&mut *connection).await?
+    } else {
+        sqlx::query(EXCHANGE)
+            .bind(&names)
+            .bind(&secrets)
+            .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
+            .bind(claims.first().map_or("", |claim| &*claim.owner))
+            .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
+            .fetch_all(&mut *connection)
+            .await?
+    };
     for row in &rows {
-        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
-        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? };
+        let grant = if claims.is_empty() { None } else { Some(granted(row)?) };
         done.insert(row.try_get::<&str, _>(0)?, grant);
     }
     let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
@@ -136,6 +154,11 @@ pub(super) async fn exchange(
     };
     Ok(Exchanged {
         returns: secrets.iter().map(standing).collect(),
-        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied()).collect(),
+        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied().flatten()).collect(),
     })
+}
+
+fn granted(row: &PgRow) -> sqlx::Result<Grant> {
+    let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+    Ok(Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? })
 }
