@@ -17,7 +17,9 @@ use tokio::time::{timeout, timeout_at};
 
 use super::calls::Calls;
 use crate::Kind;
-use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Return, Standing};
+use crate::database::{
+    Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Return, Standing,
+};
 use crate::error::Failure;
 use crate::secret::Secret;
 
@@ -37,7 +39,7 @@ impl Operation {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
-            Self::SetWaiters(_, _, _, reply) => reply.is_closed(),
+            Self::Stand(_, _, reply) | Self::SetWaiters(_, _, _, reply) => reply.is_closed(),
             Self::Create(_, _, reply) | Self::CheckSchema(reply) | Self::Listen(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
             Self::Release(..) | Self::RemoveWaiter(..) | Self::Migrate(_) => false,
@@ -55,6 +57,7 @@ enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Look(Arc<str>, Reply<Option<LockRow>>),
     Create(Arc<str>, Kind, Reply<()>),
+    Stand(Arc<str>, Place, Reply<bool>),
     SetWaiters(Arc<str>, String, String, Reply<bool>),
     RemoveWaiter(Arc<str>, Secret, Reply<()>),
     Listen(Reply<()>),
@@ -110,6 +113,11 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
     }
 
+    /// Takes a place at the end of the queue of a name.
+    pub(super) async fn stand(&self, name: &Arc<str>, place: Place) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Stand(Arc::clone(name), place, reply)).await
+    }
+
     /// Writes the queue of a name, if it is still the one that was read.
     pub(super) async fn set_waiters(
         &self,
@@ -144,14 +152,8 @@ impl Lane {
     }
 
     /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
-    pub(super) async fn release(
-        &self,
-        name: &Arc<str>,
-        secret: &Secret,
-        at_least: Duration,
-    ) -> Result<Standing, Failure> {
-        let one = Return { name: Arc::clone(name), secret: secret.clone() };
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(one, at_least, reply)).await
+    pub(super) async fn release(&self, lease: Return, at_least: Duration) -> Result<Standing, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(lease, at_least, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
@@ -383,6 +385,11 @@ impl<DB: LockDatabase> Server<DB> {
                 }
                 let _ = reply.send(answer);
             }
+            Operation::Stand(name, place, reply) => {
+                let answer =
+                    self.on_connection(STATEMENT_LIMIT, async |c| DB::stand(c, &name, &place).await).await;
+                let _ = reply.send(answer);
+            }
             Operation::SetWaiters(name, before, after, reply) => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |c| {
@@ -406,13 +413,13 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(Return { name, secret }, at_least, reply) => {
+            Operation::Release(lease, at_least, reply) => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection| {
                         if at_least.is_zero() {
-                            DB::release(connection, &name, &secret).await
+                            DB::release(connection, &lease).await
                         } else {
-                            DB::release_later(connection, &name, &secret, at_least).await
+                            DB::release_later(connection, &lease.name, &lease.secret, at_least).await
                         }
                     })
                     .await;

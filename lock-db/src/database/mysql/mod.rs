@@ -16,8 +16,8 @@ use sqlx::{MySql, Pool, Row};
 
 use self::errors::{DEADLOCK, DUPLICATE_KEY, number};
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
-    RowAttempt, RowClaim, Standing, hexadecimal,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
+    Return, RowAttempt, RowClaim, Standing, hexadecimal,
 };
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -150,12 +150,8 @@ impl LockDatabase for MySql {
         together::renew(connection, leases).await
     }
 
-    async fn release(
-        connection: &mut MySqlConnection,
-        name: &str,
-        secret: &Secret,
-    ) -> sqlx::Result<Standing> {
-        lease::release(connection, name, secret).await
+    async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {
+        lease::release(connection, lease).await
     }
 
     async fn release_later(
@@ -173,6 +169,10 @@ impl LockDatabase for MySql {
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
         together::exchange(connection, returns, claims).await
+    }
+
+    async fn stand(connection: &mut MySqlConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+        lease::stand(connection, name, place).await
     }
 
     async fn set_waiters(

@@ -11,7 +11,7 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::Kind;
-use crate::database::{Claim, Grant, LockRow, Standing};
+use crate::database::{Claim, Grant, LockRow, Place, Return, Standing};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -46,11 +46,11 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
     secret_key = $2,
     owner = $3,
-    waiters = CASE WHEN left(lease.waiters, 32) = $2 THEN substr(lease.waiters, 57) ELSE lease.waiters END
+    waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
 WHERE lease.id = (
     SELECT id FROM distributed_lock
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
-        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5 OR left(waiters, 32) = $2)))
+        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token";
@@ -58,7 +58,12 @@ RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, leas
 /// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
+UPDATE distributed_lock AS lease
+SET expire_time = '1970-01-01 00:00:00+00',
+    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+            AND position($3 IN lease.waiters) = 0
+        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+        ELSE lease.waiters END
 FROM unsynced
 WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
@@ -78,6 +83,16 @@ FROM (
         FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
         FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
 WHERE lease.id = until.id";
+
+const STAND: &str = "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
+SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
+FROM unsynced
+WHERE lease.id = (
+    SELECT id FROM distributed_lock
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
+    FOR NO KEY UPDATE SKIP LOCKED)";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
@@ -128,7 +143,7 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
         .bind(claim.secret.as_str())
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
-        .bind(!claim.fair)
+        .bind(claim.place.as_ref().map(Secret::as_str))
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
@@ -140,12 +155,10 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
     Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
 }
 
-pub(super) async fn release(
-    connection: &mut PgConnection,
-    name: &str,
-    secret: &Secret,
-) -> sqlx::Result<Standing> {
-    let query = sqlx::query(RELEASE).bind(name).bind(secret.as_str());
+pub(super) async fn release(connection: &mut PgConnection, lease: &Return) -> sqlx::Result<Standing> {
+    let Return { name, secret, place } = lease;
+    let (place, listener) = Place::parts(place.as_ref());
+    let query = sqlx::query(RELEASE).bind(&**name).bind(secret.as_str()).bind(place).bind(listener);
     let released = query.execute(&mut *connection).await?;
     released_or_not(connection, name, secret, released.rows_affected()).await
 }
@@ -159,6 +172,12 @@ pub(super) async fn release_later(
     let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(micros(at_least));
     let released = query.execute(&mut *connection).await?;
     released_or_not(connection, name, secret, released.rows_affected()).await
+}
+
+pub(super) async fn stand(connection: &mut PgConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+    let (secret, listener) = Place::parts(Some(place));
+    let query = sqlx::query(STAND).bind(name).bind(secret).bind(listener);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(
