@@ -74,6 +74,29 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const CALLS: bool = false;
 
+    /// Whether a connection can wait on the server until another one is done with a row, where nobody is called: whoever has
+    /// the lock of a row has its baton too, if all goes well, and the next one waits for that.
+    #[doc(hidden)]
+    const BATONS: bool = false;
+
+    /// Waits for the baton of a row, a second at most. Those who wait get it in the order in which they came.
+    #[doc(hidden)]
+    fn take_baton(
+        _connection: &mut Self::Connection,
+        _row: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(false) }
+    }
+
+    /// Gives it to the next one.
+    #[doc(hidden)]
+    fn give_baton(
+        _connection: &mut Self::Connection,
+        _row: i64,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
+
     /// Makes such a connection, like those of the pool.
     #[doc(hidden)]
     fn connect_listening(

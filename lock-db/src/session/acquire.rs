@@ -9,6 +9,7 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
+use super::baton;
 use super::core::{Core, Granted, deadline};
 use super::queues::Turn;
 use super::release;
@@ -120,6 +121,7 @@ impl Attempt {
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
         let (mut failures, mut busy) = (0_u32, 0_u32);
+        let mut nearest = u32::MAX;
         loop {
             let mut held_for = Duration::ZERO;
             let pause = match self.ask().await {
@@ -133,6 +135,7 @@ impl Attempt {
                 Ok(Reply::InTheWay { remaining, position }) => {
                     (failures, busy) = (0, 0);
                     self.last_failure = None;
+                    self.wait_for_baton(position, &mut nearest);
                     held_for = remaining;
                     let pause = if position == 0 {
                         self.turn_came.elapsed() / LOOKS
@@ -184,6 +187,21 @@ impl Attempt {
                 () = sleep(jittered.min(until_free).min(left)) => false,
             };
         }
+    }
+
+    /// Waits for the baton at our place in the queue. One that comes out of turn goes to the next, and we wait for it again, if
+    /// the queue has moved since the last time. Else whoever is first does not wait for it, so it would come back at once.
+    fn wait_for_baton(&self, position: u32, nearest: &mut u32) {
+        let [Claim { name, .. }] = &*self.claims else { return };
+        let (Some(_), Some((_, row))) = (&self.bell, &self.last_seen) else { return };
+        if position > 0 && self.core.baton.is_ours(name) {
+            baton::give(&self.core, name);
+            if position >= *nearest {
+                return;
+            }
+            *nearest = position;
+        }
+        baton::wait(&self.core, name, row.id);
     }
 
     /// One attempt. Unless it is the first one it looks before it writes: a plain read costs the database next to nothing.

@@ -13,6 +13,7 @@ use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{sleep, timeout};
 
 use super::alarm::Alarm;
+use super::baton::{self, Baton};
 use super::busy::Busy;
 use super::calls::Calls;
 use super::lane::Lane;
@@ -160,6 +161,7 @@ pub(super) struct Core {
     /// For renewals, and where the database calls.
     pub(super) renewals: Lane,
     pub(super) calls: Rc<Calls>,
+    pub(super) baton: Baton,
     pub(super) queues: Arc<Queues>,
     /// How many attempts are under way.
     pub(super) contenders: Cell<u32>,
@@ -197,6 +199,7 @@ impl Core {
             lane: Lane::start(pool.clone(), &calls, false),
             renewals: Lane::start(pool, &calls, true),
             calls,
+            baton: Baton::default(),
             queues,
             contenders: Cell::new(0),
             leases: RefCell::default(),
@@ -252,8 +255,13 @@ impl Core {
                 // Whoever is told may take it again at once.
                 held.state.pass_turn();
             }
+            baton::give(self, held.state.name());
             held.lost.send_replace(Some(loss));
         }
+    }
+
+    pub(super) fn has_lease(&self, name: &str) -> bool {
+        self.leases.borrow().values().any(|held| held.state.name() == name)
     }
 
     /// Sees to it that the database calls, some time soon, for those who wait.

@@ -6,6 +6,7 @@
 
 mod acquire;
 mod alarm;
+mod baton;
 mod busy;
 mod calls;
 mod core;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
+use super::baton;
 use super::core::Core;
 use super::lease_state::LeaseState;
 use crate::Error;
@@ -36,6 +37,10 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         given_back.place = Some(core.place());
     }
     let released = until_settled(core, &given_back, lease.at_least(), until).await;
+    baton::give(core, name);
+    if given_back.place.is_some() {
+        baton::wait(core, name, lease.key.row.id);
+    }
     drop(held);
     if !core.queues.is_taken(name) {
         // Whoever was to have the turn has gone.
@@ -71,6 +76,7 @@ pub(super) fn leave_queue(core: &Rc<Core>, name: &Arc<str>) {
     if !core.calls.leave(name) {
         return;
     }
+    baton::give(core, name);
     let (core, name, busy) = (Rc::clone(core), Arc::clone(name), core.busy.enter());
     spawn_local(async move {
         if let Err(failure) = core.lane.remove_waiter(&name, core.queues.place()).await {

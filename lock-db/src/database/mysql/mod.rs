@@ -3,6 +3,7 @@
 //! On private connections every statement that may wait for a row is bound by `innodb_lock_wait_timeout`, and for a
 //! table by `lock_wait_timeout`, both set once a connection.
 
+mod baton;
 mod errors;
 mod lease;
 mod together;
@@ -104,6 +105,16 @@ impl LockDatabase for MySql {
 
     async fn called(listening: &mut Infallible) -> sqlx::Result<i64> {
         match *listening {}
+    }
+
+    const BATONS: bool = true;
+
+    async fn take_baton(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<bool> {
+        baton::take(connection, row).await
+    }
+
+    async fn give_baton(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<()> {
+        baton::give(connection, row).await
     }
 
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
