@@ -19,6 +19,8 @@ for_each_database! {
     several_locks_at_once_come_to_their_turn,
     a_queue_that_nobody_stands_in_is_empty,
     another_process_has_it_after_some_turns,
+    a_request_may_be_unfair_by_itself,
+    a_place_that_a_release_took_is_left_when_nobody_needs_it,
 }
 
 child_roles! { wait_for_a_lease }
@@ -127,6 +129,41 @@ async fn who_is_not_fair_takes_what_is_free<T: TestDatabase>(database: &T) {
     let short = short.insert_lock("a").wait(Duration::from_millis(200));
     assert!(matches!(short.acquire().await, Err(Error::Timeout { .. })));
     assert_eq!(in_queue(database).await, 1, "and took no place in it");
+    held.release().await.unwrap();
+}
+
+async fn a_request_may_be_unfair_by_itself<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    leave_a_place(database).await;
+    assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
+    let held = locks.insert_lock("a").ttl(LONG).fair(false).try_acquire().await.unwrap().unwrap();
+    let short = locks.insert_lock("a").fair(false).wait(Duration::from_millis(100));
+    assert!(matches!(short.acquire().await, Err(Error::Timeout { .. })));
+    assert_eq!(in_queue(database).await, 1, "neither of them touched the queue");
+    held.release().await.unwrap();
+    let unfair = Locks::builder(database.pool(1).await).fair(false).build();
+    leave_a_place(database).await;
+    assert!(unfair.insert_lock("a").fair(true).try_acquire().await.unwrap().is_none());
+}
+
+/// A release takes a place for the next caller of its process, behind the others who wait.
+async fn a_place_that_a_release_took_is_left_when_nobody_needs_it<T: TestDatabase>(database: &T) {
+    let first = database.locks().await.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let locks = Locks::builder(database.pool(1).await).hand_off(1, LONG).build();
+    let lock = locks.insert_lock("a").ttl(LONG).wait(PATIENCE);
+    let (one, two) = (tokio::spawn(lock.clone().acquire()), tokio::spawn(lock.acquire()));
+    eventually(PATIENCE, async || in_queue(database).await == 1).await;
+    let (_others_locks, other) = waiter(database).await;
+    first.release().await.unwrap();
+    // One of the two has it, and gives it back while the other one waits in this process.
+    let mut both = VecDeque::from([one, two]);
+    let held = next_of(&mut both).await;
+    held.release().await.unwrap();
+    let held = other.await.unwrap().unwrap();
+    eventually(PATIENCE, async || in_queue(database).await == 1).await;
+    both[0].abort();
+    eventually(PATIENCE, async || in_queue(database).await == 0).await;
     held.release().await.unwrap();
 }
 

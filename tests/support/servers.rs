@@ -260,7 +260,9 @@ impl ServerDialect for MySql {
     const PORT: u16 = 3306;
     const CREATE_OPTIONS: &'static str = "";
     const ADVISORY_LOCKS: &'static str = "SELECT id FROM information_schema.processlist
-        WHERE id = IS_USED_LOCK(CONCAT('lock_db:', SHA2(DATABASE(), 224)))";
+        WHERE id = IS_USED_LOCK(CONCAT('lock_db:', SHA2(DATABASE(), 224)))
+        UNION ALL SELECT id FROM distributed_lock
+        WHERE IS_USED_LOCK(CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':', id)) IS NOT NULL";
 
     /// `information_schema.innodb_trx` would be simpler, but it is a copy that is made anew only when nobody on the
     /// whole server has read it for a tenth of a second.

@@ -1,0 +1,154 @@
+//! MySQL and MariaDB: whoever waits for a lock waits for its baton on the server, and nothing depends on it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::time::Duration;
+
+use lock_db::{Error, Lease, LockDatabase, Locks};
+use lock_tests::{Backend, TestDatabase, TestServer, eventually};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+lock_tests::__tests_on! { mariadb MariaDbServer
+    whoever_waits_behind_another_waits_on_the_server,
+    nothing_is_left_when_nobody_waits,
+    who_has_no_baton_looks,
+    a_process_that_waits_goes_on_renewing,
+    a_process_that_waits_for_many_has_no_more_connections
+}
+lock_tests::__tests_on! { mysql MySqlServer
+    whoever_waits_behind_another_waits_on_the_server,
+    nothing_is_left_when_nobody_waits,
+    who_has_no_baton_looks,
+    a_process_that_waits_goes_on_renewing,
+    a_process_that_waits_for_many_has_no_more_connections
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_mins(10);
+
+type Waiting<DB> = JoinHandle<Result<Lease<DB>, Error>>;
+
+fn wait_for<DB: LockDatabase>(locks: &Locks<DB>, name: &str) -> Waiting<DB> {
+    tokio::spawn(locks.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire())
+}
+
+/// The name of the baton, in SQL.
+async fn baton<T: TestDatabase>(database: &T, name: &str) -> String {
+    let row = database.number(&format!("SELECT id FROM distributed_lock WHERE lock_name = '{name}'")).await;
+    format!("CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':{row}')")
+}
+
+async fn somebody_has<T: TestDatabase>(database: &T, baton: &str) -> bool {
+    database.number(&format!("SELECT IS_USED_LOCK({baton}) IS NOT NULL")).await == 1
+}
+
+async fn on_the_server<T: TestDatabase>(database: &T) -> i64 {
+    let sql = "SELECT COUNT(*) FROM information_schema.processlist
+        WHERE db = DATABASE() AND state = 'User lock' AND info LIKE '%GET_LOCK%'";
+    database.number(sql).await
+}
+
+async fn whoever_waits_behind_another_waits_on_the_server<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let baton = baton(database, "a").await;
+    assert!(!somebody_has(database, &baton).await, "nobody waits, nothing is asked for");
+    let (second, third) = (database.locks().await, database.locks().await);
+    let next = wait_for(&second, "a");
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    let last = wait_for(&third, "a");
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    held.release().await.unwrap();
+    let held = next.await.unwrap().unwrap();
+    assert!(somebody_has(database, &baton).await, "as long as the lock is held");
+    assert!(!last.is_finished());
+    held.release().await.unwrap();
+    last.await.unwrap().unwrap().release().await.unwrap();
+    eventually(PATIENCE, async || !somebody_has(database, &baton).await).await;
+}
+
+async fn nothing_is_left_when_nobody_waits<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let baton = baton(database, "a").await;
+    let (second, third) = (database.locks().await, database.locks().await);
+    let next = wait_for(&second, "a");
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    let last = wait_for(&third, "a");
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    last.abort();
+    next.abort();
+    eventually(PATIENCE, async || {
+        !somebody_has(database, &baton).await && on_the_server(database).await == 0
+    })
+    .await;
+    held.release().await.unwrap();
+    // Its renewals' connection is free for the next.
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let next = wait_for(&second, "a");
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    held.release().await.unwrap();
+    next.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// Somebody keeps it for ever, like a process that was stopped.
+async fn who_has_no_baton_looks<T: TestServer>(database: &T) {
+    let (locks, other) = (database.locks().await, database.locks().await);
+    let mut held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let baton = baton(database, "a").await;
+    let mut stopped = database.connection().await;
+    T::Database::run(&mut stopped, &format!("DO GET_LOCK({baton}, 0)")).await.unwrap();
+    for turn in 0..4 {
+        let next = wait_for(if turn % 2 == 0 { &other } else { &locks }, "a");
+        eventually(PATIENCE, async || on_the_server(database).await > 0).await;
+        held.release().await.unwrap();
+        held = timeout(PATIENCE, next).await.unwrap().unwrap().unwrap();
+    }
+    held.release().await.unwrap();
+}
+
+/// On the other connection, as long as the one for it waits.
+async fn a_process_that_waits_goes_on_renewing<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let first_locks = database.locks().await;
+    let first = wait_for(&first_locks, "a");
+    let baton = baton(database, "a").await;
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    let other = database.locks().await;
+    let renewed = other.insert_lock("b").ttl(Duration::from_secs(3)).acquire().await.unwrap();
+    let next = wait_for(&other, "a");
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    let moved = "SELECT COUNT(*) FROM distributed_lock
+        WHERE lock_name = 'b' AND expire_time > acquire_time + INTERVAL 6 SECOND";
+    eventually(PATIENCE, async || database.number(moved).await == 1).await;
+    assert!(renewed.is_held());
+    held.release().await.unwrap();
+    first.await.unwrap().unwrap().release().await.unwrap();
+    next.await.unwrap().unwrap().release().await.unwrap();
+}
+
+async fn a_process_that_waits_for_many_has_no_more_connections<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let names: Vec<String> = (0..10).map(|number| number.to_string()).collect();
+    let mut held = Vec::new();
+    for name in &names {
+        held.push(locks.insert_lock(name).ttl(LONG).acquire().await.unwrap());
+    }
+    let proxy = database.proxy();
+    let far = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 1).await);
+    let waiting: Vec<_> = names.iter().map(|name| wait_for(&far, name)).collect();
+    eventually(PATIENCE, async || {
+        database.number("SELECT COUNT(*) FROM distributed_lock WHERE waiters <> ''").await == 10
+    })
+    .await;
+    // The pool opened one to see whether it can.
+    assert!(proxy.open() <= 3, "{} connections", proxy.open());
+    for lease in held {
+        lease.release().await.unwrap();
+    }
+    for next in waiting {
+        next.await.unwrap().unwrap().release().await.unwrap();
+    }
+}
