@@ -75,8 +75,9 @@ impl LeaseState {
 
     /// The next caller of this process may ask for the lock.
     pub(crate) fn pass_turn(&self) {
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(turn);
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Still locked: for whoever finds it gone it has been passed, and not only taken by another thread that is about to.
+        drop(turn.take());
     }
 
     /// Of the present holder, if it was handed on; else of the only one.
