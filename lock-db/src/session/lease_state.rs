@@ -1,7 +1,7 @@
 //! What the session and the guard of a lease share.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
 
 /// A lease as its guard sees it, and those to whom it is handed on.
 #[derive(Debug)]
