@@ -80,6 +80,8 @@ async fn one_by_one(
         answer(&log)?;
         let Some(Order::Acquire) = order(input).await? else { break };
     }
+    // As at the end of `drive`: a session may end with its last caller.
+    drop(callers);
     team.end.await;
     Ok(())
 }

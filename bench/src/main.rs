@@ -6,6 +6,7 @@ mod clock;
 mod contender;
 mod database;
 mod drive;
+mod etcd;
 mod machine;
 mod meter;
 mod play;
@@ -17,6 +18,7 @@ mod scene;
 mod server;
 mod study;
 mod summary;
+mod zookeeper;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +56,14 @@ struct Arguments {
     /// redis://…
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_REDIS_URL", hide_env_values = true)]
     redis: Option<String>,
+
+    /// HOST:PORT of a server that answers `mntr` (4lw.commands.whitelist)
+    #[arg(long, value_name = "ADDRESS", env = "LOCK_BENCH_ZOOKEEPER_ADDRESS")]
+    zookeeper: Option<String>,
+
+    /// http://…, version 3.4 or later
+    #[arg(long, value_name = "URL", env = "LOCK_BENCH_ETCD_URL")]
+    etcd: Option<String>,
 
     /// SQLite, on a temporary file
     #[arg(long)]
@@ -164,9 +174,11 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let file = format!("sqlite:{}", folder.path().join("locks.db").display());
     add(System::Sqlite, &arguments.sqlite.then_some(file));
     add(System::Redis, &arguments.redis);
+    add(System::ZooKeeper, &arguments.zookeeper);
+    add(System::Etcd, &arguments.etcd);
     if servers.is_empty() {
         bail!(
-            "nothing to measure: give --postgres, --mysql, --sqlite or --redis, or let bench/run start servers"
+            "nothing to measure: give --postgres, --mysql, --sqlite, --redis, --zookeeper or --etcd, or let bench/run start servers"
         );
     }
     let mut facts = Vec::new();
@@ -251,7 +263,7 @@ async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> F
     };
     let mut findings = Findings::default();
     for kind in arguments.scenes.iter().copied().filter(|kind| kind.is_study()) {
-        for server in servers.iter().filter(|server| server.system != System::Redis) {
+        for server in servers.iter().filter(|server| server.system.is_database()) {
             bar.set_message(format!("{kind:?} {:?}", server.system));
             findings.add(kind, server.system, &server.url, sizes).await;
         }
@@ -282,7 +294,7 @@ fn hold(arguments: &Arguments) -> Duration {
 
 fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contender, part: &str) -> Job {
     // Of its own for each part: what one leaves behind is no concern of the next.
-    let prefix = format!("lock-bench:{}:{part}", std::process::id());
+    let prefix = format!("{}{part}", server::own_names());
     let name = |caller| if scene.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {
         system: server.system,

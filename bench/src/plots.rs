@@ -6,14 +6,13 @@ use std::path::Path;
 use anyhow::anyhow;
 use plotters::prelude::*;
 
-use crate::contender::System;
 use crate::report::{Entry, Report};
 use crate::scene::{Kind, Scene};
 
 const SIZE: (i32, i32) = (1180, 600);
 /// The width of the column beside the lines.
 const LEGEND: i32 = 260;
-const COLOURS: [RGBColor; 8] = [
+const COLOURS: [RGBColor; 10] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),
     RGBColor(120, 120, 120),
@@ -22,6 +21,8 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
     RGBColor(0, 0, 0),
+    RGBColor(148, 0, 60),
+    RGBColor(150, 120, 20),
 ];
 
 struct Line {
@@ -29,13 +30,12 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// One picture for each database and scene, with Redis in each of them.
+/// One picture for each database and scene, with those that are no databases in each of them.
 pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
-    let is_database = |system: System| system != System::Redis;
-    let only_redis = !report.servers.iter().any(|facts| is_database(facts.system));
-    for facts in report.servers.iter().filter(|facts| only_redis || is_database(facts.system)) {
-        let belongs = |entry: &&Entry| entry.system == facts.system || entry.system == System::Redis;
+    let no_database = !report.servers.iter().any(|facts| facts.system.is_database());
+    for facts in report.servers.iter().filter(|facts| no_database || facts.system.is_database()) {
+        let belongs = |entry: &&Entry| entry.system == facts.system || !entry.system.is_database();
         let entries: Vec<&Entry> = report.results.iter().filter(belongs).collect();
         let name = facts.name.to_lowercase();
         let warning = if report.is_unequal() { " - NOT COMPARABLE: durability differs" } else { "" };
@@ -61,8 +61,8 @@ pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::
 fn title(report: &Report, entry: &Entry) -> String {
     let facts = report.facts(entry.system);
     let mut title = entry.contender.title().to_owned();
-    if entry.system == System::Redis {
-        title.push_str(" (Redis)");
+    if let Some(facts) = facts.filter(|facts| !facts.system.is_database()) {
+        title = format!("{}: {title}", facts.name);
     }
     if !entry.contender.writes() {
         title.push_str(" (nothing written)");

@@ -4,14 +4,23 @@ use anyhow::Context;
 use lock_db::Locks;
 use serde::Serialize;
 use sqlx::{Connection, MySql, Postgres, Sqlite};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::contender::System;
 use crate::database::{self, Database};
+use crate::etcd::Etcd;
+use crate::zookeeper;
 
 /// A system and where it is.
 pub(crate) struct Server {
     pub(crate) system: System,
     pub(crate) url: String,
+}
+
+/// What the names of all locks of this run begin with.
+pub(crate) fn own_names() -> String {
+    format!("lock-bench:{}:", std::process::id())
 }
 
 /// What a server says of itself.
@@ -43,6 +52,8 @@ impl Server {
                 sqlite(&self.url).await
             }
             System::Redis => redis(&self.url).await,
+            System::ZooKeeper => zookeeper(&self.url).await,
+            System::Etcd => etcd(&self.url).await,
         }
         .with_context(|| format!("preparing {:?}", self.system))
     }
@@ -51,8 +62,9 @@ impl Server {
         match self.system {
             System::Postgres => remove_tables::<Postgres>(&self.url).await,
             System::MySql => remove_tables::<MySql>(&self.url).await,
-            // The file of the one is removed, and the keys of the other have an expiry.
-            System::Sqlite | System::Redis => Ok(()),
+            System::Redis => remove_keys(&self.url).await,
+            // The file of the first is removed, and the others remove what a session or a lease leaves.
+            System::Sqlite | System::ZooKeeper | System::Etcd => Ok(()),
         }
         .with_context(|| format!("tidying up {:?}", self.system))
     }
@@ -73,6 +85,29 @@ async fn remove_tables<DB: Database>(url: &str) -> anyhow::Result<()> {
     let mut connection = DB::Connection::connect_with(&DB::options(url)?).await?;
     DB::remove_tables(&mut connection).await?;
     Ok(connection.close().await?)
+}
+
+/// The counters of tokens have no expiry.
+async fn remove_keys(url: &str) -> anyhow::Result<()> {
+    let mut connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
+    let mut cursor = 0_u64;
+    loop {
+        let (next, keys): (u64, Vec<String>) = redis::cmd("SCAN")
+            .arg(cursor)
+            .arg("MATCH")
+            .arg(format!("{}*", own_names()))
+            .arg("COUNT")
+            .arg(1000)
+            .query_async(&mut connection)
+            .await?;
+        if !keys.is_empty() {
+            redis::cmd("UNLINK").arg(keys).exec_async(&mut connection).await?;
+        }
+        if next == 0 {
+            return Ok(());
+        }
+        cursor = next;
+    }
 }
 
 fn value<'a>(settings: &'a [(String, String)], name: &str) -> &'a str {
@@ -160,4 +195,52 @@ async fn redis(url: &str) -> anyhow::Result<Facts> {
     }
     let durable = value(&settings, "appendonly") == "yes" && value(&settings, "appendfsync") == "always";
     Ok(Facts { system: System::Redis, name: "Redis".to_owned(), version, settings, durable })
+}
+
+/// It does not tell `forceSync`. But it counts how often it had its log written to disk, and a new session is in the log.
+async fn zookeeper(address: &str) -> anyhow::Result<Facts> {
+    let before = ask(address, "mntr").await?;
+    drop(zookeeper::connect(address).await?);
+    let after = ask(address, "mntr").await?;
+    let synced = has_grown("zk_cnt_fsynctime", &before, &after)
+        .context("it must answer `mntr`: 4lw.commands.whitelist=srvr,mntr")?;
+    let version = line_of(&after, "zk_version").unwrap_or("of unknown version");
+    let version = version.split(['-', ',']).next().unwrap_or(version).to_owned();
+    let settings = vec![("forceSync".to_owned(), if synced { "yes" } else { "no" }.to_owned())];
+    Ok(Facts { system: System::ZooKeeper, name: "ZooKeeper".to_owned(), version, settings, durable: synced })
+}
+
+/// It does not tell `unsafe-no-fsync`. But it counts, too, and a lease is in the log.
+async fn etcd(url: &str) -> anyhow::Result<Facts> {
+    let address = url.strip_prefix("http://").context("an address with http:// is needed")?;
+    let address = address.trim_end_matches('/');
+    let metrics = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    let etcd = Etcd::connect(url).await?;
+    let version = etcd.version().await?;
+    let before = ask(address, &metrics).await?;
+    let lease = etcd.grant_lease(60).await?;
+    etcd.revoke_lease(lease).await?;
+    let after = ask(address, &metrics).await?;
+    let synced = has_grown("etcd_disk_wal_fsync_duration_seconds_count", &before, &after)
+        .context("it must show its /metrics")?;
+    let settings = vec![("unsafe-no-fsync".to_owned(), (!synced).to_string())];
+    Ok(Facts { system: System::Etcd, name: "etcd".to_owned(), version, settings, durable: synced })
+}
+
+/// Says something and listens until the server has nothing more to say.
+async fn ask(address: &str, words: &str) -> anyhow::Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
+    connection.write_all(words.as_bytes()).await?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+fn line_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix([' ', '\t']))
+}
+
+fn has_grown(counter: &str, before: &str, after: &str) -> Option<bool> {
+    let number = |text| line_of(text, counter)?.trim().parse::<f64>().ok();
+    Some(number(after)? > number(before)?)
 }

@@ -175,7 +175,7 @@ impl<DB: LockDatabase> Locks<DB> {
         let entered = if let Some(entered) = self.nested(&lock, asked, patience).await? {
             entered
         } else {
-            let hold = self.hold(asked.name, asked.ttl, patience).await?;
+            let hold = self.hold(asked.name, asked.ttl, patience, None).await?;
             // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
             let none = || if patience.is_some() { Error::Closed } else { asked.taken_elsewhere() };
             taken(lock, hold.ok_or_else(none)?, asked)

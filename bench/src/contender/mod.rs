@@ -1,9 +1,11 @@
 //! Who is measured.
 
+mod etcd;
 mod lock_db;
 mod redis;
 mod sql;
 mod waiting_on_server;
+mod zookeeper;
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -20,6 +22,15 @@ pub(crate) enum System {
     MySql,
     Sqlite,
     Redis,
+    ZooKeeper,
+    Etcd,
+}
+
+impl System {
+    /// Whether lock-db can lock there.
+    pub(crate) fn is_database(self) -> bool {
+        matches!(self, Self::Postgres | Self::MySql | Self::Sqlite)
+    }
 }
 
 /// A way of locking.
@@ -37,16 +48,26 @@ pub(crate) enum Contender {
     AdvisoryLock,
     GetLock,
     Rslock,
+    /// `SET NX PX` and `INCR` in one script.
+    Token,
+    /// ZooKeeper's recipe.
+    Recipe,
+    /// etcd's `Lock` and `Unlock`.
+    LockApi,
 }
 
 impl Contender {
     pub(crate) fn of(system: System) -> &'static [Self] {
-        use Contender::{AdvisoryLock, Floor, GetLock, InsertLock, Naive, Poll, RowLock, Rslock};
+        use Contender::{
+            AdvisoryLock, Floor, GetLock, InsertLock, LockApi, Naive, Poll, Recipe, RowLock, Rslock, Token,
+        };
         match system {
             System::Postgres => &[InsertLock, RowLock, Floor, Naive, Poll, AdvisoryLock],
             System::MySql => &[InsertLock, RowLock, Floor, Naive, Poll, GetLock],
             System::Sqlite => &[InsertLock, RowLock, Floor, Naive, Poll],
-            System::Redis => &[Rslock],
+            System::Redis => &[Rslock, Token],
+            System::ZooKeeper => &[Recipe],
+            System::Etcd => &[LockApi],
         }
     }
 
@@ -60,6 +81,9 @@ impl Contender {
             Self::AdvisoryLock => "pg_advisory_lock",
             Self::GetLock => "GET_LOCK",
             Self::Rslock => "rslock",
+            Self::Token => "SET NX PX + INCR",
+            Self::Recipe => "lock recipe",
+            Self::LockApi => "lock API",
         }
     }
 
@@ -74,9 +98,14 @@ impl Contender {
     }
 
     /// How long callers are left to finish when the time is over. Those who wait on the server must not be dropped there:
-    /// the server would go on waiting for them. The others are dropped at once.
+    /// the server would go on waiting for them, or, if it is etcd and they are many, lock up for good
+    /// (etcd-io/etcd#13336). The others are dropped at once.
     pub(crate) fn patience(self) -> Duration {
-        if self.writes() { Duration::ZERO } else { Duration::from_secs(5) }
+        match self {
+            Self::AdvisoryLock | Self::GetLock => Duration::from_secs(5),
+            Self::LockApi => Duration::from_mins(1),
+            _ => Duration::ZERO,
+        }
     }
 }
 
@@ -116,18 +145,20 @@ pub(crate) async fn team(job: &Job) -> anyhow::Result<Team> {
     match job.contender {
         Contender::AdvisoryLock => waiting_on_server::team::<Postgres>(job).await,
         Contender::GetLock => waiting_on_server::team::<MySql>(job).await,
-        Contender::Rslock => redis::team(job).await,
+        Contender::Rslock | Contender::Token => redis::team(job).await,
+        Contender::Recipe => zookeeper::team(job).await,
+        Contender::LockApi => etcd::team(job).await,
         Contender::InsertLock | Contender::RowLock => match job.system {
             System::Postgres => lock_db::team::<Postgres>(job).await,
             System::MySql => lock_db::team::<MySql>(job).await,
             System::Sqlite => lock_db::team::<Sqlite>(job).await,
-            System::Redis => anyhow::bail!("lock-db does not lock in Redis"),
+            other => anyhow::bail!("lock-db does not lock in {other:?}"),
         },
         Contender::Floor | Contender::Naive | Contender::Poll => match job.system {
             System::Postgres => sql::team::<Postgres>(job).await,
             System::MySql => sql::team::<MySql>(job).await,
             System::Sqlite => sql::team::<Sqlite>(job).await,
-            System::Redis => anyhow::bail!("there is no SQL in Redis"),
+            other => anyhow::bail!("there is no SQL in {other:?}"),
         },
     }
 }

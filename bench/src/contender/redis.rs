@@ -1,13 +1,33 @@
-//! Redis, by the crate rslock, as it comes: a random retry within 200 ms, no fencing token.
+//! Redis, by the crate rslock, as it comes: a random retry within 200 ms, no fencing token. And by scripts of one's own that
+//! count the grants, which retry in the same way.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Script};
 use rslock::{Lock, LockManager};
+use tokio::time::sleep;
 
-use super::{Boxed, Caller, Job, Team};
+use super::{Boxed, Caller, Contender, Job, Team};
 
 const TTL: Duration = Duration::from_secs(30);
+
+/// The counter has no expiry: a token must be larger than all before, also than those of locks long gone.
+const LOCK: &str = "\
+    if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then \
+        return redis.call('INCR', KEYS[2]) \
+    end \
+    return false";
+const UNLOCK: &str = "\
+    if redis.call('GET', KEYS[1]) == ARGV[1] then \
+        return redis.call('DEL', KEYS[1]) \
+    end \
+    return 0";
+
+/// The upper end of rslock's pause between two tries, in milliseconds.
+const LONGEST_PAUSE: u64 = 200;
 
 struct Rslock {
     manager: LockManager,
@@ -32,13 +52,70 @@ impl Caller for Rslock {
     }
 }
 
+struct Scripts {
+    lock: Script,
+    unlock: Script,
+}
+
+struct TokenLock {
+    connection: MultiplexedConnection,
+    scripts: Arc<Scripts>,
+    name: String,
+    counter: String,
+    /// What the key holds when it is this caller's: of its own for each acquisition.
+    value: String,
+}
+
+impl Caller for TokenLock {
+    fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
+        Box::pin(async {
+            self.value = format!("{:032x}", fastrand::u128(..));
+            loop {
+                let mut lock = self.scripts.lock.key(&self.name);
+                lock.key(&self.counter).arg(&self.value).arg(TTL.as_secs() * 1000);
+                let token: Option<i64> = lock.invoke_async(&mut self.connection).await?;
+                if token.is_some() {
+                    return Ok(token);
+                }
+                sleep(Duration::from_millis(fastrand::u64(0..LONGEST_PAUSE))).await;
+            }
+        })
+    }
+
+    fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
+        Box::pin(async {
+            let mut unlock = self.scripts.unlock.key(&self.name);
+            let deleted: i64 = unlock.arg(&self.value).invoke_async(&mut self.connection).await?;
+            anyhow::ensure!(deleted == 1, "it belonged to somebody else");
+            Ok(())
+        })
+    }
+}
+
 pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
-    // rslock says nothing when it cannot connect: it tries for ever.
-    redis::Client::open(job.url.as_str())?.get_multiplexed_async_connection().await?;
-    let manager = LockManager::new(vec![job.url.as_str()]);
-    let caller = |name: &String| -> Box<dyn Caller> {
-        Box::new(Rslock { manager: manager.clone(), name: name.clone().into_bytes(), lock: None })
+    // An answer that comes after a limit would be a lock of which nobody knows.
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    // Also for rslock, which says nothing when it cannot connect: it tries for ever.
+    let connection =
+        redis::Client::open(job.url.as_str())?.get_multiplexed_async_connection_with_config(&config).await?;
+    let callers = if job.contender == Contender::Rslock {
+        let manager = LockManager::new(vec![job.url.as_str()]);
+        let caller = |name: &String| -> Box<dyn Caller> {
+            Box::new(Rslock { manager: manager.clone(), name: name.clone().into_bytes(), lock: None })
+        };
+        job.names.iter().map(caller).collect()
+    } else {
+        let scripts = Arc::new(Scripts { lock: Script::new(LOCK), unlock: Script::new(UNLOCK) });
+        let caller = |name: &String| -> Box<dyn Caller> {
+            Box::new(TokenLock {
+                connection: connection.clone(),
+                scripts: scripts.clone(),
+                name: name.clone(),
+                counter: format!("{name}:token"),
+                value: String::new(),
+            })
+        };
+        job.names.iter().map(caller).collect()
     };
-    let callers = job.names.iter().map(caller).collect();
     Ok(Team { callers, end: Box::pin(async {}) })
 }

@@ -124,7 +124,7 @@ impl Study {
             System::Postgres => Box::pin(self.on::<Postgres>()).await,
             System::MySql => Box::pin(self.on::<MySql>()).await,
             System::Sqlite => Box::pin(self.on::<Sqlite>()).await,
-            System::Redis => anyhow::bail!("lock-db does not lock in Redis"),
+            other => anyhow::bail!("lock-db does not lock in {other:?}"),
         }
     }
 
@@ -141,7 +141,7 @@ impl Study {
         match self.system {
             System::Postgres => proxy::<Postgres>(&self.url).await,
             System::MySql => proxy::<MySql>(&self.url).await,
-            System::Sqlite | System::Redis => Ok(None),
+            System::Sqlite | System::Redis | System::ZooKeeper | System::Etcd => Ok(None),
         }
     }
 }

@@ -74,6 +74,29 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const CALLS: bool = false;
 
+    /// Whether a connection can wait on the server until another one is done with a row, where nobody is called: whoever has
+    /// the lock of a row has its baton too, if all goes well, and the next one waits for that.
+    #[doc(hidden)]
+    const BATONS: bool = false;
+
+    /// Waits for the baton of a row, a second at most. Those who wait get it in the order in which they came.
+    #[doc(hidden)]
+    fn take_baton(
+        _connection: &mut Self::Connection,
+        _row: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(false) }
+    }
+
+    /// Gives it to the next one.
+    #[doc(hidden)]
+    fn give_baton(
+        _connection: &mut Self::Connection,
+        _row: i64,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
+
     /// Makes such a connection, like those of the pool.
     #[doc(hidden)]
     fn connect_listening(
@@ -152,8 +175,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn release(
         connection: &mut Self::Connection,
-        name: &str,
-        secret: &Secret,
+        lease: &Return,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
     /// Gives the lease up, while nobody else can have the lock before `at_least` has passed since it was granted. The row
@@ -174,6 +196,15 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         returns: &[Return],
         claims: &[Claim],
     ) -> impl Future<Output = sqlx::Result<Exchanged>> + Send;
+
+    /// Takes a place at the end of the queue of a name, if there is room, and none of ours yet. `false`: not, or somebody has the
+    /// row locked.
+    #[doc(hidden)]
+    fn stand(
+        connection: &mut Self::Connection,
+        name: &str,
+        place: &Place,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// Writes the queue of a name, if it still is what it was `before`. `false`: it is not, or somebody has the row locked.
     #[doc(hidden)]
@@ -271,8 +302,8 @@ pub struct Claim {
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
-    /// Whether it leaves a free lock to those who wait for it in their queue.
-    pub fair: bool,
+    /// With what its process stands in the queue of the row. A claim without it leaves a free lock to nobody.
+    pub place: Option<Secret>,
 }
 
 /// A lease that is given back.
@@ -280,6 +311,23 @@ pub struct Claim {
 pub struct Return {
     pub name: Arc<str>,
     pub secret: Secret,
+    /// When more callers of this process wait: they stand behind those of others who wait already.
+    pub place: Option<Place>,
+}
+
+/// A place in the queue of a row: see [`Waiters`].
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub secret: Secret,
+    /// Whom a release calls; zero for nobody.
+    pub listener: u32,
+}
+
+impl Place {
+    /// As SQL binds it; empty for none.
+    fn parts(place: Option<&Self>) -> (&str, String) {
+        place.map_or(("", String::new()), |place| (place.secret.as_str(), format!("{:08x}", place.listener)))
+    }
 }
 
 /// What became of returns and claims, in their order.

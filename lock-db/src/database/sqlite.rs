@@ -12,8 +12,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
 use sqlx::{AssertSqlSafe, Connection, Pool, Row, Sqlite};
 
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
-    RowAttempt, RowClaim, Standing, as_json, in_order,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
+    Return, RowAttempt, RowClaim, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -48,10 +48,10 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
     secret_key = ?2,
     owner = ?3,
-    waiters = CASE WHEN substr(waiters, 1, 32) = ?2 THEN substr(waiters, 57) ELSE waiters END
+    waiters = CASE WHEN substr(waiters, 1, 32) = ?6 THEN substr(waiters, 57) ELSE waiters END
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
-      AND (waiters = '' OR ?6 OR substr(waiters, 1, 32) = ?2)))
+      AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
 RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
@@ -66,7 +66,10 @@ WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND fencing_t
 RETURNING secret_key";
 
 const RELEASE: &str = "
-UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00.000000'
+UPDATE distributed_lock
+SET expire_time = '1970-01-01 00:00:00.000000',
+    waiters = CASE WHEN ?3 <> '' AND waiters <> '' AND length(waiters) < 3584 AND instr(waiters, ?3) = 0
+        THEN waiters || ?3 || printf('%016d', ?5 + 2000000) || ?4 ELSE waiters END
 WHERE lock_name = ?1 AND secret_key = ?2";
 
 const RELEASE_LATER: &str = "
@@ -79,6 +82,10 @@ FROM (
         SELECT id, strftime('%Y-%m-%d %H:%M:%f000', acquire_time, ?3) AS moment
         FROM distributed_lock WHERE lock_name = ?1 AND secret_key = ?2)) AS until
 WHERE distributed_lock.id = until.id";
+
+const STAND: &str = "
+UPDATE distributed_lock SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3
+WHERE lock_name = ?1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND instr(waiters, ?2) = 0";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
@@ -227,7 +234,7 @@ impl LockDatabase for Sqlite {
             .bind(&*claim.owner)
             .bind(ttl)
             .bind(clock_micros())
-            .bind(!claim.fair)
+            .bind(claim.place.as_ref().map(Secret::as_str))
             .fetch_all(connection)
             .await?;
         let Some(row) = rows.first() else { return Ok(None) };
@@ -246,12 +253,11 @@ impl LockDatabase for Sqlite {
         Ok(in_order(leases, renewed.into_iter().map(|secret| (secret, Standing::Ours))))
     }
 
-    async fn release(
-        connection: &mut SqliteConnection,
-        name: &str,
-        secret: &Secret,
-    ) -> sqlx::Result<Standing> {
-        released_or_not(sqlx::query(RELEASE).bind(name).bind(secret.as_str()).execute(connection).await)
+    async fn release(connection: &mut SqliteConnection, lease: &Return) -> sqlx::Result<Standing> {
+        let Return { name, secret, place } = lease;
+        let (place, listener) = Place::parts(place.as_ref());
+        let query = sqlx::query(RELEASE).bind(&**name).bind(secret.as_str()).bind(place).bind(listener);
+        released_or_not(query.bind(clock_micros()).execute(connection).await)
     }
 
     async fn release_later(
@@ -277,14 +283,20 @@ impl LockDatabase for Sqlite {
             begun => begun?,
         };
         let mut exchanged = Exchanged { returns: Vec::new(), grants: Vec::new() };
-        for Return { name, secret } in returns {
-            exchanged.returns.push(Self::release(&mut transaction, name, secret).await?);
+        for one in returns {
+            exchanged.returns.push(Self::release(&mut transaction, one).await?);
         }
         for claim in claims {
             exchanged.grants.push(Self::acquire(&mut transaction, claim).await?);
         }
         transaction.commit().await?;
         Ok(exchanged)
+    }
+
+    async fn stand(connection: &mut SqliteConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+        let (secret, listener) = Place::parts(Some(place));
+        let query = sqlx::query(STAND).bind(name).bind(secret).bind(listener).bind(clock_micros());
+        Ok(query.execute(connection).await?.rows_affected() > 0)
     }
 
     async fn set_waiters(

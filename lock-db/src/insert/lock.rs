@@ -20,6 +20,7 @@ pub struct InsertLock<DB: LockDatabase> {
     ttl: Option<Duration>,
     wait: Option<Duration>,
     at_least: Duration,
+    fair: Option<bool>,
 }
 
 // Derived, it would ask for a database type that can be cloned.
@@ -31,7 +32,7 @@ impl<DB: LockDatabase> Clone for InsertLock<DB> {
 
 impl<DB: LockDatabase> InsertLock<DB> {
     pub(crate) fn new(locks: Locks<DB>, name: &str) -> Self {
-        Self { locks, name: name.to_owned(), ttl: None, wait: None, at_least: Duration::ZERO }
+        Self { locks, name: name.to_owned(), ttl: None, wait: None, at_least: Duration::ZERO, fair: None }
     }
 
     /// How long the lock outlives a holder that is gone: 50 ms to 365 days. It is renewed at a third of it as long as the
@@ -64,8 +65,15 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self
     }
 
+    /// Whether this request keeps to the order of the processes that wait; see [`LocksBuilder::fair`](crate::LocksBuilder::fair),
+    /// which says what is usual. Callers of one process keep to theirs in any case.
+    pub const fn fair(mut self, fair: bool) -> Self {
+        self.fair = Some(fair);
+        self
+    }
+
     /// Takes the lock, waiting for it if need be. Callers of one process get it in the order in which they asked, and so do the
-    /// processes that wait for it, unless the builder says otherwise ([`fair`](crate::LocksBuilder::fair)).
+    /// processes that wait for it, unless [`fair`](Self::fair) says otherwise.
     ///
     /// Not re-entrant: a caller that holds the lock already waits for itself, until its wait is over. To go on under a lease
     /// use [`Lease::reenter`], or [`run`](Self::run) for both calls.
@@ -81,7 +89,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
         let at_least = limits::check_at_least(self.at_least)?;
-        let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait).await?;
+        let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait, self.fair).await?;
         hold.keep_for(at_least);
         Ok(Lease::new(Arc::new(hold), self.locks))
     }
@@ -98,7 +106,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: a lock that was granted meanwhile is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
         let at_least = limits::check_at_least(self.at_least)?;
-        let hold = self.locks.hold(&self.name, self.ttl, None).await?;
+        let hold = self.locks.hold(&self.name, self.ttl, None, self.fair).await?;
         Ok(hold.map(|hold| {
             hold.keep_for(at_least);
             Lease::new(Arc::new(hold), self.locks)
@@ -201,7 +209,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         E: From<Error>,
     {
         let at_least = limits::check_at_least(self.at_least)?;
-        let entered = self.locks.enter(&self.name, self.ttl, self.wait).await?;
+        let entered = self.locks.enter(&self.name, self.ttl, self.wait, self.fair).await?;
         entered.held.keep_for(at_least);
         // Dropped after the lease, however this ends.
         let inside = entered.inside;
@@ -220,6 +228,7 @@ impl<DB: LockDatabase> Locks<DB> {
         name: &str,
         ttl: Option<Duration>,
         wait: Option<Duration>,
+        fair: Option<bool>,
     ) -> Result<Entered<Hold>, Error> {
         let lock = self.reentry_key(name)?;
         limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
@@ -227,7 +236,7 @@ impl<DB: LockDatabase> Locks<DB> {
         if let Some(entered) = reentry::enter(&lock, wait).await? {
             return Ok(entered);
         }
-        let hold = self.hold_waiting(name, ttl, Some(wait)).await?;
+        let hold = self.hold_waiting(name, ttl, Some(wait), fair).await?;
         Ok(Entered::first(lock, Arc::new(hold)))
     }
 
@@ -237,10 +246,11 @@ impl<DB: LockDatabase> Locks<DB> {
         name: &str,
         ttl: Option<Duration>,
         wait: Option<Duration>,
+        fair: Option<bool>,
     ) -> Result<Hold, Error> {
         let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
         // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
-        self.hold(name, ttl, Some(wait)).await?.ok_or(Error::Closed)
+        self.hold(name, ttl, Some(wait), fair).await?.ok_or(Error::Closed)
     }
 
     /// `wait: None` is a try.
@@ -249,8 +259,10 @@ impl<DB: LockDatabase> Locks<DB> {
         name: &str,
         ttl: Option<Duration>,
         wait: Option<Duration>,
+        fair: Option<bool>,
     ) -> Result<Option<Hold>, Error> {
-        let holds = self.hold_all(vec![name::check(name)?], ttl, wait).await?;
+        let fair = fair.unwrap_or(self.is_fair());
+        let holds = self.hold_all(vec![name::check(name)?], ttl, wait, fair).await?;
         Ok(holds.and_then(|holds| holds.into_iter().next()))
     }
 
@@ -260,18 +272,16 @@ impl<DB: LockDatabase> Locks<DB> {
         names: Vec<Arc<str>>,
         ttl: Option<Duration>,
         wait: Option<Duration>,
+        fair: bool,
     ) -> Result<Option<Vec<Hold>>, Error> {
         let started = Instant::now();
         let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
-        // Several at once stand in no queue: a place in one of them would keep that lock from everybody while the others are not
-        // free.
-        let fair = self.is_fair() && names.len() == 1;
         let claims = names.into_iter().map(|name| {
             let owner = Arc::clone(self.owner());
-            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, fair })
+            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, place: None })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
-        self.session().acquire(claims, wait, started).await
+        self.session().acquire(claims, wait, started, fair).await
     }
 }
 

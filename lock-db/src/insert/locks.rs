@@ -93,7 +93,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
 
     async fn take(self, wait: Option<Duration>) -> Result<Option<Leases<DB>>, Error> {
         let names = in_order(&self.names)?;
-        let holds = self.locks.hold_all(names, self.ttl, wait).await?;
+        // They stand in no queue: a place in one of them would keep that lock from everybody while the others are not free.
+        let holds = self.locks.hold_all(names, self.ttl, wait, false).await?;
         Ok(holds.map(|holds| Leases {
             leases: holds.into_iter().map(|hold| Lease::new(Arc::new(hold), self.locks.clone())).collect(),
         }))

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::select;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use super::calls::Bell;
+use super::baton;
 use super::core::{Core, Granted, deadline};
 use super::queues::Turn;
 use super::release;
@@ -67,9 +68,8 @@ struct Attempt {
     turn_came: Instant,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
-    /// Whether a place in the queue of some name may be ours.
-    stands_in_queue: bool,
-    bell: Bell,
+    /// Rings when it is this process's turn, if it stands in the queue of the row.
+    bell: Option<Rc<Notify>>,
     /// It has rung: no need to look.
     was_called: bool,
     /// What was in the way last.
@@ -80,16 +80,20 @@ struct Attempt {
 impl Attempt {
     fn new(core: &Rc<Core>, request: &mut Acquire) -> Self {
         core.contenders.set(core.contenders.get() + 1);
+        let claims = std::mem::take(&mut request.claims);
+        // The place of whoever had the turn before serves the next one, too, if he keeps to the queue.
+        for claim in claims.iter().filter(|claim| claim.place.is_none()) {
+            release::leave_queue(core, &claim.name);
+        }
         Self {
+            bell: claims.first().and_then(|claim| core.calls.place(&claim.name)),
             core: Rc::clone(core),
-            claims: std::mem::take(&mut request.claims),
+            claims,
             turns: std::mem::take(&mut request.turns),
             wait: request.wait,
             started: request.started,
             turn_came: Instant::now(),
             unsettled: Rc::default(),
-            stands_in_queue: false,
-            bell: Bell::new(&core.calls),
             was_called: false,
             last_seen: None,
             last_failure: None,
@@ -117,17 +121,21 @@ impl Attempt {
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
         let (mut failures, mut busy) = (0_u32, 0_u32);
+        let mut nearest = u32::MAX;
         loop {
             let mut held_for = Duration::ZERO;
             let pause = match self.ask().await {
                 Ok(Reply::Granted(granted)) => {
-                    // Every place is gone with the grant.
-                    self.stands_in_queue = false;
+                    // The place is gone with the grant.
+                    for claim in &self.claims {
+                        self.core.calls.leave(&claim.name);
+                    }
                     return Ok(Some(granted));
                 }
                 Ok(Reply::InTheWay { remaining, position }) => {
                     (failures, busy) = (0, 0);
                     self.last_failure = None;
+                    self.wait_for_baton(position, &mut nearest);
                     held_for = remaining;
                     let pause = if position == 0 {
                         self.turn_came.elapsed() / LOOKS
@@ -141,7 +149,7 @@ impl Attempt {
                 Ok(Reply::RowIsBusy) => {
                     self.last_failure = None;
                     busy += 1;
-                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(LONGEST_PAUSE)
+                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -175,15 +183,30 @@ impl Attempt {
             let until_free = if held_for.is_zero() { jittered } else { held_for };
             self.was_called = select! {
                 biased;
-                () = self.bell.rings() => true,
+                () = rings(self.bell.as_deref()) => true,
                 () = sleep(jittered.min(until_free).min(left)) => false,
             };
         }
     }
 
-    /// One attempt. After the first one it looks before it writes: a plain read costs the database next to nothing.
+    /// Waits for the baton at our place in the queue. One that comes out of turn goes to the next, and we wait for it again, if
+    /// the queue has moved since the last time. Else whoever is first does not wait for it, so it would come back at once.
+    fn wait_for_baton(&self, position: u32, nearest: &mut u32) {
+        let [Claim { name, .. }] = &*self.claims else { return };
+        let (Some(_), Some((_, row))) = (&self.bell, &self.last_seen) else { return };
+        if position > 0 && self.core.baton.is_ours(name) {
+            baton::give(&self.core, name);
+            if position >= *nearest {
+                return;
+            }
+            *nearest = position;
+        }
+        baton::wait(&self.core, name, row.id);
+    }
+
+    /// One attempt. Unless it is the first one it looks before it writes: a plain read costs the database next to nothing.
     async fn ask(&mut self) -> Result<Reply, Failure> {
-        if self.last_seen.is_some()
+        if (self.last_seen.is_some() || (self.bell.is_some() && self.wait.is_some()))
             && !self.was_called
             && let Some(in_the_way) = self.look_at_all().await?
         {
@@ -243,14 +266,14 @@ impl Attempt {
             let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
             let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
             let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
-            Granted { key, numbers, turns, ttl, sent }
+            Granted { key, numbers, turns, others_wait, ttl, sent }
         });
         Ok(Some(granted.collect()))
     }
 
     /// Looks whether a name is in the way, and makes its row when there is none. Whoever waits takes a place in the queue.
     async fn look(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
-        let Some(Claim { name, secret, fair, .. }) = self.claims.get(position).cloned() else {
+        let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let core = Rc::clone(&self.core);
@@ -267,24 +290,35 @@ impl Attempt {
         }
         let (remaining, now) = (row.remaining(), row.now());
         let is_free = remaining.is_zero();
-        if is_free && (!fair || row.waiters.is_empty()) {
-            return Ok(None);
-        }
-        let mut waiters = Waiters::parse(&row.waiters, now);
-        let stands = fair && self.left().is_some_and(|left| !left.is_zero());
-        let took_place = stands && waiters.stand(secret.as_str(), now, core.calls.listener());
-        // A try has no place: it comes after all who have one.
-        let ahead = waiters.position(secret.as_str()).unwrap_or_else(|| waiters.len());
-        let may_take = is_free && ahead == 0;
-        // Those in front whose place is over have to go, or the row knows nothing of us.
-        let is_known = waiters.is_empty() || row.waiters.starts_with(secret.as_str());
         let mut written = true;
-        if took_place || (may_take && !is_known) || (may_take && waiters.is_empty()) {
-            self.stands_in_queue |= took_place;
-            self.bell.hang(row.id);
-            core.listen();
-            written = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await?;
+        let mut ahead = 0;
+        if let Some(place) = place {
+            if is_free && row.waiters.is_empty() {
+                return Ok(None);
+            }
+            let (listener, place) = (core.calls.listener(), place.as_str());
+            let mut waiters = Waiters::parse(&row.waiters, now);
+            let all_last = waiters.text().len() == row.waiters.len();
+            let waits = self.left().is_some_and(|left| !left.is_zero());
+            if waits {
+                self.bell = Some(core.calls.stand(&name, row.id));
+                core.listen();
+            }
+            if waits && all_last && waiters.position(place).is_none() {
+                ahead = waiters.len();
+                written = core.lane.stand(&name, core.place()).await?;
+            } else {
+                let took_place = waits && waiters.stand(place, now, listener);
+                // A try has no place: it comes after all who have one.
+                ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
+                // Those in front whose place is over have to go, or the row knows nothing of us.
+                let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
+                if took_place || (is_free && ahead == 0 && !is_known) {
+                    written = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await?;
+                }
+            }
         }
+        let may_take = is_free && ahead == 0;
         if may_take && written {
             return Ok(None);
         }
@@ -330,11 +364,19 @@ impl Drop for Attempt {
                 release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
             }
         }
-        if self.stands_in_queue {
-            for claim in &self.claims {
-                release::leave_queue(&self.core, Arc::clone(&claim.name), claim.secret.clone());
+        for claim in &self.claims {
+            // Else the next one has use for the place.
+            if !self.core.queues.somebody_waits(&claim.name) {
+                release::leave_queue(&self.core, &claim.name);
             }
         }
+    }
+}
+
+async fn rings(bell: Option<&Notify>) {
+    match bell {
+        Some(bell) => bell.notified().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -4,7 +4,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
+use std::sync::Arc;
 
 use tokio::sync::Notify;
 
@@ -13,8 +14,8 @@ use tokio::sync::Notify;
 pub(super) struct Calls {
     /// By which a release in another process names this session.
     number: u32,
-    /// By the id of the row.
-    waiting: RefCell<HashMap<i64, Weak<Notify>>>,
+    /// Where this process stands in the queue, for all we know, and what rings when it is called.
+    places: RefCell<HashMap<Arc<str>, Bell>>,
     listens: Cell<bool>,
     is_asked: Cell<bool>,
 }
@@ -24,7 +25,7 @@ impl Calls {
         // Zero names nobody.
         let number = getrandom::u32().unwrap_or_else(|_| std::process::id()).max(1);
         let (listens, is_asked) = (Cell::new(false), Cell::new(false));
-        Self { number, waiting: RefCell::default(), listens, is_asked }
+        Self { number, places: RefCell::default(), listens, is_asked }
     }
 
     pub(super) fn number(&self) -> u32 {
@@ -55,47 +56,42 @@ impl Calls {
         self.is_asked.set(false);
     }
 
-    pub(super) fn ring(&self, id: i64) {
-        if let Some(bell) = self.waiting.borrow().get(&id).and_then(Weak::upgrade) {
-            // Kept for a waiter that is busy at the moment.
-            bell.notify_one();
-        }
-    }
-}
-
-/// Rings when one of the locks that its owner waits for is free.
-#[derive(Debug)]
-pub(super) struct Bell {
-    calls: Rc<Calls>,
-    rings: Rc<Notify>,
-    ids: Vec<i64>,
-}
-
-impl Bell {
-    pub(super) fn new(calls: &Rc<Calls>) -> Self {
-        Self { calls: Rc::clone(calls), rings: Rc::default(), ids: Vec::new() }
-    }
-
-    /// Only one waits for a row in a process: the others stand behind it.
-    pub(super) fn hang(&mut self, id: i64) {
-        if !self.ids.contains(&id) {
-            self.ids.push(id);
-            self.calls.waiting.borrow_mut().insert(id, Rc::downgrade(&self.rings));
-        }
-    }
-
-    pub(super) async fn rings(&self) {
-        self.rings.notified().await;
-    }
-}
-
-impl Drop for Bell {
-    fn drop(&mut self) {
-        let mut waiting = self.calls.waiting.borrow_mut();
-        for id in &self.ids {
-            if waiting.get(id).is_some_and(|bell| bell.as_ptr() == Rc::as_ptr(&self.rings)) {
-                waiting.remove(id);
+    /// The queue of a name may have our place from now on. Kept until [`leave`](Self::leave), for whichever caller of this
+    /// process has the turn.
+    pub(super) fn stand(&self, name: &Arc<str>, id: i64) -> Rc<Notify> {
+        let mut places = self.places.borrow_mut();
+        match places.get(name) {
+            // A row that was cleaned away and made anew is another one.
+            Some(bell) if bell.id == id => Rc::clone(&bell.rings),
+            _ => {
+                let rings = Rc::new(Notify::new());
+                places.insert(Arc::clone(name), Bell { id, rings: Rc::clone(&rings) });
+                rings
             }
         }
     }
+
+    /// What rings for our place in the queue of a name.
+    pub(super) fn place(&self, name: &str) -> Option<Rc<Notify>> {
+        self.places.borrow().get(name).map(|bell| Rc::clone(&bell.rings))
+    }
+
+    /// The place is gone, or will be. `false`: there was none.
+    pub(super) fn leave(&self, name: &str) -> bool {
+        self.places.borrow_mut().remove(name).is_some()
+    }
+
+    pub(super) fn ring(&self, id: i64) {
+        for bell in self.places.borrow().values().filter(|bell| bell.id == id) {
+            // Kept for a waiter that is busy at the moment.
+            bell.rings.notify_one();
+        }
+    }
+}
+
+/// Rings when the lock of a row is free, and it is our turn.
+#[derive(Debug)]
+struct Bell {
+    id: i64,
+    rings: Rc<Notify>,
 }

@@ -13,6 +13,7 @@ use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{sleep, timeout};
 
 use super::alarm::Alarm;
+use super::baton::{self, Baton};
 use super::busy::Busy;
 use super::calls::Calls;
 use super::lane::Lane;
@@ -20,9 +21,10 @@ use super::lease_state::LeaseState;
 use super::queues::{HandOff, Queues, Turn};
 use super::request::Request;
 use super::{Way, acquire, release, renewal};
-use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Renewal};
+use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Place, Renewal};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
+use crate::secret::Secret;
 use crate::{Error, Kind};
 
 /// One for what callers wait for, one for renewals, which must not wait behind it.
@@ -53,7 +55,7 @@ pub(super) fn start<DB: LockDatabase>(application: &Pool<DB>, hand_off: HandOff)
         .test_before_acquire(false);
     let (sender, requests) = mpsc::unbounded_channel();
     let weak = sender.downgrade();
-    let queues = Queues::new(weak.clone(), hand_off);
+    let queues = Queues::new(weak.clone(), hand_off, Secret::generate()?);
     let way = Way { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread().enable_all().build().map_err(no_thread)?;
     std::thread::Builder::new()
@@ -159,6 +161,7 @@ pub(super) struct Core {
     /// For renewals, and where the database calls.
     pub(super) renewals: Lane,
     pub(super) calls: Rc<Calls>,
+    pub(super) baton: Baton,
     pub(super) queues: Arc<Queues>,
     /// How many attempts are under way.
     pub(super) contenders: Cell<u32>,
@@ -180,6 +183,8 @@ pub(super) struct Held {
     pub(super) ttl: Duration,
     pub(super) deadline: Instant,
     pub(super) next_renewal: Instant,
+    /// Whether other processes stood in the queue at the grant.
+    pub(super) others_wait: bool,
     lost: watch::Sender<Option<Loss>>,
 }
 
@@ -194,6 +199,7 @@ impl Core {
             lane: Lane::start(pool.clone(), &calls, false),
             renewals: Lane::start(pool, &calls, true),
             calls,
+            baton: Baton::default(),
             queues,
             contenders: Cell::new(0),
             leases: RefCell::default(),
@@ -215,12 +221,19 @@ impl Core {
     /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
     pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
-        let Granted { key, numbers, turns, ttl, sent } = granted;
+        let Granted { key, numbers, turns, others_wait, ttl, sent } = granted;
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
         let (state, lost) = LeaseState::new(number, key, (numbers, turns), ttl, deadline, Some(turn));
-        let held = Held { state: Arc::clone(&state), ttl, deadline, next_renewal: sent + ttl / 3, lost };
+        let held = Held {
+            state: Arc::clone(&state),
+            ttl,
+            deadline,
+            next_renewal: sent + ttl / 3,
+            others_wait,
+            lost,
+        };
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.deadline);
         self.leases.borrow_mut().insert(number, held);
@@ -242,8 +255,13 @@ impl Core {
                 // Whoever is told may take it again at once.
                 held.state.pass_turn();
             }
+            baton::give(self, held.state.name());
             held.lost.send_replace(Some(loss));
         }
+    }
+
+    pub(super) fn has_lease(&self, name: &str) -> bool {
+        self.leases.borrow().values().any(|held| held.state.name() == name)
     }
 
     /// Sees to it that the database calls, some time soon, for those who wait.
@@ -257,6 +275,11 @@ impl Core {
                 core.calls.was_asked();
             }));
         }
+    }
+
+    /// A place for the queue of some row.
+    pub(super) fn place(&self) -> Place {
+        Place { secret: self.queues.place().clone(), listener: self.calls.listener() }
     }
 
     /// The transaction that released a lease may have ended: the watchdog looks.
@@ -311,6 +334,7 @@ pub(super) struct Granted {
     pub(super) numbers: u32,
     /// How many holders may have it, of those.
     pub(super) turns: u32,
+    pub(super) others_wait: bool,
     pub(super) ttl: Duration,
     /// When the request for it was sent.
     pub(super) sent: Instant,

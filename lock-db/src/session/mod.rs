@@ -6,6 +6,7 @@
 
 mod acquire;
 mod alarm;
+mod baton;
 mod busy;
 mod calls;
 mod core;
@@ -63,11 +64,17 @@ impl Session {
     /// Takes leases, all or none. Without a `wait` it is a try.
     pub(crate) async fn acquire(
         &self,
-        claims: Vec<Claim>,
+        mut claims: Vec<Claim>,
         wait: Option<Duration>,
         started: Instant,
+        fair: bool,
     ) -> Result<Option<Vec<Hold>>, Error> {
         let queues = self.way()?.queues;
+        if fair {
+            for claim in &mut claims {
+                claim.place = Some(queues.place().clone());
+            }
+        }
         let (answer, answered) = oneshot::channel();
         let number = queues.number();
         let names = claims.iter().map(|claim| Arc::clone(&claim.name)).collect();

@@ -16,6 +16,7 @@ use super::request::{Acquire, Request};
 use crate::Error;
 use crate::error::WaitingFor;
 use crate::insert::Hold;
+use crate::secret::Secret;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
 
 /// How far a lease goes from hand to hand before other processes get their chance.
@@ -39,6 +40,8 @@ pub(crate) struct Queues {
     state: Mutex<State>,
     last_number: AtomicU64,
     hand_off: HandOff,
+    /// With what the process stands in the queues of all rows.
+    place: Secret,
     /// Weak: the session ends when nobody else can send any more.
     session: mpsc::WeakUnboundedSender<Request>,
     /// A waiter came whose wait is over before that of all others.
@@ -58,13 +61,21 @@ struct State {
 type Line = BTreeMap<u64, Acquire>;
 
 impl Queues {
-    pub(super) fn new(session: mpsc::WeakUnboundedSender<Request>, hand_off: HandOff) -> Arc<Self> {
+    pub(super) fn new(
+        session: mpsc::WeakUnboundedSender<Request>,
+        hand_off: HandOff,
+        place: Secret,
+    ) -> Arc<Self> {
         let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { state, last_number, hand_off, session, sooner: Notify::new() })
+        Arc::new(Self { state, last_number, hand_off, place, session, sooner: Notify::new() })
     }
 
     pub(crate) fn hand_off(&self) -> HandOff {
         self.hand_off
+    }
+
+    pub(super) fn place(&self) -> &Secret {
+        &self.place
     }
 
     /// Where a caller stands in all of its queues.
@@ -133,6 +144,18 @@ impl Queues {
     /// Whether somebody waits for a name whose turn is taken.
     pub(super) fn somebody_waits(&self, name: &str) -> bool {
         self.state().names.get(name).is_some_and(|line| !line.is_empty())
+    }
+
+    /// Whether whoever has the turn next keeps to the queue of the row.
+    pub(super) fn next_is_fair(&self, name: &str) -> bool {
+        let state = self.state();
+        let next = state.names.get(name).and_then(|line| line.first_key_value());
+        next.is_some_and(|(_, next)| matches!(&*next.claims, [claim] if claim.place.is_some()))
+    }
+
+    /// Whether somebody has the turn for a name.
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        self.state().names.contains_key(name)
     }
 
     /// Gives a lease that its holder is done with to the next waiter. `false`: it has to be released.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
+use super::baton;
 use super::core::Core;
 use super::lease_state::LeaseState;
 use crate::Error;
-use crate::database::{Fault, Standing};
+use crate::database::{Fault, LeaseKey, Return, Standing};
 use crate::error::{Failure, Loss};
 use crate::secret::Secret;
 
@@ -28,22 +29,35 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
     let held = core.leases.borrow_mut().remove(&lease.number);
     let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
     let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
-    let released = until_settled(core, &lease.key.row.name, &lease.key.secret, lease.at_least(), until).await;
+    let name = &lease.key.row.name;
+    let mut given_back = Return { name: Arc::clone(name), secret: lease.key.secret.clone(), place: None };
+    if held.as_ref().is_some_and(|held| held.others_wait) && core.queues.next_is_fair(name) {
+        // The next caller of this process would have to stand behind the others in any case: in the same statement.
+        core.calls.stand(name, lease.key.row.id);
+        given_back.place = Some(core.place());
+    }
+    let released = until_settled(core, &given_back, lease.at_least(), until).await;
+    baton::give(core, name);
+    if given_back.place.is_some() {
+        baton::wait(core, name, lease.key.row.id);
+    }
     drop(held);
+    if !core.queues.is_taken(name) {
+        // Whoever was to have the turn has gone.
+        leave_queue(core, name);
+    }
     let lost = |reason| Error::Lost { name: lease.name().to_owned(), reason };
     match (loss, released) {
         // Released before: by a transaction that has committed, or that has not and left it to us.
         (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
         (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
         (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
-            let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
-            give_back(core, name, secret, lease.at_least(), ttl);
+            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
             let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
             Err(Error::Database { action: "release", name: Some(lease.name().to_owned()), source })
         }
         (None | Some(Loss::Released), Err(failure)) => {
-            let (name, secret) = (lease.key.row.name.clone(), lease.key.secret.clone());
-            give_back(core, name, secret, lease.at_least(), ttl);
+            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
             Err(failure.into_error("release", Some(lease.name())))
         }
         // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
@@ -56,11 +70,16 @@ pub(super) fn undo(core: &Rc<Core>, name: Arc<str>, secret: Secret, ttl: Duratio
     give_back(core, name, secret, Duration::ZERO, ttl);
 }
 
-/// Gives up a place in a queue, in the background. One that stays for want of an answer lasts some seconds.
-pub(super) fn leave_queue(core: &Rc<Core>, name: Arc<str>, secret: Secret) {
-    let (core, busy) = (Rc::clone(core), core.busy.enter());
+/// Gives up our place in the queue of a name, if there is one, in the background. One that stays for want of an answer lasts
+/// some seconds.
+pub(super) fn leave_queue(core: &Rc<Core>, name: &Arc<str>) {
+    if !core.calls.leave(name) {
+        return;
+    }
+    baton::give(core, name);
+    let (core, name, busy) = (Rc::clone(core), Arc::clone(name), core.busy.enter());
     spawn_local(async move {
-        if let Err(failure) = core.lane.remove_waiter(&name, &secret).await {
+        if let Err(failure) = core.lane.remove_waiter(&name, core.queues.place()).await {
             tracing::debug!(lock = &*name, error = %failure.source, "a place in the queue stays until it is over");
         }
         drop(busy);
@@ -72,7 +91,8 @@ fn give_back(core: &Rc<Core>, name: Arc<str>, secret: Secret, at_least: Duration
     spawn_local(async move {
         // Later than that it is free anyway.
         let until = Instant::now() + ttl;
-        let _free_by_then = until_settled(&core, &name, &secret, at_least, until).await;
+        let given_back = Return { name, secret, place: None };
+        let _free_by_then = until_settled(&core, &given_back, at_least, until).await;
         drop(busy);
     });
 }
@@ -89,8 +109,9 @@ pub(super) fn release_all(core: &Rc<Core>) {
     for lease in held {
         let (core, busy) = (Rc::clone(core), core.busy.enter());
         spawn_local(async move {
-            let key = &lease.key;
-            let settled = until_settled(&core, &key.row.name, &key.secret, lease.at_least(), until).await;
+            let LeaseKey { row, secret, .. } = &lease.key;
+            let given_back = Return { name: Arc::clone(&row.name), secret: secret.clone(), place: None };
+            let settled = until_settled(&core, &given_back, lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error("release", Some(lease.name()));
                 tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
@@ -103,14 +124,13 @@ pub(super) fn release_all(core: &Rc<Core>) {
 /// Asks again while the row is busy or the database is gone, once at least.
 async fn until_settled(
     core: &Rc<Core>,
-    name: &Arc<str>,
-    secret: &Secret,
+    lease: &Return,
     at_least: Duration,
     until: Instant,
 ) -> Result<Standing, Failure> {
     let mut unsettled = false;
     loop {
-        let answer = core.lane.release(name, secret, at_least).await;
+        let answer = core.lane.release(lease.clone(), at_least).await;
         let in_time = Instant::now() < until;
         match answer {
             Ok(Standing::Busy) if in_time => {}

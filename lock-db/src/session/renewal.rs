@@ -58,7 +58,9 @@ async fn renew_batch(core: &Core, batch: &[Due]) {
     let shortest = core.leases.borrow().values().map(|held| held.ttl / 3).min().unwrap_or(LONGEST_STATEMENT);
     let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
-    match core.renewals.renew(leases, limit).await {
+    // It would wait for as long as that one does.
+    let lane = if core.baton.is_awaited() { &core.lane } else { &core.renewals };
+    match lane.renew(leases, limit).await {
         Ok((standings, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {
                 match standing {

@@ -7,7 +7,7 @@ use sqlx::{MySql, Row};
 
 use super::errors::{DUPLICATE_KEY, number};
 use crate::Kind;
-use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Standing, outcome_unknown};
+use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Place, Return, Standing, outcome_unknown};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -32,7 +32,7 @@ const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES
 const ACQUIRE: &str = "
 UPDATE (
     SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
-        previous_token AS last_previous, waiters AS last_waiters
+        previous_token AS last_previous, waiters <> '' AND LEFT(waiters, 32) = ? AS was_first
     FROM distributed_lock FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
         OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
@@ -46,7 +46,7 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.secret_key = ?,
     lease.owner = ?,
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
-    lease.waiters = IF(LEFT(unlocked.last_waiters, 32) = ?, SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
+    lease.waiters = IF(unlocked.was_first, SUBSTR(lease.waiters, 57), lease.waiters)";
 
 const GRANTED: &str = "
 SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
@@ -59,7 +59,11 @@ UPDATE (
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.expire_time = '1970-01-01 00:00:00'";
+SET lease.expire_time = '1970-01-01 00:00:00',
+    lease.waiters = IF(
+        ? <> '' AND lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, ?) = 0,
+        CONCAT(lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
+        lease.waiters)";
 
 const RELEASE_LATER: &str = "
 UPDATE (
@@ -71,6 +75,16 @@ UPDATE (
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
+
+const STAND: &str = "
+UPDATE (
+    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.waiters = CONCAT(
+    lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
@@ -127,17 +141,18 @@ pub(super) async fn create(connection: &mut MySqlConnection, name: &str, kind: K
 
 pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
+    let place = claim.place.as_ref().map_or("", Secret::as_str);
     let name = claim.name.as_bytes();
     let acquired = sqlx::query(ACQUIRE)
         .bind(secret)
+        .bind(place)
         .bind(name)
         .bind(secret)
-        .bind(!claim.fair)
-        .bind(secret)
+        .bind(place.is_empty())
+        .bind(place)
         .bind(secret)
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
-        .bind(secret)
         .execute(&mut *connection)
         .await?;
     if acquired.rows_affected() == 0 {
@@ -153,12 +168,11 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
     .transpose()
 }
 
-pub(super) async fn release(
-    connection: &mut MySqlConnection,
-    name: &str,
-    secret: &Secret,
-) -> sqlx::Result<Standing> {
+pub(super) async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {
+    let Return { name, secret, place } = lease;
+    let (place, listener) = Place::parts(place.as_ref());
     let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
+    let query = query.bind(place).bind(place).bind(place).bind(listener);
     let released = query.execute(&mut *connection).await;
     released_or_not(connection, name, secret, released).await
 }
@@ -188,6 +202,12 @@ async fn released_or_not(
     let ours =
         sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
     Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+}
+
+pub(super) async fn stand(connection: &mut MySqlConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+    let (secret, listener) = Place::parts(Some(place));
+    let query = sqlx::query(STAND).bind(name.as_bytes()).bind(secret).bind(secret).bind(listener);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(

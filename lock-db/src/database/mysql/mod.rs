@@ -3,6 +3,7 @@
 //! On private connections every statement that may wait for a row is bound by `innodb_lock_wait_timeout`, and for a
 //! table by `lock_wait_timeout`, both set once a connection.
 
+mod baton;
 mod errors;
 mod lease;
 mod together;
@@ -16,8 +17,8 @@ use sqlx::{MySql, Pool, Row};
 
 use self::errors::{DEADLOCK, DUPLICATE_KEY, number};
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
-    RowAttempt, RowClaim, Standing, hexadecimal,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
+    Return, RowAttempt, RowClaim, Standing, hexadecimal,
 };
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -106,6 +107,16 @@ impl LockDatabase for MySql {
         match *listening {}
     }
 
+    const BATONS: bool = true;
+
+    async fn take_baton(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<bool> {
+        baton::take(connection, row).await
+    }
+
+    async fn give_baton(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<()> {
+        baton::give(connection, row).await
+    }
+
     async fn migrate(connection: &mut MySqlConnection) -> sqlx::Result<()> {
         let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).fetch_one(&mut *connection).await?;
         if locked != 1 {
@@ -150,12 +161,8 @@ impl LockDatabase for MySql {
         together::renew(connection, leases).await
     }
 
-    async fn release(
-        connection: &mut MySqlConnection,
-        name: &str,
-        secret: &Secret,
-    ) -> sqlx::Result<Standing> {
-        lease::release(connection, name, secret).await
+    async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {
+        lease::release(connection, lease).await
     }
 
     async fn release_later(
@@ -173,6 +180,10 @@ impl LockDatabase for MySql {
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
         together::exchange(connection, returns, claims).await
+    }
+
+    async fn stand(connection: &mut MySqlConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+        lease::stand(connection, name, place).await
     }
 
     async fn set_waiters(

@@ -8,9 +8,11 @@ use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::literal;
 use crate::database::{
-    Claim, Exchanged, Fault, Grant, LockDatabase, Renewal, Return, Standing, as_json, hexadecimal, in_order,
+    Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Standing, as_json, hexadecimal,
+    in_order,
 };
 use crate::limits::micros;
+use crate::secret::Secret;
 
 /// One statement, after which the server needs nothing more of us: a client that is stopped or cut off in the middle of a
 /// transaction would keep the rows locked. Rows that somebody has locked are passed over, so one of them can't hold up
@@ -49,17 +51,19 @@ WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencin
 const EXCHANGE: &str = "
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
-        lease.secret_key = asked.secret_key AS is_again, lease.waiters AS last_waiters,
-        lease.previous_token AS last_previous, asked.secret_key, asked.ttl
+        lease.secret_key = asked.secret_key AS is_again, lease.previous_token AS last_previous,
+        lease.waiters <> '' AND LEFT(lease.waiters, 32) = asked.place AS was_first,
+        lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, asked.place) = 0 AS may_stand,
+        asked.secret_key, asked.ttl, asked.place
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
-            barges INT PATH '$[3]')) AS asked
+            place VARCHAR(32) PATH '$[3]')) AS asked
     STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
         AND (lease.secret_key = asked.secret_key
             OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
-                AND (lease.waiters = '' OR asked.barges OR LEFT(lease.waiters, 32) = asked.secret_key)))
+                AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
     LIMIT 1000000
     FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -71,8 +75,10 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
     lease.expire_time = IF(
         unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
-    lease.waiters = IF(unlocked.ttl > 0 AND LEFT(unlocked.last_waiters, 32) = unlocked.secret_key,
-        SUBSTR(unlocked.last_waiters, 57), unlocked.last_waiters)";
+    lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN SUBSTR(lease.waiters, 57)
+        WHEN unlocked.ttl = 0 AND unlocked.place <> '' AND unlocked.may_stand THEN CONCAT(
+            lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), @lock_db_listener)
+        ELSE lease.waiters END";
 
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
 /// than the holder will rely on. In the transaction of `EXCHANGE`, whose locks it needs: right after its commit somebody
@@ -114,10 +120,13 @@ pub(super) async fn exchange(
 ) -> sqlx::Result<Exchanged> {
     let asked = exchange_as_json(returns, claims);
     let owner = literal(claims.first().map_or("", |claim| &claim.owner));
+    // They are all of this process.
+    let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
     // As text, so that all of it goes in one message, and the server comes to the COMMIT whatever becomes of us. Nothing in
     // it needs to be escaped.
     let sql = format!(
-        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4);
+        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
+            @lock_db_listener = '{listener}';
         START TRANSACTION; {EXCHANGE}; {EXCHANGED}; COMMIT"
     );
     let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await {
@@ -149,16 +158,17 @@ pub(super) async fn exchange(
     })
 }
 
-/// `[["6e616d65", "secret", 30000000, 0], …]`, with a `ttl` of zero for what is given back.
+/// `[["6e616d65", "secret", 30000000, "place"], …]`, with a `ttl` of zero for what is given back.
 fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
-    let returns = returns.iter().map(|one| (&one.name, &one.secret, 0, 0));
+    let returns =
+        returns.iter().map(|one| (&one.name, &one.secret, 0, one.place.as_ref().map(|place| &place.secret)));
     let claims =
-        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), u8::from(!claim.fair)));
+        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.place.as_ref()));
     let mut json = String::from("[");
-    for (position, (name, secret, ttl, barges)) in returns.chain(claims).enumerate() {
-        let comma = if position > 0 { "," } else { "" };
-        let _infallible =
-            write!(json, "{comma}[\"{}\",\"{}\",{ttl},{barges}]", hexadecimal(name), secret.as_str());
+    for (position, (name, secret, ttl, place)) in returns.chain(claims).enumerate() {
+        let (comma, place) = (if position > 0 { "," } else { "" }, place.map_or("", Secret::as_str));
+        let (name, secret) = (hexadecimal(name), secret.as_str());
+        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{place}\"]");
     }
     json.push(']');
     json

@@ -1,4 +1,9 @@
 //! One lease at a time, and its queue, on private connections.
+//!
+//! What gives something up does not wait for the disk (`synchronous_commit` off, for that statement alone). Others see it
+//! at once, and whatever they commit on top of it comes behind it in the log, so the order of grants is that of the disk. When
+//! the server crashes within the next second, the release may be forgotten: then the lease ends with its TTL, like that of
+//! a holder that died. A grant always waits: forgotten, it would be given twice.
 
 use std::time::Duration;
 
@@ -6,7 +11,7 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::Kind;
-use crate::database::{Claim, Grant, LockRow, Standing};
+use crate::database::{Claim, Grant, LockRow, Place, Return, Standing};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -24,7 +29,8 @@ FROM distributed_lock WHERE lock_name = $1";
 /// wait for the lane. So it looks first, which sees what this process has made, and has a limit, which is that of the
 /// statement alone, for what another one is making.
 const CREATE: &str = "
-WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '50ms', true))
+WITH bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true))
 INSERT INTO distributed_lock (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM distributed_lock WHERE lock_name = $1)
 ON CONFLICT DO NOTHING";
@@ -40,24 +46,32 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
     secret_key = $2,
     owner = $3,
-    waiters = CASE WHEN left(lease.waiters, 32) = $2 THEN substr(lease.waiters, 57) ELSE lease.waiters END
+    waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
 WHERE lease.id = (
     SELECT id FROM distributed_lock
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
-        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5 OR left(waiters, 32) = $2)))
+        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token";
 
 /// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
 const RELEASE: &str = "
-UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
-WHERE id = (
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
+SET expire_time = '1970-01-01 00:00:00+00',
+    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+            AND position($3 IN lease.waiters) = 0
+        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+        ELSE lease.waiters END
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
 RETURNING CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
     THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END";
 
+/// On disk like a grant: until then nobody else is to have it, whatever crashes.
 const RELEASE_LATER: &str = "
 UPDATE distributed_lock AS lease
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
@@ -70,17 +84,31 @@ FROM (
         FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
 WHERE lease.id = until.id";
 
+const STAND: &str = "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
+SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
+FROM unsynced
+WHERE lease.id = (
+    SELECT id FROM distributed_lock
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
+    FOR NO KEY UPDATE SKIP LOCKED)";
+
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
-UPDATE distributed_lock SET waiters = $3
-WHERE id = (
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease SET waiters = $3
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
 const REMOVE_WAITER: &str = "
-UPDATE distributed_lock
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
 SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
-WHERE id = (
+FROM unsynced
+WHERE lease.id = (
     SELECT id FROM distributed_lock WHERE lock_name = $1 AND position($2 IN waiters) > 0
     FOR NO KEY UPDATE SKIP LOCKED)";
 
@@ -115,7 +143,7 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
         .bind(claim.secret.as_str())
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
-        .bind(!claim.fair)
+        .bind(claim.place.as_ref().map(Secret::as_str))
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
@@ -127,12 +155,10 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
     Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
 }
 
-pub(super) async fn release(
-    connection: &mut PgConnection,
-    name: &str,
-    secret: &Secret,
-) -> sqlx::Result<Standing> {
-    let query = sqlx::query(RELEASE).bind(name).bind(secret.as_str());
+pub(super) async fn release(connection: &mut PgConnection, lease: &Return) -> sqlx::Result<Standing> {
+    let Return { name, secret, place } = lease;
+    let (place, listener) = Place::parts(place.as_ref());
+    let query = sqlx::query(RELEASE).bind(&**name).bind(secret.as_str()).bind(place).bind(listener);
     let released = query.execute(&mut *connection).await?;
     released_or_not(connection, name, secret, released.rows_affected()).await
 }
@@ -146,6 +172,12 @@ pub(super) async fn release_later(
     let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(micros(at_least));
     let released = query.execute(&mut *connection).await?;
     released_or_not(connection, name, secret, released.rows_affected()).await
+}
+
+pub(super) async fn stand(connection: &mut PgConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+    let (secret, listener) = Place::parts(Some(place));
+    let query = sqlx::query(STAND).bind(name).bind(secret).bind(listener);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(

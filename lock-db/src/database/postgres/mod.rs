@@ -15,8 +15,8 @@ use sqlx::postgres::{PgConnection, PgDatabaseError, PgListener, PgSeverity};
 use sqlx::{Connection, Pool, Postgres};
 
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Renewal, Return,
-    RowAttempt, RowClaim, Standing,
+    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
+    Return, RowAttempt, RowClaim, Standing,
 };
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -106,8 +106,8 @@ impl LockDatabase for Postgres {
         together::renew(connection, leases).await
     }
 
-    async fn release(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<Standing> {
-        lease::release(connection, name, secret).await
+    async fn release(connection: &mut PgConnection, lease: &Return) -> sqlx::Result<Standing> {
+        lease::release(connection, lease).await
     }
 
     async fn release_later(
@@ -125,6 +125,10 @@ impl LockDatabase for Postgres {
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
         together::exchange(connection, returns, claims).await
+    }
+
+    async fn stand(connection: &mut PgConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+        lease::stand(connection, name, place).await
     }
 
     async fn set_waiters(

@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 
-use crate::database::{Claim, Exchanged, Grant, Renewal, Return, Standing, in_order, outcome_unknown};
+use crate::database::{Claim, Exchanged, Grant, Place, Renewal, Return, Standing, in_order, outcome_unknown};
 use crate::limits::micros;
+use crate::secret::Secret;
 
 /// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
 const RENEW: &str = "
@@ -29,14 +30,37 @@ JOIN distributed_lock AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
+/// `RELEASE` for many at once, and like it not waiting for the disk.
+const RETURN: &str = r#"
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE distributed_lock AS lease
+SET expire_time = '1970-01-01 00:00:00+00',
+    waiters = CASE WHEN unlocked.place <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+            AND position(unlocked.place IN lease.waiters) = 0
+        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+        ELSE lease.waiters END
+FROM unsynced, (
+    SELECT lease.id, asked.place
+    FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (lock_name, secret_key, place)
+    JOIN distributed_lock AS lease
+        ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.id = unlocked.id
+RETURNING lease.secret_key, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
+    THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
+
 /// `RELEASE` and `ACQUIRE` for many at once, in one statement and one commit.
 const EXCHANGE: &str = r#"
 WITH returned AS (
     UPDATE distributed_lock AS lease
-    SET expire_time = '1970-01-01 00:00:00+00'
+    SET expire_time = '1970-01-01 00:00:00+00',
+        waiters = CASE WHEN unlocked.place <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+                AND position(unlocked.place IN lease.waiters) = 0
+            THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+            ELSE lease.waiters END
     FROM (
-        SELECT lease.id
-        FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
+        SELECT lease.id, asked.place
+        FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (lock_name, secret_key, place)
         JOIN distributed_lock AS lease
             ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
         FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
@@ -54,16 +78,16 @@ granted AS (
             ELSE clock_timestamp() END,
         expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
         secret_key = unlocked.secret_key,
-        owner = $6,
-        waiters = CASE WHEN left(lease.waiters, 32) = unlocked.secret_key THEN substr(lease.waiters, 57)
+        owner = $8,
+        waiters = CASE WHEN left(lease.waiters, 32) = unlocked.place THEN substr(lease.waiters, 57)
             ELSE lease.waiters END
     FROM (
-        SELECT lease.id, asked.secret_key, asked.ttl
-        FROM unnest($3::text[], $4::text[], $5::bigint[], $7::bool[]) AS asked (lock_name, secret_key, ttl, barges)
+        SELECT lease.id, asked.secret_key, asked.ttl, asked.place
+        FROM unnest($5::text[], $6::text[], $7::bigint[], $9::text[]) AS asked (lock_name, secret_key, ttl, place)
         JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
         WHERE lease.lock_kind = 'insert'
             AND (lease.secret_key = asked.secret_key OR (lease.expire_time <= clock_timestamp()
-                AND (lease.waiters = '' OR asked.barges OR left(lease.waiters, 32) = asked.secret_key)))
+                AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)))
         FOR UPDATE OF lease SKIP LOCKED) AS unlocked
     WHERE lease.id = unlocked.id
     RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '' AS others_wait,
@@ -106,20 +130,34 @@ pub(super) async fn exchange(
 ) -> sqlx::Result<Exchanged> {
     let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
     let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
-    let rows = sqlx::query(EXCHANGE)
-        .bind(&names)
-        .bind(&secrets)
-        .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
-        .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
-        .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
-        .bind(claims.first().map_or("", |claim| &*claim.owner))
-        .bind(claims.iter().map(|claim| !claim.fair).collect::<Vec<_>>())
-        .fetch_all(&mut *connection)
-        .await?;
-    let mut done = HashMap::with_capacity(rows.len());
+    let mut done = HashMap::with_capacity(names.len() + claims.len());
+    // They are all of this process.
+    let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
+    let places: Vec<&str> = returns.iter().map(|one| Place::parts(one.place.as_ref()).0).collect();
+    let rows = if claims.is_empty() {
+        sqlx::query(RETURN)
+            .bind(&names)
+            .bind(&secrets)
+            .bind(places)
+            .bind(listener)
+            .fetch_all(&mut *connection)
+            .await?
+    } else {
+        sqlx::query(EXCHANGE)
+            .bind(&names)
+            .bind(&secrets)
+            .bind(places)
+            .bind(listener)
+            .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
+            .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
+            .bind(claims.first().map_or("", |claim| &*claim.owner))
+            .bind(claims.iter().map(|claim| claim.place.as_ref().map(Secret::as_str)).collect::<Vec<_>>())
+            .fetch_all(&mut *connection)
+            .await?
+    };
     for row in &rows {
-        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
-        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? };
+        let grant = if claims.is_empty() { None } else { Some(granted(row)?) };
         done.insert(row.try_get::<&str, _>(0)?, grant);
     }
     let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
@@ -136,6 +174,11 @@ pub(super) async fn exchange(
     };
     Ok(Exchanged {
         returns: secrets.iter().map(standing).collect(),
-        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied()).collect(),
+        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied().flatten()).collect(),
     })
+}
+
+fn granted(row: &PgRow) -> sqlx::Result<Grant> {
+    let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+    Ok(Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? })
 }

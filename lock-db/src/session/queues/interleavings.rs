@@ -485,7 +485,7 @@ impl World {
     fn start(plan: &'static Plan) -> (Arc<Self>, thread::JoinHandle<()>) {
         let (sender, requests) = mpsc::unbounded_channel();
         let weak = sender.downgrade();
-        let queues = Queues::new(weak.clone(), plan.hand_off);
+        let queues = Queues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap());
         let (database, holders) = (Arc::<Database>::default(), Arc::<Holders>::default());
         let way = Way { requests: sender, queues: Arc::clone(&queues) };
         let session = Session { state: Mutex::new(State::Running(way)) };
@@ -521,11 +521,11 @@ impl World {
 
     fn claim(number: usize, ttl: Duration) -> Claim {
         let name = ["a", "b", "c"][number].into();
-        Claim { name, secret: Secret::generate().unwrap(), owner: "test".into(), ttl, fair: true }
+        Claim { name, secret: Secret::generate().unwrap(), owner: "test".into(), ttl, place: None }
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<Hold>, Error> {
-        let holds = self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now()).await?;
+        let holds = self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true).await?;
         Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
     }
 
@@ -573,7 +573,7 @@ impl World {
         };
         let answer = select! {
             biased;
-            answer = self.session.acquire(claims, wait, Instant::now()) => answer,
+            answer = self.session.acquire(claims, wait, Instant::now(), true) => answer,
             () = leaves => return,
         };
         let holds = match answer {
@@ -808,7 +808,7 @@ fn who_leaves_takes_its_turns_along() {
         let mut both = Box::pin({
             let world = Arc::clone(&world);
             let claims = vec![World::claim(0, LONG), World::claim(1, LONG)];
-            async move { world.session.acquire(claims, Some(LONG), Instant::now()).await }
+            async move { world.session.acquire(claims, Some(LONG), Instant::now(), true).await }
         });
         assert!(block_on(async { poll!(both.as_mut()).is_pending() }));
         let leaves = thread::spawn(move || {

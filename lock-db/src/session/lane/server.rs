@@ -1,8 +1,4 @@
-//! A lane: one private connection and the requests that wait for it.
-//!
-//! The connection belongs to a task of its own, so a caller who gives up never leaves a statement cut in half: it is
-//! carried out, and its answer falls on the floor. Requests that wait together are taken together, and those of them that
-//! take and give back leases travel in one statement.
+//! The end of a lane that has the connection.
 
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -12,179 +8,19 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Connection, Pool};
 use tokio::select;
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{timeout, timeout_at};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
-use super::calls::Calls;
-use crate::Kind;
-use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, LockRow, Renewal, Return, Standing};
+use super::{Acquired, MIGRATION_LIMIT, Operation, Reply, STATEMENT_LIMIT};
+use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, Return, Standing};
 use crate::error::Failure;
-use crate::secret::Secret;
+use crate::session::calls::Calls;
 
-/// How long a server may take for one statement, connecting included. Then the connection is given up.
-const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
-/// Migrations wait for other processes that migrate.
-const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// How long nothing listens after a server did not answer: a connection that is left alone in a network that is dead takes
 /// long to end.
 const DEAF_FOR: Duration = Duration::from_mins(5);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 256;
-
-impl Operation {
-    /// Whether nobody waits for the answer any more. A release is carried out all the same.
-    fn is_forgotten(&self) -> bool {
-        match self {
-            Self::Acquire(_, _, reply) => reply.is_closed(),
-            Self::Look(_, reply) => reply.is_closed(),
-            Self::SetWaiters(_, _, _, reply) => reply.is_closed(),
-            Self::Create(_, _, reply) | Self::CheckSchema(reply) | Self::Listen(reply) => reply.is_closed(),
-            Self::Renew(_, _, reply) => reply.is_closed(),
-            Self::Release(..) | Self::RemoveWaiter(..) | Self::Migrate(_) => false,
-        }
-    }
-}
-
-/// The leases, if all were free; what kind of server granted them; and when the statement was sent, from where on their TTL
-/// counts.
-type Acquired = (Option<Vec<Grant>>, Cluster, Instant);
-
-type Reply<T> = oneshot::Sender<Result<T, Failure>>;
-
-enum Operation {
-    Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
-    Look(Arc<str>, Reply<Option<LockRow>>),
-    Create(Arc<str>, Kind, Reply<()>),
-    SetWaiters(Arc<str>, String, String, Reply<bool>),
-    RemoveWaiter(Arc<str>, Secret, Reply<()>),
-    Listen(Reply<()>),
-    Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
-    Release(Return, Duration, Reply<Standing>),
-    Migrate(Reply<()>),
-    CheckSchema(Reply<()>),
-}
-
-/// The way to a lane. Its connection is closed when this is dropped.
-#[derive(Debug)]
-pub(super) struct Lane {
-    operations: mpsc::UnboundedSender<Operation>,
-    /// When the server last answered anything.
-    answered: Rc<Cell<Option<Instant>>>,
-    no_answer: fn(Duration) -> Failure,
-}
-
-impl Lane {
-    /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
-    /// With `may_listen` it is where the database calls.
-    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>, may_listen: bool) -> Self {
-        let (operations, queue) = mpsc::unbounded_channel();
-        let answered = Rc::default();
-        let server = Server {
-            pool,
-            connection: None,
-            cluster: Cluster::SinglePrimary,
-            answered: Rc::clone(&answered),
-            calls: Rc::clone(calls),
-            may_listen,
-            deaf_until: None,
-        };
-        tokio::task::spawn_local(server.serve(queue));
-        Self { operations, answered, no_answer: Failure::no_answer::<DB> }
-    }
-
-    /// Takes leases if they are free, all or none. `begun` tells whether the server may have heard of it, also when the
-    /// future is dropped.
-    pub(super) async fn acquire(
-        &self,
-        claims: Vec<Claim>,
-        begun: &Rc<Cell<bool>>,
-    ) -> Result<Acquired, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, Rc::clone(begun), reply)).await
-    }
-
-    pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Look(Arc::clone(name), reply)).await
-    }
-
-    pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
-    }
-
-    /// Writes the queue of a name, if it is still the one that was read.
-    pub(super) async fn set_waiters(
-        &self,
-        name: &Arc<str>,
-        before: &str,
-        after: String,
-    ) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| {
-            Operation::SetWaiters(Arc::clone(name), before.to_owned(), after, reply)
-        })
-        .await
-    }
-
-    /// Leaves the queue of a name.
-    pub(super) async fn remove_waiter(&self, name: &Arc<str>, secret: &Secret) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(Arc::clone(name), secret.clone(), reply))
-            .await
-    }
-
-    /// Makes sure that the database can call, if it ever does.
-    pub(super) async fn listen(&self) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, Operation::Listen).await
-    }
-
-    /// Renews leases, in `limit` at most. Also answers when the statement was sent.
-    pub(super) async fn renew(
-        &self,
-        leases: Vec<Renewal>,
-        limit: Duration,
-    ) -> Result<(Vec<Standing>, Instant), Failure> {
-        self.ask(limit, |reply| Operation::Renew(leases, limit, reply)).await
-    }
-
-    /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
-    pub(super) async fn release(
-        &self,
-        name: &Arc<str>,
-        secret: &Secret,
-        at_least: Duration,
-    ) -> Result<Standing, Failure> {
-        let one = Return { name: Arc::clone(name), secret: secret.clone() };
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(one, at_least, reply)).await
-    }
-
-    pub(super) async fn migrate(&self) -> Result<(), Failure> {
-        self.ask(MIGRATION_LIMIT, Operation::Migrate).await
-    }
-
-    pub(super) async fn check_schema(&self) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, Operation::CheckSchema).await
-    }
-
-    /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.
-    /// The limit is one of silence, counted from here: a long queue before a server that answers is carried out to its end,
-    /// and who stands in a long queue before a silent one waits no longer than the first.
-    async fn ask<T>(
-        &self,
-        limit: Duration,
-        operation: impl FnOnce(Reply<T>) -> Operation,
-    ) -> Result<T, Failure> {
-        let (reply, mut replied) = oneshot::channel();
-        let _lane_may_be_gone = self.operations.send(operation(reply));
-        let mut since = Instant::now();
-        loop {
-            match timeout_at((since + limit).into(), &mut replied).await {
-                Ok(Ok(answer)) => return answer,
-                Ok(Err(_lane_is_gone)) => return Err((self.no_answer)(limit)),
-                Err(_elapsed) => match self.answered.get() {
-                    Some(answered) if answered > since => since = answered,
-                    _ => return Err((self.no_answer)(limit)),
-                },
-            }
-        }
-    }
-}
 
 /// What of a round can travel in one statement: each name once.
 #[derive(Default)]
@@ -215,12 +51,12 @@ impl Exchange {
     }
 }
 
-struct Server<DB: LockDatabase> {
+pub(super) struct Server<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
     connection: Option<Private<DB>>,
     /// Of the server that the connection leads to.
-    cluster: Cluster,
+    cluster: Rc<Cell<Cluster>>,
     answered: Rc<Cell<Option<Instant>>>,
     calls: Rc<Calls>,
     may_listen: bool,
@@ -243,7 +79,25 @@ impl<DB: LockDatabase> Private<DB> {
 }
 
 impl<DB: LockDatabase> Server<DB> {
-    async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
+    pub(super) fn new(
+        pool: Pool<DB>,
+        cluster: &Rc<Cell<Cluster>>,
+        answered: &Rc<Cell<Option<Instant>>>,
+        calls: &Rc<Calls>,
+        may_listen: bool,
+    ) -> Self {
+        Self {
+            pool,
+            connection: None,
+            cluster: Rc::clone(cluster),
+            answered: Rc::clone(answered),
+            calls: Rc::clone(calls),
+            may_listen,
+            deaf_until: None,
+        }
+    }
+
+    pub(super) async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
         let mut round = Vec::with_capacity(ROUND);
         loop {
             select! {
@@ -323,7 +177,7 @@ impl<DB: LockDatabase> Server<DB> {
                         let _ = reply.send(Ok(standing));
                     }
                     for ((_, _, reply), grant) in claims.into_iter().zip(exchanged.grants) {
-                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), self.cluster, sent)));
+                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), self.cluster.get(), sent)));
                     }
                     return;
                 }
@@ -347,7 +201,6 @@ impl<DB: LockDatabase> Server<DB> {
         }
     }
 
-    /// An answer that nobody waits for any more is dropped.
     async fn carry_out(&mut self, operation: Operation) {
         match operation {
             Operation::Acquire(claims, begun, reply) => {
@@ -358,17 +211,12 @@ impl<DB: LockDatabase> Server<DB> {
                         Ok((acquire_all::<DB>(connection, &claims).await?, sent))
                     })
                     .await;
-                let cluster = self.cluster;
+                let cluster = self.cluster.get();
                 let _ = reply.send(answer.map(|(grant, sent)| (grant, cluster, sent)));
             }
-            Operation::Look(name, reply) => {
-                let answer = self.on_connection(STATEMENT_LIMIT, async |c| DB::look(c, &name).await).await;
-                let _ = reply.send(answer);
-            }
+            Operation::Look(name, reply) => self.answer(reply, async |c| DB::look(c, &name).await).await,
             Operation::Create(name, kind, reply) => {
-                let answer =
-                    self.on_connection(STATEMENT_LIMIT, async |c| DB::create(c, &name, kind).await).await;
-                let _ = reply.send(answer);
+                self.answer(reply, async |c| DB::create(c, &name, kind).await).await;
             }
             Operation::Listen(reply) => {
                 let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
@@ -383,19 +231,22 @@ impl<DB: LockDatabase> Server<DB> {
                 }
                 let _ = reply.send(answer);
             }
+            Operation::TakeBaton(row, reply) => {
+                let answer =
+                    self.on_connection(STATEMENT_LIMIT, async |c| DB::take_baton(c, row).await).await;
+                if let Err(Ok(true)) = reply.send(answer) {
+                    self.give_baton(row).await;
+                }
+            }
+            Operation::GiveBaton(row) => self.give_baton(row).await,
+            Operation::Stand(name, place, reply) => {
+                self.answer(reply, async |c| DB::stand(c, &name, &place).await).await;
+            }
             Operation::SetWaiters(name, before, after, reply) => {
-                let answer = self
-                    .on_connection(STATEMENT_LIMIT, async |c| {
-                        DB::set_waiters(c, &name, &before, &after).await
-                    })
-                    .await;
-                let _ = reply.send(answer);
+                self.answer(reply, async |c| DB::set_waiters(c, &name, &before, &after).await).await;
             }
             Operation::RemoveWaiter(name, secret, reply) => {
-                let answer = self
-                    .on_connection(STATEMENT_LIMIT, async |c| DB::remove_waiter(c, &name, &secret).await)
-                    .await;
-                let _ = reply.send(answer);
+                self.answer(reply, async |c| DB::remove_waiter(c, &name, &secret).await).await;
             }
             Operation::Renew(leases, limit, reply) => {
                 let answer = self
@@ -406,17 +257,11 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(Return { name, secret }, at_least, reply) => {
-                let answer = self
-                    .on_connection(STATEMENT_LIMIT, async |connection| {
-                        if at_least.is_zero() {
-                            DB::release(connection, &name, &secret).await
-                        } else {
-                            DB::release_later(connection, &name, &secret, at_least).await
-                        }
-                    })
-                    .await;
-                let _ = reply.send(answer);
+            Operation::Release(lease, at_least, reply) if at_least.is_zero() => {
+                self.answer(reply, async |c| DB::release(c, &lease).await).await;
+            }
+            Operation::Release(Return { name, secret, .. }, at_least, reply) => {
+                self.answer(reply, async |c| DB::release_later(c, &name, &secret, at_least).await).await;
             }
             Operation::Migrate(reply) => {
                 let answer = self.on_connection(MIGRATION_LIMIT, async |c| DB::migrate(c).await).await;
@@ -434,6 +279,24 @@ impl<DB: LockDatabase> Server<DB> {
                 });
                 let _ = reply.send(answer);
             }
+        }
+    }
+
+    /// An answer that nobody waits for any more is dropped.
+    async fn answer<T>(
+        &mut self,
+        reply: Reply<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection) -> sqlx::Result<T>,
+    ) {
+        let answer = self.on_connection(STATEMENT_LIMIT, operation).await;
+        let _ = reply.send(answer);
+    }
+
+    /// Without a connection it is not ours any more.
+    async fn give_baton(&mut self, row: i64) {
+        if self.connection.is_some() {
+            let _gone_else =
+                self.on_connection(STATEMENT_LIMIT, async |c| DB::give_baton(c, row).await).await;
         }
     }
 
@@ -480,7 +343,7 @@ impl<DB: LockDatabase> Server<DB> {
         } else {
             Private::Plain(self.pool.acquire().await?.detach())
         };
-        self.cluster = DB::prepare(connection.connection().await?).await?;
+        self.cluster.set(DB::prepare(connection.connection().await?).await?);
         Ok(connection)
     }
 }

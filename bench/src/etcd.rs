@@ -1,0 +1,149 @@
+//! The few calls of etcd that are needed, over gRPC, all of a process on one connection.
+
+use prost::Message;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+use tonic_prost::ProstCodec;
+
+/// A connection; clones share it.
+#[derive(Clone)]
+pub(crate) struct Etcd {
+    channel: Grpc<Channel>,
+}
+
+/// Of a lock that was granted.
+pub(crate) struct Ownership {
+    /// There as long as the lock is held.
+    pub(crate) key: Vec<u8>,
+    /// Of the whole store, when the ownership was seen. The key of the holder before was deleted by then, and every change
+    /// has a revision of its own: so it grows from holder to holder.
+    pub(crate) revision: i64,
+}
+
+impl Etcd {
+    pub(crate) async fn connect(url: &str) -> anyhow::Result<Self> {
+        let channel = Endpoint::from_shared(url.to_owned())?.connect().await?;
+        Ok(Self { channel: Grpc::new(channel) })
+    }
+
+    pub(crate) async fn version(&self) -> anyhow::Result<String> {
+        let path = "/etcdserverpb.Maintenance/Status";
+        let status: StatusResponse = self.call(path, StatusRequest {}).await?;
+        Ok(status.version)
+    }
+
+    pub(crate) async fn grant_lease(&self, seconds: i64) -> anyhow::Result<i64> {
+        let request = LeaseGrantRequest { seconds };
+        let granted: LeaseGrantResponse = self.call("/etcdserverpb.Lease/LeaseGrant", request).await?;
+        Ok(granted.lease)
+    }
+
+    /// Deletes what hangs on it, too.
+    pub(crate) async fn revoke_lease(&self, lease: i64) -> anyhow::Result<()> {
+        let request = LeaseRequest { lease };
+        let _revoked: Nothing = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn keep_alive(&self, leases: &[i64]) -> anyhow::Result<()> {
+        let requests: Vec<_> = leases.iter().map(|lease| LeaseRequest { lease: *lease }).collect();
+        let requests = Request::new(tokio_stream::iter(requests));
+        let path = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
+        let mut channel = self.channel.clone();
+        channel.ready().await?;
+        let codec = ProstCodec::<LeaseRequest, Nothing>::default();
+        let mut answers = channel.streaming(requests, path, codec).await?.into_inner();
+        while answers.message().await?.is_some() {}
+        Ok(())
+    }
+
+    /// Waits for the lock. One lease is one owner: whoever locks with the same lease again has the lock already.
+    pub(crate) async fn lock(&self, name: &[u8], lease: i64) -> anyhow::Result<Ownership> {
+        let request = LockRequest { name: name.to_vec(), lease };
+        let LockResponse { header, key } = self.call("/v3lockpb.Lock/Lock", request).await?;
+        Ok(Ownership { key, revision: header.unwrap_or_default().revision })
+    }
+
+    pub(crate) async fn unlock(&self, key: Vec<u8>) -> anyhow::Result<()> {
+        let _unlocked: Nothing = self.call("/v3lockpb.Lock/Unlock", UnlockRequest { key }).await?;
+        Ok(())
+    }
+
+    async fn call<Q, A>(&self, path: &'static str, request: Q) -> anyhow::Result<A>
+    where
+        Q: Message + 'static,
+        A: Message + Default + 'static,
+    {
+        let mut channel = self.channel.clone();
+        channel.ready().await?;
+        let path = PathAndQuery::from_static(path);
+        let answer = channel.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
+        // Shown whole, a status has all its headers.
+        Ok(answer
+            .map_err(|status: Status| anyhow::anyhow!("{}: {}", status.code(), status.message()))?
+            .into_inner())
+    }
+}
+
+// From `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not needed: readers skip those.
+
+#[derive(Clone, PartialEq, Message)]
+struct Nothing {}
+
+#[derive(Clone, PartialEq, Message)]
+struct Header {
+    #[prost(int64, tag = "3")]
+    revision: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StatusRequest {}
+
+#[derive(Clone, PartialEq, Message)]
+struct StatusResponse {
+    #[prost(string, tag = "2")]
+    version: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LeaseGrantRequest {
+    #[prost(int64, tag = "1")]
+    seconds: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LeaseGrantResponse {
+    #[prost(int64, tag = "2")]
+    lease: i64,
+}
+
+/// To revoke it or to keep it alive.
+#[derive(Clone, PartialEq, Message)]
+struct LeaseRequest {
+    #[prost(int64, tag = "1")]
+    lease: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LockRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    name: Vec<u8>,
+    #[prost(int64, tag = "2")]
+    lease: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LockResponse {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Header>,
+    #[prost(bytes = "vec", tag = "2")]
+    key: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct UnlockRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    key: Vec<u8>,
+}
