@@ -13,6 +13,8 @@ mod error;
 mod in_transaction;
 mod info;
 mod insert;
+#[cfg(all(test, lock_db_shuttle))]
+mod interleavings;
 mod jitter;
 mod limits;
 mod locks;
@@ -24,6 +26,7 @@ pub mod schema;
 mod secret;
 mod session;
 mod skippable;
+mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod turns;

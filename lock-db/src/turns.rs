@@ -3,10 +3,11 @@
 //! A turn is kept as long as what was taken with it, so that the next caller of the same process neither polls for a lock
 //! that its own neighbour holds nor keeps a connection busy with waiting for it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::sync::{HashMap, Mutex, MutexGuard};
 
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
@@ -120,3 +121,6 @@ mod tests {
         assert!(turns.names().is_empty());
     }
 }
+
+#[cfg(all(test, lock_db_shuttle))]
+mod interleavings;

@@ -1,7 +1,7 @@
 //! The guard of an insert lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::Connection;
@@ -13,6 +13,7 @@ use crate::database::{Fault, Guarded, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::reentry::Held;
 use crate::session::{LeaseState, Queues, Request};
+use crate::sync::{AtomicBool, AtomicUsize};
 use crate::{Error, Kind, Locks};
 
 /// An insert lock that is held, and renewed in the background at a third of its TTL as long as this exists.
@@ -280,8 +281,8 @@ impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {
 
 /// What keeps a lease: the last owner of this releases it.
 pub(crate) struct Hold {
-    pub(super) lease: Arc<LeaseState>,
-    fencing_token: i64,
+    pub(crate) lease: Arc<LeaseState>,
+    pub(crate) fencing_token: i64,
     /// Who waits in this process.
     queues: Arc<Queues>,
     /// Also keeps the session alive.
@@ -400,7 +401,7 @@ impl Hold {
     }
 
     /// A transaction that has committed released it.
-    pub(super) fn was_released(&self) {
+    pub(crate) fn was_released(&self) {
         self.released.store(true, Ordering::SeqCst);
         // In this order: what the next one asks for comes to the session after the end of this one.
         let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });

@@ -12,9 +12,10 @@ use tokio::time::timeout;
 use super::gate::{Gate, Pass};
 use super::{Held, Lock};
 use crate::error::{Loss, NoReentry, WaitingFor};
+use crate::sync::task_local;
 use crate::{Error, Kind};
 
-tokio::task_local! {
+task_local! {
     static FRAMES: Arc<Frames>;
 }
 

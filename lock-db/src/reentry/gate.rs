@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use tokio::sync::Notify;
 use tokio::task::yield_now;
+
+use crate::sync::{Mutex, MutexGuard};
 
 /// A mutex that is first come, first served among those who are polled.
 ///

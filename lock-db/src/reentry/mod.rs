@@ -74,5 +74,7 @@ pub(crate) fn around() -> Vec<Around> {
     frame::Frames::current().map(|frames| frames.list()).unwrap_or_default()
 }
 
+#[cfg(all(test, lock_db_shuttle))]
+mod interleavings;
 #[cfg(test)]
 mod tests;

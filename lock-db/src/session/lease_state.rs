@@ -1,7 +1,7 @@
 //! What the session and the guard of a lease share.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
 
 /// A lease as its guard sees it, and those to whom it is handed on.
 #[derive(Debug)]
@@ -75,8 +76,9 @@ impl LeaseState {
 
     /// The next caller of this process may ask for the lock.
     pub(crate) fn pass_turn(&self) {
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(turn);
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Still locked: for whoever finds it gone it has been passed, and not only taken by another thread that is about to.
+        drop(turn.take());
     }
 
     /// Of the present holder, if it was handed on; else of the only one.

@@ -17,7 +17,7 @@ mod release;
 mod renewal;
 mod request;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::Pool;
@@ -30,6 +30,7 @@ pub(crate) use self::request::{Answer, Request};
 use crate::Error;
 use crate::database::{Claim, LockDatabase};
 use crate::insert::Hold;
+use crate::sync::{Mutex, MutexGuard};
 
 /// How long `close` waits for the last releases.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);

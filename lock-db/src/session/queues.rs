@@ -4,20 +4,20 @@
 //! What is given back goes to the next of them by the hand of whoever gives it back, without the session's thread: the
 //! lease itself while it may be handed on, else the turn to ask for it. So these queues are shared by all threads.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
-use tokio::time::sleep_until;
 
 use super::request::{Acquire, Request};
 use crate::Error;
 use crate::error::WaitingFor;
 use crate::insert::Hold;
 use crate::secret::Secret;
+use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
 
 /// How far a lease goes from hand to hand before other processes get their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,6 +228,7 @@ impl Queues {
                 }
             };
             tokio::select! {
+                biased;
                 () = over => self.answer_those_whose_wait_is_over(),
                 () = self.sooner.notified() => {}
             }
@@ -283,3 +284,6 @@ impl Drop for Turn {
         self.queues.pass(&self.name);
     }
 }
+
+#[cfg(all(test, lock_db_shuttle))]
+mod interleavings;
