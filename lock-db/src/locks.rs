@@ -30,7 +30,7 @@ struct Shared<DB: LockDatabase> {
     default_wait: Duration,
     fair: bool,
     known_rows: KnownRows,
-    counts: Counts,
+    counts: Arc<Counts>,
     row_queues: RowQueues,
     instance: Instance,
     /// What has to be there as long as this is.
@@ -178,7 +178,7 @@ impl<DB: LockDatabase> Locks<DB> {
         &self.shared.row_queues
     }
 
-    pub(crate) fn counts(&self) -> &Counts {
+    pub(crate) fn counts(&self) -> &Arc<Counts> {
         &self.shared.counts
     }
 
@@ -296,7 +296,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             default_wait,
             fair,
             known_rows: KnownRows::default(),
-            counts: Counts::default(),
+            counts: Arc::default(),
             row_queues: RowQueues::new(pool.options().get_max_connections()),
             pool,
             instance: Instance::new(),

@@ -14,6 +14,7 @@ lock_tests::__tests_on! { mariadb MariaDbServer
     nothing_is_left_when_nobody_waits,
     who_has_no_baton_looks,
     a_process_that_waits_goes_on_renewing,
+    a_lease_with_a_short_ttl_is_renewed_in_time,
     a_process_that_waits_for_many_has_no_more_connections
 }
 lock_tests::__tests_on! { mysql MySqlServer
@@ -21,6 +22,7 @@ lock_tests::__tests_on! { mysql MySqlServer
     nothing_is_left_when_nobody_waits,
     who_has_no_baton_looks,
     a_process_that_waits_goes_on_renewing,
+    a_lease_with_a_short_ttl_is_renewed_in_time,
     a_process_that_waits_for_many_has_no_more_connections
 }
 
@@ -108,7 +110,7 @@ async fn who_has_no_baton_looks<T: TestServer>(database: &T) {
     held.release().await.unwrap();
 }
 
-/// On the other connection, as long as the one for it waits.
+/// Between two slices.
 async fn a_process_that_waits_goes_on_renewing<T: TestServer>(database: &T) {
     let locks = database.locks().await;
     let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
@@ -117,13 +119,36 @@ async fn a_process_that_waits_goes_on_renewing<T: TestServer>(database: &T) {
     let baton = baton(database, "a").await;
     eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
     let other = database.locks().await;
-    let renewed = other.insert_lock("b").ttl(Duration::from_secs(3)).acquire().await.unwrap();
+    let renewed = other.insert_lock("b").ttl(Duration::from_secs(6)).acquire().await.unwrap();
     let next = wait_for(&other, "a");
     eventually(PATIENCE, async || on_the_server(database).await == 1).await;
     let moved = "SELECT COUNT(*) FROM distributed_lock
-        WHERE lock_name = 'b' AND expire_time > acquire_time + INTERVAL 6 SECOND";
+        WHERE lock_name = 'b' AND expire_time > acquire_time + INTERVAL 9 SECOND";
     eventually(PATIENCE, async || database.number(moved).await == 1).await;
     assert!(renewed.is_held());
+    held.release().await.unwrap();
+    first.await.unwrap().unwrap().release().await.unwrap();
+    next.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// On the other connection at first; then this one waits for nothing else any more.
+async fn a_lease_with_a_short_ttl_is_renewed_in_time<T: TestServer>(database: &T) {
+    let (locks, first_locks, other) =
+        (database.locks().await, database.locks().await, database.locks().await);
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let baton = baton(database, "a").await;
+    let first = wait_for(&first_locks, "a");
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    let next = wait_for(&other, "a");
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    let short = other.insert_lock("b").ttl(Duration::from_secs(2)).acquire().await.unwrap();
+    eventually(PATIENCE, async || on_the_server(database).await == 0).await;
+    let moved = "SELECT COUNT(*) FROM distributed_lock
+        WHERE lock_name = 'b' AND expire_time > acquire_time + INTERVAL 4 SECOND";
+    eventually(PATIENCE, async || database.number(moved).await == 1).await;
+    assert!(short.is_held());
+    short.release().await.unwrap();
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
     held.release().await.unwrap();
     first.await.unwrap().unwrap().release().await.unwrap();
     next.await.unwrap().unwrap().release().await.unwrap();

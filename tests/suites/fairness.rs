@@ -21,6 +21,8 @@ for_each_database! {
     another_process_has_it_after_some_turns,
     a_request_may_be_unfair_by_itself,
     a_place_that_a_release_took_is_left_when_nobody_needs_it,
+    a_place_is_left_when_the_next_caller_has_no_use_for_it,
+    whoever_finds_the_queue_full_waits_without_a_place,
 }
 
 child_roles! { wait_for_a_lease }
@@ -165,6 +167,37 @@ async fn a_place_that_a_release_took_is_left_when_nobody_needs_it<T: TestDatabas
     both[0].abort();
     eventually(PATIENCE, async || in_queue(database).await == 0).await;
     held.release().await.unwrap();
+}
+
+/// He wants several locks, and waits for another one of them first.
+async fn a_place_is_left_when_the_next_caller_has_no_use_for_it<T: TestDatabase>(database: &T) {
+    let (other, locks) = (database.locks().await, database.locks().await);
+    let held = other.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let in_the_way = locks.insert_lock("b").ttl(LONG).acquire().await.unwrap();
+    let of_a = "SELECT length(waiters) FROM distributed_lock WHERE lock_name = 'a'";
+    let fair = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
+    eventually(PATIENCE, async || database.number(of_a).await > 0).await;
+    let both = tokio::spawn(locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire());
+    // It stands behind the other one: a try, which waits for nobody, can't tell. So both have a moment to come.
+    tokio::task::yield_now().await;
+    fair.abort();
+    eventually(PATIENCE, async || database.number(of_a).await == 0).await;
+    held.release().await.unwrap();
+    // No place of ours keeps it from the others.
+    other.insert_lock("a").try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    in_the_way.release().await.unwrap();
+    both.await.unwrap().unwrap().release().await.unwrap();
+}
+
+async fn whoever_finds_the_queue_full_waits_without_a_place<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    let until = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
+    let places: String =
+        (1..=64).map(|one| format!("{one:032x}{:016}{:08x}", until.as_micros(), 0)).collect();
+    database.run(&format!("UPDATE distributed_lock SET waiters = '{places}'")).await;
+    // Until those in front are passed over.
+    locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
 }
 
 /// All or none, while others take them one by one.

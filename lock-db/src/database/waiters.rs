@@ -56,6 +56,10 @@ impl Waiters {
         self.0.iter().position(|waiter| waiter.secret == secret)
     }
 
+    pub(crate) fn has_room(&self) -> bool {
+        self.0.len() < MOST
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
@@ -77,7 +81,7 @@ impl Waiters {
                 }
                 false
             }
-            None if self.0.len() < MOST => {
+            None if self.has_room() => {
                 self.0.push(Waiter { secret: secret.to_owned(), until, listener });
                 true
             }

@@ -1,7 +1,7 @@
 //! How often a transaction holds a lock.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::secret::Secret;
 
@@ -32,5 +32,23 @@ impl Counts {
         }
         counts.insert(secret.as_str().to_owned(), last + 1);
         last + 1
+    }
+
+    /// Notes that a transaction of our own has written `secret`, as long as the answer is kept.
+    pub(crate) fn enter_own(self: &Arc<Self>, secret: Secret, before: &str) -> Counted {
+        self.enter(&secret, before, false);
+        Counted { secret, counts: Arc::clone(self) }
+    }
+}
+
+/// In a transaction whose end is known.
+pub(crate) struct Counted {
+    secret: Secret,
+    counts: Arc<Counts>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.counts.counts.lock().unwrap_or_else(PoisonError::into_inner).remove(self.secret.as_str());
     }
 }

@@ -8,7 +8,7 @@ mod known_rows;
 mod several;
 
 pub(crate) use self::attempt::Attempt;
-pub(crate) use self::counts::Counts;
+pub(crate) use self::counts::{Counted, Counts};
 pub use self::held::HeldInTransaction;
 pub(crate) use self::known_rows::KnownRows;
 pub(crate) use self::several::{in_order, lock_all};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::Error;
 use crate::database::LockDatabase;
 use crate::error::Failure;
+use crate::in_transaction::Counted;
 use crate::own_transaction::{Condition, OwnTransaction};
 use crate::turns::Turn;
 
@@ -20,6 +21,7 @@ pub struct RowGuard<DB: LockDatabase> {
     transaction: OwnTransaction<DB, Arc<Turn>>,
     name: Arc<str>,
     fencing_token: i64,
+    counted: Counted,
 }
 
 impl<DB: LockDatabase> RowGuard<DB> {
@@ -27,8 +29,9 @@ impl<DB: LockDatabase> RowGuard<DB> {
         transaction: OwnTransaction<DB, Arc<Turn>>,
         name: Arc<str>,
         fencing_token: i64,
+        counted: Counted,
     ) -> Self {
-        Self { transaction, name, fencing_token }
+        Self { transaction, name, fencing_token, counted }
     }
 
     /// The name of the lock.
@@ -49,8 +52,8 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The commit goes on when the future is dropped; only the answer is lost.
     pub async fn commit(self) -> Result<(), Error> {
-        let Self { transaction, name, fencing_token } = self;
-        transaction.commit(Condition::Row { name, fencing_token }, |_ended| ()).await
+        let Self { transaction, name, fencing_token, counted } = self;
+        transaction.commit(Condition::Row { name, fencing_token }, |_ended| drop(counted)).await
     }
 
     /// Rolls the transaction back, which frees the lock.
@@ -63,7 +66,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The rollback goes on when the future is dropped; only the answer is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, name, .. } = self;
+        let Self { transaction, name, counted: _counted, .. } = self;
         transaction
             .roll_back()
             .await

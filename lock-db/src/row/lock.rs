@@ -227,9 +227,9 @@ async fn take<DB: LockDatabase>(
                 let error = match locked.await {
                     Ok(Some(locked)) => {
                         // The first time: the transaction has only just begun.
-                        attempt.locks.counts().enter(&locked.secret, &locked.before, false);
+                        let counted = attempt.locks.counts().enter_own(locked.secret, &locked.before);
                         let name = Arc::clone(attempt.name);
-                        return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token)));
+                        return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token, counted)));
                     }
                     Ok(None) => None,
                     Err(error) => Some(error),

@@ -31,6 +31,8 @@ const LONGEST_PAUSE_IN_A_CROWD: Duration = Duration::from_millis(250);
 /// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
 /// Doubled from time to time.
 const ROW_IS_BUSY: Duration = Duration::from_micros(500);
+/// After so many of these it is no commit, but a transaction that has the lock.
+const A_WHILE: u32 = 10;
 /// Whoever is first in the queue looks so often during the time that it has waited already: for a lock that is held for
 /// long it need not be quick.
 const LOOKS: u32 = 16;
@@ -142,14 +144,16 @@ impl Attempt {
                     } else {
                         SHORTEST_PAUSE * position.saturating_add(1)
                     };
-                    let in_a_crowd =
-                        (PER_CONTENDER * self.core.contenders.get()).min(LONGEST_PAUSE_IN_A_CROWD);
-                    pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(in_a_crowd)
+                    pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(self.in_a_crowd())
                 }
                 Ok(Reply::RowIsBusy) => {
                     self.last_failure = None;
                     busy += 1;
-                    (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
+                    if busy < A_WHILE {
+                        (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
+                    } else {
+                        LONGEST_PAUSE.max(self.in_a_crowd())
+                    }
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -189,16 +193,23 @@ impl Attempt {
         }
     }
 
+    fn in_a_crowd(&self) -> Duration {
+        (PER_CONTENDER * self.core.contenders.get()).min(LONGEST_PAUSE_IN_A_CROWD)
+    }
+
     /// Waits for the baton at our place in the queue. One that comes out of turn goes to the next, and we wait for it again, if
     /// the queue has moved since the last time. Else whoever is first does not wait for it, so it would come back at once.
     fn wait_for_baton(&self, position: u32, nearest: &mut u32) {
         let [Claim { name, .. }] = &*self.claims else { return };
         let (Some(_), Some((_, row))) = (&self.bell, &self.last_seen) else { return };
-        if position > 0 && self.core.baton.is_ours(name) {
+        let out_of_turn = position > 0 && self.core.baton.is_ours(name);
+        if out_of_turn {
             baton::give(&self.core, name);
-            if position >= *nearest {
-                return;
-            }
+        }
+        if position > 0 && position >= *nearest {
+            return;
+        }
+        if out_of_turn {
             *nearest = position;
         }
         baton::wait(&self.core, name, row.id);
@@ -304,7 +315,7 @@ impl Attempt {
                 self.bell = Some(core.calls.stand(&name, row.id));
                 core.listen();
             }
-            if waits && all_last && waiters.position(place).is_none() {
+            if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
                 ahead = waiters.len();
                 written = core.lane.stand(&name, core.place()).await?;
             } else {
@@ -364,9 +375,13 @@ impl Drop for Attempt {
                 release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
             }
         }
-        for claim in &self.claims {
-            // Else the next one has use for the place.
-            if !self.core.queues.somebody_waits(&claim.name) {
+        let queues = &self.core.queues;
+        let next_is_fair: Vec<bool> =
+            self.claims.iter().map(|claim| queues.next_is_fair(&claim.name)).collect();
+        self.turns.clear();
+        for (claim, next_is_fair) in self.claims.iter().zip(next_is_fair) {
+            // Else the next one has the turn by now, and use for the place.
+            if !next_is_fair || !queues.is_taken(&claim.name) {
                 release::leave_queue(&self.core, &claim.name);
             }
         }

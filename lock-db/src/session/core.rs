@@ -260,6 +260,10 @@ impl Core {
         }
     }
 
+    pub(super) fn shortest_ttl(&self) -> Option<Duration> {
+        self.leases.borrow().values().map(|held| held.ttl).min()
+    }
+
     pub(super) fn has_lease(&self, name: &str) -> bool {
         self.leases.borrow().values().any(|held| held.state.name() == name)
     }

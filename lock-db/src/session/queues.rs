@@ -149,8 +149,9 @@ impl Queues {
     /// Whether whoever has the turn next keeps to the queue of the row.
     pub(super) fn next_is_fair(&self, name: &str) -> bool {
         let state = self.state();
-        let next = state.names.get(name).and_then(|line| line.first_key_value());
-        next.is_some_and(|(_, next)| matches!(&*next.claims, [claim] if claim.place.is_some()))
+        let mut waiting = state.names.get(name).into_iter().flat_map(BTreeMap::values);
+        let next = waiting.find(|waiting| !waiting.answer.is_closed());
+        next.is_some_and(|next| matches!(&*next.claims, [claim] if claim.place.is_some()))
     }
 
     /// Whether somebody has the turn for a name.

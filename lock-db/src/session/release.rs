@@ -37,7 +37,10 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         given_back.place = Some(core.place());
     }
     let released = until_settled(core, &given_back, lease.at_least(), until).await;
-    baton::give(core, name);
+    // Else somebody of this process may have it by now.
+    if held.is_some() {
+        baton::give(core, name);
+    }
     if given_back.place.is_some() {
         baton::wait(core, name, lease.key.row.id);
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::select;
 
+use super::baton;
 use super::core::{Core, Held};
 use crate::database::{Fault, Renewal, Standing};
 use crate::error::Loss;
@@ -55,11 +56,11 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
 
 async fn renew_batch(core: &Core, batch: &[Due]) {
     // Of all leases, not only of this batch: those that come due next wait behind this statement.
-    let shortest = core.leases.borrow().values().map(|held| held.ttl / 3).min().unwrap_or(LONGEST_STATEMENT);
+    let shortest = core.shortest_ttl().map_or(LONGEST_STATEMENT, |ttl| ttl / 3);
     let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
-    // It would wait for as long as that one does.
-    let lane = if core.baton.is_awaited() { &core.lane } else { &core.renewals };
+    // One with a short TTL can't wait for the end of the slice; after that slice it need not.
+    let lane = if baton::is_in_the_way(core) { &core.lane } else { &core.renewals };
     match lane.renew(leases, limit).await {
         Ok((standings, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {

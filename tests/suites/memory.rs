@@ -1,0 +1,77 @@
+//! However long a process works with locks, it keeps no more memory than after a while.
+//!
+//! Counted by the allocator: what is allocated and not given back. One case after the other, since they share it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::alloc::System;
+use std::time::Duration;
+
+use lock_db::{Error, Locks};
+use lock_tests::{TestDatabase, eventually, for_each_database};
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+for_each_database! {
+    memory_does_not_grow,
+}
+
+static ALONE: Mutex<()> = Mutex::const_new(());
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Rounds until all that is kept for good is there: statements, rows that are known, buffers.
+const WARM_UP: u32 = 150;
+const ROUNDS: u32 = 300;
+/// Less than five bytes for each operation.
+const TOLERANCE: usize = 16 * 1024;
+
+fn in_use() -> usize {
+    let stats = ALLOCATOR.stats();
+    stats.bytes_allocated.saturating_sub(stats.bytes_deallocated)
+}
+
+/// Each way to get and to give back a lock, some of them with others in the way.
+async fn round<T: TestDatabase>(locks: &Locks<T::Database>, others: &Locks<T::Database>, number: u32) {
+    let fresh = format!("fresh {number}");
+    locks.insert_lock(&fresh).acquire().await.unwrap().release().await.unwrap();
+    drop(locks.insert_lock("a").acquire().await.unwrap());
+    let held = others.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
+    assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
+    // They stand in the queue of the process, one for all in that of the row, until they are not waited for any more.
+    let mut waiting = JoinSet::new();
+    for _ in 0..3 {
+        waiting.spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
+    }
+    let given_up = locks.insert_lock("a").wait(Duration::from_millis(1)).acquire().await;
+    assert!(matches!(given_up, Err(Error::Timeout { .. })));
+    let leaves = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
+    leaves.abort();
+    let transaction = held.begin().await.unwrap();
+    held.commit_and_release(transaction).await.unwrap();
+    // From hand to hand.
+    while let Some(taken) = waiting.join_next().await {
+        taken.unwrap().unwrap().release().await.unwrap();
+    }
+    locks.insert_locks(["b", "c"]).acquire().await.unwrap().release().await.unwrap();
+    locks.row_lock("row").acquire().await.unwrap().commit().await.unwrap();
+    let run = locks.insert_lock("d").run(async |lease| lease.begin().await?.commit().await);
+    run.await.unwrap();
+}
+
+async fn memory_does_not_grow<T: TestDatabase>(database: &T) {
+    let _alone = ALONE.lock().await;
+    let (locks, others) = (database.locks().await, database.locks().await);
+    for number in 0..WARM_UP {
+        round::<T>(&locks, &others, number).await;
+    }
+    let before = in_use();
+    for number in WARM_UP..WARM_UP + ROUNDS {
+        round::<T>(&locks, &others, number).await;
+    }
+    // What is given back in the background is on its way.
+    eventually(PATIENCE, async || in_use() <= before + TOLERANCE).await;
+}
