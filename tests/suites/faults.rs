@@ -10,15 +10,15 @@ use std::io::Write;
 use std::time::Duration;
 
 use lock_tests::{
-    MariaDbKind, MySqlKind, PostgresKind, Random, Server, ServerKind, TestDatabase, TestServer, child_roles,
-    for_each_database, long_run, seed,
+    MariaDbKind, MySqlKind, Network, PostgresKind, Proxy, Random, Server, ServerKind, TestDatabase,
+    TestServer, child_roles, for_each_database, long_run, seed,
 };
 use tokio::time::{Instant, timeout};
 
 use self::broken::Mistake;
 use self::checker::Violation;
 use self::crew::Way;
-use self::nemesis::{Fault, OF_CLOCKS, OF_NETWORKS, OF_PROCESSES, OF_SERVERS};
+use self::nemesis::{Fault, OF_CLOCKS, OF_NETWORKS, OF_PARTITIONS, OF_PROCESSES, OF_SERVERS};
 use self::own_server::OwnServer;
 use self::report::Report;
 use self::run::{PLACES, Plan, run, run_and_check};
@@ -54,6 +54,7 @@ for_each_database! {
     on servers:
     networks_fail,
     processes_and_networks_fail,
+    networks_are_parted,
     a_lock_by_hand_without_a_mistake_passes,
     a_release_without_the_secret_is_found,
     an_expiry_by_the_clients_clock_is_found,
@@ -109,7 +110,8 @@ fn report(line: &str) {
 async fn processes_fail<T: TestDatabase>(_: &T) {
     rounds(&format!("{}, processes", T::NAME), OF_PROCESSES, async |plan| {
         let database = T::create().await.expect("there was one before");
-        let ways = (0..PLACES).map(|_| Way { url: database.url().to_owned(), proxy: None }).collect();
+        let ways =
+            (0..PLACES).map(|_| Way { url: database.url().to_owned(), proxy: None, network: None }).collect();
         run(&database, ways, None, plan).await
     })
     .await;
@@ -118,7 +120,7 @@ async fn processes_fail<T: TestDatabase>(_: &T) {
 fn ways_through_proxies<T: TestServer>(database: &T) -> Vec<Way> {
     let way = |_| {
         let proxy = database.proxy();
-        Way { url: database.url_by(proxy.address()), proxy: Some(proxy) }
+        Way { url: database.url_by(proxy.address()), proxy: Some(proxy), network: None }
     };
     (0..PLACES).map(way).collect()
 }
@@ -136,6 +138,23 @@ async fn processes_and_networks_fail<T: TestServer>(_: &T) {
     rounds(&format!("{}, processes and networks", T::NAME), &faults, async |plan| {
         let database = T::create().await.expect("there was one before");
         run(&database, ways_through_proxies(&database), None, plan).await
+    })
+    .await;
+}
+
+async fn networks_are_parted<T: TestServer>(_: &T) {
+    if let Err(reason) = Network::new() {
+        println!("NOT TESTED: partitions of networks: {reason}");
+        return;
+    }
+    rounds(&format!("{}, partitions", T::NAME), OF_PARTITIONS, async |plan| {
+        let database = T::create().await.expect("there was one before");
+        let way = |_| {
+            let network = Network::new().expect("as before");
+            let proxy = Proxy::on(network.outside(), database.address());
+            Way { url: database.url_by(proxy.address()), proxy: Some(proxy), network: Some(network) }
+        };
+        run(&database, (0..PLACES).map(way).collect(), None, plan).await
     })
     .await;
 }

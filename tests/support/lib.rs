@@ -16,6 +16,7 @@
 mod cases;
 mod database;
 mod eventually;
+mod network;
 mod process;
 mod proxy;
 mod random;
@@ -25,6 +26,7 @@ mod sqlite;
 pub use cases::{CaseRuntime, long_run, run_case};
 pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
 pub use eventually::eventually;
+pub use network::Network;
 pub use process::{Parent, Process, RoleForAll, become_child, say_to_parent};
 pub use proxy::{Direction, Proxy};
 pub use random::{Random, seed};

@@ -15,6 +15,8 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use crate::Network;
+
 const ROLE: &str = "LOCK_TESTS_ROLE";
 const URL: &str = "LOCK_TESTS_URL";
 const ARGUMENTS: &str = "LOCK_TESTS_ARGUMENTS";
@@ -71,9 +73,28 @@ pub struct Process {
 impl Process {
     /// Starts this program once more, in a role.
     pub fn spawn<A: AsRef<str>>(role: &str, url: &str, arguments: impl IntoIterator<Item = A>) -> Self {
+        Self::spawn_in(None, role, url, arguments)
+    }
+
+    /// The same, with a network of its own.
+    pub fn spawn_in<A: AsRef<str>>(
+        network: Option<&Network>,
+        role: &str,
+        url: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Self {
         let arguments: Vec<String> =
             arguments.into_iter().map(|argument| argument.as_ref().to_owned()).collect();
-        let mut child = Command::new(env::current_exe().expect("knows its own program"))
+        let program = env::current_exe().expect("knows its own program");
+        let mut command = match network.map(Network::enter) {
+            None => Command::new(program),
+            Some([enter, namespace, end]) => {
+                let mut command = Command::new(enter);
+                command.args([namespace, end]).arg(program);
+                command
+            }
+        };
+        let mut child = command
             .args([ENTRY, "--exact", "--nocapture"])
             .env(ROLE, role)
             .env(URL, url)

@@ -15,7 +15,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// A TCP proxy on 127.0.0.1. It lives on a thread of its own, so that a test may block its runtime. Dropping it closes
+/// A TCP proxy, on 127.0.0.1 unless it is told otherwise. It lives on a thread of its own, so that a test may block its runtime. Dropping it closes
 /// everything.
 #[derive(Debug)]
 pub struct Proxy {
@@ -63,6 +63,11 @@ enum Admission {
 impl Proxy {
     /// A proxy in front of a server, which passes everything on at once until told otherwise.
     pub fn new(server: (String, u16)) -> Self {
+        Self::on(Ipv4Addr::LOCALHOST, server)
+    }
+
+    /// The same, on another address of this host.
+    pub fn on(address: Ipv4Addr, server: (String, u16)) -> Self {
         let state = Arc::new(State {
             server,
             admission: watch::Sender::new(Admission::Pass),
@@ -79,9 +84,9 @@ impl Proxy {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("starts a runtime").block_on(async {
                 // Never listens: it keeps the address from others while the proxy refuses.
-                let reserved = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("binds on loopback");
+                let reserved = bind(SocketAddr::from((address, 0))).expect("binds");
                 let address = reserved.local_addr().expect("has an address");
-                let listener = listen(address).expect("listens on loopback");
+                let listener = listen(address).expect("listens");
                 started.send(address).expect("the proxy is waited for");
                 tokio::select! {
                     () = serve(listener, address, shared) => {}

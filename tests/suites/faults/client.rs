@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use lock_db::Locks;
 use lock_tests::{Backend, Random};
+use sqlx::Pool;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
@@ -22,6 +23,7 @@ pub(crate) struct Client<DB: Backend> {
     random: Random,
     subject: Arc<Subject<DB>>,
     locks: Locks<DB>,
+    pool: Pool<DB>,
     contract: Contract,
     written: i64,
 }
@@ -32,17 +34,20 @@ impl<DB: Backend> Client<DB> {
         random: Random,
         subject: Subject<DB>,
         locks: Locks<DB>,
+        pool: Pool<DB>,
         contract: Contract,
     ) -> Self {
-        Self { number, random, subject: Arc::new(subject), locks, contract, written: 0 }
+        Self { number, random, subject: Arc::new(subject), locks, pool, contract, written: 0 }
     }
 
     pub(crate) async fn work(mut self, stopped: watch::Receiver<bool>) {
         while !*stopped.borrow() {
             if self.contract.mistake.is_some() || self.random.below(10) < 7 {
                 self.work_under_a_lease().await;
-            } else {
+            } else if self.random.below(2) == 0 {
                 self.work_under_a_row_lock().await;
+            } else {
+                self.work_in_a_transaction_of_its_own().await;
             }
             // Also where the database refuses at once.
             self.rest(1, 15).await;
@@ -230,6 +235,55 @@ impl<DB: Backend> Client<DB> {
                 self.say_outcome(outcome);
             } else {
                 drop(guard);
+            }
+        }
+        self.say(What::Ends);
+    }
+
+    /// Whose commit ends the lock, without lock-db. Now and then it has a second lock, which it takes together with the first.
+    async fn work_in_a_transaction_of_its_own(&mut self) {
+        let (name, wait) = (self.random.pick(&ROW_LOCKS), self.wait());
+        let other = self.random.pick(&ROW_LOCKS);
+        let patience = if self.random.below(10) == 0 { self.random.millis(1, 30) } else { Duration::MAX };
+        // What is not committed is rolled back by dropping it.
+        let Ok(mut transaction) = self.pool.begin().await else { return };
+        self.say(What::Asks { name: name.to_owned() });
+        let locks = self.locks.clone();
+        let acquire = async {
+            match (name == other, wait.is_zero()) {
+                (true, true) => locks
+                    .row_lock(name)
+                    .try_acquire_in(&mut transaction)
+                    .await
+                    .is_ok_and(|held| held.is_some()),
+                (true, false) => locks.row_lock(name).wait(wait).acquire_in(&mut transaction).await.is_ok(),
+                (false, _) => {
+                    locks.row_locks([name, other]).wait(wait).acquire_in(&mut transaction).await.is_ok()
+                }
+            }
+        };
+        if timeout(patience, acquire).await != Ok(true) {
+            return self.say(What::Denied);
+        }
+        self.say(What::Granted { token: None });
+        let called = now();
+        let writes = self.random.below(3) > 0;
+        if let Ok((previous, value)) = self.change_register(&mut transaction, name, writes).await {
+            self.rest(0, 20).await;
+            let at = now();
+            let read = format!("SELECT value FROM register WHERE name = '{name}'");
+            let goes_on = DB::find_number(&mut transaction, &read).await.is_ok();
+            if goes_on {
+                self.say_at(at, What::Held);
+            }
+            if goes_on && self.random.below(5) > 0 {
+                let at = now();
+                self.say_at(at, What::Commits { called, previous, value });
+                let outcome = transaction.commit().await.map_or(Outcome::Unknown, |()| Outcome::Committed);
+                if outcome == Outcome::Committed {
+                    self.say_at(at, What::Held);
+                }
+                self.say_outcome(outcome);
             }
         }
         self.say(What::Ends);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lock_tests::{Direction, Process, Proxy, Random};
+use lock_tests::{Direction, Network, Process, Proxy, Random};
 use tokio::time::Instant;
 
 use super::TTL;
@@ -24,6 +24,8 @@ const CLOCK_STEP: i64 = 5;
 pub(crate) struct Way {
     pub(crate) url: String,
     pub(crate) proxy: Option<Proxy>,
+    /// Where the worker runs, if not here.
+    pub(crate) network: Option<Network>,
 }
 
 struct Place {
@@ -86,7 +88,10 @@ impl<'a> Crew<'a> {
             place.is_stopped = false;
             let contract =
                 Contract { seed: self.random.next(), number: place.number, mistake: self.mistake, ttl: TTL };
-            place.worker = Some(Process::spawn("worker", &place.way.url, contract.to_arguments()));
+            place.worker = Some({
+                let Way { url, network, .. } = &place.way;
+                Process::spawn_in(network.as_ref(), "worker", url, contract.to_arguments())
+            });
         }
     }
 
@@ -140,6 +145,10 @@ impl<'a> Crew<'a> {
                 proxy.cut();
                 true
             }
+            (Fault::Part, _) => {
+                place.way.network.as_ref().expect("a network of its own").part();
+                true
+            }
             (Fault::KillServer | Fault::ClockForward | Fault::ClockBack, _) => {
                 let server = self.server.as_mut().expect("a server of our own");
                 match fault {
@@ -174,6 +183,7 @@ impl<'a> Crew<'a> {
                 proxy.resume(Direction::ToClient);
             }
             (Fault::Refuse, Some(proxy)) => proxy.admit(),
+            (Fault::Part, _) => place.way.network.as_ref().expect("a network of its own").join(),
             (Fault::KillServer, _) => self.server.as_mut().expect("a server of our own").start(),
             (Fault::ClockForward | Fault::ClockBack, _) => {
                 self.server.as_mut().expect("a server of our own").set_clock(0);

@@ -32,6 +32,9 @@ pub(crate) enum Fault {
     Silence,
     /// Connections are reset, and new ones are refused.
     Refuse,
+    /// The network of the worker is parted from that of the server, by the kernel: what is sent is sent again, later and
+    /// later.
+    Part,
     /// kill -9 of the server, and its start.
     KillServer,
     /// The server's clock is set forward by several TTLs, and later back.
@@ -44,6 +47,17 @@ pub(crate) const OF_PROCESSES: &[Fault] =
     &[Fault::Kill, Fault::KillAtCommit, Fault::Stop, Fault::StopAtCommit, Fault::Starve];
 pub(crate) const OF_NETWORKS: &[Fault] =
     &[Fault::Delay, Fault::Cut, Fault::CutAtCommit, Fault::LoseAnswers, Fault::Silence, Fault::Refuse];
+
+/// With networks of the workers' own.
+pub(crate) const OF_PARTITIONS: &[Fault] = &[
+    Fault::Part,
+    Fault::Part,
+    Fault::Part,
+    Fault::Kill,
+    Fault::Stop,
+    Fault::StopAtCommit,
+    Fault::CutAtCommit,
+];
 
 /// On a server of the test's own.
 pub(crate) const OF_SERVERS: &[Fault] = &[
@@ -74,7 +88,7 @@ impl Fault {
         match self {
             Self::Kill | Self::KillAtCommit => random.millis(50, 400),
             Self::Stop | Self::StopAtCommit => random.millis(ttl / 2, 2 * ttl),
-            Self::Starve | Self::LoseAnswers | Self::Silence => random.millis(50, 2 * ttl),
+            Self::Starve | Self::LoseAnswers | Self::Silence | Self::Part => random.millis(50, 2 * ttl),
             Self::Refuse | Self::Delay | Self::CutAtCommit => random.millis(50, ttl),
             Self::Cut => Duration::ZERO,
             Self::KillServer => random.millis(20, ttl),

@@ -90,7 +90,7 @@ pub(crate) async fn worker<DB: Backend>(mut parent: Parent) {
             }),
         };
         let random = Random(contract.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d));
-        let client = Client::new(number, random, subject, locks.clone(), contract);
+        let client = Client::new(number, random, subject, locks.clone(), pool.clone(), contract);
         clients.spawn(client.work(stopped.clone()));
     }
     while let Some(order) = parent.hear().await {
