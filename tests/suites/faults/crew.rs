@@ -32,6 +32,9 @@ struct Place {
     way: Way,
     worker: Option<Process>,
     is_stopped: bool,
+    is_parted: bool,
+    /// Nobody heard of it, and nobody will.
+    died_parted: bool,
     number: u64,
     /// What happens at the next commit.
     at_commit: Option<Fault>,
@@ -64,8 +67,16 @@ impl<'a> Crew<'a> {
         seed: u64,
         mistake: Option<Mistake>,
     ) -> Self {
-        let place =
-            |way| Place { way, worker: None, is_stopped: false, number: 0, at_commit: None, cut_at: None };
+        let place = |way| Place {
+            way,
+            worker: None,
+            is_stopped: false,
+            is_parted: false,
+            died_parted: false,
+            number: 0,
+            at_commit: None,
+            cut_at: None,
+        };
         let mut crew = Self {
             places: ways.into_iter().map(place).collect(),
             server,
@@ -147,6 +158,7 @@ impl<'a> Crew<'a> {
             }
             (Fault::Part, _) => {
                 place.way.network.as_ref().expect("a network of its own").part();
+                place.is_parted = true;
                 true
             }
             (Fault::KillServer | Fault::ClockForward | Fault::ClockBack, _) => {
@@ -183,7 +195,15 @@ impl<'a> Crew<'a> {
                 proxy.resume(Direction::ToClient);
             }
             (Fault::Refuse, Some(proxy)) => proxy.admit(),
-            (Fault::Part, _) => place.way.network.as_ref().expect("a network of its own").join(),
+            (Fault::Part, proxy) => {
+                place.way.network.as_ref().expect("a network of its own").join();
+                place.is_parted = false;
+                // The kernel said it once, and says it again only when it is asked: by keepalive, on servers that are
+                // set to it.
+                if std::mem::take(&mut place.died_parted) {
+                    proxy.as_ref().inspect(|proxy| proxy.cut());
+                }
+            }
             (Fault::KillServer, _) => self.server.as_mut().expect("a server of our own").start(),
             (Fault::ClockForward | Fault::ClockBack, _) => {
                 self.server.as_mut().expect("a server of our own").set_clock(0);
@@ -199,6 +219,7 @@ impl<'a> Crew<'a> {
         for line in worker.kill_and_hear().await {
             self.recorder.hear(&line);
         }
+        place.died_parted |= place.is_parted;
         let (number, at) = (place.number, now());
         let names = self.recorder.held_by(|client| worker_of(client) == number);
         self.deaths.extend(names.into_iter().map(|name| Death { name, at }));
