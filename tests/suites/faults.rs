@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::alloc::System;
 use std::fs::File;
 use std::io::Write;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use lock_tests::{
     MariaDbKind, MySqlKind, Network, PostgresKind, Proxy, Random, Server, ServerKind, TestDatabase,
     TestServer, child_roles, for_each_database, long_run, seed,
 };
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::time::{Instant, timeout};
 
 use self::broken::Mistake;
@@ -62,6 +64,9 @@ for_each_database! {
 }
 
 child_roles! { worker }
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// Of all leases: short, so that it passes often.
 const TTL: Duration = Duration::from_millis(600);

@@ -41,6 +41,13 @@ struct Place {
     cut_at: Option<Instant>,
 }
 
+/// What a worker has before it begins, and when it has nothing to do any more.
+pub(crate) struct Idle {
+    pub(crate) tasks: (u64, u64),
+    /// In bytes.
+    pub(crate) memory: (u64, u64),
+}
+
 /// Somebody died and had this lock.
 #[derive(Debug, Clone)]
 pub(crate) struct Death {
@@ -273,9 +280,9 @@ impl<'a> Crew<'a> {
         self.fill();
     }
 
-    /// Tells all to end, and waits until they have nothing to do any more. Answers their tasks, before and after.
-    pub(crate) async fn end_work(&mut self) -> Vec<(u64, u64)> {
-        let mut tasks = Vec::new();
+    /// Tells all to end, and waits until they have nothing to do any more.
+    pub(crate) async fn end_work(&mut self) -> Vec<Idle> {
+        let mut idle = Vec::new();
         for worker in self.places.iter_mut().filter_map(|place| place.worker.as_mut()) {
             worker.say("end");
         }
@@ -283,14 +290,20 @@ impl<'a> Crew<'a> {
             loop {
                 let line = worker.hear().await;
                 if let Some(counts) = line.strip_prefix("idle ") {
-                    let (before, after) = counts.split_once(' ').expect("two numbers");
-                    tasks.push((before.parse().unwrap(), after.parse().unwrap()));
+                    let counts: Vec<u64> = counts.split(' ').map(|count| count.parse().unwrap()).collect();
+                    let [tasks_before, tasks_after, memory_before, memory_after] = counts[..] else {
+                        panic!("four numbers, not {line:?}");
+                    };
+                    idle.push(Idle {
+                        tasks: (tasks_before, tasks_after),
+                        memory: (memory_before, memory_after),
+                    });
                     break;
                 }
                 self.recorder.hear(&line);
             }
         }
-        tasks
+        idle
     }
 
     /// Waits until all have ended, which must be without an error.

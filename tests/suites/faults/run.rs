@@ -11,7 +11,7 @@ use super::TTL;
 use super::broken::{self, Mistake};
 use super::checker::{Rules, Violation, check};
 use super::client::{LEASES, ROW_LOCKS};
-use super::crew::{Crew, Death, Way};
+use super::crew::{Crew, Death, Idle, Way};
 use super::history::{History, Kept, Moment, now};
 use super::nemesis::{Fault, Step, schedule};
 use super::own_server::OwnServer;
@@ -23,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LONG_TTL: Duration = Duration::from_mins(10);
 /// How long a server may take to come back.
 const START: Duration = Duration::from_mins(2);
+/// What a worker may have allocated besides: connections and their statements, rows that it knows.
+const MEMORY: u64 = 768 * 1024;
 /// How long the workers go on when nothing is wrong any more.
 const PEACE: Duration = Duration::from_millis(300);
 
@@ -77,8 +79,20 @@ pub(crate) async fn run_and_check<T: TestDatabase>(
     })
     .await;
     rest(&mut crew, PEACE).await;
-    for (before, after) in crew.end_work().await {
-        assert!(after <= before, "LOCK_DB_TEST_SEED={seed}: {before} tasks before, {after} afterwards");
+    for Idle { tasks, memory } in crew.end_work().await {
+        assert!(
+            tasks.1 <= tasks.0,
+            "LOCK_DB_TEST_SEED={seed}: {} tasks before, {} afterwards",
+            tasks.0,
+            tasks.1
+        );
+        let allowed = memory.0 + MEMORY;
+        assert!(
+            memory.1 <= allowed,
+            "LOCK_DB_TEST_SEED={seed}: {} bytes before, {} afterwards",
+            memory.0,
+            memory.1
+        );
     }
 
     database.reconnect().await;

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use super::ALLOCATOR;
 use super::broken::{BrokenLocks, Mistake};
 use super::client::Client;
 use super::subject::Subject;
@@ -60,7 +61,7 @@ pub(crate) fn worker_of(client: u64) -> u64 {
 }
 
 /// The role of a child. It hears `starve MILLISECONDS`, which takes all connections of its pool, and `end`. Then it
-/// says `idle`, with its tasks before and after, and closes when its input does.
+/// says `idle`, with its tasks before and after, and what it has allocated, and closes when its input does.
 pub(crate) async fn worker<DB: Backend>(mut parent: Parent) {
     let contract = Contract::from_arguments(&parent);
     // The database may be away when it begins.
@@ -75,7 +76,7 @@ pub(crate) async fn worker<DB: Backend>(mut parent: Parent) {
         random.pick(&[(64, Duration::from_millis(200)), (1, Duration::ZERO), (1000, Duration::from_secs(3))]);
     let locks = Locks::builder(pool.clone()).fair(random.below(4) > 0).hand_off(turns, time).build();
     let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
-    let tasks_before = tasks();
+    let (tasks_before, memory_before) = (tasks(), memory());
 
     let (stop, stopped) = watch::channel(false);
     let mut clients = JoinSet::new();
@@ -108,10 +109,16 @@ pub(crate) async fn worker<DB: Backend>(mut parent: Parent) {
     while tasks() > tasks_before && Instant::now() < deadline {
         sleep(Duration::from_millis(20)).await;
     }
-    parent.say(format!("idle {tasks_before} {}", tasks()));
+    parent.say(format!("idle {tasks_before} {} {memory_before} {}", tasks(), memory()));
     parent.hear().await;
     locks.close().await;
     pool.close().await;
+}
+
+/// What is allocated and not given back.
+fn memory() -> usize {
+    let stats = ALLOCATOR.stats();
+    stats.bytes_allocated.saturating_sub(stats.bytes_deallocated)
 }
 
 async fn starve<DB: Backend>(pool: Pool<DB>, time: Duration) {
