@@ -14,7 +14,7 @@ use super::core::{Core, Granted, deadline};
 use super::queues::Turn;
 use super::release;
 use super::request::Acquire;
-use crate::database::{Claim, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
+use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
@@ -310,7 +310,9 @@ impl Attempt {
             let (listener, place) = (core.calls.listener(), place.as_str());
             let mut waiters = Waiters::parse(&row.waiters, now);
             let all_last = waiters.text().len() == row.waiters.len();
-            let waits = self.left().is_some_and(|left| !left.is_zero());
+            // A place on another node would be a write in the way of the holder's guarded transactions.
+            let may_stand = core.lane.cluster() == Cluster::SinglePrimary;
+            let waits = may_stand && self.left().is_some_and(|left| !left.is_zero());
             if waits {
                 self.bell = Some(core.calls.stand(&name, row.id));
                 core.listen();

@@ -134,9 +134,14 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, Operation::Listen).await
     }
 
+    /// Of the server that answered last.
+    pub(super) fn cluster(&self) -> Cluster {
+        self.cluster.get()
+    }
+
     /// Not on a cluster, where a user lock reaches the clients of one node only.
     pub(super) fn has_batons(&self) -> bool {
-        self.has_batons && self.cluster.get() == Cluster::SinglePrimary
+        self.has_batons && self.cluster() == Cluster::SinglePrimary
     }
 
     /// Waits for the baton of a row, and keeps everything else waiting meanwhile: a second at most.
