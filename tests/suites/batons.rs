@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lock_db::{Error, Lease, LockDatabase, Locks};
 use lock_tests::{Backend, TestDatabase, TestServer, eventually};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 lock_tests::__tests_on! { mariadb MariaDbServer
@@ -15,6 +15,7 @@ lock_tests::__tests_on! { mariadb MariaDbServer
     who_has_no_baton_looks,
     a_process_that_waits_goes_on_renewing,
     a_lease_with_a_short_ttl_is_renewed_in_time,
+    many_leases_are_renewed_in_time,
     a_process_that_waits_for_many_has_no_more_connections
 }
 lock_tests::__tests_on! { mysql MySqlServer
@@ -23,6 +24,7 @@ lock_tests::__tests_on! { mysql MySqlServer
     who_has_no_baton_looks,
     a_process_that_waits_goes_on_renewing,
     a_lease_with_a_short_ttl_is_renewed_in_time,
+    many_leases_are_renewed_in_time,
     a_process_that_waits_for_many_has_no_more_connections
 }
 
@@ -149,6 +151,31 @@ async fn a_lease_with_a_short_ttl_is_renewed_in_time<T: TestServer>(database: &T
     assert!(short.is_held());
     short.release().await.unwrap();
     eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    held.release().await.unwrap();
+    first.await.unwrap().unwrap().release().await.unwrap();
+    next.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// Their statements wait for one slice together, not for one each.
+async fn many_leases_are_renewed_in_time<T: TestServer>(database: &T) {
+    let (locks, first_locks, other) =
+        (database.locks().await, database.locks().await, database.locks().await);
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let baton = baton(database, "a").await;
+    let first = wait_for(&first_locks, "a");
+    eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
+    let ttl = Duration::from_secs(8);
+    let mut taking = JoinSet::new();
+    for number in 0..4000 {
+        taking.spawn(other.insert_lock(format!("many {number}")).ttl(ttl).wait(PATIENCE).acquire());
+    }
+    let many = taking.join_all().await.into_iter().collect::<Result<Vec<_>, Error>>().unwrap();
+    let next = wait_for(&other, "a");
+    eventually(PATIENCE, async || on_the_server(database).await == 1).await;
+    let moved = "SELECT COUNT(*) FROM distributed_lock
+        WHERE lock_name LIKE 'many %' AND expire_time > acquire_time + INTERVAL 13 SECOND";
+    eventually(PATIENCE, async || database.number(moved).await == 4000).await;
+    assert!(many.iter().all(Lease::is_held));
     held.release().await.unwrap();
     first.await.unwrap().unwrap().release().await.unwrap();
     next.await.unwrap().unwrap().release().await.unwrap();

@@ -22,6 +22,9 @@ const SHORTEST_TTL: Duration = Duration::from_secs(6);
 /// How long the server waits at a time. Where it doesn't, we do.
 const SLICE: Duration = Duration::from_secs(1);
 
+/// How often is looked, in memory, whether the renewals that are under way are done.
+const PAUSE: Duration = Duration::from_millis(20);
+
 #[derive(Debug, Default)]
 pub(super) struct Baton {
     wish: RefCell<Option<Wish>>,
@@ -73,6 +76,10 @@ pub(super) fn wait(core: &Rc<Core>, name: &Arc<str>, row: i64) {
 /// `false`: we don't want it any more, or can't have it.
 async fn take(core: &Core, name: &str, row: i64) -> bool {
     loop {
+        // Else each of many statements would wait for a slice of its own.
+        while core.is_renewing.get() {
+            sleep(PAUSE).await;
+        }
         let asked = Instant::now();
         let taken = select! {
             () = core.closed() => return false,

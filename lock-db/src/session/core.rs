@@ -162,6 +162,7 @@ pub(super) struct Core {
     pub(super) renewals: Lane,
     pub(super) calls: Rc<Calls>,
     pub(super) baton: Baton,
+    pub(super) is_renewing: Cell<bool>,
     pub(super) queues: Arc<Queues>,
     /// How many attempts are under way.
     pub(super) contenders: Cell<u32>,
@@ -200,6 +201,7 @@ impl Core {
             renewals: Lane::start(pool, &calls, true),
             calls,
             baton: Baton::default(),
+            is_renewing: Cell::default(),
             queues,
             contenders: Cell::new(0),
             leases: RefCell::default(),

@@ -26,9 +26,11 @@ pub(super) async fn renew(core: Rc<Core>) {
             () = core.due.sleep_until(next) => {}
         }
         let (together, alone) = take_due(&core, Instant::now());
+        core.is_renewing.set(true);
         for batch in together.chunks(BATCH).chain(alone.chunks(1)) {
             renew_batch(&core, batch).await;
         }
+        core.is_renewing.set(false);
     }
 }
 
