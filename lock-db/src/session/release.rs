@@ -131,12 +131,17 @@ async fn until_settled(
     at_least: Duration,
     until: Instant,
 ) -> Result<Standing, Failure> {
-    let mut unsettled = false;
+    let (mut unsettled, mut alone) = (false, false);
     loop {
-        let answer = core.lane.release(lease.clone(), at_least).await;
+        let answer = core.lane.release(lease.clone(), at_least, alone).await;
         let in_time = Instant::now() < until;
         match answer {
-            Ok(Standing::Busy) if in_time => {}
+            Ok(Standing::Busy) if in_time => {
+                if !alone {
+                    alone = true;
+                    continue;
+                }
+            }
             // The answer to an earlier attempt was lost, and that one may have released it: then somebody else may
             // have taken it since. The secret was ours, so it touched nobody.
             Ok(Standing::NotOurs) if unsettled => return Ok(Standing::Ours),

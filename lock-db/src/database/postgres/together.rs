@@ -1,4 +1,7 @@
 //! Many leases at a time, on private connections.
+//!
+//! Arrays stand in a SELECT of their own, where the planner does not see how long they are. Else it finds that a plan for
+//! a short one is worth to be made each time, which takes longer than the statement.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,7 +16,8 @@ use crate::secret::Secret;
 const RENEW: &str = "
 WITH unlocked AS MATERIALIZED (
     SELECT lease.id, asked.ttl
-    FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bigint[]) AS asked (id, secret_key, fencing_token, ttl)
+    FROM unnest((SELECT $1::bigint[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::bigint[]))
+        AS asked (id, secret_key, fencing_token, ttl)
     JOIN distributed_lock AS lease ON lease.id = asked.id
         AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
     WHERE lease.expire_time > '1970-01-01 00:00:00+00'
@@ -35,13 +39,13 @@ const RETURN: &str = r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE distributed_lock AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
-    waiters = CASE WHEN unlocked.place <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
             AND position(unlocked.place IN lease.waiters) = 0
         THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
         ELSE lease.waiters END
 FROM unsynced, (
     SELECT lease.id, asked.place
-    FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (lock_name, secret_key, place)
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
     JOIN distributed_lock AS lease
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
     FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
@@ -49,51 +53,44 @@ WHERE lease.id = unlocked.id
 RETURNING lease.secret_key, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
     THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
 
-/// `RELEASE` and `ACQUIRE` for many at once, in one statement and one commit.
+/// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one statement and one commit.
+///
+/// Rows are found again by their `ctid`: nobody else can move a row that is locked here. One that somebody has changed between
+/// the statement's snapshot and the lock is not found, and so passed over like one that is locked.
+///
+/// The clock is read once, after the snapshot: what is seen there was granted before, so a new number is larger all the same.
 const EXCHANGE: &str = r#"
-WITH returned AS (
-    UPDATE distributed_lock AS lease
-    SET expire_time = '1970-01-01 00:00:00+00',
-        waiters = CASE WHEN unlocked.place <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
-                AND position(unlocked.place IN lease.waiters) = 0
-            THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-            ELSE lease.waiters END
-    FROM (
-        SELECT lease.id, asked.place
-        FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (lock_name, secret_key, place)
-        JOIN distributed_lock AS lease
-            ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
-        FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
-    WHERE lease.id = unlocked.id
-    RETURNING lease.secret_key, lease.fencing_token, lease.id,
-        CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
-            THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END AS called),
-granted AS (
-    UPDATE distributed_lock AS lease
-    SET fencing_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.fencing_token
-            ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
-        previous_token = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.previous_token
-            ELSE lease.fencing_token END,
-        acquire_time = CASE WHEN lease.secret_key = unlocked.secret_key THEN lease.acquire_time
-            ELSE clock_timestamp() END,
-        expire_time = clock_timestamp() + unlocked.ttl * interval '1 microsecond',
-        secret_key = unlocked.secret_key,
-        owner = $8,
-        waiters = CASE WHEN left(lease.waiters, 32) = unlocked.place THEN substr(lease.waiters, 57)
-            ELSE lease.waiters END
-    FROM (
-        SELECT lease.id, asked.secret_key, asked.ttl, asked.place
-        FROM unnest($5::text[], $6::text[], $7::bigint[], $9::text[]) AS asked (lock_name, secret_key, ttl, place)
-        JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
-        WHERE lease.lock_kind = 'insert'
-            AND (lease.secret_key = asked.secret_key OR (lease.expire_time <= clock_timestamp()
-                AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)))
-        FOR UPDATE OF lease SKIP LOCKED) AS unlocked
-    WHERE lease.id = unlocked.id
-    RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '' AS others_wait,
-        lease.fencing_token - lease.previous_token AS numbers)
-SELECT secret_key, fencing_token, id, false, 1::bigint, called FROM returned
-UNION ALL SELECT secret_key, fencing_token, id, others_wait, numbers, NULL FROM granted"#;
+UPDATE distributed_lock AS lease
+SET fencing_token = CASE WHEN unlocked.is_taken
+        THEN GREATEST(lease.fencing_token + 1, (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
+        ELSE lease.fencing_token END,
+    previous_token = CASE WHEN unlocked.is_taken THEN lease.fencing_token ELSE lease.previous_token END,
+    acquire_time = CASE WHEN unlocked.is_taken THEN (SELECT clock_timestamp()) ELSE lease.acquire_time END,
+    expire_time = CASE WHEN unlocked.ttl IS NULL THEN '1970-01-01 00:00:00+00'
+        ELSE (SELECT clock_timestamp()) + unlocked.ttl * interval '1 microsecond' END,
+    secret_key = unlocked.secret_key,
+    owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
+    waiters = CASE WHEN lease.waiters = '' THEN ''
+        WHEN unlocked.ttl IS NOT NULL AND left(lease.waiters, 32) = unlocked.place THEN substr(lease.waiters, 57)
+        WHEN unlocked.ttl IS NULL AND length(lease.waiters) < 3584 AND position(unlocked.place IN lease.waiters) = 0
+        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $6
+        ELSE lease.waiters END
+FROM (
+    SELECT lease.ctid, asked.secret_key, asked.ttl, asked.place,
+        asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
+        AS asked (lock_name, secret_key, ttl, place)
+    JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
+    WHERE lease.secret_key = asked.secret_key
+        OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
+            AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)
+            AND lease.lock_kind = 'insert')
+    FOR UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.ctid = unlocked.ctid
+RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
+    lease.fencing_token - lease.previous_token,
+    CASE WHEN unlocked.ttl IS NULL AND substr(lease.waiters, 49, 8) > '00000000'
+        THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key
@@ -133,26 +130,23 @@ pub(super) async fn exchange(
     let mut done = HashMap::with_capacity(names.len() + claims.len());
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
-    let places: Vec<&str> = returns.iter().map(|one| Place::parts(one.place.as_ref()).0).collect();
+    let places = returns.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
     let rows = if claims.is_empty() {
-        sqlx::query(RETURN)
-            .bind(&names)
-            .bind(&secrets)
-            .bind(places)
-            .bind(listener)
-            .fetch_all(&mut *connection)
-            .await?
+        let query =
+            sqlx::query(RETURN).bind(&names).bind(&secrets).bind(places.collect::<Vec<_>>()).bind(listener);
+        query.fetch_all(&mut *connection).await?
     } else {
+        let all_names = names.iter().copied().chain(claims.iter().map(|claim| &*claim.name));
+        let all_secrets = secrets.iter().copied().chain(claims.iter().map(|claim| claim.secret.as_str()));
+        let ttls = returns.iter().map(|_| None).chain(claims.iter().map(|claim| Some(micros(claim.ttl))));
+        let places = places.chain(claims.iter().map(|claim| claim.place.as_ref().map(Secret::as_str)));
         sqlx::query(EXCHANGE)
-            .bind(&names)
-            .bind(&secrets)
-            .bind(places)
-            .bind(listener)
-            .bind(claims.iter().map(|claim| &*claim.name).collect::<Vec<_>>())
-            .bind(claims.iter().map(|claim| claim.secret.as_str()).collect::<Vec<_>>())
-            .bind(claims.iter().map(|claim| micros(claim.ttl)).collect::<Vec<_>>())
+            .bind(all_names.collect::<Vec<_>>())
+            .bind(all_secrets.collect::<Vec<_>>())
+            .bind(ttls.collect::<Vec<_>>())
+            .bind(places.collect::<Vec<_>>())
             .bind(claims.first().map_or("", |claim| &*claim.owner))
-            .bind(claims.iter().map(|claim| claim.place.as_ref().map(Secret::as_str)).collect::<Vec<_>>())
+            .bind(listener)
             .fetch_all(&mut *connection)
             .await?
     };

@@ -43,7 +43,8 @@ enum Operation {
     TakeBaton(i64, Reply<bool>),
     GiveBaton(i64),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
-    Release(Return, Duration, Reply<Standing>),
+    /// `true`: in a statement of its own.
+    Release(Return, Duration, bool, Reply<Standing>),
     Migrate(Reply<()>),
     CheckSchema(Reply<()>),
 }
@@ -164,8 +165,16 @@ impl Lane {
     }
 
     /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
-    pub(super) async fn release(&self, lease: Return, at_least: Duration) -> Result<Standing, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(lease, at_least, reply)).await
+    ///
+    /// What travels with others is `Busy` also while a transaction is open that the lease guards, or when somebody writes into
+    /// the row that very moment; `alone` it is not.
+    pub(super) async fn release(
+        &self,
+        lease: Return,
+        at_least: Duration,
+        alone: bool,
+    ) -> Result<Standing, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(lease, at_least, alone, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {

@@ -34,7 +34,7 @@ impl Exchange {
     /// Answers what does not belong here.
     fn take(&mut self, operation: Operation) -> Option<Operation> {
         match operation {
-            Operation::Release(one, at_least, reply)
+            Operation::Release(one, at_least, false, reply)
                 if at_least.is_zero() && self.names.insert(Arc::clone(&one.name)) =>
             {
                 self.returns.push((one, reply));
@@ -193,7 +193,8 @@ impl<DB: LockDatabase> Server<DB> {
                 Err(refused) => tracing::debug!(error = %refused.source, "one by one instead"),
             }
         }
-        let returns = returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, reply));
+        let returns =
+            returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, true, reply));
         let claims =
             claims.into_iter().map(|(claim, begun, reply)| Operation::Acquire(vec![claim], begun, reply));
         for operation in returns.chain(claims) {
@@ -257,10 +258,10 @@ impl<DB: LockDatabase> Server<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(lease, at_least, reply) if at_least.is_zero() => {
+            Operation::Release(lease, at_least, _, reply) if at_least.is_zero() => {
                 self.answer(reply, async |c| DB::release(c, &lease).await).await;
             }
-            Operation::Release(Return { name, secret, .. }, at_least, reply) => {
+            Operation::Release(Return { name, secret, .. }, at_least, _, reply) => {
                 self.answer(reply, async |c| DB::release_later(c, &name, &secret, at_least).await).await;
             }
             Operation::Migrate(reply) => {
