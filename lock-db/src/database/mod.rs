@@ -64,7 +64,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
 
     /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
     #[doc(hidden)]
-    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Cluster>> + Send;
+    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Server>> + Send;
 
     /// A private connection on which the server can call us.
     #[doc(hidden)]
@@ -151,6 +151,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn acquire(
         connection: &mut Self::Connection,
+        server: Server,
         claim: &Claim,
     ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
 
@@ -193,6 +194,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn exchange(
         connection: &mut Self::Connection,
+        server: Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> impl Future<Output = sqlx::Result<Exchanged>> + Send;
@@ -384,6 +386,20 @@ pub enum Guarded {
 impl Guarded {
     fn when(ours: bool) -> Self {
         if ours { Self::Ours } else { Self::NotOurs }
+    }
+}
+
+/// What kind of server a connection leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Server {
+    pub cluster: Cluster,
+    /// Whether statements that the others don't know answer what they have written: MariaDB's.
+    pub answers_writes: bool,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { cluster: Cluster::SinglePrimary, answers_writes: false }
     }
 }
 

@@ -12,8 +12,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteQueryResult};
 use sqlx::{AssertSqlSafe, Connection, Pool, Row, Sqlite};
 
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
-    Return, RowAttempt, RowClaim, Standing, as_json, in_order,
+    Claim, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal, Return,
+    RowAttempt, RowClaim, Server, Standing, as_json, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -158,9 +158,9 @@ impl LockDatabase for Sqlite {
         Ok(())
     }
 
-    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<Cluster> {
+    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<Server> {
         sqlx::raw_sql(PREPARE).execute(connection).await?;
-        Ok(Cluster::SinglePrimary)
+        Ok(Server::default())
     }
 
     type Listening = Infallible;
@@ -224,7 +224,11 @@ impl LockDatabase for Sqlite {
         sqlx::query(CREATE).bind(name).bind(kind.as_str()).execute(connection).await.map(drop)
     }
 
-    async fn acquire(connection: &mut SqliteConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+    async fn acquire(
+        connection: &mut SqliteConnection,
+        _server: Server,
+        claim: &Claim,
+    ) -> sqlx::Result<Option<Grant>> {
         let ttl = later_by(claim.ttl);
         // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
         // error of the commit that happens then.
@@ -273,6 +277,7 @@ impl LockDatabase for Sqlite {
     /// In one transaction: it is the commit that takes the time.
     async fn exchange(
         connection: &mut SqliteConnection,
+        server: Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
@@ -287,7 +292,7 @@ impl LockDatabase for Sqlite {
             exchanged.returns.push(Self::release(&mut transaction, one).await?);
         }
         for claim in claims {
-            exchanged.grants.push(Self::acquire(&mut transaction, claim).await?);
+            exchanged.grants.push(Self::acquire(&mut transaction, server, claim).await?);
         }
         transaction.commit().await?;
         Ok(exchanged)

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use sqlx::mysql::{MySqlConnection, MySqlQueryResult};
+use sqlx::mysql::{MySqlConnection, MySqlQueryResult, MySqlRow};
 use sqlx::{MySql, Row};
 
 use super::errors::{DUPLICATE_KEY, number};
 use crate::Kind;
-use crate::database::{Claim, Fault, Grant, LockDatabase, LockRow, Place, Return, Standing, outcome_unknown};
+use crate::database::{
+    Claim, Fault, Grant, LockDatabase, LockRow, Place, Return, Server, Standing, outcome_unknown,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -47,6 +49,33 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.owner = ?,
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
     lease.waiters = IF(unlocked.was_first, SUBSTR(lease.waiters, 57), lease.waiters)";
+
+/// `ACQUIRE` where the server answers what it has written, in one message. The row is there, so nothing is ever inserted:
+/// that is the one statement which reads past locked rows, writes and answers.
+///
+/// `VALUES` are those of the claim; as the queue, its place in it. No assignment reads what one before it has written, so it is
+/// the same whether they are made in turn or, by `SIMULTANEOUS_ASSIGNMENT`, at once.
+const ACQUIRE_WITH_ANSWER: &str = "
+INSERT INTO distributed_lock (id, lock_name, secret_key, owner, expire_time, waiters)
+SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?
+FROM distributed_lock AS free FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
+    OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.previous_token, distributed_lock.fencing_token),
+    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
+        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
+    waiters = IF(distributed_lock.waiters <> '' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters),
+        SUBSTR(distributed_lock.waiters, 57), distributed_lock.waiters),
+    expire_time = VALUES(expire_time),
+    owner = VALUES(owner),
+    secret_key = VALUES(secret_key)
+RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token";
 
 const GRANTED: &str = "
 SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
@@ -139,10 +168,19 @@ pub(super) async fn create(connection: &mut MySqlConnection, name: &str, kind: K
     }
 }
 
-pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+pub(super) async fn acquire(
+    connection: &mut MySqlConnection,
+    server: Server,
+    claim: &Claim,
+) -> sqlx::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
     let place = claim.place.as_ref().map_or("", Secret::as_str);
     let name = claim.name.as_bytes();
+    if server.answers_writes {
+        let query = sqlx::query(ACQUIRE_WITH_ANSWER).bind(secret).bind(&*claim.owner).bind(micros(claim.ttl));
+        let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
+        return query.fetch_optional(connection).await?.as_ref().map(granted).transpose();
+    }
     let acquired = sqlx::query(ACQUIRE)
         .bind(secret)
         .bind(place)
@@ -161,11 +199,12 @@ pub(super) async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> 
     // It is ours already: an error is no answer to the question whether it is.
     let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await;
     let row = row.map_err(outcome_unknown)?;
-    row.map(|row| {
-        let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
-        Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
-    })
-    .transpose()
+    row.as_ref().map(granted).transpose()
+}
+
+fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
+    let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
+    Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
 }
 
 pub(super) async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {

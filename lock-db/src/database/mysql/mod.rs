@@ -18,7 +18,7 @@ use sqlx::{MySql, Pool, Row};
 use self::errors::{DEADLOCK, DUPLICATE_KEY, number};
 use super::{
     Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
-    Return, RowAttempt, RowClaim, Standing, hexadecimal,
+    Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
 };
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -31,10 +31,10 @@ SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION
 
 const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
 
-const CLUSTER_SETTINGS: &str = "
+const SERVER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
-    'innodb_rollback_on_timeout')";
+    'innodb_rollback_on_timeout', 'version')";
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
@@ -69,10 +69,10 @@ impl LockDatabase for MySql {
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<Cluster> {
+    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<Server> {
         sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
         let mut settings = std::collections::HashMap::new();
-        for row in sqlx::raw_sql(CLUSTER_SETTINGS).fetch_all(connection).await? {
+        for row in sqlx::raw_sql(SERVER_SETTINGS).fetch_all(connection).await? {
             settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
         }
         let setting = |name: &str| settings.get(name).map_or("", String::as_str);
@@ -82,7 +82,7 @@ impl LockDatabase for MySql {
                 "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
             ));
         }
-        Ok(cluster(setting))
+        Ok(server(setting))
     }
 
     async fn after_short(connection: &mut MySqlConnection) -> sqlx::Result<()> {
@@ -153,8 +153,12 @@ impl LockDatabase for MySql {
         lease::create(connection, name, kind).await
     }
 
-    async fn acquire(connection: &mut MySqlConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
-        lease::acquire(connection, claim).await
+    async fn acquire(
+        connection: &mut MySqlConnection,
+        server: Server,
+        claim: &Claim,
+    ) -> sqlx::Result<Option<Grant>> {
+        lease::acquire(connection, server, claim).await
     }
 
     async fn renew(connection: &mut MySqlConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
@@ -176,10 +180,11 @@ impl LockDatabase for MySql {
 
     async fn exchange(
         connection: &mut MySqlConnection,
+        server: Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
-        together::exchange(connection, returns, claims).await
+        together::exchange(connection, server, returns, claims).await
     }
 
     async fn stand(connection: &mut MySqlConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
@@ -253,13 +258,13 @@ impl LockDatabase for MySql {
 }
 
 /// By the settings of the server: MariaDB and MySQL each know only their own.
-fn cluster<'a>(setting: impl Fn(&str) -> &'a str) -> Cluster {
+fn server<'a>(setting: impl Fn(&str) -> &'a str) -> Server {
     let is_galera = setting("wsrep_on") == "ON";
     let is_group = !setting("group_replication_group_name").is_empty();
     if is_galera || (is_group && setting("group_replication_single_primary_mode") == "OFF") {
-        Cluster::MultiPrimary
+        Server { cluster: Cluster::MultiPrimary, answers_writes: false }
     } else {
-        Cluster::SinglePrimary
+        Server { cluster: Cluster::SinglePrimary, answers_writes: setting("version").contains("MariaDB") }
     }
 }
 
@@ -276,7 +281,7 @@ mod tests {
     fn multi_primary_servers_are_told_by_their_settings() {
         let of = |settings: &[(&str, &'static str)]| {
             let settings: std::collections::HashMap<_, _> = settings.iter().copied().collect();
-            cluster(|setting| settings.get(setting).copied().unwrap_or_default())
+            server(|setting| settings.get(setting).copied().unwrap_or_default()).cluster
         };
         assert_eq!(of(&[]), Cluster::SinglePrimary);
         assert_eq!(of(&[("wsrep_on", "OFF")]), Cluster::SinglePrimary);

@@ -1,15 +1,15 @@
 //! Many leases at a time, on private connections.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 
-use sqlx::mysql::MySqlConnection;
+use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::literal;
 use crate::database::{
-    Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Standing, as_json, hexadecimal,
-    in_order,
+    Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, as_json,
+    hexadecimal, in_order, outcome_unknown,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -80,6 +80,50 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
             lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), @lock_db_listener)
         ELSE lease.waiters END";
 
+/// `EXCHANGE` where the server answers what it has written: see `ACQUIRE_WITH_ANSWER`. Those without a `ttl` get the time of
+/// a lock that is free.
+const EXCHANGE_WITH_ANSWER: &str = "
+INSERT INTO distributed_lock (id, lock_name, secret_key, expire_time, waiters)
+SELECT lease.id, lease.lock_name, asked.secret_key,
+    IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'), asked.place
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+        place VARCHAR(32) PATH '$[3]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.lock_kind = 'insert'
+    AND (lease.secret_key = asked.secret_key
+        OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
+            AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.previous_token, distributed_lock.fencing_token),
+    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
+        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
+    owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
+    waiters = CASE WHEN distributed_lock.waiters = '' THEN ''
+        WHEN VALUES(expire_time) > '1970-01-01 00:00:00' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters)
+            THEN SUBSTR(distributed_lock.waiters, 57)
+        WHEN VALUES(expire_time) = '1970-01-01 00:00:00' AND VALUES(waiters) <> ''
+                AND LENGTH(distributed_lock.waiters) < 3584 AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0
+            THEN CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
+        ELSE distributed_lock.waiters END,
+    expire_time = VALUES(expire_time),
+    secret_key = VALUES(secret_key)
+RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
+
+/// After `EXCHANGE_WITH_ANSWER`, which of those that it passed over are ours.
+const WHICH_ARE_OURS: &str = "
+SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.secret_key = asked.secret_key";
+
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
 /// than the holder will rely on. In the transaction of `EXCHANGE`, whose locks it needs: right after its commit somebody
 /// else may take what was given back.
@@ -115,35 +159,32 @@ pub(super) async fn renew(
 
 pub(super) async fn exchange(
     connection: &mut MySqlConnection,
+    server: Server,
     returns: &[Return],
     claims: &[Claim],
 ) -> sqlx::Result<Exchanged> {
     let asked = exchange_as_json(returns, claims);
-    let owner = literal(claims.first().map_or("", |claim| &claim.owner));
+    let owner = claims.first().map_or("", |claim| &*claim.owner);
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
-    // As text, so that all of it goes in one message, and the server comes to the COMMIT whatever becomes of us. Nothing in
-    // it needs to be escaped.
-    let sql = format!(
-        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
-            @lock_db_listener = '{listener}';
-        START TRANSACTION; {EXCHANGE}; {EXCHANGED}; COMMIT"
-    );
-    let rows = match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await {
-        Err(error) => {
-            sqlx::raw_sql("ROLLBACK").execute(connection).await?;
-            return match MySql::classify(&error) {
-                Fault::Busy | Fault::Deadlock => Ok(Exchanged::nothing(returns, claims)),
-                _ => Err(error),
-            };
+    let rows = if server.answers_writes {
+        with_answer(connection, &asked, owner, &listener, returns).await
+    } else {
+        in_transaction(connection, &asked, owner, &listener).await
+    };
+    let rows = match rows {
+        Err(error) if matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => {
+            return Ok(Exchanged::nothing(returns, claims));
         }
-        Ok(rows) => rows,
+        rows => rows?,
     };
     let mut found = HashMap::with_capacity(rows.len());
     for row in &rows {
         let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
         let grant = Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? };
-        found.insert(row.try_get::<String, _>(0)?, (grant, row.try_get::<bool, _>(3)?));
+        let found = found.entry(row.try_get::<String, _>(0)?).or_insert((grant, false));
+        // What was done was done, whatever became of it since.
+        found.1 |= row.try_get::<bool, _>(3)?;
     }
     let standing = |one: &Return| match found.get(one.secret.as_str()) {
         Some((_, true)) => Standing::Ours,
@@ -156,6 +197,48 @@ pub(super) async fn exchange(
         returns: returns.iter().map(standing).collect(),
         grants: claims.iter().map(grant).collect(),
     })
+}
+
+async fn with_answer(
+    connection: &mut MySqlConnection,
+    asked: &str,
+    owner: &str,
+    listener: &str,
+    returns: &[Return],
+) -> sqlx::Result<Vec<MySqlRow>> {
+    let query = sqlx::query(EXCHANGE_WITH_ANSWER).bind(asked).bind(owner).bind(listener);
+    let mut rows = query.fetch_all(&mut *connection).await?;
+    let mut done = HashSet::with_capacity(rows.len());
+    for row in &rows {
+        done.insert(row.try_get::<String, _>(0)?);
+    }
+    if returns.iter().any(|one| !done.contains(one.secret.as_str())) {
+        // What is there already stands.
+        let ours = sqlx::query(WHICH_ARE_OURS).bind(asked).fetch_all(connection).await;
+        rows.extend(ours.map_err(outcome_unknown)?);
+    }
+    Ok(rows)
+}
+
+async fn in_transaction(
+    connection: &mut MySqlConnection,
+    asked: &str,
+    owner: &str,
+    listener: &str,
+) -> sqlx::Result<Vec<MySqlRow>> {
+    let owner = literal(owner);
+    // As text, so that all of it goes in one message, and the server comes to the COMMIT whatever becomes of us. Nothing in
+    // it needs to be escaped.
+    let sql = format!(
+        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
+            @lock_db_listener = '{listener}';
+        START TRANSACTION; {EXCHANGE}; {EXCHANGED}; COMMIT"
+    );
+    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await;
+    if rows.is_err() {
+        sqlx::raw_sql("ROLLBACK").execute(connection).await?;
+    }
+    rows
 }
 
 /// `[["6e616d65", "secret", 30000000, "place"], …]`, with a `ttl` of zero for what is given back.

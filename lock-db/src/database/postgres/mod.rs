@@ -15,8 +15,8 @@ use sqlx::postgres::{PgConnection, PgDatabaseError, PgListener, PgSeverity};
 use sqlx::{Connection, Pool, Postgres};
 
 use super::{
-    Claim, Cluster, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal,
-    Return, RowAttempt, RowClaim, Standing,
+    Claim, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal, Return,
+    RowAttempt, RowClaim, Server, Standing,
 };
 use crate::secret::Secret;
 use crate::{Kind, schema};
@@ -46,8 +46,8 @@ impl LockDatabase for Postgres {
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Cluster> {
-        Ok(Cluster::SinglePrimary)
+    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Server> {
+        Ok(Server::default())
     }
 
     type Listening = PgListener;
@@ -98,7 +98,11 @@ impl LockDatabase for Postgres {
         lease::create(connection, name, kind).await
     }
 
-    async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
+    async fn acquire(
+        connection: &mut PgConnection,
+        _server: Server,
+        claim: &Claim,
+    ) -> sqlx::Result<Option<Grant>> {
         lease::acquire(connection, claim).await
     }
 
@@ -121,6 +125,7 @@ impl LockDatabase for Postgres {
 
     async fn exchange(
         connection: &mut PgConnection,
+        _server: Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {

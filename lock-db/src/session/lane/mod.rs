@@ -18,7 +18,7 @@ use tokio::time::timeout_at;
 use self::server::Server;
 use super::calls::Calls;
 use crate::Kind;
-use crate::database::{Claim, Cluster, Grant, LockDatabase, LockRow, Place, Renewal, Return, Standing};
+use crate::database::{self, Claim, Cluster, Grant, LockDatabase, LockRow, Place, Renewal, Return, Standing};
 use crate::error::Failure;
 use crate::secret::Secret;
 
@@ -73,7 +73,7 @@ pub(super) struct Lane {
     answered: Rc<Cell<Option<Instant>>>,
     no_answer: fn(Duration) -> Failure,
     has_batons: bool,
-    cluster: Rc<Cell<Cluster>>,
+    kind: Rc<Cell<database::Server>>,
 }
 
 impl Lane {
@@ -82,10 +82,10 @@ impl Lane {
     pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>, may_listen: bool) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
-        let cluster = Rc::new(Cell::new(Cluster::SinglePrimary));
-        let server = Server::new(pool, &cluster, &answered, calls, may_listen);
+        let kind = Rc::default();
+        let server = Server::new(pool, &kind, &answered, calls, may_listen);
         tokio::task::spawn_local(server.serve(queue));
-        Self { operations, answered, no_answer: Failure::no_answer::<DB>, has_batons: DB::BATONS, cluster }
+        Self { operations, answered, no_answer: Failure::no_answer::<DB>, has_batons: DB::BATONS, kind }
     }
 
     /// Takes leases if they are free, all or none. `begun` tells whether the server may have heard of it, also when the
@@ -137,7 +137,7 @@ impl Lane {
 
     /// Of the server that answered last.
     pub(super) fn cluster(&self) -> Cluster {
-        self.cluster.get()
+        self.kind.get().cluster
     }
 
     /// Not on a cluster, where a user lock reaches the clients of one node only.

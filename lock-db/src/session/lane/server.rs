@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{Acquired, MIGRATION_LIMIT, Operation, Reply, STATEMENT_LIMIT};
-use crate::database::{Claim, Cluster, Fault, Grant, LockDatabase, Return, Standing};
+use crate::database::{self, Claim, Fault, Grant, LockDatabase, Return, Standing};
 use crate::error::Failure;
 use crate::session::calls::Calls;
 
@@ -55,8 +55,8 @@ pub(super) struct Server<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
     connection: Option<Private<DB>>,
-    /// Of the server that the connection leads to.
-    cluster: Rc<Cell<Cluster>>,
+    /// Where the connection leads to.
+    kind: Rc<Cell<database::Server>>,
     answered: Rc<Cell<Option<Instant>>>,
     calls: Rc<Calls>,
     may_listen: bool,
@@ -81,7 +81,7 @@ impl<DB: LockDatabase> Private<DB> {
 impl<DB: LockDatabase> Server<DB> {
     pub(super) fn new(
         pool: Pool<DB>,
-        cluster: &Rc<Cell<Cluster>>,
+        kind: &Rc<Cell<database::Server>>,
         answered: &Rc<Cell<Option<Instant>>>,
         calls: &Rc<Calls>,
         may_listen: bool,
@@ -89,7 +89,7 @@ impl<DB: LockDatabase> Server<DB> {
         Self {
             pool,
             connection: None,
-            cluster: Rc::clone(cluster),
+            kind: Rc::clone(kind),
             answered: Rc::clone(answered),
             calls: Rc::clone(calls),
             may_listen,
@@ -165,10 +165,11 @@ impl<DB: LockDatabase> Server<DB> {
             for (_, begun, _) in &claims {
                 begun.set(true);
             }
+            let kind = Rc::clone(&self.kind);
             let answer = self
                 .on_connection(STATEMENT_LIMIT, async |connection| {
                     let sent = Instant::now();
-                    Ok((DB::exchange(connection, &given_back, &claimed).await?, sent))
+                    Ok((DB::exchange(connection, kind.get(), &given_back, &claimed).await?, sent))
                 })
                 .await;
             match answer {
@@ -177,7 +178,8 @@ impl<DB: LockDatabase> Server<DB> {
                         let _ = reply.send(Ok(standing));
                     }
                     for ((_, _, reply), grant) in claims.into_iter().zip(exchanged.grants) {
-                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), self.cluster.get(), sent)));
+                        let _ =
+                            reply.send(Ok((grant.map(|grant| vec![grant]), self.kind.get().cluster, sent)));
                     }
                     return;
                 }
@@ -206,13 +208,14 @@ impl<DB: LockDatabase> Server<DB> {
         match operation {
             Operation::Acquire(claims, begun, reply) => {
                 begun.set(true);
+                let kind = Rc::clone(&self.kind);
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection| {
                         let sent = Instant::now();
-                        Ok((acquire_all::<DB>(connection, &claims).await?, sent))
+                        Ok((acquire_all::<DB>(connection, kind.get(), &claims).await?, sent))
                     })
                     .await;
-                let cluster = self.cluster.get();
+                let cluster = self.kind.get().cluster;
                 let _ = reply.send(answer.map(|(grant, sent)| (grant, cluster, sent)));
             }
             Operation::Look(name, reply) => self.answer(reply, async |c| DB::look(c, &name).await).await,
@@ -344,7 +347,7 @@ impl<DB: LockDatabase> Server<DB> {
         } else {
             Private::Plain(self.pool.acquire().await?.detach())
         };
-        self.cluster.set(DB::prepare(connection.connection().await?).await?);
+        self.kind.set(DB::prepare(connection.connection().await?).await?);
         Ok(connection)
     }
 }
@@ -352,24 +355,26 @@ impl<DB: LockDatabase> Server<DB> {
 /// Takes them all or none: one statement, or one transaction for several.
 async fn acquire_all<DB: LockDatabase>(
     connection: &mut DB::Connection,
+    kind: database::Server,
     claims: &[Claim],
 ) -> sqlx::Result<Option<Vec<Grant>>> {
     if let [claim] = claims {
-        return Ok(DB::acquire(connection, claim).await?.map(|grant| vec![grant]));
+        return Ok(DB::acquire(connection, kind, claim).await?.map(|grant| vec![grant]));
     }
-    let grants = acquire_in_transaction::<DB>(connection, claims).await?;
+    let grants = acquire_in_transaction::<DB>(connection, kind, claims).await?;
     DB::after_short(connection).await?;
     Ok(grants)
 }
 
 async fn acquire_in_transaction<DB: LockDatabase>(
     connection: &mut DB::Connection,
+    kind: database::Server,
     claims: &[Claim],
 ) -> sqlx::Result<Option<Vec<Grant>>> {
     let mut transaction = connection.begin_with(DB::BEGIN_SHORT).await?;
     let mut grants = Vec::with_capacity(claims.len());
     for claim in claims {
-        let Some(grant) = DB::acquire(&mut transaction, claim).await? else {
+        let Some(grant) = DB::acquire(&mut transaction, kind, claim).await? else {
             transaction.rollback().await?;
             return Ok(None);
         };
