@@ -93,6 +93,14 @@ struct Arguments {
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(50..=100_000))]
     repeats: u32,
 
+    /// Of these scenes only some, as the tables name them: A64,B512 [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "LABELS")]
+    labels: Vec<String>,
+
+    /// Only contenders whose title has one of these in it: insert,INCR [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "TEXTS")]
+    contenders: Vec<String>,
+
     /// Only lock-db, without the peers
     #[arg(long)]
     without_peers: bool,
@@ -274,18 +282,28 @@ async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> F
 /// Contenders of one scene follow each other, so that they meet the machine in the same state.
 fn parts<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scene, &'a Server, Contender)> {
     let mut parts = Vec::new();
-    for scene in Scene::of(&arguments.scenes) {
+    let is_named = |contender: &Contender| {
+        let texts = &arguments.contenders;
+        texts.is_empty() || texts.iter().any(|text| contender.title().contains(text))
+    };
+    for scene in scenes(arguments) {
         for server in servers {
             for contender in Contender::of(server.system) {
                 let is_ours = matches!(contender, Contender::InsertLock | Contender::RowLock);
                 let has_a_part = contender.is_a_lock() || !scene.is_contended();
-                if has_a_part && (is_ours || !arguments.without_peers) {
+                if has_a_part && is_named(contender) && (is_ours || !arguments.without_peers) {
                     parts.push((scene, server, *contender));
                 }
             }
         }
     }
     parts
+}
+
+fn scenes(arguments: &Arguments) -> Vec<Scene> {
+    let is_asked_for =
+        |scene: &Scene| arguments.labels.is_empty() || arguments.labels.contains(&scene.label());
+    Scene::of(&arguments.scenes).into_iter().filter(is_asked_for).collect()
 }
 
 fn hold(arguments: &Arguments) -> Duration {
@@ -308,7 +326,7 @@ fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contende
 }
 
 fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
-    let scenes = Scene::of(&arguments.scenes);
+    let scenes = scenes(arguments);
     let text = report.text(&scenes);
     print!("{text}");
     if let Some(file) = &arguments.text {

@@ -10,6 +10,9 @@ pub(super) const DEADLOCK: u16 = 1213;
 
 pub(super) const COMMIT_FAILED: u16 = 1180;
 
+/// `EXECUTE` of what was not prepared on this connection.
+pub(super) const UNKNOWN_STATEMENT: u16 = 1243;
+
 pub(super) const NO_SUCH_SAVEPOINT: u16 = 1305;
 
 pub(super) const OUT_OF_RANGE: u16 = 1690;

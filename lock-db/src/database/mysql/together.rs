@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
+use super::errors::{UNKNOWN_STATEMENT, number};
 use super::literal;
 use crate::database::{
     Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, as_json,
@@ -81,14 +82,15 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         ELSE lease.waiters END";
 
 /// `EXCHANGE` where the server answers what it has written: see `ACQUIRE_WITH_ANSWER`. Those without a `ttl` get the time of
-/// a lock that is free.
+/// a lock that is free. The comments save conversions where it is known that MariaDB reads a character set there.
 const EXCHANGE_WITH_ANSWER: &str = "
 INSERT INTO distributed_lock (id, lock_name, secret_key, expire_time, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'), asked.place
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
-        place VARCHAR(32) PATH '$[3]')) AS asked
+        lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
+        secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
+        place VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
 STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.lock_kind = 'insert'
@@ -232,9 +234,25 @@ async fn in_transaction(
     let sql = format!(
         "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
             @lock_db_listener = '{listener}';
-        START TRANSACTION; {EXCHANGE}; {EXCHANGED}; COMMIT"
+        START TRANSACTION; EXECUTE lock_db_exchange; EXECUTE lock_db_exchanged; COMMIT"
     );
-    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await;
+    match all_or_nothing(connection, &sql).await {
+        Err(error) if number(&error) == Some(UNKNOWN_STATEMENT) => {
+            // The first time on this connection: to be parsed once, which takes as long as to carry it out.
+            let quoted = |sql: &str| sql.replace('\'', "''");
+            let (exchange, exchanged) = (quoted(EXCHANGE), quoted(EXCHANGED));
+            let prepare = format!(
+                "PREPARE lock_db_exchange FROM '{exchange}'; PREPARE lock_db_exchanged FROM '{exchanged}'"
+            );
+            sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await?;
+            all_or_nothing(connection, &sql).await
+        }
+        rows => rows,
+    }
+}
+
+async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> sqlx::Result<Vec<MySqlRow>> {
+    let rows = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut *connection).await;
     if rows.is_err() {
         sqlx::raw_sql("ROLLBACK").execute(connection).await?;
     }
