@@ -21,6 +21,8 @@ for_each_database! {
     a_long_queue_is_no_silence,
     who_waits_together_travels_together,
     what_is_given_back_may_be_taken_at_once,
+    who_writes_into_the_rows_keeps_nobody_for_long,
+    what_guards_an_open_transaction_is_given_back_with_others,
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -259,4 +261,84 @@ async fn what_is_given_back_may_be_taken_at_once<T: TestServer>(database: &T) {
         }
     }
     taking.abort();
+}
+
+/// Between the moment that a statement sees and its locks somebody else has written, and is gone again.
+async fn who_writes_into_the_rows_keeps_nobody_for_long<T: TestServer>(database: &T) {
+    const CALLERS: usize = 20;
+    let locks = database.locks().await;
+    let pool = database.pool(2).await;
+    let mut writing = JoinSet::new();
+    for rest in 0..2 {
+        let pool = pool.clone();
+        let write = format!(
+            "UPDATE distributed_lock SET create_time = create_time + INTERVAL '1' SECOND WHERE id % 2 = {rest}"
+        );
+        writing.spawn(async move {
+            let mut connection = pool.acquire().await.unwrap();
+            loop {
+                // The victim of a deadlock writes nothing this time.
+                let _written = T::Database::run(&mut connection, &write).await;
+            }
+        });
+    }
+    let mut callers = JoinSet::new();
+    for number in 0..CALLERS {
+        let locks = locks.clone();
+        callers.spawn(async move {
+            let mut last = 0;
+            for _ in 0..20 {
+                let lease = locks.insert_lock(number.to_string()).ttl(LONG).wait(PATIENCE).acquire().await?;
+                assert!(lease.fencing_token() > last);
+                last = lease.fencing_token();
+                lease.release().await?;
+            }
+            Ok::<_, Error>(())
+        });
+    }
+    callers.join_all().await.into_iter().collect::<Result<Vec<_>, Error>>().unwrap();
+    writing.abort_all();
+}
+
+/// A release that finds the row locked when it travels with others is sent alone at once. On InnoDB it waits for the transaction
+/// in any case.
+async fn what_guards_an_open_transaction_is_given_back_with_others<T: TestServer>(database: &T) {
+    if T::NAME != "postgres" {
+        return;
+    }
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let locks = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await);
+    let pool = database.pool(5).await;
+    let take = |name: String| locks.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire();
+    let (mut held, mut guarded) = (Vec::new(), Vec::new());
+    for number in 0..10 {
+        held.push(take(format!("held {number}")).await.unwrap());
+        take(format!("free {number}")).await.unwrap().release().await.unwrap();
+    }
+    for lease in held.iter().step_by(2) {
+        let mut transaction = pool.begin().await.unwrap();
+        lease.verify_in(&mut transaction).await.unwrap();
+        guarded.push(transaction);
+    }
+    // So that they come together with what others ask for, again and again.
+    proxy.delay(Direction::ToServer, Duration::from_millis(5));
+    let mut others = JoinSet::new();
+    for number in 0..20 {
+        let locks = locks.clone();
+        others.spawn(async move {
+            loop {
+                let lock = locks.insert_lock(format!("free {number}")).ttl(LONG).wait(PATIENCE);
+                lock.acquire().await.unwrap().release().await.unwrap();
+            }
+        });
+    }
+    let mut releases: JoinSet<_> = held.into_iter().map(lock_db::Lease::release).collect();
+    while let Some(released) = releases.join_next().await {
+        released.unwrap().unwrap();
+    }
+    others.abort_all();
+    for transaction in guarded {
+        transaction.commit().await.unwrap();
+    }
 }
