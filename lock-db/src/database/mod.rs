@@ -176,6 +176,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn release(
         connection: &mut Self::Connection,
+        server: Server,
         lease: &Return,
     ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
 
@@ -393,7 +394,7 @@ impl Guarded {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Server {
     pub cluster: Cluster,
-    /// Whether statements that the others don't know answer what they have written: MariaDB's.
+    /// Whether claims and releases go by statements that answer what they have written: MariaDB's.
     pub answers_writes: bool,
 }
 

@@ -257,7 +257,11 @@ impl LockDatabase for Sqlite {
         Ok(in_order(leases, renewed.into_iter().map(|secret| (secret, Standing::Ours))))
     }
 
-    async fn release(connection: &mut SqliteConnection, lease: &Return) -> sqlx::Result<Standing> {
+    async fn release(
+        connection: &mut SqliteConnection,
+        _server: Server,
+        lease: &Return,
+    ) -> sqlx::Result<Standing> {
         let Return { name, secret, place } = lease;
         let (place, listener) = Place::parts(place.as_ref());
         let query = sqlx::query(RELEASE).bind(&**name).bind(secret.as_str()).bind(place).bind(listener);
@@ -289,7 +293,7 @@ impl LockDatabase for Sqlite {
         };
         let mut exchanged = Exchanged { returns: Vec::new(), grants: Vec::new() };
         for one in returns {
-            exchanged.returns.push(Self::release(&mut transaction, one).await?);
+            exchanged.returns.push(Self::release(&mut transaction, server, one).await?);
         }
         for claim in claims {
             exchanged.grants.push(Self::acquire(&mut transaction, server, claim).await?);

@@ -94,6 +94,21 @@ SET lease.expire_time = '1970-01-01 00:00:00',
         CONCAT(lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
         lease.waiters)";
 
+/// `RELEASE` as MariaDB does it faster: see `ACQUIRE_WITH_ANSWER`.
+const RELEASE_BY_INSERT: &str = "
+INSERT INTO distributed_lock (id, lock_name, waiters)
+SELECT id, lock_name, ? FROM distributed_lock AS held FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND secret_key = ?
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    waiters = IF(
+        VALUES(waiters) <> '' AND distributed_lock.waiters <> '' AND LENGTH(distributed_lock.waiters) < 3584
+            AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0,
+        CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
+        distributed_lock.waiters),
+    expire_time = '1970-01-01 00:00:00'";
+
 const RELEASE_LATER: &str = "
 UPDATE (
     SELECT id, secret_key AS last_secret, TIMESTAMPADD(MICROSECOND, ?, acquire_time) AS moment
@@ -179,7 +194,8 @@ pub(super) async fn acquire(
     if server.answers_writes {
         let query = sqlx::query(ACQUIRE_WITH_ANSWER).bind(secret).bind(&*claim.owner).bind(micros(claim.ttl));
         let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
-        return query.fetch_optional(connection).await?.as_ref().map(granted).transpose();
+        // To the end of the answer: a commit that fails is told behind the row that would have been granted.
+        return query.fetch_all(connection).await?.first().map(granted).transpose();
     }
     let acquired = sqlx::query(ACQUIRE)
         .bind(secret)
@@ -207,11 +223,19 @@ fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
 }
 
-pub(super) async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {
+pub(super) async fn release(
+    connection: &mut MySqlConnection,
+    server: Server,
+    lease: &Return,
+) -> sqlx::Result<Standing> {
     let Return { name, secret, place } = lease;
     let (place, listener) = Place::parts(place.as_ref());
-    let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
-    let query = query.bind(place).bind(place).bind(place).bind(listener);
+    let query = if server.answers_writes {
+        sqlx::query(RELEASE_BY_INSERT).bind(place).bind(name.as_bytes()).bind(secret.as_str()).bind(listener)
+    } else {
+        let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
+        query.bind(place).bind(place).bind(place).bind(listener)
+    };
     let released = query.execute(&mut *connection).await;
     released_or_not(connection, name, secret, released).await
 }

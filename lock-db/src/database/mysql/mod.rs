@@ -29,12 +29,16 @@ const PREPARE: &str = "
 SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
     SESSION completion_type = 0, SESSION sql_safe_updates = 0";
 
+/// Where claims are inserts: in REPEATABLE READ those ask for the gap before a row that is locked already, behind all who wait
+/// for the row.
+const LOCK_NO_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
+
 const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
 
 const SERVER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
-    'innodb_rollback_on_timeout', 'version')";
+    'innodb_rollback_on_timeout', 'version', 'innodb_autoinc_lock_mode', 'log_bin', 'binlog_format')";
 
 const CHECK_COLUMNS: &str = "
 SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
@@ -72,7 +76,7 @@ impl LockDatabase for MySql {
     async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<Server> {
         sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
         let mut settings = std::collections::HashMap::new();
-        for row in sqlx::raw_sql(SERVER_SETTINGS).fetch_all(connection).await? {
+        for row in sqlx::raw_sql(SERVER_SETTINGS).fetch_all(&mut *connection).await? {
             settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
         }
         let setting = |name: &str| settings.get(name).map_or("", String::as_str);
@@ -82,7 +86,11 @@ impl LockDatabase for MySql {
                 "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
             ));
         }
-        Ok(server(setting))
+        let server = server(setting);
+        if server.answers_writes {
+            sqlx::raw_sql(LOCK_NO_GAPS).execute(connection).await?;
+        }
+        Ok(server)
     }
 
     async fn after_short(connection: &mut MySqlConnection) -> sqlx::Result<()> {
@@ -165,8 +173,12 @@ impl LockDatabase for MySql {
         together::renew(connection, leases).await
     }
 
-    async fn release(connection: &mut MySqlConnection, lease: &Return) -> sqlx::Result<Standing> {
-        lease::release(connection, lease).await
+    async fn release(
+        connection: &mut MySqlConnection,
+        server: Server,
+        lease: &Return,
+    ) -> sqlx::Result<Standing> {
+        lease::release(connection, server, lease).await
     }
 
     async fn release_later(
@@ -264,7 +276,13 @@ fn server<'a>(setting: impl Fn(&str) -> &'a str) -> Server {
     if is_galera || (is_group && setting("group_replication_single_primary_mode") == "OFF") {
         Server { cluster: Cluster::MultiPrimary, answers_writes: false }
     } else {
-        Server { cluster: Cluster::SinglePrimary, answers_writes: setting("version").contains("MariaDB") }
+        // Such an insert locks the counter of the table to the end of its commit, unless that is switched off, although
+        // it counts nothing. In memory that is nothing, but with a binary log it takes as long as the disk and the replicas.
+        // And a log of statements knows no isolation without gaps.
+        let is_quick = setting("innodb_autoinc_lock_mode") == "2" && setting("binlog_format") != "STATEMENT";
+        let answers_writes =
+            setting("version").contains("MariaDB") && (is_quick || setting("log_bin") == "OFF");
+        Server { cluster: Cluster::SinglePrimary, answers_writes }
     }
 }
 
@@ -276,6 +294,28 @@ fn literal(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn servers_that_answer_writes_quickly_are_told_by_their_settings() {
+        let of = |settings: &[(&str, &'static str)]| {
+            let settings: std::collections::HashMap<_, _> = settings.iter().copied().collect();
+            server(|setting| settings.get(setting).copied().unwrap_or_default()).answers_writes
+        };
+        let (mariadb, mysql) = (("version", "10.11.6-MariaDB-log"), ("version", "9.7.0"));
+        assert!(of(&[mariadb, ("innodb_autoinc_lock_mode", "1"), ("log_bin", "OFF")]));
+        assert!(!of(&[mariadb, ("innodb_autoinc_lock_mode", "1"), ("log_bin", "ON")]));
+        assert!(of(&[
+            mariadb,
+            ("innodb_autoinc_lock_mode", "2"),
+            ("log_bin", "ON"),
+            ("binlog_format", "MIXED")
+        ]));
+        let statements =
+            [mariadb, ("innodb_autoinc_lock_mode", "2"), ("log_bin", "ON"), ("binlog_format", "STATEMENT")];
+        assert!(!of(&statements));
+        assert!(!of(&[mariadb, ("innodb_autoinc_lock_mode", "2"), ("log_bin", "OFF"), ("wsrep_on", "ON")]));
+        assert!(!of(&[mysql, ("innodb_autoinc_lock_mode", "2"), ("log_bin", "OFF")]));
+    }
 
     #[test]
     fn multi_primary_servers_are_told_by_their_settings() {

@@ -110,7 +110,11 @@ impl LockDatabase for Postgres {
         together::renew(connection, leases).await
     }
 
-    async fn release(connection: &mut PgConnection, lease: &Return) -> sqlx::Result<Standing> {
+    async fn release(
+        connection: &mut PgConnection,
+        _server: Server,
+        lease: &Return,
+    ) -> sqlx::Result<Standing> {
         lease::release(connection, lease).await
     }
 

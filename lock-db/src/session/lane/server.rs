@@ -34,9 +34,12 @@ impl Exchange {
     /// Answers what does not belong here.
     fn take(&mut self, operation: Operation) -> Option<Operation> {
         match operation {
-            Operation::Release(one, at_least, false, reply)
-                if at_least.is_zero() && self.names.insert(Arc::clone(&one.name)) =>
-            {
+            Operation::Release(one, at_least, alone, reply) => {
+                // Also when it goes alone: what comes for the name after it goes after it.
+                let is_first = self.names.insert(Arc::clone(&one.name));
+                if alone || !is_first || !at_least.is_zero() {
+                    return Some(Operation::Release(one, at_least, alone, reply));
+                }
                 self.returns.push((one, reply));
                 None
             }
@@ -262,7 +265,8 @@ impl<DB: LockDatabase> Server<DB> {
                 let _ = reply.send(answer);
             }
             Operation::Release(lease, at_least, _, reply) if at_least.is_zero() => {
-                self.answer(reply, async |c| DB::release(c, &lease).await).await;
+                let kind = Rc::clone(&self.kind);
+                self.answer(reply, async |c| DB::release(c, kind.get(), &lease).await).await;
             }
             Operation::Release(Return { name, secret, .. }, at_least, _, reply) => {
                 self.answer(reply, async |c| DB::release_later(c, &name, &secret, at_least).await).await;
