@@ -136,6 +136,23 @@ pub enum Error {
         source: Option<sqlx::Error>,
     },
 
+    /// The table `distributed_lock` is there, but it can't keep locks as it is: it is partitioned, say, or row level security hides
+    /// its rows. Nothing is granted on it.
+    #[error("{reason}; nothing is locked on such a table")]
+    UnsupportedTable {
+        /// Which table it is and what is wrong with it.
+        reason: String,
+    },
+
+    /// The transaction is in another database than the table `distributed_lock` of this `Locks`. Nothing was done in it.
+    #[error(
+        "lock `{name}` was asked for in a transaction of another database than that of this `Locks`: begin the transaction on the pool that the `Locks` was made with"
+    )]
+    ForeignTransaction {
+        /// The name of the lock.
+        name: String,
+    },
+
     /// The `Locks` was closed.
     #[error("this `Locks` is closed: take locks before `close()`, or make a new one")]
     Closed,
@@ -239,7 +256,8 @@ impl std::fmt::Display for Loss {
 
 impl Error {
     /// Whether nothing was done and the same call may succeed when it is made again: after `Deadlock` and
-    /// `Serialization` together with its whole transaction, after `Timeout` and a broken connection as it is.
+    /// `Serialization` together with its whole transaction, after `Timeout`, a broken connection and what passes by itself (too many
+    /// connections, a statement that was cancelled, a table that is locked as a whole) as it is.
     ///
     /// A commit during which the connection broke is not: nobody knows whether it was carried out.
     /// `Lost` is not: work was under way, and only its author knows whether it may be repeated.
@@ -247,7 +265,7 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
-            Self::Database { action, source, .. } => *action != COMMIT && database::is_disconnected(source),
+            Self::Database { action, source, .. } => *action != COMMIT && database::passes(source),
             _ => false,
         }
     }
@@ -264,9 +282,13 @@ impl Error {
             | Self::WrongKind { name, .. }
             | Self::Reentry { name, .. }
             | Self::NotInTransaction { name }
+            | Self::ForeignTransaction { name }
             | Self::NotInstalled { name, .. } => Some(name),
             Self::Database { name, .. } => name.as_deref(),
-            Self::InvalidOption { .. } | Self::SchemaMissing { .. } | Self::Closed => None,
+            Self::InvalidOption { .. }
+            | Self::SchemaMissing { .. }
+            | Self::UnsupportedTable { .. }
+            | Self::Closed => None,
         }
     }
 }
@@ -292,12 +314,12 @@ impl Failure {
     }
 
     /// The same for another who asked together with the first: the errors of sqlx can't be cloned.
-    pub(crate) fn another<DB: LockDatabase>(&self) -> Self {
+    pub(crate) fn another(&self) -> Self {
         let source = match &self.source {
             sqlx::Error::Io(error) => std::io::Error::new(error.kind(), error.to_string()),
             error => std::io::Error::other(error.to_string()),
         };
-        Self { fault: self.fault, source: sqlx::Error::Io(source), folder: DB::FOLDER }
+        Self { fault: self.fault, source: sqlx::Error::Io(source), folder: self.folder }
     }
 
     /// Whether the server did not answer at all.
@@ -305,10 +327,26 @@ impl Failure {
         matches!(&self.source, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
     }
 
-    /// A table that has all columns and still can't be used.
-    pub(crate) fn unfit_table<DB: LockDatabase>(wrong: &'static str) -> Self {
-        let source = sqlx::Error::Configuration(wrong.into());
+    pub(crate) fn table_missing<DB: LockDatabase>() -> Self {
+        Self { fault: Fault::TableMissing, source: sqlx::Error::RowNotFound, folder: DB::FOLDER }
+    }
+
+    pub(crate) fn table_differs<DB: LockDatabase>() -> Self {
+        let source = sqlx::Error::ColumnNotFound("one of those that this version uses".into());
         Self { fault: Fault::TableDiffers, source, folder: DB::FOLDER }
+    }
+
+    /// A table that has all columns and still can't be used.
+    pub(crate) fn unusable_table<DB: LockDatabase>(reason: String) -> Self {
+        let source = sqlx::Error::Configuration(reason.into());
+        Self { fault: Fault::TableUnusable, source, folder: DB::FOLDER }
+    }
+
+    /// A row that is free, is locked by nobody, and still was not written.
+    pub(crate) fn not_written<DB: LockDatabase>() -> Self {
+        let message = "the lock is free and its row is not locked, but writing it has no effect: is there a trigger on \
+                       `distributed_lock`, or is the right to update it missing?";
+        Self { fault: Fault::Other, source: sqlx::Error::Configuration(message.into()), folder: DB::FOLDER }
     }
 
     /// Whether the transaction in which it happened can't go on.
@@ -316,9 +354,25 @@ impl Failure {
         matches!(self.fault, Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded)
     }
 
-    /// Whether it will pass when others have finished.
-    pub(crate) fn is_contention(&self) -> bool {
-        matches!(self.fault, Fault::Busy | Fault::Deadlock | Fault::Serialization)
+    /// Whether the same may succeed a moment later on the same connection.
+    pub(crate) fn passes(&self) -> bool {
+        matches!(self.fault, Fault::Busy | Fault::Deadlock | Fault::Serialization | Fault::Passing)
+    }
+
+    /// Whether something is in the way that will go by itself, and the transaction in which it happened goes on.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.fault == Fault::Busy
+    }
+
+    /// Whether it is about the table as a whole.
+    pub(crate) fn is_about_table(&self) -> bool {
+        matches!(self.fault, Fault::TableMissing | Fault::TableDiffers | Fault::TableUnusable)
+    }
+
+    /// Whether everything that was asked for together with it would meet the same.
+    pub(crate) fn is_the_same_for_all(&self) -> bool {
+        self.is_about_table()
+            || matches!(self.fault, Fault::Disconnected | Fault::Passing | Fault::Refused | Fault::Busy)
     }
 
     /// For the caller: `action` completes "could not …".
@@ -336,10 +390,20 @@ impl Failure {
                 folder,
                 source: Some(source),
             },
+            Fault::TableUnusable => Error::UnsupportedTable {
+                reason: match source {
+                    sqlx::Error::Configuration(reason) => reason.to_string(),
+                    source => source.to_string(),
+                },
+            },
+            Fault::Unstorable => Error::InvalidName {
+                name: known(),
+                reason: "the database has an encoding in which it can't be stored",
+            },
             Fault::TransactionEnded => Error::Lost { name: known(), reason: Loss::TransactionEnded },
             Fault::Deadlock => Error::Deadlock { name: known(), source },
             Fault::Serialization => Error::Serialization { name: known(), source: Some(source) },
-            Fault::Busy | Fault::Disconnected | Fault::Other => {
+            Fault::Busy | Fault::Disconnected | Fault::Passing | Fault::Refused | Fault::Other => {
                 Error::Database { action, name: name.map(str::to_owned), source }
             }
         }

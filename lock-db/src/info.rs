@@ -35,6 +35,21 @@ impl std::fmt::Display for Kind {
     }
 }
 
+/// What [`Locks::check`](crate::Locks::check) found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckReport {
+    pub(crate) warnings: Vec<String>,
+}
+
+impl CheckReport {
+    /// What works and could be better, for people.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
 /// The row of a lock as it was read: true at that moment, for a dashboard, a message or a log line.
 ///
 /// Never decide by it whether work may go on; that is what [`Lease::is_held`](crate::Lease::is_held) is for.

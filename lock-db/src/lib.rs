@@ -8,6 +8,7 @@
 #[allow(missing_docs, missing_debug_implementations, clippy::missing_errors_doc)]
 pub mod __private;
 mod ambient;
+mod connecting;
 mod database;
 mod error;
 mod in_transaction;
@@ -35,7 +36,7 @@ pub use self::ambient::AmbientLease;
 pub use self::database::LockDatabase;
 pub use self::error::{Error, Loss, NoReentry, WaitingFor};
 pub use self::in_transaction::HeldInTransaction;
-pub use self::info::{Kind, LockInfo};
+pub use self::info::{CheckReport, Kind, LockInfo};
 pub use self::insert::{GuardedTransaction, InsertLock, InsertLocks, Lease, Leases};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::reentry::Owner;

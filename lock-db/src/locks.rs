@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use sqlx::Pool;
 
-use crate::database::LockDatabase;
+use crate::database::{Location, LockDatabase};
 use crate::in_transaction::{Counts, KnownRows};
 use crate::insert::{InsertLock, InsertLocks};
 use crate::limits::{DEFAULT_HAND_OFF, DEFAULT_TTL, DEFAULT_WAIT, MOST_TURNS};
 use crate::reentry::{Instance, Lock};
 use crate::row::{RowLock, RowLocks, RowQueues};
 use crate::session::{HandOff, Request, Session};
-use crate::{Error, LockInfo, name};
+use crate::{CheckReport, Error, LockInfo, name};
 
 /// The locks of a database. Cheap to clone; make one for each pool and keep it as long as the program runs.
 ///
@@ -25,6 +25,8 @@ pub struct Locks<DB: LockDatabase> {
 struct Shared<DB: LockDatabase> {
     pool: Pool<DB>,
     session: Session,
+    location: Arc<Location>,
+    name_prefix: Arc<str>,
     owner: Arc<str>,
     default_ttl: Duration,
     default_wait: Duration,
@@ -53,6 +55,8 @@ impl<DB: LockDatabase> Locks<DB> {
         LocksBuilder {
             pool,
             label: String::new(),
+            schema: None,
+            name_prefix: String::new(),
             default_ttl: DEFAULT_TTL,
             default_wait: DEFAULT_WAIT,
             hand_off: DEFAULT_HAND_OFF,
@@ -78,18 +82,21 @@ impl<DB: LockDatabase> Locks<DB> {
         self.session().ask(|answer| Request::Migrate { answer }).await
     }
 
-    /// Checks that the table is there and as this version of lock-db needs it: for the start of a service that applies the
-    /// migrations by other means.
+    /// Checks that the table is there and as this version of lock-db needs it: for the start of a service, above all one that applies
+    /// the migrations by other means. The report says what works and could be better.
     ///
     /// # Errors
     ///
-    /// [`Error::SchemaMissing`] when it is not; [`Error::Database`] when the database can't be asked.
+    /// [`Error::SchemaMissing`] when it is not there or lacks a column; [`Error::UnsupportedTable`] when it can't keep locks as it is:
+    /// partitioned or inherited, a view or foreign, without its unique index, under rules or row level security, in another
+    /// storage engine than InnoDB; [`Error::Database`] when the database can't be asked.
     ///
     /// # Cancel safety
     ///
     /// May be dropped at any time.
-    pub async fn check(&self) -> Result<(), Error> {
-        self.session().ask(|answer| Request::CheckSchema { answer }).await
+    pub async fn check(&self) -> Result<CheckReport, Error> {
+        let warnings = self.session().ask(|answer| Request::Check { answer }).await?;
+        Ok(CheckReport { warnings })
     }
 
     /// A lock that is a lease: held by a row of the table without any connection, renewed in the background, free after
@@ -148,6 +155,10 @@ impl<DB: LockDatabase> Locks<DB> {
 
     pub(crate) fn session(&self) -> &Session {
         &self.shared.session
+    }
+
+    pub(crate) fn location(&self) -> &Location {
+        &self.shared.location
     }
 
     pub(crate) fn pool(&self) -> &Pool<DB> {
@@ -211,6 +222,8 @@ impl<DB: LockDatabase> std::fmt::Debug for Locks<DB> {
 pub struct LocksBuilder<DB: LockDatabase> {
     pool: Pool<DB>,
     label: String,
+    schema: Option<String>,
+    name_prefix: String,
     default_ttl: Duration,
     default_wait: Duration,
     hand_off: HandOff,
@@ -225,6 +238,8 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
         Self {
             pool: self.pool.clone(),
             label: self.label.clone(),
+            schema: self.schema.clone(),
+            name_prefix: self.name_prefix.clone(),
             default_ttl: self.default_ttl,
             default_wait: self.default_wait,
             hand_off: self.hand_off,
@@ -239,6 +254,24 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// What people see as the owner, beside host and process id: the name of the service, say.
     pub fn label(mut self, label: impl Into<String>) -> Self {
         self.label = label.into();
+        self
+    }
+
+    /// In which schema the table is; on MySQL and MariaDB, in which database of the server. [`migrate`](Locks::migrate) makes a
+    /// schema that is missing.
+    ///
+    /// Without this the table is found once, where the connections of the pool look first (`search_path`, the database of the
+    /// URL). In either case every statement names it in full from then on, also those in your own transactions, whatever their
+    /// `search_path` is. On SQLite there is only `main`, the file itself.
+    pub fn schema(mut self, schema: impl Into<String>) -> Self {
+        self.schema = Some(schema.into());
+        self
+    }
+
+    /// What stands in front of all names in the table: for several services in one database that must not mean the same lock by the same
+    /// name. It counts for the 255 bytes that a name may have. Names are given without it, and told without it.
+    pub fn name_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.name_prefix = prefix.into();
         self
     }
 
@@ -289,10 +322,13 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     pub fn build(self) -> Locks<DB> {
         #[cfg(all(feature = "testing", not(debug_assertions)))]
         crate::testing::warn_of_optimised_program();
-        let Self { pool, label, default_ttl, default_wait, hand_off, fair, .. } = self;
+        let Self { pool, label, schema, name_prefix, default_ttl, default_wait, hand_off, fair, .. } = self;
+        let (location, owner) = (Arc::new(Location::new(schema)), owner(&label));
         let shared = Shared {
-            session: Session::new(pool.clone(), hand_off),
-            owner: owner(&label),
+            session: Session::new(pool.clone(), Arc::clone(&location), hand_off, Arc::clone(&owner)),
+            location,
+            name_prefix: name_prefix.into(),
+            owner,
             default_ttl,
             default_wait,
             fair,

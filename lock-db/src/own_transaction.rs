@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use crate::Error;
-use crate::database::{Fault, Guarded, LeaseKey, LockDatabase};
+use crate::database::{Call, Fault, Guarded, LeaseKey, LockDatabase, Server};
 use crate::error::{COMMIT, Failure, Loss, WaitingFor};
 
 /// How long a commit may take, on a server that is slow to write, before its caller is told that nobody knows.
@@ -39,7 +39,7 @@ pub(crate) enum Condition {
     /// The lease is ours. It may be released with the commit.
     Lease { key: LeaseKey, release: bool },
     /// It is still the transaction in which the row was locked.
-    Row { name: Arc<str>, fencing_token: i64 },
+    Row { name: Arc<str>, fencing_token: i64, server: Server },
 }
 
 impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
@@ -59,11 +59,11 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
         self
     }
 
-    /// Commits it in a task if the condition holds, and rolls it back else.
+    /// Commits it in a task if the condition holds, and rolls it back else. `ended` hears what became of it, and whom to wake up.
     pub(crate) async fn commit(
         mut self,
         condition: Condition,
-        ended: impl FnOnce(&Result<(), Error>) + Send + 'static,
+        ended: impl FnOnce(&Result<Option<Call>, Error>) + Send + 'static,
     ) -> Result<(), Error> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
@@ -77,7 +77,7 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
                 bounded(COMMIT_LIMIT, committing).await.unwrap_or_else(|error| Err(unknown(&name, error)));
             ended(&committed);
             drop(kept);
-            committed
+            committed.map(drop)
         });
         task.await.unwrap_or_else(|error| {
             if begun.load(Ordering::SeqCst) {
@@ -104,7 +104,7 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
 }
 
 impl Condition {
-    fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Arc<str> {
         match self {
             Self::Lease { key, .. } => &key.row.name,
             Self::Row { name, .. } => name,
@@ -127,12 +127,12 @@ async fn bounded<T: Send + 'static>(
 async fn commit<DB: LockDatabase>(
     mut transaction: Transaction<'static, DB>,
     condition: Condition,
-) -> Result<(), Error> {
+) -> Result<Option<Call>, Error> {
     let name = condition.name();
     let checked = match &condition {
         Condition::Lease { key, release } => DB::commit_guarded(&mut transaction, key, *release).await,
-        Condition::Row { name, fencing_token } => {
-            DB::commit_locked(&mut transaction, name, *fencing_token).await
+        Condition::Row { name, fencing_token, server } => {
+            DB::commit_locked(&mut transaction, server, name, *fencing_token).await
         }
     };
     let failed = |failure: Failure| match failure.fault {
@@ -153,14 +153,17 @@ async fn commit<DB: LockDatabase>(
             return transaction
                 .commit()
                 .await
+                .map(|()| None)
                 .map_err(|error| Failure::new::<DB>(error).into_error(COMMIT, Some(name)));
         }
-        Ok(Guarded::Committed) => {
+        Ok(Guarded::Committed { call }) => {
             // There is nothing left to commit, but sqlx counts.
             let _committed = transaction.commit().await;
-            return Ok(());
+            return Ok(call);
         }
-        Ok(Guarded::NotOurs) => Error::Lost { name: name.to_string(), reason: Loss::TakenOver },
+        Ok(Guarded::NotOurs | Guarded::Stale) => {
+            Error::Lost { name: name.to_string(), reason: Loss::TakenOver }
+        }
         Ok(Guarded::Ended) => Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded },
         Err(failure) => failed(failure),
     };

@@ -17,6 +17,9 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     acquire_time  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
     -- 1970-01-01 once released.
     expire_time   DATETIME(6) NOT NULL DEFAULT '1970-01-01 00:00:00',
+    -- How far ahead expire_time lies at most: the TTL of the lease. Below zero for a lock that is kept by `at_least`. Zero once a
+    -- takeover has given notice, and in a row that nothing of its last holder can touch any more.
+    ttl_micros    BIGINT NOT NULL DEFAULT 0,
     -- Written by the guard of a transaction where a shared lock on the row is not enough: on multi-primary clusters.
     guard_count   BIGINT NOT NULL DEFAULT 0,
     -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.

@@ -16,6 +16,9 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     acquire_time  TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')),
     -- 1970-01-01 once released.
     expire_time   TEXT NOT NULL DEFAULT '1970-01-01 00:00:00.000000',
+    -- How far ahead expire_time lies at most: the TTL of the lease. Below zero for a lock that is kept by `at_least`. Zero once a
+    -- takeover has given notice, and in a row that nothing of its last holder can touch any more.
+    ttl_micros    INTEGER NOT NULL DEFAULT 0,
     -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
     waiters       TEXT NOT NULL DEFAULT '',
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)

@@ -2,21 +2,27 @@
 //! files and nowhere else; nothing here or below knows about waiting, renewing or guards.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-
+pub(crate) use self::fault::{Fault, is_disconnected, passes};
+pub(crate) use self::server::{Cluster, Location, Server, Table};
+pub(crate) use self::types::{
+    Call, Claim, Exchanged, Grant, Guarded, LeaseKey, LockRow, Place, Released, Renewal, Return, RowAttempt,
+    RowClaim, RowKey, Standing, reliable_without_notice,
+};
 pub(crate) use self::waiters::Waiters;
+use crate::Kind;
 use crate::secret::Secret;
-use crate::{Kind, LockInfo};
 
+mod fault;
 #[cfg(feature = "mysql")]
 mod mysql;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod server;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod types;
 mod waiters;
 
 mod sealed {
@@ -32,20 +38,23 @@ mod sealed {
 /// A database that can keep locks: `sqlx::Postgres`, `sqlx::MySql` (MySQL 8.0 and MariaDB 10.6 or later) and
 /// `sqlx::Sqlite`, each with the cargo feature of its name. Sealed: the methods are no part of the public interface.
 ///
-/// Every method is one step on one connection. On a private one none of them waits for a row that somebody else has
+/// Every method is one step on one connection. On a private one none of them waits for a row that another transaction has
 /// locked, and `lock_row` waits no longer than its `slice`.
 pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// The folder of the migrations.
     #[doc(hidden)]
     const FOLDER: &'static str;
-    /// Whether `lock_row` makes a missing row itself, in the caller's transaction. Elsewhere it must not: on
-    /// PostgreSQL and InnoDB an INSERT there would make others wait for the whole transaction, or deadlock.
+    /// Whether `lock_row` makes a missing row itself, in the caller's transaction. On InnoDB it must not: others would wait there
+    /// with locks that end in deadlocks.
     #[doc(hidden)]
     const ROW_IS_MADE_IN_TRANSACTION: bool;
 
-    /// Whether connections with these options can see the same database at all.
+    /// Whether connections with these options can see the same database at all, and this schema of it.
     #[doc(hidden)]
-    fn check_options(_options: &<Self::Connection as sqlx::Connection>::Options) -> Result<(), crate::Error> {
+    fn check_options(
+        _options: &<Self::Connection as sqlx::Connection>::Options,
+        _schema: Option<&str>,
+    ) -> Result<(), crate::Error> {
         Ok(())
     }
 
@@ -62,9 +71,16 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const COMMITS_WITH_CHECK: bool = false;
 
-    /// Sets up a private connection, once, before its first use, and answers what kind of server it leads to.
+    /// Sets up a private connection, once, before its first use.
     #[doc(hidden)]
-    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Server>> + Send;
+    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Finds the table, in this schema or else where the connection looks first, and what kind of server has it.
+    #[doc(hidden)]
+    fn find_table(
+        connection: &mut Self::Connection,
+        schema: Option<&str>,
+    ) -> impl Future<Output = sqlx::Result<Found>> + Send;
 
     /// A private connection on which the server can call us.
     #[doc(hidden)]
@@ -83,6 +99,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn take_baton(
         _connection: &mut Self::Connection,
+        _server: &Server,
         _row: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send {
         async { Ok(false) }
@@ -92,6 +109,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn give_baton(
         _connection: &mut Self::Connection,
+        _server: &Server,
         _row: i64,
     ) -> impl Future<Output = sqlx::Result<()>> + Send {
         async { Ok(()) }
@@ -103,12 +121,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         pool: &sqlx::Pool<Self>,
     ) -> impl Future<Output = sqlx::Result<Self::Listening>> + Send;
 
-    /// Hears the calls to this listener from now on.
+    /// Hears the calls to this listener from now on. `false`: the connection is shared by a pooler, and others would hear them.
     #[doc(hidden)]
     fn listen(
         listening: &mut Self::Listening,
         listener: u32,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// For other statements.
     #[doc(hidden)]
@@ -120,40 +138,86 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn called(listening: &mut Self::Listening) -> impl Future<Output = sqlx::Result<i64>> + Send;
 
-    /// Applies the migrations that are missing, one process at a time. Leaves no lock behind but on the connection
-    /// itself, which the caller closes when this failed.
+    /// Calls processes that wait for rows which are free now. By itself, after what freed them: it shortens a pause of theirs, and
+    /// nothing else depends on it.
     #[doc(hidden)]
-    fn migrate(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn call(
+        _connection: &mut Self::Connection,
+        _calls: &[Call],
+    ) -> impl Future<Output = sqlx::Result<()>> + Send {
+        async { Ok(()) }
+    }
 
-    /// Fails unless the table has all the columns that are used. `Some`: what else is wrong with it.
+    /// Applies the migrations that are missing, one process at a time, in this schema or else where the connection creates
+    /// tables. Leaves no lock behind but on the connection itself, which the caller closes when this failed.
     #[doc(hidden)]
-    fn check_schema(
+    fn migrate(
         connection: &mut Self::Connection,
-    ) -> impl Future<Output = sqlx::Result<Option<&'static str>>> + Send;
+        schema: Option<&str>,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// What is well, and could be better.
+    #[doc(hidden)]
+    fn advice(
+        _connection: &mut Self::Connection,
+        _server: &Server,
+    ) -> impl Future<Output = sqlx::Result<Vec<String>>> + Send {
+        async { Ok(Vec::new()) }
+    }
 
     /// Reads the row without locking anything.
     #[doc(hidden)]
     fn look(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send;
 
-    /// Makes the row of a name, free. A row that is there already stays as it is.
+    /// Makes the row of a name, free. A row that is there already stays as it is. `false`: an open transaction has made it, and so
+    /// holds the lock.
     #[doc(hidden)]
     fn create(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         kind: Kind,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// Takes the lease when it is free, and for a fair claim when nobody else is first in the queue, or when it is already ours
     /// by this very claim. What stood first in the queue for this claim is gone then. `None`: not free, or no row.
     #[doc(hidden)]
     fn acquire(
         connection: &mut Self::Connection,
-        server: Server,
+        server: &Server,
         claim: &Claim,
     ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
+
+    /// Tells the holder of a lease that has run out, or nearly so, that it will be taken: see [`LockRow::notice_is_due`]. A deadline
+    /// that lies too far ahead, because the clock was set back, is drawn in to a TTL from now instead. `false`: nothing of
+    /// this was to be done, or another transaction has the row locked.
+    #[doc(hidden)]
+    fn give_notice(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Makes a free row [settled](LockRow::is_settled), unless another transaction has it locked: a guarded transaction of the
+    /// last holder, say. `false`: not.
+    #[doc(hidden)]
+    fn settle(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Whether another transaction has the row of a name locked: by trying to lock it, without waiting.
+    #[doc(hidden)]
+    fn probe(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<Probe>> + Send;
 
     /// The statement that begins a transaction on a private connection, such that the server ends it soon when it hears
     /// nothing more of us.
@@ -169,6 +233,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn renew(
         connection: &mut Self::Connection,
+        server: &Server,
         leases: &[Renewal],
     ) -> impl Future<Output = sqlx::Result<Vec<Standing>>> + Send;
 
@@ -176,15 +241,16 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn release(
         connection: &mut Self::Connection,
-        server: Server,
+        server: &Server,
         lease: &Return,
-    ) -> impl Future<Output = sqlx::Result<Standing>> + Send;
+    ) -> impl Future<Output = sqlx::Result<Released>> + Send;
 
     /// Gives the lease up, while nobody else can have the lock before `at_least` has passed since it was granted. The row
     /// has no owner's secret from then on, so that a renewal that is still under way does not find it.
     #[doc(hidden)]
     fn release_later(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         secret: &Secret,
         at_least: Duration,
@@ -195,36 +261,58 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn exchange(
         connection: &mut Self::Connection,
-        server: Server,
+        server: &Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> impl Future<Output = sqlx::Result<Exchanged>> + Send;
 
-    /// Takes a place at the end of the queue of a name, if there is room, and none of ours yet. `false`: not, or somebody has the
-    /// row locked.
+    /// Takes a place at the end of the queue of a name, if there is room, and none of ours yet. `false`: not, or another
+    /// transaction has the row locked.
     #[doc(hidden)]
     fn stand(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         place: &Place,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Writes the queue of a name, if it still is what it was `before`. `false`: it is not, or somebody has the row locked.
+    /// Writes the queue of a name, if it still is what it was `before`. `false`: it is not, or another transaction has the row
+    /// locked.
     #[doc(hidden)]
     fn set_waiters(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         before: &str,
         after: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Takes the place of this secret out of the queue of a name, unless somebody has the row locked.
+    /// Takes the place of this secret out of the queue of a name, unless another transaction has the row locked.
     #[doc(hidden)]
     fn remove_waiter(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         secret: &Secret,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Whether a lock of a lease is to be waited for on a private connection before the transaction touches its row: unless the
+    /// transaction sees at each statement what others have committed. Nothing that this sends fixes the transaction's
+    /// snapshot.
+    #[doc(hidden)]
+    fn waits_outside(_transaction: &mut Self::Connection) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
+
+    /// Reads the row as the transaction sees it, which fixes its snapshot. `None` where that tells nothing.
+    #[doc(hidden)]
+    fn look_in(
+        _transaction: &mut Self::Connection,
+        _server: &Server,
+        _name: &str,
+    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send {
+        async { Ok(None) }
+    }
 
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
@@ -232,9 +320,21 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn lock_row(
         connection: &mut Self::Connection,
+        server: &Server,
         claim: &RowClaim,
         slice: Duration,
     ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
+
+    /// Whether the lock that the transaction has just taken was its own before, by the number and secret that were `before` in
+    /// the row. `None`: this database can't tell.
+    #[doc(hidden)]
+    fn was_its_own(
+        _connection: &mut Self::Connection,
+        _row: &RowKey,
+        _before: &(i64, String),
+    ) -> impl Future<Output = sqlx::Result<Option<bool>>> + Send {
+        async { Ok(None) }
+    }
 
     /// Sees to it that some transaction is open, so that the rollback of a handle whose own one has ended succeeds.
     #[doc(hidden)]
@@ -242,7 +342,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async {}
     }
 
-    /// How long a guard waits for a row that somebody else has locked.
+    /// How long a guard waits for a row that another transaction has locked.
     #[doc(hidden)]
     const GUARD_LIMIT: Duration = Duration::from_secs(5);
 
@@ -251,6 +351,7 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     fn commit_locked(
         connection: &mut Self::Connection,
+        server: &Server,
         name: &str,
         fencing_token: i64,
     ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
@@ -298,264 +399,28 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     fn classify(error: &sqlx::Error) -> Fault;
 }
 
-/// An attempt to take a lease.
-#[derive(Debug, Clone)]
-pub struct Claim {
-    pub name: Arc<str>,
-    pub secret: Secret,
-    pub owner: Arc<str>,
-    pub ttl: Duration,
-    /// With what its process stands in the queue of the row. A claim without it leaves a free lock to nobody.
-    pub place: Option<Secret>,
-}
-
-/// A lease that is given back.
-#[derive(Debug, Clone)]
-pub struct Return {
-    pub name: Arc<str>,
-    pub secret: Secret,
-    /// When more callers of this process wait: they stand behind those of others who wait already.
-    pub place: Option<Place>,
-}
-
-/// A place in the queue of a row: see [`Waiters`].
-#[derive(Debug, Clone)]
-pub struct Place {
-    pub secret: Secret,
-    /// Whom a release calls; zero for nobody.
-    pub listener: u32,
-}
-
-impl Place {
-    /// As SQL binds it; empty for none.
-    fn parts(place: Option<&Self>) -> (&str, String) {
-        place.map_or(("", String::new()), |place| (place.secret.as_str(), format!("{:08x}", place.listener)))
-    }
-}
-
-/// What became of returns and claims, in their order.
+/// What a private connection found where the table should be.
 #[derive(Debug)]
-pub struct Exchanged {
-    pub returns: Vec<Standing>,
-    pub grants: Vec<Option<Grant>>,
+#[doc(hidden)]
+pub enum Found {
+    Table(Server),
+    /// No table of this name.
+    Nothing,
+    /// A table that lacks a column.
+    Differs,
+    /// A table that can't keep locks, and why.
+    Unusable(String),
 }
 
-impl Exchanged {
-    /// When something was in the way of all of them, and nothing was done.
-    #[cfg(any(feature = "mysql", feature = "sqlite"))]
-    fn nothing(returns: &[Return], claims: &[Claim]) -> Self {
-        Self { returns: vec![Standing::Busy; returns.len()], grants: vec![None; claims.len()] }
-    }
-}
-
-/// A lease that was taken.
-#[derive(Debug, Clone, Copy)]
-pub struct Grant {
-    /// Of the row.
-    pub id: i64,
-    /// The last of those that belong to this grant.
-    pub fencing_token: i64,
-    /// How many belong to it, one at least: those since the grant before, which the clock has gone over meanwhile.
-    pub numbers: i64,
-    /// Whether other processes stand in the queue.
-    pub others_wait: bool,
-}
-
-/// A lease, as the statements in a transaction name it.
-#[derive(Debug, Clone)]
-pub struct LeaseKey {
-    pub row: RowKey,
-    pub secret: Secret,
-    /// Beside the secret, which a late copy of the request for the lease may bring back long after others have had it.
-    pub fencing_token: i64,
-    pub cluster: Cluster,
-}
-
-/// What a guard found.
+/// What a try to lock a row met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guarded {
-    /// The lock is ours, and stays so to the end of the transaction.
-    Ours,
-    /// It was ours when the transaction was committed, which it is already: the COMMIT of its handle finds nothing to do.
-    Committed,
-    /// It is not ours any more.
-    NotOurs,
-    /// The marked transaction has ended already.
-    Ended,
-}
-
-impl Guarded {
-    fn when(ours: bool) -> Self {
-        if ours { Self::Ours } else { Self::NotOurs }
-    }
-}
-
-/// What kind of server a connection leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Server {
-    pub cluster: Cluster,
-    /// Whether claims and releases go by statements that answer what they have written: MariaDB's.
-    pub answers_writes: bool,
-}
-
-impl Default for Server {
-    fn default() -> Self {
-        Self { cluster: Cluster::SinglePrimary, answers_writes: false }
-    }
-}
-
-/// How far a row lock reaches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cluster {
-    /// To everybody who may write.
-    SinglePrimary,
-    /// To the clients of one node only: Galera, multi-primary group replication. What must exclude clients of other
-    /// nodes has to be a write, which certification finds.
-    MultiPrimary,
-}
-
-/// A lease to be renewed.
-#[derive(Debug, Clone)]
-pub struct Renewal {
-    /// Of the row.
-    pub id: i64,
-    pub secret: Secret,
-    pub fencing_token: i64,
-    pub ttl: Duration,
-}
-
-/// What the row said about a lease of ours.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
-    /// It was ours, and what was asked for was done.
-    Ours,
-    /// It is ours, with more of its TTL left than its holder relies on. Whether it was renewed just now was not told.
-    StillOurs,
-    /// It is ours, but somebody has the row locked: nothing was done, ask again.
-    Busy,
-    /// It is not ours any more.
-    NotOurs,
-}
-
-/// A wish for a row, in a transaction.
-#[derive(Debug, Clone)]
-pub struct RowClaim {
-    pub row: RowKey,
-    pub kind: Kind,
-    pub owner: Arc<str>,
-    pub secret: Secret,
-}
-
-/// Which row to lock.
-#[derive(Debug, Clone)]
-pub struct RowKey {
-    pub name: Arc<str>,
-    /// As it was read last; not used where the transaction makes the row.
-    pub id: i64,
-}
-
-/// What became of an attempt to lock a row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RowAttempt {
-    /// It is locked until the transaction ends.
-    Locked {
-        /// The number that this wrote into the row.
-        fencing_token: i64,
-        /// Whose secret was there before.
-        before: String,
-    },
-    /// It could not be had: somebody else has it or, when nothing was waited for, there is no such row.
-    Busy,
-    /// There is no such row, as far as this transaction can see.
-    Missing,
-    /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
-    Stale,
-    /// The name is used as the other kind of lock.
-    WrongKind,
-    /// A lease holds it. The row may be locked all the same, which only the end of the transaction undoes.
-    Leased,
-}
-
-/// A row as it was read.
-#[derive(Debug, Clone)]
-pub struct LockRow {
-    pub id: i64,
-    pub kind: Kind,
-    pub secret_key: String,
-    pub owner: String,
-    pub fencing_token: i64,
-    /// All times in microseconds since 1970, by the database's clock.
-    pub created: i64,
-    pub acquired: i64,
-    pub expires: i64,
-    /// Until `expires`; zero or less when free.
-    pub remaining: i64,
-    /// The processes that wait: see [`Waiters`].
-    pub waiters: String,
-}
-
-impl LockRow {
-    /// How long the holder has left without another renewal; zero when the lease is free.
-    pub(crate) fn remaining(&self) -> Duration {
-        Duration::from_micros(u64::try_from(self.remaining).unwrap_or(0))
-    }
-
-    /// When it was read, by the database's clock, in microseconds since 1970.
-    pub(crate) fn now(&self) -> i64 {
-        self.expires.saturating_sub(self.remaining)
-    }
-
-    pub(crate) fn into_info(self, name: &str) -> LockInfo {
-        let held = self.kind == Kind::Insert && self.remaining > 0;
-        LockInfo {
-            name: name.to_owned(),
-            kind: self.kind,
-            owner: self.owner,
-            fencing_token: self.fencing_token,
-            created_at: timestamp(self.created),
-            acquired_at: timestamp(self.acquired),
-            held_until: held.then(|| timestamp(self.expires)),
-        }
-    }
-}
-
-fn timestamp(micros: i64) -> DateTime<Utc> {
-    DateTime::from_timestamp_micros(micros).unwrap_or_default()
-}
-
-/// What an error means for a lock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// Somebody is in the way: nothing was done, and waiting helps. The transaction, if any, goes on.
-    Busy,
-    /// The transaction was ended to break a deadlock.
-    Deadlock,
-    /// The transaction's snapshot is too old.
-    Serialization,
-    /// No such table.
-    TableMissing,
-    /// The table lacks a column.
-    TableDiffers,
-    /// The transaction was ended, or can only be rolled back.
-    TransactionEnded,
-    /// The connection or the server is gone, or not there yet. Whether the statement was carried out is unknown.
-    Disconnected,
-    /// Anything else.
-    Other,
-}
-
-/// Whether the way to the database is gone, or not there yet, whichever database it is.
-#[cfg_attr(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")), allow(unused_variables))]
-pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
-    let faults: &[Fault] = &[
-        #[cfg(feature = "postgres")]
-        sqlx::Postgres::classify(error),
-        #[cfg(feature = "mysql")]
-        sqlx::MySql::classify(error),
-        #[cfg(feature = "sqlite")]
-        sqlx::Sqlite::classify(error),
-    ];
-    faults.contains(&Fault::Disconnected)
+pub enum Probe {
+    /// Another transaction has it locked.
+    Locked,
+    /// It could be locked.
+    Free,
+    /// There is no such row, or none that this role may lock.
+    Nothing,
 }
 
 /// For an error after a change that stands: whether it does is not known to whoever hears only of the error.

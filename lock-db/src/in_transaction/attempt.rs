@@ -7,7 +7,7 @@ use sqlx::Connection;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
-use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey};
+use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;
 use crate::secret::Secret;
@@ -25,8 +25,12 @@ const FIRST_SLICE: Duration = Duration::from_millis(1100);
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.
 const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
-/// The longest pause between two looks at a lease that somebody else holds.
+/// The longest pause between two looks at a lease that another process holds.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Between two attempts, when the server did not wait in between as it was asked to.
+const SHORT_PAUSE: Duration = Duration::from_millis(20);
+
+const ACTION: &str = "lock the row";
 
 /// One caller's wish for a name.
 pub(crate) struct Attempt<'a, DB: LockDatabase> {
@@ -44,116 +48,218 @@ pub(crate) struct Locked {
     /// What stands in the row now, and what did before.
     pub(crate) secret: Secret,
     pub(crate) before: String,
+    row: RowKey,
+    last: (i64, String),
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
-    /// Takes the lock in the caller's transaction.
+    /// Takes the lock in the caller's transaction. With `touched` that works with the table already.
     pub(crate) async fn lock_in(
         &self,
         transaction: &mut DB::Connection,
+        touched: bool,
     ) -> Result<Option<HeldInTransaction>, Error> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.to_string() });
         }
-        let Some(locked) = self.lock(transaction, || true).await? else { return Ok(None) };
-        let hold_count = self.count(&locked.secret, &locked.before).await;
+        let Some(locked) = self.lock(transaction, touched, || true).await? else { return Ok(None) };
+        let hold_count = self.count(transaction, &locked).await?;
         Ok(Some(HeldInTransaction { name: Arc::clone(self.name), hold_count }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
     /// longer.
+    ///
+    /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
+    /// table. So from the first statement in the transaction on nothing here waits for the session: both would wait for each other.
     pub(crate) async fn lock(
         &self,
         connection: &mut DB::Connection,
+        touched: bool,
         mut may_wait: impl FnMut() -> bool,
     ) -> Result<Option<Locked>, Error> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
         }
+        let server = self.locate().await?;
         let secret = Secret::generate()?;
-        let mut slice = Duration::ZERO;
-        // Whether the row was just seen, so that not finding it means something else.
-        let mut seen = false;
+        let owner = Arc::clone(self.locks.owner());
+        let Some(id) = self.find(connection, &server, touched, &mut may_wait).await? else { return Ok(None) };
+        let row = RowKey { name: Arc::clone(self.name), id };
+        let claim = RowClaim { row, kind: self.kind, owner, secret };
+        let (mut slice, mut stalled) = (Duration::ZERO, None);
         loop {
-            let known = self.locks.known_rows().get(self.name);
-            let id = match known {
-                // A lease may hold it, which the transaction must not find out by locking the holder's row.
-                _ if self.kind == Kind::Insert => {
-                    seen = true;
-                    match self.wait_for_lease(&mut may_wait).await? {
-                        Some(id) => id,
-                        None => return Ok(None),
-                    }
+            let asked = Instant::now();
+            let held_by = match self.step(connection, &server, &claim, slice).await? {
+                Step::Done(RowAttempt::Locked { fencing_token, before }) => {
+                    let RowClaim { row, secret, .. } = claim;
+                    let (before, last) = (before.1.clone(), before);
+                    return Ok(Some(Locked { fencing_token, secret, before, row, last }));
                 }
-                Some(id) => id,
-                None => {
-                    seen = true;
-                    self.ensure_row().await?.map_or(0, |(row, _)| row.id)
-                }
-            };
-            let row = RowKey { name: Arc::clone(self.name), id };
-            let owner = Arc::clone(self.locks.owner());
-            let claim = RowClaim { row, kind: self.kind, owner, secret: secret.clone() };
-            match self.step(connection, &claim, slice).await? {
-                RowAttempt::Locked { fencing_token, before } => {
-                    return Ok(Some(Locked { fencing_token, secret, before }));
-                }
-                RowAttempt::WrongKind => {
+                Step::Done(RowAttempt::WrongKind) => {
                     let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
                     let name = self.name.to_string();
                     return Err(Error::WrongKind { name, wanted: self.kind, found });
                 }
-                // Too late for this transaction: somebody was quicker, or the row is newer than its snapshot.
-                RowAttempt::Stale | RowAttempt::Leased => return Err(self.stale()),
-                RowAttempt::Missing if seen => return Err(self.stale()),
-                RowAttempt::Missing | RowAttempt::Busy => {}
-            }
-            if !seen {
-                // Busy, or cleaned away since it was last seen? In the second case InnoDB has locked the gap, so that the
-                // row can be made only for the next transaction.
-                self.locks.known_rows().remove(self.name);
-                if let Some((_, true)) = self.ensure_row().await? {
-                    continue;
+                Step::Done(RowAttempt::ForeignTransaction) => {
+                    return Err(Error::ForeignTransaction { name: self.name.to_string() });
                 }
-                seen = true;
-            }
-            let Some(left) = self.left() else { return Ok(None) };
+                Step::Done(RowAttempt::Missing) => {
+                    // Cleaned away since it was seen last; or this transaction does not see what was made after it began.
+                    self.locks.known_rows().remove(self.name);
+                    return Err(self.stale(connection).await);
+                }
+                // Another process was quicker, or the transaction may have read what its last holder has changed since.
+                Step::Done(RowAttempt::Stale | RowAttempt::Leased { usable: false }) => {
+                    return Err(self.stale(connection).await);
+                }
+                Step::Done(RowAttempt::Unsettled { usable }) => {
+                    if !usable {
+                        let error = self.stale(connection).await;
+                        // So that the next transaction finds it settled.
+                        let _settled = self.settle().await;
+                        return Err(error);
+                    }
+                    self.settle().await?;
+                    if self.wait.is_none() && self.started.elapsed() < SHORTEST_ANSWER {
+                        sleep(SHORT_PAUSE).await;
+                        continue;
+                    }
+                    true
+                }
+                Step::Done(RowAttempt::Leased { usable: true }) => true,
+                Step::Done(RowAttempt::Busy) => {
+                    stalled = None;
+                    false
+                }
+                Step::Stalled(failure) => {
+                    stalled = Some(failure);
+                    false
+                }
+            };
+            let Some(left) = self.left() else {
+                return match stalled {
+                    None => Ok(None),
+                    Some(failure) => Err(failure.into_error(ACTION, Some(self.name))),
+                };
+            };
             if left.is_zero() {
-                return Err(self.timed_out(WaitingFor::Lock, None));
+                return Err(match stalled {
+                    None => self.timed_out(WaitingFor::Lock, None),
+                    Some(failure) => failure.into_error(ACTION, Some(self.name)),
+                });
             }
             if !may_wait() {
                 return Ok(None);
+            }
+            // A lease is not waited for on the server.
+            let pause = if held_by { PAUSE } else { SHORT_PAUSE };
+            if held_by || (!slice.is_zero() && asked.elapsed() < slice / 2) {
+                sleep(jitter(pause).min(left)).await;
             }
             slice = left.min(if slice.is_zero() { FIRST_SLICE } else { SLICE });
         }
     }
 
+    /// Finds the row, and waits until no lease holds it, where that has to be done outside of the transaction. Answers the row's id, or
+    /// zero where that is not needed. `None` as in `lock`.
+    async fn find(
+        &self,
+        connection: &mut DB::Connection,
+        server: &Server,
+        touched: bool,
+        may_wait: &mut impl FnMut() -> bool,
+    ) -> Result<Option<i64>, Error> {
+        if self.kind == Kind::Row {
+            if DB::ROW_IS_MADE_IN_TRANSACTION {
+                return Ok(Some(0));
+            }
+            if let Some(id) = self.locks.known_rows().get(self.name) {
+                return Ok(Some(id));
+            }
+            let (row, _) = self.ensure_row().await?;
+            self.locks.known_rows().insert(Arc::clone(self.name), row.id);
+            return Ok(Some(row.id));
+        }
+        let outside = DB::waits_outside(connection).await;
+        let outside =
+            outside.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))?;
+        if !outside {
+            return Ok(Some(0));
+        }
+        if touched
+            && let Some(row) = self.look_in(connection, server).await?
+            && row.is_settled()
+        {
+            return Ok(Some(row.id));
+        }
+        self.wait_for_lease(may_wait).await
+    }
+
+    async fn look_in(
+        &self,
+        connection: &mut DB::Connection,
+        server: &Server,
+    ) -> Result<Option<LockRow>, Error> {
+        let row = DB::look_in(connection, server, self.name).await;
+        row.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))
+    }
+
     async fn step(
         &self,
         connection: &mut DB::Connection,
+        server: &Server,
         claim: &RowClaim,
         slice: Duration,
-    ) -> Result<RowAttempt, Error> {
+    ) -> Result<Step, Error> {
         let limit = slice + ANSWER_LIMIT;
-        let failure = match timeout(limit, DB::lock_row(connection, claim, slice)).await {
-            Ok(Ok(attempt)) => return Ok(attempt),
+        let failure = match timeout(limit, DB::lock_row(connection, server, claim, slice)).await {
+            Ok(Ok(attempt)) => return Ok(Step::Done(attempt)),
             Ok(Err(error)) => Failure::new::<DB>(error),
             Err(_elapsed) => Failure::no_answer::<DB>(limit),
         };
-        Err(failure.into_error("lock the row", Some(self.name)))
+        if failure.is_busy() {
+            return Ok(Step::Stalled(failure));
+        }
+        Err(failure.into_error(ACTION, Some(self.name)))
     }
 
-    /// Waits, outside of the transaction, until no lease holds the lock. Answers the row's id; `None` as in `lock`.
-    async fn wait_for_lease(&self, mut may_wait: impl FnMut() -> bool) -> Result<Option<i64>, Error> {
+    /// Waits, outside of the transaction, until no lease holds the lock and the last one is ruled out. Answers the row's id; `None`
+    /// as in `lock`.
+    async fn wait_for_lease(&self, may_wait: &mut impl FnMut() -> bool) -> Result<Option<i64>, Error> {
         loop {
-            let Some((row, _)) = self.ensure_row().await? else { return Ok(Some(0)) };
-            let remaining = row.remaining();
-            if remaining.is_zero() {
+            let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
+                let name = Arc::clone(self.name);
+                match self.ask(|answer| Request::Look { name, answer }).await? {
+                    Some(row) => row,
+                    None => return Ok(Some(0)),
+                }
+            } else {
+                self.ensure_row().await?.0
+            };
+            if row.kind != Kind::Insert {
+                let name = self.name.to_string();
+                return Err(Error::WrongKind { name, wanted: self.kind, found: row.kind });
+            }
+            if row.is_settled() {
                 return Ok(Some(row.id));
             }
-            let Some(left) = self.left() else { return Ok(None) };
+            let is_over = row.is_free() || row.notice_is_due();
+            if is_over {
+                self.settle().await?;
+            }
+            let remaining = if is_over { SHORT_PAUSE } else { row.remaining() };
+            let left = match self.left() {
+                Some(left) => left,
+                // A try of what is held by nobody goes on until it is settled, or it shows that it can't be.
+                None if is_over => SHORTEST_ANSWER.saturating_sub(self.started.elapsed()),
+                None => return Ok(None),
+            };
             if left.is_zero() {
-                return Err(self.timed_out(WaitingFor::Lock, Some(row)));
+                return match self.wait {
+                    None => Ok(None),
+                    Some(_) => Err(self.timed_out(WaitingFor::Lock, Some(row))),
+                };
             }
             if !may_wait() {
                 return Ok(None);
@@ -162,20 +268,25 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
-    /// caller's transaction, where it would be seen only at the end of it, and would make others wait for that. Answers
-    /// the row and whether it was missing; `None` when there is none and the transaction itself makes it.
-    async fn ensure_row(&self) -> Result<Option<(LockRow, bool)>, Error> {
+    /// Where the table is.
+    async fn locate(&self) -> Result<Server, Error> {
+        match self.locks.location().found() {
+            Some(server) => Ok(server),
+            None => self.ask(|answer| Request::Locate { answer }).await,
+        }
+    }
+
+    /// Rules out the last holder of a lease that has run out or was released.
+    async fn settle(&self) -> Result<(), Error> {
         let name = Arc::clone(self.name);
-        if DB::ROW_IS_MADE_IN_TRANSACTION {
-            let row = self.ask(|answer| Request::Look { name, answer }).await?;
-            return Ok(row.map(|row| (row, false)));
-        }
-        let found = self.ask(|answer| Request::EnsureRow { name, kind: self.kind, answer }).await?;
-        if self.kind == Kind::Row {
-            self.locks.known_rows().insert(Arc::clone(self.name), found.0.id);
-        }
-        Ok(Some(found))
+        self.ask(|answer| Request::Settle { name, answer }).await
+    }
+
+    /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
+    /// caller's transaction, where others would wait for it with locks that end in deadlocks. Answers the row and whether it was missing.
+    async fn ensure_row(&self) -> Result<(LockRow, bool), Error> {
+        let name = Arc::clone(self.name);
+        self.ask(|answer| Request::EnsureRow { name, kind: self.kind, answer }).await
     }
 
     /// Asks the session, not much longer than the wait.
@@ -183,20 +294,31 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let left = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER);
         match timeout(left, self.locks.session().ask(request)).await {
             Ok(answer) => answer,
-            Err(_elapsed) => Err(self.timed_out(WaitingFor::Connection, None)),
+            Err(_elapsed) => {
+                Err(Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name)))
+            }
         }
     }
 
-    /// How often the transaction holds it now. Only a secret that this process wrote needs a second look: others see it
-    /// when the transaction that wrote it has committed, and don't when it is ours.
-    async fn count(&self, secret: &Secret, before: &str) -> usize {
+    /// How often the transaction holds it now. Only a secret that this process wrote needs a second look.
+    async fn count(&self, connection: &mut DB::Connection, locked: &Locked) -> Result<usize, Error> {
+        let Locked { secret, before, row, last, .. } = locked;
         let counts = self.locks.counts();
-        let again = counts.knows(before) && {
-            let name = Arc::clone(self.name);
-            let committed = self.ask(|answer| Request::Look { name, answer }).await;
-            committed.is_ok_and(|row| row.is_none_or(|row| row.secret_key != before))
+        if !counts.knows(before) {
+            return Ok(counts.enter(secret, before, false));
+        }
+        let again = DB::was_its_own(connection, row, last).await;
+        let again = again.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))?;
+        let again = match again {
+            Some(again) => again,
+            // Others see it when the transaction that wrote it has committed, and don't when it is ours.
+            None => {
+                let name = Arc::clone(self.name);
+                let committed = self.ask(|answer| Request::Look { name, answer }).await;
+                committed.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before))
+            }
         };
-        counts.enter(secret, before, again)
+        Ok(counts.enter(secret, before, again))
     }
 
     /// What is left of the wait; `None` for a try.
@@ -204,7 +326,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
     }
 
-    fn stale(&self) -> Error {
+    /// The transaction can only be rolled back.
+    async fn stale(&self, connection: &mut DB::Connection) -> Error {
+        DB::doom(connection).await;
         Error::Serialization { name: self.name.to_string(), source: None }
     }
 
@@ -216,4 +340,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             held_by: held_by.map(|row| Box::new(row.into_info(self.name))),
         }
     }
+}
+
+/// What came of one statement.
+enum Step {
+    Done(RowAttempt),
+    /// Something keeps the table or the database as a whole from being written. The transaction is as usable as before.
+    Stalled(Failure),
 }

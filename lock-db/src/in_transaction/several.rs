@@ -35,7 +35,8 @@ pub(crate) async fn lock_all<DB: LockDatabase>(
     let mut held = Vec::with_capacity(names.len());
     for name in &in_order(names)? {
         let attempt = Attempt { locks, name, kind, wait, started };
-        match attempt.lock_in(transaction).await? {
+        // The first of them has touched the table.
+        match attempt.lock_in(transaction, !held.is_empty()).await? {
             Some(locked) => held.push(locked),
             None => return Ok(None),
         }

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
-use crate::database::{Fault, LockDatabase, is_disconnected};
+use crate::database::{Call, Fault, LockDatabase, is_disconnected};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::{Error, Locks};
@@ -126,13 +126,17 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
         let under_way = hold.lease.commit_begins();
-        let ended = move |ended: &Result<(), Error>| {
+        let ended = move |ended: &Result<Option<Call>, Error>| {
             match ended {
-                Ok(()) => {
+                Ok(call) => {
                     under_way.was_carried_out();
                     if release {
-                        hold.was_released();
+                        hold.was_released(*call);
                     }
+                }
+                Err(Error::Lost { reason: Loss::TakenOver, .. }) => {
+                    under_way.never_comes();
+                    hold.is_lost(Loss::TakenOver);
                 }
                 // It would pass its guard also after another transaction of the same lease.
                 Err(Error::Database { source, .. }) if is_disconnected(source) => drop(under_way),

@@ -7,14 +7,18 @@ use std::time::Duration;
 use sqlx::Connection;
 use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use super::{GuardedTransaction, release_quietly};
-use crate::database::{Fault, Guarded, LockDatabase};
+use crate::database::{Call, Fault, Guarded, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::reentry::Held;
 use crate::session::{LeaseState, Queues, Request};
 use crate::sync::{AtomicBool, AtomicUsize};
 use crate::{Error, Kind, Locks};
+
+/// How long the database is asked whether a lease is lost that a transaction did not find.
+const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
 
 /// An insert lock that is held, and renewed in the background at a third of its TTL as long as this exists.
 ///
@@ -138,8 +142,9 @@ impl<DB: LockDatabase> Lease<DB> {
     /// # Errors
     ///
     /// [`Error::Lost`] when somebody else has the lock, or when an earlier transaction of the lease may still be committed:
-    /// the transaction must be rolled back, and except on SQLite can't be committed any more. [`Error::NotInTransaction`]; [`Error::Serialization`] and [`Error::Deadlock`] when the database
-    /// ended the transaction; [`Error::Database`].
+    /// the transaction must be rolled back, and except on SQLite can't be committed any more. [`Error::Serialization`] likewise when
+    /// the transaction sees the database as it was before the lease was granted; and, as [`Error::Deadlock`], when the database
+    /// ended the transaction. [`Error::NotInTransaction`], [`Error::Database`].
     ///
     /// # Cancel safety
     ///
@@ -206,7 +211,7 @@ impl<DB: LockDatabase> Lease<DB> {
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
-        if let Err(refused) = self.hold.refuse_after_unknown_commit() {
+        if let Err(refused) = self.hold.refuse_after_unknown_commit().and(self.hold.refuse_after_loss()) {
             DB::doom(transaction).await;
             return Err(refused);
         }
@@ -215,10 +220,22 @@ impl<DB: LockDatabase> Lease<DB> {
         let key = &self.hold.lease.key;
         let name = &*key.row.name;
         match DB::guard(transaction, key, release).await {
-            Ok(Guarded::Ours | Guarded::Committed) => Ok(()),
-            Ok(Guarded::NotOurs | Guarded::Ended) => {
+            Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
+            Ok(Guarded::NotOurs) => {
                 DB::doom(transaction).await;
-                Err(Error::Lost { name: name.to_owned(), reason: Loss::TakenOver })
+                if self.is_still_ours().await {
+                    return Err(Error::Serialization { name: name.to_owned(), source: None });
+                }
+                self.hold.is_lost(Loss::TakenOver);
+                Err(self.hold.lost(Loss::TakenOver))
+            }
+            Ok(Guarded::Stale) => {
+                DB::doom(transaction).await;
+                Err(Error::Serialization { name: name.to_owned(), source: None })
+            }
+            Ok(Guarded::Ended) => {
+                DB::doom(transaction).await;
+                Err(self.hold.lost(Loss::TransactionEnded))
             }
             Err(error) => {
                 let failure = Failure::new::<DB>(error);
@@ -236,6 +253,17 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(failure.into_error("verify the lock", Some(name)))
             }
         }
+    }
+
+    /// Whether the row is ours, as others see it: not the transaction of the caller, which may look at an older table.
+    async fn is_still_ours(&self) -> bool {
+        let key = &self.hold.lease.key;
+        let name = Arc::clone(&key.row.name);
+        let asked = self.locks.session().ask(|answer| Request::Look { name, answer });
+        let row = timeout(CONFIRM_LIMIT, asked).await;
+        row.is_ok_and(|row| {
+            row.is_ok_and(|row| row.is_some_and(|row| row.is_of(&key.secret, key.fencing_token)))
+        })
     }
 
     fn refuse_without_transaction(&self, connection: &mut DB::Connection) -> Result<(), Error> {
@@ -349,6 +377,15 @@ impl Hold {
         if self.lease.has_unknown_commit() { Err(self.lost(Loss::CommitUnknown)) } else { Ok(()) }
     }
 
+    /// What the database was said to have decided stays decided. A deadline that has passed is no such thing: it is the database that says
+    /// whether another process has the lock by now.
+    fn refuse_after_loss(&self) -> Result<(), Error> {
+        match self.lease.told_loss() {
+            Some(reason @ (Loss::TakenOver | Loss::Released)) => Err(self.lost(reason)),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn lost(&self, reason: Loss) -> Error {
         Error::Lost { name: self.lease.name().to_owned(), reason }
     }
@@ -393,6 +430,12 @@ impl Hold {
         answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
     }
 
+    /// The database has said that the lease is gone: this holder is told at once, and so is everything that waits for that.
+    pub(crate) fn is_lost(&self, loss: Loss) {
+        self.lease.ends(loss);
+        let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease), loss });
+    }
+
     /// From now on until the database tells, nobody knows whether a transaction has released it. The watchdog asks as soon
     /// as this is dropped.
     pub(super) fn doubt(hold: KeptByTransaction) -> InDoubt {
@@ -401,10 +444,11 @@ impl Hold {
     }
 
     /// A transaction that has committed released it.
-    pub(crate) fn was_released(&self) {
+    pub(crate) fn was_released(&self, call: Option<Call>) {
         self.released.store(true, Ordering::SeqCst);
         // In this order: what the next one asks for comes to the session after the end of this one.
-        let _session_may_be_gone = self.session.send(Request::Released { lease: Arc::clone(&self.lease) });
+        let _session_may_be_gone =
+            self.session.send(Request::Released { lease: Arc::clone(&self.lease), call });
         self.lease.pass_turn();
     }
 }

@@ -19,25 +19,23 @@ use crate::turns::Turn;
 pub struct RowGuard<DB: LockDatabase> {
     /// With the turn, so that the next caller of this process comes when the lock is free.
     transaction: OwnTransaction<DB, Arc<Turn>>,
-    name: Arc<str>,
-    fencing_token: i64,
+    condition: Condition,
     counted: Counted,
 }
 
 impl<DB: LockDatabase> RowGuard<DB> {
     pub(super) fn new(
         transaction: OwnTransaction<DB, Arc<Turn>>,
-        name: Arc<str>,
-        fencing_token: i64,
+        condition: Condition,
         counted: Counted,
     ) -> Self {
-        Self { transaction, name, fencing_token, counted }
+        Self { transaction, condition, counted }
     }
 
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        self.condition.name()
     }
 
     /// Commits the transaction, which frees the lock.
@@ -52,8 +50,8 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The commit goes on when the future is dropped; only the answer is lost.
     pub async fn commit(self) -> Result<(), Error> {
-        let Self { transaction, name, fencing_token, counted } = self;
-        transaction.commit(Condition::Row { name, fencing_token }, |_ended| drop(counted)).await
+        let Self { transaction, condition, counted } = self;
+        transaction.commit(condition, |_ended| drop(counted)).await
     }
 
     /// Rolls the transaction back, which frees the lock.
@@ -66,11 +64,10 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The rollback goes on when the future is dropped; only the answer is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, name, counted: _counted, .. } = self;
-        transaction
-            .roll_back()
-            .await
-            .map_err(|error| Failure::new::<DB>(error).into_error("roll back the transaction", Some(&name)))
+        let Self { transaction, condition, counted: _counted } = self;
+        transaction.roll_back().await.map_err(|error| {
+            Failure::new::<DB>(error).into_error("roll back the transaction", Some(condition.name()))
+        })
     }
 }
 
@@ -90,6 +87,6 @@ impl<DB: LockDatabase> DerefMut for RowGuard<DB> {
 
 impl<DB: LockDatabase> std::fmt::Debug for RowGuard<DB> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("RowGuard").field("name", &self.name).finish_non_exhaustive()
+        formatter.debug_struct("RowGuard").field("name", &self.name()).finish_non_exhaustive()
     }
 }

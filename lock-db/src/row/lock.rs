@@ -14,7 +14,7 @@ use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::jitter::jitter;
-use crate::own_transaction::{OwnTransaction, current_runtime};
+use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::turns::Turn;
 use crate::{Error, Kind, Locks, limits, name};
 
@@ -157,7 +157,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let started = Instant::now();
         let name = name::check(&self.name)?;
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
-        attempt.lock_in(transaction).await
+        attempt.lock_in(transaction, false).await
     }
 
     /// In a task, which a caller who goes away can't cut off in the middle of a statement.
@@ -220,7 +220,7 @@ async fn take<DB: LockDatabase>(
         let error = match begun {
             Ok(transaction) => {
                 let mut transaction = transaction.keep(Arc::clone(&turn));
-                let locked = attempt.lock(&mut transaction, || {
+                let locked = attempt.lock(&mut transaction, false, || {
                     may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
                     may_wait.is_some() && !answer.is_closed()
                 });
@@ -228,8 +228,12 @@ async fn take<DB: LockDatabase>(
                     Ok(Some(locked)) => {
                         // The first time: the transaction has only just begun.
                         let counted = attempt.locks.counts().enter_own(locked.secret, &locked.before);
-                        let name = Arc::clone(attempt.name);
-                        return Ok(Some(RowGuard::new(transaction, name, locked.fencing_token, counted)));
+                        let Some(server) = attempt.locks.location().found() else {
+                            return Err(Error::Closed);
+                        };
+                        let (name, fencing_token) = (Arc::clone(attempt.name), locked.fencing_token);
+                        let condition = Condition::Row { name, fencing_token, server };
+                        return Ok(Some(RowGuard::new(transaction, condition, counted)));
                     }
                     Ok(None) => None,
                     Err(error) => Some(error),

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use tokio::select;
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until};
 
 use super::baton;
 use super::core::{Core, Granted, deadline};
-use super::queues::Turn;
+use super::queues::{Front, Turn};
 use super::release;
 use super::request::Acquire;
-use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
+use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, Probe, RowKey, Waiters};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
@@ -37,12 +37,12 @@ const A_WHILE: u32 = 10;
 /// long it need not be quick.
 const LOOKS: u32 = 16;
 
-/// How much longer than the wait an attempt may take that the database leaves without an answer.
-const GRACE: Duration = Duration::from_secs(1);
-/// How long a try may take, which has no wait of its own: with many others before it.
-const LONGEST_TRY: Duration = Duration::from_secs(10);
+/// What the database has for its first answer, also when the wait is shorter: without one nobody could say whether the lock is held.
+const FIRST_ANSWER: Duration = Duration::from_secs(1);
+/// How long a try goes on while it is not a holder that is in the way: another writer on SQLite, a table that is locked as a whole.
+const TRY_PATIENCE: Duration = Duration::from_secs(1);
 
-const ACTION: &str = "acquire";
+pub(super) const ACTION: &str = "acquire";
 
 /// Answers an acquire or a try. When the caller has gone, whatever was reached is undone.
 pub(super) async fn acquire(core: Rc<Core>, mut request: Acquire) {
@@ -66,24 +66,46 @@ struct Attempt {
     turns: Vec<Turn>,
     wait: Option<Duration>,
     started: Instant,
+    /// Until when it goes on.
+    deadline: Instant,
     /// When it was this one's turn to ask the database.
     turn_came: Instant,
+    /// Whether the database has answered anything.
+    answered: Rc<Cell<bool>>,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
     /// Rings when it is this process's turn, if it stands in the queue of the row.
     bell: Option<Rc<Notify>>,
-    /// It has rung: no need to look.
-    was_called: bool,
+    /// It is our turn, or notice is over: no need to look.
+    may_claim: bool,
+    /// Whether the next look comes before the next write.
+    looks_first: bool,
+    /// A row that was free when it was looked at last.
+    seen_free: Option<(Arc<str>, LockRow)>,
     /// What was in the way last.
-    last_seen: Option<(Arc<str>, LockRow)>,
-    last_failure: Option<Failure>,
+    last: Obstacle,
+}
+
+/// What keeps the lock from us, as far as the database has told.
+enum Obstacle {
+    /// It has not told anything.
+    Unknown,
+    /// A holder, or those who are to have it before us.
+    Held(Arc<str>, LockRow),
+    /// Another transaction that has the row locked.
+    RowLocked(Arc<str>, LockRow),
+    /// One that has made the row.
+    Transaction(Arc<str>),
+    /// The database itself.
+    Failure(Failure),
 }
 
 impl Attempt {
     fn new(core: &Rc<Core>, request: &mut Acquire) -> Self {
         core.contenders.set(core.contenders.get() + 1);
+        let deadline = request.deadline();
         let claims = std::mem::take(&mut request.claims);
-        // The place of whoever had the turn before serves the next one, too, if he keeps to the queue.
+        // The place of whichever caller had the turn before serves the next one, too, if it keeps to the queue.
         for claim in claims.iter().filter(|claim| claim.place.is_none()) {
             release::leave_queue(core, &claim.name);
         }
@@ -94,21 +116,33 @@ impl Attempt {
             turns: std::mem::take(&mut request.turns),
             wait: request.wait,
             started: request.started,
+            deadline,
             turn_came: Instant::now(),
+            answered: Rc::default(),
             unsettled: Rc::default(),
-            was_called: false,
-            last_seen: None,
-            last_failure: None,
+            may_claim: false,
+            looks_first: false,
+            seen_free: None,
+            last: Obstacle::Unknown,
         }
     }
 
-    /// Ends soon after the wait is over, also when the database does not answer at all.
+    /// Ends when the wait is over, also when the database does not answer at all; but not before it could have answered once.
     async fn run_in_time(&mut self) -> Result<Option<Vec<Hold>>, Error> {
-        let limit = self.wait.map_or(LONGEST_TRY, |wait| wait + GRACE).saturating_sub(self.started.elapsed());
-        match timeout(limit, self.run()).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(self.timed_out()),
-        }
+        let (deadline, answered) = (self.deadline, Rc::clone(&self.answered));
+        let first_answer = Instant::now() + FIRST_ANSWER;
+        let over = async {
+            sleep_until(deadline.into()).await;
+            if !answered.get() {
+                sleep_until(first_answer.into()).await;
+            }
+        };
+        let result = select! {
+            biased;
+            result = self.run() => Some(result),
+            () = over => None,
+        };
+        result.unwrap_or_else(|| Err(self.timed_out()))
     }
 
     async fn run(&mut self) -> Result<Option<Vec<Hold>>, Error> {
@@ -125,8 +159,13 @@ impl Attempt {
         let (mut failures, mut busy) = (0_u32, 0_u32);
         let mut nearest = u32::MAX;
         loop {
-            let mut held_for = Duration::ZERO;
-            let pause = match self.ask().await {
+            let reply = self.ask().await;
+            if !matches!(&reply, Err(failure) if failure.is_silence()) {
+                self.answered.set(true);
+            }
+            let mut at_most = Duration::MAX;
+            self.looks_first = true;
+            let pause = match reply {
                 Ok(Reply::Granted(granted)) => {
                     // The place is gone with the grant.
                     for claim in &self.claims {
@@ -134,11 +173,17 @@ impl Attempt {
                     }
                     return Ok(Some(granted));
                 }
-                Ok(Reply::InTheWay { remaining, position }) => {
+                Ok(Reply::InTheWay { name, row, remaining, position }) => {
                     (failures, busy) = (0, 0);
-                    self.last_failure = None;
+                    self.is_held_by(name, row);
+                    if self.wait.is_none() {
+                        return Ok(None);
+                    }
                     self.wait_for_baton(position, &mut nearest);
-                    held_for = remaining;
+                    // Never later than the holder's deadline.
+                    if !remaining.is_zero() {
+                        at_most = remaining;
+                    }
                     let pause = if position == 0 {
                         self.turn_came.elapsed() / LOOKS
                     } else {
@@ -146,51 +191,105 @@ impl Attempt {
                     };
                     pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(self.in_a_crowd())
                 }
-                Ok(Reply::RowIsBusy) => {
-                    self.last_failure = None;
+                Ok(Reply::Noticed(notice)) => {
+                    (failures, busy) = (0, 0);
+                    self.may_claim = !self.pause(notice).await;
+                    continue;
+                }
+                Ok(Reply::RowIsBusy(name, row)) => {
                     busy += 1;
+                    self.last = Obstacle::RowLocked(Arc::clone(&name), row.clone());
+                    if self.wait.is_none() || busy.is_multiple_of(A_WHILE) || self.left().is_zero() {
+                        let locked = self.is_locked(&name, row).await?;
+                        if locked && self.wait.is_none() {
+                            return Ok(None);
+                        }
+                    }
                     if busy < A_WHILE {
                         (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
                     } else {
                         LONGEST_PAUSE.max(self.in_a_crowd())
                     }
                 }
+                Ok(Reply::RowIsMade(name)) => {
+                    self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
+                    self.last = Obstacle::Transaction(name);
+                    if self.wait.is_none() {
+                        return Ok(None);
+                    }
+                    LONGEST_PAUSE
+                }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
-                // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
-                Err(failure) if failure.fault == Fault::Disconnected => {
+                Err(failure) => {
+                    let is_gone = failure.fault == Fault::Disconnected;
+                    if !is_gone && !failure.passes() {
+                        return Err(failure.into_error(ACTION, Some(self.name())));
+                    }
                     failures += 1;
-                    let closed_while_idle = failures == 1 && !failure.is_silence();
-                    self.last_failure = Some(failure);
+                    let closed_while_idle = is_gone && failures == 1 && !failure.is_silence();
+                    let is_silence = failure.is_silence();
+                    self.fails(failure);
+                    // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
                     if closed_while_idle {
                         continue;
                     }
-                    if self.wait.is_none() {
+                    if self.wait.is_none() && (is_silence || self.started.elapsed() > TRY_PATIENCE) {
                         return Err(self.timed_out());
                     }
-                    LONGEST_PAUSE
+                    if is_gone {
+                        LONGEST_PAUSE
+                    } else {
+                        SHORTEST_PAUSE.max(self.turn_came.elapsed() / LOOKS).min(LONGEST_PAUSE)
+                    }
                 }
-                Err(failure) if failure.is_contention() => {
-                    self.last_failure = None;
-                    SHORTEST_PAUSE
-                }
-                Err(failure) => return Err(failure.into_error(ACTION, Some(self.name()))),
             };
-            let Some(left) = self.left() else { return Ok(None) };
-            if left.is_zero() {
+            if self.left().is_zero() || (self.wait.is_none() && self.started.elapsed() > TRY_PATIENCE) {
                 return Err(self.timed_out());
             }
-            // Never later than the holder's deadline, and once more at our own.
-            let jittered = jitter(pause);
-            let until_free = if held_for.is_zero() { jittered } else { held_for };
-            self.was_called = select! {
-                biased;
-                () = rings(self.bell.as_deref()) => true,
-                () = sleep(jittered.min(until_free).min(left)) => false,
-            };
+            // Once more at our own deadline.
+            self.may_claim = self.pause(jitter(pause).min(at_most).min(self.left())).await;
         }
+    }
+
+    /// Waits, or less when it is our turn: `true`.
+    async fn pause(&self, pause: Duration) -> bool {
+        select! {
+            biased;
+            () = rings(self.bell.as_deref()) => true,
+            () = sleep(pause) => false,
+        }
+    }
+
+    /// Notes who is in the way, for this caller and for those that wait behind it.
+    fn is_held_by(&mut self, name: Arc<str>, row: LockRow) {
+        let info = Box::new(row.clone().into_info(&name));
+        self.core.queues.learn(&name, Front::IsHeldElsewhere(Some(info)));
+        self.last = Obstacle::Held(name, row);
+    }
+
+    fn fails(&mut self, failure: Failure) {
+        for claim in &self.claims {
+            self.core.queues.learn(&claim.name, Front::Fails(failure.another()));
+        }
+        self.last = Obstacle::Failure(failure);
+    }
+
+    /// Whether a free row could not be had because another transaction has it locked.
+    async fn is_locked(&mut self, name: &Arc<str>, row: LockRow) -> Result<bool, Error> {
+        match self.core.lane.probe(name).await {
+            Ok(Probe::Locked) => {
+                self.core.queues.learn(name, Front::IsHeldElsewhere(None));
+                self.last = Obstacle::RowLocked(Arc::clone(name), row);
+                return Ok(true);
+            }
+            Ok(Probe::Free | Probe::Nothing) => self.fails((self.core.not_written)()),
+            Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => self.fails(failure),
+            Err(failure) => return Err(failure.into_error(ACTION, Some(name))),
+        }
+        Ok(false)
     }
 
     fn in_a_crowd(&self) -> Duration {
@@ -201,7 +300,7 @@ impl Attempt {
     /// the queue has moved since the last time. Else whoever is first does not wait for it, so it would come back at once.
     fn wait_for_baton(&self, position: u32, nearest: &mut u32) {
         let [Claim { name, .. }] = &*self.claims else { return };
-        let (Some(_), Some((_, row))) = (&self.bell, &self.last_seen) else { return };
+        let (Some(_), Obstacle::Held(_, row)) = (&self.bell, &self.last) else { return };
         let out_of_turn = position > 0 && self.core.baton.is_ours(name);
         if out_of_turn {
             baton::give(&self.core, name);
@@ -217,13 +316,16 @@ impl Attempt {
 
     /// One attempt. Unless it is the first one it looks before it writes: a plain read costs the database next to nothing.
     async fn ask(&mut self) -> Result<Reply, Failure> {
-        if (self.last_seen.is_some() || (self.bell.is_some() && self.wait.is_some()))
-            && !self.was_called
+        let may_claim = std::mem::take(&mut self.may_claim);
+        let looks_first = self.looks_first || (self.bell.is_some() && self.wait.is_some());
+        if looks_first
+            && !may_claim
             && let Some(in_the_way) = self.look_at_all().await?
         {
             return Ok(in_the_way);
         }
         // The second time with the rows that the first time made.
+        let mut free = None;
         for _ in 0..2 {
             if let Some(granted) = self.claim().await? {
                 return Ok(Reply::Granted(granted));
@@ -231,8 +333,11 @@ impl Attempt {
             if let Some(in_the_way) = self.look_at_all().await? {
                 return Ok(in_the_way);
             }
+            free = self.seen_free.take().or(free);
         }
-        Ok(Reply::RowIsBusy)
+        // Without one its row was made, and could not be seen.
+        let (name, row) = free.ok_or_else(|| (self.core.not_written)())?;
+        Ok(Reply::RowIsBusy(name, row))
     }
 
     /// The first name that is in the way.
@@ -249,7 +354,7 @@ impl Attempt {
     async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
         // What an earlier attempt may have got is not settled by what this one does not get.
         let unsettled_before = self.unsettled.get();
-        let (grants, cluster, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
+        let (grants, server, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
         {
             Err(failure) if failure.fault != Fault::Disconnected => {
                 self.unsettled.set(unsettled_before);
@@ -275,23 +380,25 @@ impl Attempt {
             let may_hand_on = !is_new_row && self.core.queues.somebody_waits(&name);
             let most = if may_hand_on { hand_off.most_turns() } else { 1 };
             let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
-            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, cluster };
+            let server = server.clone();
+            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, ttl, server };
             let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
             Granted { key, numbers, turns, others_wait, ttl, sent }
         });
         Ok(Some(granted.collect()))
     }
 
-    /// Looks whether a name is in the way, and makes its row when there is none. Whoever waits takes a place in the queue.
+    /// Looks whether a name is in the way, and makes its row when there is none. Who waits takes a place in the queue.
     async fn look(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
         let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let core = Rc::clone(&self.core);
         let Some(row) = core.lane.look(&name).await? else {
-            core.lane.create(&name, Kind::Insert).await?;
-            return Ok(None);
+            let made = core.lane.create(&name, Kind::Insert).await?;
+            return Ok((!made).then_some(Reply::RowIsMade(name)));
         };
+        self.answered.set(true);
         if row.kind != Kind::Insert {
             return Ok(Some(Reply::WrongKind(name, row.kind)));
         }
@@ -299,12 +406,12 @@ impl Attempt {
             // By a request whose answer was lost.
             return Ok(None);
         }
-        let (remaining, now) = (row.remaining(), row.now());
-        let is_free = remaining.is_zero();
+        let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
         let mut written = true;
         let mut ahead = 0;
         if let Some(place) = place {
             if is_free && row.waiters.is_empty() {
+                self.seen_free = Some((name, row));
                 return Ok(None);
             }
             let (listener, place) = (core.calls.listener(), place.as_str());
@@ -312,7 +419,7 @@ impl Attempt {
             let all_last = waiters.text().len() == row.waiters.len();
             // A place on another node would be a write in the way of the holder's guarded transactions.
             let may_stand = core.lane.cluster() == Cluster::SinglePrimary;
-            let waits = may_stand && self.left().is_some_and(|left| !left.is_zero());
+            let waits = may_stand && self.wait.is_some() && !self.left().is_zero();
             if waits {
                 self.bell = Some(core.calls.stand(&name, row.id));
                 core.listen();
@@ -331,16 +438,24 @@ impl Attempt {
                 }
             }
         }
-        let may_take = is_free && ahead == 0;
-        if may_take && written {
+        if is_free && ahead == 0 && written {
+            self.seen_free = Some((name, row));
             return Ok(None);
         }
-        self.last_seen = Some((name, row));
         if !written {
-            return Ok(Some(Reply::RowIsBusy));
+            return Ok(Some(Reply::RowIsBusy(name, row)));
+        }
+        if ahead == 0 && row.notice_is_due() {
+            // A deadline that lay too far ahead is drawn in: the next look tells how far.
+            let is_over = row.remaining().is_zero();
+            return Ok(Some(match core.lane.give_notice(&name).await? {
+                true if is_over => Reply::Noticed(row.notice()),
+                true => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
+                false => Reply::RowIsBusy(name, row),
+            }));
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-        Ok(Some(Reply::InTheWay { remaining, position }))
+        Ok(Some(Reply::InTheWay { name, row, remaining, position }))
     }
 
     /// For messages.
@@ -348,22 +463,24 @@ impl Attempt {
         self.claims.first().map_or("", |claim| &claim.name)
     }
 
-    /// What is left of the wait; `None` for a try.
-    fn left(&self) -> Option<Duration> {
-        self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
+    /// What is left of the time in which it goes on.
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
     }
 
     /// A database that was away to the end is worth more words than the wait.
     fn timed_out(&mut self) -> Error {
-        if let Some(failure) = self.last_failure.take() {
-            return failure.into_error(ACTION, Some(self.name()));
-        }
-        let (name, held_by) = match self.last_seen.clone() {
-            Some((name, row)) => (name.to_string(), Some(Box::new(row.into_info(&name)))),
-            None => (self.name().to_owned(), None),
-        };
         let waited = self.started.elapsed();
-        Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by }
+        let (name, row) = match std::mem::replace(&mut self.last, Obstacle::Unknown) {
+            Obstacle::Held(name, row) | Obstacle::RowLocked(name, row) => (name, Some(row)),
+            Obstacle::Transaction(name) => (name, None),
+            Obstacle::Failure(failure) => return failure.into_error(ACTION, Some(self.name())),
+            Obstacle::Unknown => {
+                return self.core.lane.no_answer(waited).into_error(ACTION, Some(self.name()));
+            }
+        };
+        let held_by = row.map(|row| Box::new(row.into_info(&name)));
+        Error::Timeout { name: name.to_string(), waited, waiting_for: WaitingFor::Lock, held_by }
     }
 }
 
@@ -399,13 +516,19 @@ async fn rings(bell: Option<&Notify>) {
 
 enum Reply {
     Granted(Vec<Granted>),
-    /// Somebody else has it, for so long at least; zero when that is not known. So many are to have it before us.
+    /// Another process has it, for so long at least; zero when that is not known. So many are to have it before us.
     InTheWay {
+        name: Arc<str>,
+        row: LockRow,
         remaining: Duration,
         position: u32,
     },
-    /// It is our turn, or we were to take a place in the queue, but somebody has the row locked or was quicker.
-    RowIsBusy,
+    /// Its holder was given notice: it is free after that time, unless it is renewed.
+    Noticed(Duration),
+    /// It is our turn, or we were to take a place in the queue, but another transaction has the row locked or was quicker.
+    RowIsBusy(Arc<str>, LockRow),
+    /// A transaction has it that is the first to use the name, and has made its row.
+    RowIsMade(Arc<str>),
     /// The name is used as something else.
     WrongKind(Arc<str>, Kind),
 }

@@ -18,14 +18,21 @@ pub(super) struct Calls {
     places: RefCell<HashMap<Arc<str>, Bell>>,
     listens: Cell<bool>,
     is_asked: Cell<bool>,
+    /// The connection is a pooler's, which hands it to others.
+    can_not_listen: Cell<bool>,
 }
 
 impl Calls {
     pub(super) fn new() -> Self {
         // Zero names nobody.
         let number = getrandom::u32().unwrap_or_else(|_| std::process::id()).max(1);
-        let (listens, is_asked) = (Cell::new(false), Cell::new(false));
-        Self { number, places: RefCell::default(), listens, is_asked }
+        Self {
+            number,
+            places: RefCell::default(),
+            listens: Cell::default(),
+            is_asked: Cell::default(),
+            can_not_listen: Cell::default(),
+        }
     }
 
     pub(super) fn number(&self) -> u32 {
@@ -42,14 +49,20 @@ impl Calls {
         self.listens.set(true);
     }
 
+    /// No connection can listen, as long as this one is there.
+    pub(super) fn can_not_begin(&self) {
+        self.can_not_listen.set(true);
+    }
+
     /// It is gone.
     pub(super) fn end(&self) {
         self.listens.set(false);
+        self.can_not_listen.set(false);
     }
 
     /// Whether somebody should see to it that a connection listens. After `true` that somebody says when it is done.
     pub(super) fn should_begin(&self) -> bool {
-        !self.listens.get() && !self.is_asked.replace(true)
+        !self.listens.get() && !self.can_not_listen.get() && !self.is_asked.replace(true)
     }
 
     pub(super) fn was_asked(&self) {

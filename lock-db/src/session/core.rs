@@ -18,10 +18,12 @@ use super::busy::Busy;
 use super::calls::Calls;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
-use super::queues::{HandOff, Queues, Turn};
+use super::queues::{HandOff, Queues, Reports, Turn};
 use super::request::Request;
 use super::{Way, acquire, release, renewal};
-use crate::database::{Fault, LeaseKey, LockDatabase, LockRow, Place, Renewal};
+use crate::database::{
+    Cluster, Fault, LeaseKey, Location, LockDatabase, LockRow, Place, Renewal, reliable_without_notice,
+};
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
 use crate::secret::Secret;
@@ -37,13 +39,20 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 /// How soon the end of a transaction that has released a lease is noticed.
 const LOOK_AFTER: Duration = Duration::from_millis(100);
+/// Between two renewals of a lease whose row is locked by another transaction.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
 /// The part of the TTL on which a holder relies: it gives up a little before the database does.
 const RELIABLE: (u32, u32) = (9, 10);
 
 /// Starts the thread. It ends after `Close`, or when the sender and all its clones are gone.
-pub(super) fn start<DB: LockDatabase>(application: &Pool<DB>, hand_off: HandOff) -> Result<Way, Error> {
+pub(super) fn start<DB: LockDatabase>(
+    application: &Pool<DB>,
+    location: &Arc<Location>,
+    hand_off: HandOff,
+    owner: &Arc<str>,
+) -> Result<Way, Error> {
     let connect_options = application.connect_options();
-    DB::check_options(&connect_options)?;
+    DB::check_options(&connect_options, location.schema().as_deref())?;
     let options = application
         .options()
         .clone()
@@ -55,7 +64,9 @@ pub(super) fn start<DB: LockDatabase>(application: &Pool<DB>, hand_off: HandOff)
         .test_before_acquire(false);
     let (sender, requests) = mpsc::unbounded_channel();
     let weak = sender.downgrade();
-    let queues = Queues::new(weak.clone(), hand_off, Secret::generate()?);
+    let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
+    let queues = Queues::new(weak.clone(), hand_off, Secret::generate()?, reports);
+    let location = Arc::clone(location);
     let way = Way { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread().enable_all().build().map_err(no_thread)?;
     std::thread::Builder::new()
@@ -68,7 +79,7 @@ pub(super) fn start<DB: LockDatabase>(application: &Pool<DB>, hand_off: HandOff)
                         // Secrets belong in no log.
                         let pool =
                             options.connect_lazy_with((*connect_options).clone().disable_statement_logging());
-                        let core = Core::new(pool, weak, queues);
+                        let core = Core::new(pool, &location, weak, queues);
                         serve(&core, requests).await;
                     })
                     .await;
@@ -118,7 +129,21 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                 }));
             }
             Request::ReleasedIn { lease } => core.look_after(lease.number),
-            Request::Released { lease } => core.lose(lease.number, Loss::Released),
+            Request::Released { lease, call } => {
+                core.lose(lease.number, Loss::Released);
+                if let Some(call) = call {
+                    core.lane.call(call);
+                }
+            }
+            Request::Lost { lease, loss } => core.lose(lease.number, loss),
+            Request::Locate { answer } => drop(spawn_local(async move {
+                let found = twice(async || core.lane.locate().await).await;
+                let _ = answer.send(found.map_err(|failure| failure.into_error("find the table", None)));
+            })),
+            Request::Settle { name, answer } => drop(spawn_local(async move {
+                let settled = core.settle(&name).await;
+                let _ = answer.send(settled.map_err(|failure| failure.into_error("take over", Some(&name))));
+            })),
             Request::EnsureRow { name, kind, answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.ensure_row(&name, kind).await);
             })),
@@ -132,12 +157,12 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     migrated.map_err(|failure| failure.into_error("create `distributed_lock`", None));
                 // Whatever the ledger says, it is the table that has to fit.
                 let _ = answer.send(match migrated {
-                    Ok(()) => core.check_schema().await,
+                    Ok(()) => core.check().await.map(drop),
                     failed => failed,
                 });
             })),
-            Request::CheckSchema { answer } => drop(spawn_local(async move {
-                let _ = answer.send(core.check_schema().await);
+            Request::Check { answer } => drop(spawn_local(async move {
+                let _ = answer.send(core.check().await);
             })),
             Request::Close { done } => {
                 core.closing.send_replace(true);
@@ -160,6 +185,7 @@ pub(super) struct Core {
     pub(super) lane: Lane,
     /// For renewals, and where the database calls.
     pub(super) renewals: Lane,
+    pub(super) not_written: fn() -> Failure,
     pub(super) calls: Rc<Calls>,
     pub(super) baton: Baton,
     pub(super) is_renewing: Cell<bool>,
@@ -192,13 +218,15 @@ pub(super) struct Held {
 impl Core {
     fn new<DB: LockDatabase>(
         pool: Pool<DB>,
+        location: &Arc<Location>,
         requests: mpsc::WeakUnboundedSender<Request>,
         queues: Arc<Queues>,
     ) -> Rc<Self> {
         let calls = Rc::new(Calls::new());
         Rc::new(Self {
-            lane: Lane::start(pool.clone(), &calls, false),
-            renewals: Lane::start(pool, &calls, true),
+            lane: Lane::start(pool.clone(), location, &calls, false),
+            renewals: Lane::start(pool, location, &calls, true),
+            not_written: Failure::not_written::<DB>,
             calls,
             baton: Baton::default(),
             is_renewing: Cell::default(),
@@ -239,6 +267,7 @@ impl Core {
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.deadline);
         self.leases.borrow_mut().insert(number, held);
+        self.queues.is_held(&state);
         Some(Hold::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -314,15 +343,41 @@ impl Core {
             }
             missing = true;
             match twice(async || self.lane.create(name, kind).await).await {
-                Err(failure) if !failure.is_contention() => return Err(failed(failure)),
-                // Made, or in the way of somebody who makes it: the next look tells.
+                Err(failure) if !failure.passes() => return Err(failed(failure)),
+                // Made, or in the way of another process that makes it: the next look tells.
                 _ => {}
             }
         }
     }
 
-    async fn check_schema(&self) -> Result<(), Error> {
-        let checked = patiently(async || self.lane.check_schema().await).await;
+    /// Sees to it that nothing of the last holder of a lock that is not held any more can be committed, unless a transaction of that
+    /// holder is still open.
+    async fn settle(&self, name: &Arc<str>) -> Result<(), Failure> {
+        let Some(row) = twice(async || self.lane.look(name).await).await? else { return Ok(()) };
+        if row.notice_is_due() && self.lane.give_notice(name).await? {
+            sleep(row.notice()).await;
+            self.lane.settle(name).await?;
+        } else if row.is_free() && !row.is_settled() {
+            self.lane.settle(name).await?;
+        }
+        Ok(())
+    }
+
+    /// Wakes up the process that is next, after a transaction has released a lock.
+    pub(super) fn call_next(self: &Rc<Self>, name: &Arc<str>) {
+        let (core, name) = (Rc::clone(self), Arc::clone(name));
+        drop(spawn_local(async move {
+            if let Ok(Some(row)) = core.lane.look(&name).await
+                && row.is_free()
+                && let Some(call) = row.first_waiter()
+            {
+                core.lane.call(call);
+            }
+        }));
+    }
+
+    async fn check(&self) -> Result<Vec<String>, Error> {
+        let checked = patiently(async || self.lane.check().await).await;
         checked.map_err(|failure| failure.into_error("check the table `distributed_lock`", None))
     }
 }
@@ -364,6 +419,20 @@ impl Held {
         if self.state.is_in_doubt() { pause.min(LOOK_AFTER) } else { pause }
     }
 
+    /// The row was locked by another transaction when it was asked for at `sent`, and told of no takeover. One would have to give notice
+    /// first, so the lease is good for that long; on a cluster the notice may be on another node.
+    pub(super) fn not_renewed(&mut self, sent: Instant) {
+        if self.state.key.server.cluster == Cluster::SinglePrimary {
+            let deadline = sent + reliable_without_notice(self.ttl);
+            if deadline > self.deadline && self.state.extend(deadline) {
+                self.deadline = deadline;
+            }
+        }
+        let now = Instant::now();
+        let left = self.deadline.saturating_duration_since(now);
+        self.next_renewal = now + self.pause().min((left / 3).max(SHORTEST_PAUSE));
+    }
+
     /// `false`: too late, its holder was told already that it is over.
     pub(super) fn renewed(&mut self, sent: Instant) -> bool {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
@@ -387,7 +456,7 @@ async fn patiently<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result
     let started = Instant::now();
     loop {
         match twice(&operation).await {
-            Err(failure) if failure.fault == Fault::Busy && started.elapsed() < PATIENCE => {
+            Err(failure) if failure.passes() && started.elapsed() < PATIENCE => {
                 sleep(PAUSE).await;
             }
             answer => return answer,

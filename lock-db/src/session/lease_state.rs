@@ -4,12 +4,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use tokio::sync::watch;
 
 use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
+use crate::{Kind, LockInfo};
 
 /// A lease as its guard sees it, and those to whom it is handed on.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub(crate) struct LeaseState {
     at_least: Mutex<Duration>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
+    /// What the database said in a transaction, before the session has heard of it.
+    ended: watch::Sender<Option<Loss>>,
 }
 
 impl LeaseState {
@@ -66,6 +70,7 @@ impl LeaseState {
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
             lost,
+            ended: watch::Sender::new(None),
         };
         (Arc::new(state), sender)
     }
@@ -79,6 +84,21 @@ impl LeaseState {
         let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // Still locked: for whoever finds it gone it has been passed, and not only taken by another thread that is about to.
         drop(turn.take());
+    }
+
+    /// As this process knows it: for callers that wait behind it.
+    pub(super) fn info(&self, owner: &str) -> LockInfo {
+        let (now, held_for) = (Utc::now(), self.granted.elapsed());
+        let since = now - held_for;
+        LockInfo {
+            name: self.name().to_owned(),
+            kind: Kind::Insert,
+            owner: owner.to_owned(),
+            fencing_token: self.last_fencing_token(),
+            created_at: since,
+            acquired_at: since,
+            held_until: Some(now + self.deadline.left()),
+        }
     }
 
     /// Of the present holder, if it was handed on; else of the only one.
@@ -97,7 +117,7 @@ impl LeaseState {
     /// its name, and if there is enough left of it.
     pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
         // On another node the next holder might not see yet what this one has committed.
-        self.key.cluster == Cluster::SinglePrimary
+        self.key.server.cluster == Cluster::SinglePrimary
             && self.numbers_used.load(Ordering::Acquire) < self.turns
             && self.granted.elapsed() < time
             && self.open_commits.load(Ordering::Acquire) == 0
@@ -185,12 +205,22 @@ impl LeaseState {
 
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
     pub(crate) fn loss(&self) -> Option<Loss> {
-        let noticed = *self.lost.borrow();
-        match noticed {
+        match self.told_loss() {
             None if self.lost.has_changed().is_err() || self.deadline.is_past() => Some(Loss::NotRenewed),
             None if self.is_in_doubt() => Some(Loss::Released),
             noticed => noticed,
         }
+    }
+
+    /// A loss that was told.
+    pub(crate) fn told_loss(&self) -> Option<Loss> {
+        let ended = *self.ended.borrow();
+        ended.or_else(|| *self.lost.borrow())
+    }
+
+    /// The database has said that it is over. The session tells those who wait for that.
+    pub(crate) fn ends(&self, loss: Loss) {
+        self.ended.send_replace(Some(loss));
     }
 
     /// Where a loss is told, without keeping anything.
@@ -200,11 +230,15 @@ impl LeaseState {
 
     /// Resolves when the lease is gone.
     pub(crate) async fn lost(&self) -> Loss {
-        let mut lost = self.lost.clone();
-        match lost.wait_for(Option::is_some).await {
-            Ok(loss) => loss.unwrap_or(Loss::NotRenewed),
-            Err(_session_is_gone) => Loss::NotRenewed,
-        }
+        let (mut lost, mut ended) = (self.lost.clone(), self.ended.subscribe());
+        let loss = tokio::select! {
+            biased;
+            // The sender is ours.
+            ended = ended.wait_for(Option::is_some) => ended.map(|loss| *loss),
+            // An error says that the session is gone.
+            lost = lost.wait_for(Option::is_some) => lost.map(|loss| *loss),
+        };
+        loss.ok().flatten().unwrap_or(Loss::NotRenewed)
     }
 }
 
@@ -276,6 +310,13 @@ impl Deadline {
         }
     }
 
+    fn left(&self) -> Duration {
+        match self.micros.load(Ordering::Acquire) {
+            PAST => Duration::ZERO,
+            micros => (self.origin + Duration::from_micros(micros)).saturating_duration_since(Instant::now()),
+        }
+    }
+
     fn is_past(&self) -> bool {
         let mut micros = self.micros.load(Ordering::Acquire);
         loop {
@@ -296,7 +337,7 @@ impl Deadline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::database::RowKey;
+    use crate::database::{RowKey, Server};
     use crate::secret::Secret;
 
     const TTL: Duration = Duration::from_hours(1);
@@ -307,7 +348,8 @@ mod tests {
             row: RowKey { name: "a".into(), id: 1 },
             secret: Secret::generate().unwrap(),
             fencing_token: 1,
-            cluster: Cluster::SinglePrimary,
+            ttl: TTL,
+            server: Server::for_tests(),
         };
         let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, Instant::now() + TTL, None);
         lease.doubt_begins();

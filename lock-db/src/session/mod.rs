@@ -28,7 +28,7 @@ pub(crate) use self::queues::{HandOff, Queues};
 use self::request::Acquire;
 pub(crate) use self::request::{Answer, Request};
 use crate::Error;
-use crate::database::{Claim, LockDatabase};
+use crate::database::{Claim, Location, LockDatabase};
 use crate::insert::Hold;
 use crate::sync::{Mutex, MutexGuard};
 
@@ -57,8 +57,14 @@ struct Way {
 
 impl Session {
     /// A session whose private connections are made like those of `pool`, hooks included.
-    pub(crate) fn new<DB: LockDatabase>(pool: Pool<DB>, hand_off: HandOff) -> Self {
-        Self { state: Mutex::new(State::Idle(Box::new(move || core::start(&pool, hand_off)))) }
+    pub(crate) fn new<DB: LockDatabase>(
+        pool: Pool<DB>,
+        location: Arc<Location>,
+        hand_off: HandOff,
+        owner: Arc<str>,
+    ) -> Self {
+        let start = move || core::start(&pool, &location, hand_off, &owner);
+        Self { state: Mutex::new(State::Idle(Box::new(start))) }
     }
 
     /// Takes leases, all or none. Without a `wait` it is a try.

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
 
+use super::acquire::ACTION;
+use super::lease_state::LeaseState;
 use super::request::{Acquire, Request};
-use crate::Error;
-use crate::error::WaitingFor;
+use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::secret::Secret;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
+use crate::{Error, LockInfo};
 
 /// How far a lease goes from hand to hand before other processes get their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +42,7 @@ pub(crate) struct Queues {
     state: Mutex<State>,
     last_number: AtomicU64,
     hand_off: HandOff,
+    reports: Reports,
     /// With what the process stands in the queues of all rows.
     place: Secret,
     /// Weak: the session ends when nobody else can send any more.
@@ -48,26 +51,63 @@ pub(crate) struct Queues {
     sooner: Notify,
 }
 
+/// What reports to callers are made of.
+#[derive(Debug)]
+pub(super) struct Reports {
+    /// This process, as others see it.
+    pub(super) owner: Arc<str>,
+    /// For a database that has not answered for so long.
+    pub(super) no_answer: fn(Duration) -> Failure,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    /// An entry for each name that somebody has the turn for.
+    /// An entry for each name whose turn is taken.
     names: HashMap<Arc<str>, Line>,
     /// No wait is over before then.
     next_deadline: Option<Instant>,
     closed: bool,
 }
 
-/// Who waits for a name, in the order in which they came.
-type Line = BTreeMap<u64, Acquire>;
+/// The callers behind the one that has the turn for a name.
+#[derive(Debug, Default)]
+struct Line {
+    /// In the order in which they came.
+    waiting: BTreeMap<u64, Acquire>,
+    /// What the one in front of them knows.
+    front: Front,
+}
+
+/// What the caller that has the turn for a name knows of the lock. Those behind it know no more: that the lock is held is said only of
+/// what was seen to be held.
+#[derive(Debug, Default)]
+pub(super) enum Front {
+    /// It asks the database, which has not told anything yet.
+    #[default]
+    Asks,
+    /// The lock is held by another process, or others are to have it first.
+    IsHeldElsewhere(Option<Box<LockInfo>>),
+    /// The database was not to be had the last time.
+    Fails(Failure),
+    /// This process has it.
+    Holds(Arc<LeaseState>),
+}
+
+impl Front {
+    fn is_held(&self) -> bool {
+        matches!(self, Self::IsHeldElsewhere(_) | Self::Holds(_))
+    }
+}
 
 impl Queues {
     pub(super) fn new(
         session: mpsc::WeakUnboundedSender<Request>,
         hand_off: HandOff,
         place: Secret,
+        reports: Reports,
     ) -> Arc<Self> {
         let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { state, last_number, hand_off, place, session, sooner: Notify::new() })
+        Arc::new(Self { state, last_number, hand_off, reports, place, session, sooner: Notify::new() })
     }
 
     pub(crate) fn hand_off(&self) -> HandOff {
@@ -83,7 +123,7 @@ impl Queues {
         self.last_number.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Asks the database as soon as all turns are there that it takes. A try waits for none of them.
+    /// Asks the database as soon as all turns are there that it takes. A try does not wait for a lock that is held.
     pub(super) fn enter(self: &Arc<Self>, mut request: Acquire) {
         let mut state = self.state();
         if state.closed {
@@ -95,21 +135,22 @@ impl Queues {
             let name = Arc::clone(&claim.name);
             match state.names.entry(Arc::clone(&name)) {
                 Entry::Vacant(free) => {
-                    free.insert(Line::new());
+                    free.insert(Line::default());
                     request.turns.push(Turn { name, queues: Arc::clone(self) });
                 }
                 Entry::Occupied(mut line) => {
-                    let Some(deadline) = request.deadline() else {
+                    if request.wait.is_none() && line.get().front.is_held() {
                         drop(state);
                         let _caller_has_gone = request.answer.send(Ok(None));
                         return;
-                    };
+                    }
+                    let deadline = request.deadline();
                     // Its caller leaves all queues after that, so it is found here or says so by now.
                     if request.answer.is_closed() {
                         drop(state);
                         return;
                     }
-                    line.get_mut().insert(request.number, request);
+                    line.get_mut().waiting.insert(request.number, request);
                     if state.next_deadline.is_none_or(|next| deadline < next) {
                         state.next_deadline = Some(deadline);
                         self.sooner.notify_one();
@@ -135,7 +176,7 @@ impl Queues {
     /// A caller has gone. Whatever it got by now is not here any more.
     pub(super) fn leave<'a>(&self, number: u64, names: impl IntoIterator<Item = &'a Arc<str>>) {
         let mut state = self.state();
-        let waiting = names.into_iter().find_map(|name| state.names.get_mut(name)?.remove(&number));
+        let waiting = names.into_iter().find_map(|name| state.names.get_mut(name)?.waiting.remove(&number));
         drop(state);
         // With the turns that it had already.
         drop(waiting);
@@ -143,13 +184,13 @@ impl Queues {
 
     /// Whether somebody waits for a name whose turn is taken.
     pub(super) fn somebody_waits(&self, name: &str) -> bool {
-        self.state().names.get(name).is_some_and(|line| !line.is_empty())
+        self.state().names.get(name).is_some_and(|line| !line.waiting.is_empty())
     }
 
     /// Whether whoever has the turn next keeps to the queue of the row.
     pub(super) fn next_is_fair(&self, name: &str) -> bool {
         let state = self.state();
-        let mut waiting = state.names.get(name).into_iter().flat_map(BTreeMap::values);
+        let mut waiting = state.names.get(name).into_iter().flat_map(|line| line.waiting.values());
         let next = waiting.find(|waiting| !waiting.answer.is_closed());
         next.is_some_and(|next| matches!(&*next.claims, [claim] if claim.place.is_some()))
     }
@@ -179,7 +220,7 @@ impl Queues {
         if state.closed {
             return None;
         }
-        let line = state.names.get_mut(hold.name())?;
+        let line = &mut state.names.get_mut(hold.name())?.waiting;
         let first = loop {
             let first = line.first_entry()?;
             if first.get().answer.is_closed() {
@@ -195,23 +236,49 @@ impl Queues {
         first
     }
 
+    /// This process has a lease, whose turn goes with it.
+    pub(super) fn is_held(&self, lease: &Arc<LeaseState>) {
+        self.learn(lease.name(), Front::Holds(Arc::clone(lease)));
+    }
+
+    /// What the caller with the turn for a name has learned. When the lock is held, those who only try are told.
+    pub(super) fn learn(&self, name: &str, front: Front) {
+        let mut state = self.state();
+        let Some(line) = state.names.get_mut(name) else { return };
+        let is_held = front.is_held();
+        let before = std::mem::replace(&mut line.front, front);
+        let tries: Vec<_> = if is_held && !line.waiting.is_empty() {
+            line.waiting.extract_if(.., |_, waiting| waiting.wait.is_none()).collect()
+        } else {
+            Vec::new()
+        };
+        drop(state);
+        drop(before);
+        for (_, waiting) in tries {
+            let Acquire { answer, turns, .. } = waiting;
+            let _caller_has_gone = answer.send(Ok(None));
+            drop(turns);
+        }
+    }
+
     /// The turn goes to the next one.
     fn pass(self: &Arc<Self>, name: &Arc<str>) {
         let mut gone = Vec::new();
         let mut state = self.state();
         let Some(line) = state.names.get_mut(name) else { return };
         let next = loop {
-            match line.pop_first() {
+            match line.waiting.pop_first() {
                 Some((_, first)) if first.answer.is_closed() => gone.push(first),
                 Some((_, first)) => break Some(first),
                 None => break None,
             }
         };
+        let before = std::mem::take(&mut line.front);
         if next.is_none() {
             state.names.remove(name);
         }
         drop(state);
-        drop(gone);
+        drop((gone, before));
         if let Some(mut next) = next {
             next.turns.push(Turn { name: Arc::clone(name), queues: Arc::clone(self) });
             self.enter(next);
@@ -241,26 +308,40 @@ impl Queues {
         let mut over = Vec::new();
         let mut state = self.state();
         let mut next = None;
-        for line in state.names.values_mut() {
-            over.extend(line.extract_if(.., |_, waiting| waiting.deadline().is_some_and(|it| it <= now)));
-            let earliest = line.values().filter_map(Acquire::deadline).min();
+        for Line { waiting, front } in state.names.values_mut() {
+            for (_, waiting) in waiting.extract_if(.., |_, waiting| waiting.deadline() <= now) {
+                let error = self.timed_out(&waiting, front);
+                over.push((waiting, error));
+            }
+            let earliest = waiting.values().map(Acquire::deadline).min();
             next = [next, earliest].into_iter().flatten().min();
         }
         state.next_deadline = next;
         drop(state);
-        for (_, waiting) in over {
-            let name = waiting.claims.get(waiting.turns.len()).map_or("", |claim| &claim.name).to_owned();
-            let waited = waiting.started.elapsed();
-            let timeout = Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by: None };
-            let _caller_has_gone = waiting.answer.send(Err(timeout));
+        for (waiting, error) in over {
+            let _caller_has_gone = waiting.answer.send(Err(error));
         }
+    }
+
+    /// For a caller whose wait is over before its turn has come.
+    fn timed_out(&self, waiting: &Acquire, front: &Front) -> Error {
+        let name = waiting.claims.get(waiting.turns.len()).map_or("", |claim| &claim.name);
+        let waited = waiting.started.elapsed();
+        let held_by = match front {
+            Front::Holds(lease) => Some(Box::new(lease.info(&self.reports.owner))),
+            Front::IsHeldElsewhere(info) => info.clone(),
+            Front::Fails(failure) => return failure.another().into_error(ACTION, Some(name)),
+            Front::Asks => return (self.reports.no_answer)(waited).into_error(ACTION, Some(name)),
+        };
+        Error::Timeout { name: name.to_owned(), waited, waiting_for: WaitingFor::Lock, held_by }
     }
 
     /// Answers everybody, and lets nobody in any more.
     pub(super) fn close(&self) {
         let mut state = self.state();
         state.closed = true;
-        let waiting: Vec<Line> = state.names.values_mut().map(std::mem::take).collect();
+        let waiting: Vec<_> =
+            state.names.values_mut().map(|line| std::mem::take(&mut line.waiting)).collect();
         drop(state);
         for (_, waiting) in waiting.into_iter().flatten() {
             let _caller_has_gone = waiting.answer.send(Err(Error::Closed));

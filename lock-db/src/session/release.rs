@@ -13,11 +13,14 @@ use super::lease_state::LeaseState;
 use crate::Error;
 use crate::database::{Fault, LeaseKey, Return, Standing};
 use crate::error::{Failure, Loss};
+use crate::jitter::jitter;
 use crate::secret::Secret;
 
 /// How long a caller waits for a release that the database does not confirm.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Between two attempts: from the one to the other.
 const PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Releases a lease whose guard is done with it, and says whether it was still ours.
 ///
@@ -132,6 +135,7 @@ async fn until_settled(
     until: Instant,
 ) -> Result<Standing, Failure> {
     let (mut unsettled, mut alone) = (false, false);
+    let mut pause = PAUSE;
     loop {
         let answer = core.lane.release(lease.clone(), at_least, alone).await;
         let in_time = Instant::now() < until;
@@ -142,13 +146,14 @@ async fn until_settled(
                     continue;
                 }
             }
-            // The answer to an earlier attempt was lost, and that one may have released it: then somebody else may
-            // have taken it since. The secret was ours, so it touched nobody.
+            // The answer to an earlier attempt was lost, and that one may have released it: then another process may
+            // have taken it since. The secret was ours, so it touched no other lock.
             Ok(Standing::NotOurs) if unsettled => return Ok(Standing::Ours),
             Err(Failure { fault: Fault::Disconnected, .. }) if in_time => unsettled = true,
-            Err(failure) if failure.is_contention() && in_time => {}
+            Err(failure) if failure.passes() && in_time => {}
             answer => return answer,
         }
-        sleep(PAUSE).await;
+        sleep(jitter(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

@@ -1,6 +1,7 @@
 //! The watchdog: one for all leases of a session.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::select;
@@ -16,6 +17,8 @@ const BATCH: usize = 500;
 /// lease with a very short TTL does not cut off the others' statement.
 const SHORTEST_STATEMENT: Duration = Duration::from_secs(1);
 const LONGEST_STATEMENT: Duration = Duration::from_secs(5);
+/// Before a lease is asked for again whose notice is running.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
 
 /// Renews every lease at a third of its TTL, those that are due at about the same time together.
 pub(super) async fn renew(core: Rc<Core>) {
@@ -56,7 +59,7 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
     (together, alone)
 }
 
-async fn renew_batch(core: &Core, batch: &[Due]) {
+async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     // Of all leases, not only of this batch: those that come due next wait behind this statement.
     let shortest = core.shortest_ttl().map_or(LONGEST_STATEMENT, |ttl| ttl / 3);
     let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
@@ -72,15 +75,25 @@ async fn renew_batch(core: &Core, batch: &[Due]) {
                             core.lose(*key, Loss::NotRenewed);
                         }
                     }
-                    // Locked by somebody for a moment, so it is still ours: asked again soon.
-                    Standing::Busy => {}
+                    // Locked by another transaction, and still ours: asked again soon.
+                    Standing::Busy => {
+                        if let Some(held) = core.leases.borrow_mut().get_mut(key) {
+                            held.not_renewed(sent);
+                        }
+                    }
+                    // It has to be renewed before the notice is over.
+                    Standing::Challenged => {
+                        if let Some(held) = core.leases.borrow_mut().get_mut(key) {
+                            held.next_renewal = Instant::now() + SHORTEST_PAUSE;
+                        }
+                    }
                     // Unless it was released while this was under way.
-                    Standing::NotOurs => core.lose(*key, gone(core, *key)),
+                    Standing::NotOurs => is_gone(core, *key),
                 }
             }
         }
         // Not heard is not lost: asked again until the deadline, which ends the lease without any answer.
-        Err(failure) if failure.is_contention() || failure.fault == Fault::Disconnected => {
+        Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => {
             tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
         }
         // That does not look as if it would pass.
@@ -100,10 +113,16 @@ fn was_renewed(core: &Core, number: u64, standing: Standing, sent: Instant) -> b
     held.renewed(sent)
 }
 
-/// What it means that a row is not ours: a transaction that released it has committed, or somebody else was quicker.
-fn gone(core: &Core, number: u64) -> Loss {
-    let in_doubt = core.leases.borrow().get(&number).is_some_and(|held| held.state.is_in_doubt());
-    if in_doubt { Loss::Released } else { Loss::TakenOver }
+/// The row is not ours: a transaction that released it has committed, or another process was quicker.
+fn is_gone(core: &Rc<Core>, number: u64) {
+    let state = core.leases.borrow().get(&number).map(|held| Arc::clone(&held.state));
+    let Some(state) = state else { return };
+    if state.is_in_doubt() {
+        core.lose(number, Loss::Released);
+        core.call_next(&state.key.row.name);
+    } else {
+        core.lose(number, Loss::TakenOver);
+    }
 }
 
 /// Ends every lease that was not renewed by its deadline, whatever the database and the network do.

@@ -7,11 +7,15 @@ use tokio::sync::{oneshot, watch};
 
 use super::queues::Turn;
 
-use crate::database::{Claim, LockRow};
+use crate::database::{Call, Claim, LockRow, Server};
+use crate::error::Loss;
 use crate::insert::Hold;
 use crate::{Error, Kind};
 
 use super::LeaseState;
+
+/// How long a try may take, which has no wait of its own: with many others before it.
+pub(super) const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 pub(crate) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -29,6 +33,21 @@ pub(crate) enum Request {
     /// A transaction that has committed released it.
     Released {
         lease: Arc<LeaseState>,
+        call: Option<Call>,
+    },
+    /// The database has refused a commit by this lease.
+    Lost {
+        lease: Arc<LeaseState>,
+        loss: Loss,
+    },
+    /// Finds the table, and what kind of server has it.
+    Locate {
+        answer: Answer<Server>,
+    },
+    /// Rules out the last holder of a lock that is not held any more.
+    Settle {
+        name: Arc<str>,
+        answer: Answer<()>,
     },
     /// Makes sure that the row of a name is there and of this kind. Answers it, and whether it was missing.
     EnsureRow {
@@ -43,8 +62,9 @@ pub(crate) enum Request {
     Migrate {
         answer: Answer<()>,
     },
-    CheckSchema {
-        answer: Answer<()>,
+    /// Answers what could be better.
+    Check {
+        answer: Answer<Vec<String>>,
     },
     /// Dropped when everything is released.
     Close {
@@ -67,9 +87,9 @@ pub(crate) struct Acquire {
 }
 
 impl Acquire {
-    /// `None` for a try.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.wait.map(|wait| self.started + wait)
+    /// Until when it is waited for. A try waits for no holder, only for what the database says of one.
+    pub(super) fn deadline(&self) -> Instant {
+        self.started + self.wait.unwrap_or(LONGEST_TRY)
     }
 }
 

@@ -4,17 +4,23 @@
 
 use sqlx::mysql::MySqlConnection;
 
+use super::schema::digest;
+use crate::database::Server;
+
 /// MySQL knows whole seconds only.
-const TAKE: &str =
-    "SELECT COALESCE(GET_LOCK(CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':', ?), 1), 0)";
+const TAKE: &str = "SELECT COALESCE(GET_LOCK(?, 1), 0)";
 
-const GIVE: &str = "DO RELEASE_LOCK(CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':', ?))";
+const GIVE: &str = "DO RELEASE_LOCK(?)";
 
-pub(super) async fn take(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<bool> {
-    let taken: i64 = sqlx::query_scalar(TAKE).bind(row).fetch_one(connection).await?;
+pub(super) async fn take(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<bool> {
+    let taken: i64 = sqlx::query_scalar(TAKE).bind(name(server, row)).fetch_one(connection).await?;
     Ok(taken == 1)
 }
 
-pub(super) async fn give(connection: &mut MySqlConnection, row: i64) -> sqlx::Result<()> {
-    sqlx::query(GIVE).bind(row).execute(connection).await.map(drop)
+pub(super) async fn give(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<()> {
+    sqlx::query(GIVE).bind(name(server, row)).execute(connection).await.map(drop)
+}
+
+fn name(server: &Server, row: i64) -> String {
+    format!("lock_db:{:.32}:{row}", digest(&server.table.schema))
 }

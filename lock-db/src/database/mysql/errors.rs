@@ -1,10 +1,21 @@
-//! What the errors of the servers mean. The SQLSTATE is HY000 for most of them, so the number decides.
+//! What the errors of the servers mean, by their number, because the SQLSTATE is HY000 for most of them:
+//! <https://dev.mysql.com/doc/mysql-errors/en/server-error-reference.html>,
+//! <https://mariadb.com/kb/en/mariadb-error-code-reference/>.
 
 use sqlx::mysql::MySqlDatabaseError;
 
 use crate::database::Fault;
 
 pub(super) const DUPLICATE_KEY: u16 = 1062;
+
+/// A row that is waited for no longer, by `innodb_lock_wait_timeout` or MariaDB's NOWAIT, or a table, by `lock_wait_timeout`.
+pub(super) const LOCK_WAIT_TIMEOUT: u16 = 1205;
+
+/// MySQL's NOWAIT, for a row only.
+pub(super) const ROW_IS_LOCKED: u16 = 3572;
+
+/// `max_statement_time` of MariaDB, `MAX_EXECUTION_TIME` of MySQL.
+pub(super) const TOOK_TOO_LONG: [u16; 2] = [1969, 3024];
 
 pub(super) const DEADLOCK: u16 = 1213;
 
@@ -17,7 +28,6 @@ pub(super) const NO_SUCH_SAVEPOINT: u16 = 1305;
 
 pub(super) const OUT_OF_RANGE: u16 = 1690;
 
-/// The SQLSTATE is HY000 for most of them, so the number decides.
 pub(super) fn number(error: &sqlx::Error) -> Option<u16> {
     let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
     Some(error.number())
@@ -31,9 +41,12 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
     if crate::error::is_connection_failure(error) {
         return Fault::Disconnected;
     }
+    if matches!(error, sqlx::Error::Configuration(_)) {
+        return Fault::Refused;
+    }
     match number(error) {
-        // lock wait timeout, NOWAIT, the two forms of "execution time exceeded", interrupted
-        Some(1205 | 3572 | 1969 | 3024 | 1317) => Fault::Busy,
+        Some(LOCK_WAIT_TIMEOUT | ROW_IS_LOCKED) => Fault::Busy,
+        Some(number) if TOOK_TOO_LONG.contains(&number) => Fault::Busy,
         // deadlock, which is also what certification answers, and the two other forms of that in group replication
         Some(DEADLOCK | 3101) => Fault::Deadlock,
         Some(COMMIT_FAILED) if says(error, "149") => Fault::Deadlock,
@@ -44,10 +57,26 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         Some(1054 | 1176) => Fault::TableDiffers,
         // There is no such savepoint: none of what was set in this message, because no transaction is open.
         Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
-        // too many connections, shutdown, killed, idle for too long, node not ready; and read-only in two forms: a
-        // server that is no primary any more, where a new connection may find the one that is. And a node of Galera
-        // that was cut off from the others during a commit, which they may have carried out.
-        Some(1040 | 1053 | 1927 | 4031 | 1047 | 1290 | 1836 | COMMIT_FAILED) => Fault::Disconnected,
+        // Cannot convert string, incorrect string value
+        Some(3988 | 1366) => Fault::Unstorable,
+        // access denied for the user or to the database, no such database, host not allowed, account locked (MySQL, MariaDB),
+        // password expired (three forms), authentication plugin
+        Some(1045 | 1044 | 1049 | 1130 | 3118 | 4151 | 1820 | 1862 | 3878 | 1251 | 1524) => Fault::Refused,
+        // no right to the table, a column, what a statement does, or a routine
+        Some(1142 | 1143 | 1227 | 1370) => Fault::Refused,
+        // Read-only for good: the session's transactions, by `transaction_read_only`; the server, by `innodb_read_only` or
+        // `innodb_force_recovery` (two forms).
+        Some(1792 | 1836 | 1036) => Fault::Refused,
+        // too many connections: of the server, of the account (two forms); offline mode; shutdown; killed; idle for too long;
+        // node not ready; `read_only`: a server that is no primary any more, where a new connection may lead to the one that is. And
+        // a node of Galera that was cut off from the others during a commit, which they may have carried out.
+        Some(1040 | 1203 | 1226 | 3032 | 1053 | 1927 | 4031 | 1047 | 1290 | COMMIT_FAILED) => {
+            Fault::Disconnected
+        }
+        // A prepared statement is gone or has to be prepared anew.
+        Some(UNKNOWN_STATEMENT | 1615) => Fault::Disconnected,
+        // interrupted; out of prepared statements, memory, threads; disk full, table full
+        Some(1317 | 1461 | 1037 | 1038 | 1041 | 1135 | 1021 | 1114) => Fault::Passing,
         _ => Fault::Other,
     }
 }

@@ -1,15 +1,14 @@
-//! One lease at a time, on private connections.
+//! One lease at a time, on private connections: what MySQL and MariaDB have in common, and MySQL's statements.
 
 use std::time::Duration;
 
+use sqlx::Row;
 use sqlx::mysql::{MySqlConnection, MySqlQueryResult, MySqlRow};
-use sqlx::{MySql, Row};
 
-use super::errors::{DUPLICATE_KEY, number};
+use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, number};
+use super::{literal, mariadb};
 use crate::Kind;
-use crate::database::{
-    Claim, Fault, Grant, LockDatabase, LockRow, Place, Return, Server, Standing, outcome_unknown,
-};
+use crate::database::{Claim, Grant, LockRow, Place, Probe, Return, Server, Standing, outcome_unknown};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -18,12 +17,12 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
-       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), waiters
-FROM distributed_lock WHERE lock_name = ?";
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), ttl_micros, waiters
+FROM {table} WHERE lock_name = ?";
 
 /// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
 /// tell the two cases apart on a connection of sqlx.
-const CREATE: &str = "INSERT INTO distributed_lock (lock_name, lock_kind) VALUES (?, ?)";
+const CREATE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?, ?)";
 
 /// What was there before is read in the inner SELECT: in an UPDATE of a join the order of assignments is not defined. The
 /// new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
@@ -35,12 +34,13 @@ const ACQUIRE: &str = "
 UPDATE (
     SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
         previous_token AS last_previous, waiters <> '' AND LEFT(waiters, 32) = ? AS was_first
-    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
-        OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+        OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
+            AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
     lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
@@ -48,156 +48,161 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.secret_key = ?,
     lease.owner = ?,
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
+    lease.ttl_micros = ?,
     lease.waiters = IF(unlocked.was_first, SUBSTR(lease.waiters, 57), lease.waiters)";
-
-/// `ACQUIRE` where the server answers what it has written, in one message. The row is there, so nothing is ever inserted:
-/// that is the one statement which reads past locked rows, writes and answers.
-///
-/// `VALUES` are those of the claim; as the queue, its place in it. No assignment reads what one before it has written, so it is
-/// the same whether they are made in turn or, by `SIMULTANEOUS_ASSIGNMENT`, at once.
-const ACQUIRE_WITH_ANSWER: &str = "
-INSERT INTO distributed_lock (id, lock_name, secret_key, owner, expire_time, waiters)
-SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?
-FROM distributed_lock AS free FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
-    OR (expire_time <= UTC_TIMESTAMP(6) AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE
-    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
-        distributed_lock.previous_token, distributed_lock.fencing_token),
-    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
-        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
-        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
-    waiters = IF(distributed_lock.waiters <> '' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters),
-        SUBSTR(distributed_lock.waiters, 57), distributed_lock.waiters),
-    expire_time = VALUES(expire_time),
-    owner = VALUES(owner),
-    secret_key = VALUES(secret_key)
-RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token";
 
 const GRANTED: &str = "
 SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
-FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+FROM {table} WHERE lock_name = ? AND secret_key = ?";
 
 const RELEASE: &str = "
 UPDATE (
-    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND secret_key = ?
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = '1970-01-01 00:00:00',
+    lease.ttl_micros = 0,
     lease.waiters = IF(
         ? <> '' AND lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, ?) = 0,
         CONCAT(lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
         lease.waiters)";
 
-/// `RELEASE` as MariaDB does it faster: see `ACQUIRE_WITH_ANSWER`.
-const RELEASE_BY_INSERT: &str = "
-INSERT INTO distributed_lock (id, lock_name, waiters)
-SELECT id, lock_name, ? FROM distributed_lock AS held FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND secret_key = ?
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE
-    waiters = IF(
-        VALUES(waiters) <> '' AND distributed_lock.waiters <> '' AND LENGTH(distributed_lock.waiters) < 3584
-            AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0,
-        CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
-        distributed_lock.waiters),
-    expire_time = '1970-01-01 00:00:00'";
-
 const RELEASE_LATER: &str = "
 UPDATE (
-    SELECT id, secret_key AS last_secret, TIMESTAMPADD(MICROSECOND, ?, acquire_time) AS moment
-    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id, secret_key AS last_secret,
+        TIMESTAMPADD(MICROSECOND, ?, LEAST(acquire_time, UTC_TIMESTAMP(6))) AS moment
+    FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND secret_key = ?
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
+    lease.ttl_micros = IF(unlocked.moment > UTC_TIMESTAMP(6), -?, 0),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
+
+/// A tenth of the TTL, 0.3 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// the same. By the clock at the moment when the row is locked: the statement may have waited for the table.
+const GIVE_NOTICE: &str = "
+UPDATE (
+    SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)) AS notice,
+        expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
+    FROM {table} FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
+        AND ((ttl_micros > 0
+                AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)))
+            OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS due
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = due.id
+SET lease.expire_time = IF(due.is_too_far,
+        TIMESTAMPADD(MICROSECOND, ABS(due.last_ttl), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
+    lease.ttl_micros = IF(due.is_too_far, due.last_ttl, 0)";
+
+const SETTLE: &str = "
+UPDATE (
+    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
+        AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS free
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
+SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
+
+/// By the index and without waiting.
+const PROBE: &str =
+    "SELECT 1 FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name = ? FOR UPDATE NOWAIT";
 
 const STAND: &str = "
 UPDATE (
-    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = CONCAT(
     lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
 UPDATE (
-    SELECT id FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = ?";
 
 const REMOVE_WAITER: &str = "
 UPDATE (
     SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS place
-    FROM distributed_lock FORCE INDEX (distributed_lock_name)
+    FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND INSTR(waiters, ?) > 0
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = INSERT(unlocked.last_waiters, unlocked.place, 56, '')";
 
-const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = ? AND secret_key = ?";
+const IS_OURS: &str = "SELECT 1 FROM {table} WHERE lock_name = ? AND secret_key = ?";
 
-pub(super) async fn look(connection: &mut MySqlConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
-    let row = sqlx::query(LOOK).bind(name.as_bytes()).fetch_optional(connection).await?;
-    row.map(|row| {
-        Ok(LockRow {
-            id: row.try_get(0)?,
-            kind: Kind::parse(row.try_get(1)?),
-            secret_key: row.try_get(2)?,
-            owner: row.try_get(3)?,
-            fencing_token: row.try_get(4)?,
-            created: row.try_get(5)?,
-            acquired: row.try_get(6)?,
-            expires: row.try_get(7)?,
-            remaining: row.try_get(8)?,
-            waiters: row.try_get(9)?,
-        })
-    })
-    .transpose()
+pub(super) async fn look(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<Option<LockRow>> {
+    let row = sqlx::query(server.table.sql(LOOK)).bind(name.as_bytes()).fetch_optional(connection).await?;
+    row.as_ref().map(lock_row).transpose()
 }
 
-/// Looks first: a transaction may have locked the row already that somebody else of this process has just made, and the
+/// `LOOK` as text, for a connection of the application: see `transaction`.
+pub(super) fn look_as_text(server: &Server, name: &str) -> String {
+    LOOK.replace("{table}", server.table.name()).replace('?', &literal(name))
+}
+
+pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
+    Ok(LockRow {
+        id: row.try_get(0)?,
+        kind: Kind::parse(row.try_get(1)?),
+        secret_key: row.try_get(2)?,
+        owner: row.try_get(3)?,
+        fencing_token: row.try_get(4)?,
+        created: row.try_get(5)?,
+        acquired: row.try_get(6)?,
+        expires: row.try_get(7)?,
+        remaining: row.try_get(8)?,
+        ttl: row.try_get(9)?,
+        waiters: row.try_get(10)?,
+    })
+}
+
+/// Looks first: a transaction may have locked the row already that another caller of this process has just made, and the
 /// lane must not wait for that.
-pub(super) async fn create(connection: &mut MySqlConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
-    if MySql::look(connection, name).await?.is_some() {
-        return Ok(());
+pub(super) async fn create(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> sqlx::Result<bool> {
+    if look(connection, server, name).await?.is_some() {
+        return Ok(true);
     }
-    match sqlx::query(CREATE).bind(name.as_bytes()).bind(kind.as_str()).execute(connection).await {
+    let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
+    match query.execute(connection).await {
         Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
-        _ => Ok(()),
+        _ => Ok(true),
     }
 }
 
 pub(super) async fn acquire(
     connection: &mut MySqlConnection,
-    server: Server,
+    server: &Server,
     claim: &Claim,
 ) -> sqlx::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
     let place = claim.place.as_ref().map_or("", Secret::as_str);
     let name = claim.name.as_bytes();
-    if server.answers_writes {
-        let query = sqlx::query(ACQUIRE_WITH_ANSWER).bind(secret).bind(&*claim.owner).bind(micros(claim.ttl));
-        let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
-        // To the end of the answer: a commit that fails is told behind the row that would have been granted.
-        return query.fetch_all(connection).await?.first().map(granted).transpose();
-    }
-    let acquired = sqlx::query(ACQUIRE)
+    let acquired = sqlx::query(server.table.sql(ACQUIRE))
         .bind(secret)
         .bind(place)
         .bind(name)
@@ -207,88 +212,147 @@ pub(super) async fn acquire(
         .bind(secret)
         .bind(&*claim.owner)
         .bind(micros(claim.ttl))
+        .bind(micros(claim.ttl))
         .execute(&mut *connection)
         .await?;
     if acquired.rows_affected() == 0 {
         return Ok(None);
     }
     // It is ours already: an error is no answer to the question whether it is.
-    let row = sqlx::query(GRANTED).bind(name).bind(secret).fetch_optional(connection).await;
-    let row = row.map_err(outcome_unknown)?;
+    let query = sqlx::query(server.table.sql(GRANTED)).bind(name).bind(secret);
+    let row = query.fetch_optional(connection).await.map_err(outcome_unknown)?;
     row.as_ref().map(granted).transpose()
 }
 
-fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
+pub(super) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
 }
 
+pub(super) async fn give_notice(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    if server.is_mariadb {
+        return mariadb::give_notice(connection, server, name).await;
+    }
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name.as_bytes()).execute(connection).await?;
+    Ok(given.rows_affected() > 0)
+}
+
+pub(super) async fn settle(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    if server.is_mariadb {
+        return mariadb::settle(connection, server, name).await;
+    }
+    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes()).execute(connection).await?;
+    Ok(settled.rows_affected() > 0)
+}
+
+/// A row only: what keeps the whole table from being written has been met before this, by the statement that did not get the row.
+pub(super) async fn probe(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<Probe> {
+    match sqlx::query(server.table.sql(PROBE)).bind(name.as_bytes()).fetch_optional(connection).await {
+        Ok(Some(_)) => Ok(Probe::Free),
+        Ok(None) => Ok(Probe::Nothing),
+        Err(error) if matches!(number(&error), Some(ROW_IS_LOCKED | LOCK_WAIT_TIMEOUT)) => Ok(Probe::Locked),
+        Err(error) => Err(error),
+    }
+}
+
 pub(super) async fn release(
     connection: &mut MySqlConnection,
-    server: Server,
+    server: &Server,
     lease: &Return,
 ) -> sqlx::Result<Standing> {
     let Return { name, secret, place } = lease;
-    let (place, listener) = Place::parts(place.as_ref());
-    let query = if server.answers_writes {
-        sqlx::query(RELEASE_BY_INSERT).bind(place).bind(name.as_bytes()).bind(secret.as_str()).bind(listener)
+    let released = if server.is_mariadb {
+        mariadb::release(connection, server, lease).await
     } else {
-        let query = sqlx::query(RELEASE).bind(name.as_bytes()).bind(secret.as_str());
-        query.bind(place).bind(place).bind(place).bind(listener)
+        let (place, listener) = Place::parts(place.as_ref());
+        let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
+        query.bind(place).bind(place).bind(place).bind(listener).execute(&mut *connection).await
     };
-    let released = query.execute(&mut *connection).await;
-    released_or_not(connection, name, secret, released).await
+    released_or_not(connection, server, name, secret, released?).await
 }
 
 pub(super) async fn release_later(
     connection: &mut MySqlConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
     at_least: Duration,
 ) -> sqlx::Result<Standing> {
-    let query = sqlx::query(RELEASE_LATER).bind(micros(at_least)).bind(name.as_bytes());
-    let released = query.bind(secret.as_str()).execute(&mut *connection).await;
-    released_or_not(connection, name, secret, released).await
+    let released = if server.is_mariadb {
+        mariadb::release_later(connection, server, name, secret, at_least).await
+    } else {
+        let at_least = micros(at_least);
+        let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(at_least).bind(name.as_bytes());
+        query.bind(secret.as_str()).bind(at_least).execute(&mut *connection).await
+    };
+    released_or_not(connection, server, name, secret, released?).await
 }
 
 async fn released_or_not(
     connection: &mut MySqlConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
-    released: sqlx::Result<MySqlQueryResult>,
+    released: MySqlQueryResult,
 ) -> sqlx::Result<Standing> {
-    match released {
-        Ok(released) if released.rows_affected() > 0 => return Ok(Standing::Ours),
-        Err(error) if !matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => return Err(error),
-        _ => {}
+    if released.rows_affected() > 0 {
+        return Ok(Standing::Ours);
     }
-    let ours =
-        sqlx::query(IS_OURS).bind(name.as_bytes()).bind(secret.as_str()).fetch_optional(connection).await?;
+    let query = sqlx::query(server.table.sql(IS_OURS)).bind(name.as_bytes()).bind(secret.as_str());
+    let ours = query.fetch_optional(connection).await?;
     Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 
-pub(super) async fn stand(connection: &mut MySqlConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+pub(super) async fn stand(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    place: &Place,
+) -> sqlx::Result<bool> {
+    if server.is_mariadb {
+        return mariadb::stand(connection, server, name, place).await;
+    }
     let (secret, listener) = Place::parts(Some(place));
-    let query = sqlx::query(STAND).bind(name.as_bytes()).bind(secret).bind(secret).bind(listener);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
+    let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(secret);
+    Ok(query.bind(secret).bind(listener).execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(
     connection: &mut MySqlConnection,
+    server: &Server,
     name: &str,
     before: &str,
     after: &str,
 ) -> sqlx::Result<bool> {
-    let query = sqlx::query(SET_WAITERS).bind(name.as_bytes()).bind(before).bind(after);
+    if server.is_mariadb {
+        return mariadb::set_waiters(connection, server, name, before, after).await;
+    }
+    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name.as_bytes()).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn remove_waiter(
     connection: &mut MySqlConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
+    if server.is_mariadb {
+        return mariadb::remove_waiter(connection, server, name, secret).await;
+    }
     let secret = secret.as_str();
-    let query = sqlx::query(REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);
     query.execute(connection).await.map(drop)
 }

@@ -1,50 +1,53 @@
-//! Many leases at a time, on private connections.
+//! Many leases at a time, on private connections: what MySQL and MariaDB have in common, and MySQL's statements.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use sqlx::mysql::{MySqlConnection, MySqlRow};
-use sqlx::{AssertSqlSafe, MySql, Row};
+use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::errors::{UNKNOWN_STATEMENT, number};
-use super::literal;
+use super::{literal, mariadb};
 use crate::database::{
     Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, as_json,
-    hexadecimal, in_order, outcome_unknown,
+    hexadecimal, in_order,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
 
 /// One statement, after which the server needs nothing more of us: a client that is stopped or cut off in the middle of a
 /// transaction would keep the rows locked. Rows that somebody has locked are passed over, so one of them can't hold up
-/// the rest, and never does it find a lease that was released (1970) or move a deadline backwards.
+/// the rest, and never does it find a lease that was released (1970). A deadline moves backwards only when it lies further ahead than can
+/// be, because the clock was set back: by more than 2 s.
 ///
 /// LIMIT makes the server materialize the inner SELECT, with its locks; `STRAIGHT_JOIN` and `FORCE INDEX` keep it from reading,
-/// and so locking, other rows of a small table. MySQL wants to be told that JSON is not to be locked; MariaDB knows no
-/// `OF`, and reads it as a comment.
+/// and so locking, other rows of a small table. The server wants to be told that JSON is not to be locked.
 const RENEW: &str = "
 UPDATE (
     SELECT lease.id, asked.ttl
     FROM JSON_TABLE(?, '$[*]' COLUMNS (
             id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
             fencing_token BIGINT PATH '$[3]')) AS asked
-    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+    STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
     WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
         AND lease.expire_time > '1970-01-01 00:00:00'
     LIMIT 1000000
-    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.expire_time = GREATEST(
-    lease.expire_time, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)))";
+    FOR UPDATE OF lease SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = LEAST(
+        GREATEST(lease.expire_time, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6))),
+        TIMESTAMPADD(MICROSECOND, unlocked.ttl + 2000000, UTC_TIMESTAMP(6))),
+    lease.ttl_micros = unlocked.ttl";
 
-/// Which leases are ours, and whether they were renewed a moment ago: later than what the holder will rely on.
+/// Which leases are ours, whether they were renewed a moment ago (later than what the holder will rely on), and whether notice was
+/// given of a takeover.
 const STILL_OURS: &str = "
 SELECT lease.secret_key,
-    TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11
+    TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11, lease.ttl_micros <= 0
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
         id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
         fencing_token BIGINT PATH '$[3]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
 WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
     AND lease.expire_time > '1970-01-01 00:00:00'";
 
@@ -59,15 +62,16 @@ UPDATE (
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
             place VARCHAR(32) PATH '$[3]')) AS asked
-    STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+    STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
         AND (lease.secret_key = asked.secret_key
             OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
+                AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
                 AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
     LIMIT 1000000
-    FOR UPDATE /*!80000 OF lease */ SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+    FOR UPDATE OF lease SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
     lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
@@ -76,55 +80,11 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.owner = IF(unlocked.ttl > 0, @lock_db_owner, unlocked.last_owner),
     lease.expire_time = IF(
         unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
+    lease.ttl_micros = unlocked.ttl,
     lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN SUBSTR(lease.waiters, 57)
         WHEN unlocked.ttl = 0 AND unlocked.place <> '' AND unlocked.may_stand THEN CONCAT(
             lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), @lock_db_listener)
         ELSE lease.waiters END";
-
-/// `EXCHANGE` where the server answers what it has written: see `ACQUIRE_WITH_ANSWER`. Those without a `ttl` get the time of
-/// a lock that is free. The comments save conversions where it is known that MariaDB reads a character set there.
-const EXCHANGE_WITH_ANSWER: &str = "
-INSERT INTO distributed_lock (id, lock_name, secret_key, expire_time, waiters)
-SELECT lease.id, lease.lock_name, asked.secret_key,
-    IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'), asked.place
-FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
-        secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
-        place VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
-    ON lease.lock_name = UNHEX(asked.lock_name)
-WHERE lease.lock_kind = 'insert'
-    AND (lease.secret_key = asked.secret_key
-        OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
-            AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE
-    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
-        distributed_lock.previous_token, distributed_lock.fencing_token),
-    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
-        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
-        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
-    owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
-    waiters = CASE WHEN distributed_lock.waiters = '' THEN ''
-        WHEN VALUES(expire_time) > '1970-01-01 00:00:00' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters)
-            THEN SUBSTR(distributed_lock.waiters, 57)
-        WHEN VALUES(expire_time) = '1970-01-01 00:00:00' AND VALUES(waiters) <> ''
-                AND LENGTH(distributed_lock.waiters) < 3584 AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0
-            THEN CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
-        ELSE distributed_lock.waiters END,
-    expire_time = VALUES(expire_time),
-    secret_key = VALUES(secret_key)
-RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
-
-/// After `EXCHANGE_WITH_ANSWER`, which of those that it passed over are ours.
-const WHICH_ARE_OURS: &str = "
-SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
-FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
-    ON lease.lock_name = UNHEX(asked.lock_name)
-WHERE lease.secret_key = asked.secret_key";
 
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
 /// than the holder will rely on. In the transaction of `EXCHANGE`, whose locks it needs: right after its commit somebody
@@ -137,31 +97,55 @@ SELECT lease.secret_key, lease.fencing_token, lease.id,
     lease.waiters <> '', lease.fencing_token - lease.previous_token
 FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
         lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
-STRAIGHT_JOIN distributed_lock AS lease FORCE INDEX (distributed_lock_name)
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";
 
 pub(super) async fn renew(
     connection: &mut MySqlConnection,
+    server: &Server,
     leases: &[Renewal],
 ) -> sqlx::Result<Vec<Standing>> {
+    if server.is_mariadb {
+        return mariadb::renew(connection, server, leases).await;
+    }
     let json = as_json(leases);
-    let renewed = sqlx::query(RENEW).bind(&json).execute(&mut *connection).await?;
+    let renewed = sqlx::query(server.table.sql(RENEW)).bind(&json).execute(&mut *connection).await?;
     if usize::try_from(renewed.rows_affected()) == Ok(leases.len()) {
         return Ok(vec![Standing::Ours; leases.len()]);
     }
-    let mut found = Vec::with_capacity(leases.len());
-    for row in sqlx::query(STILL_OURS).bind(&json).fetch_all(connection).await? {
-        // One that was asked for alone was not renewed, or it would have been counted.
-        let is_fresh = leases.len() > 1 && row.try_get(1)?;
-        found.push((row.try_get(0)?, if is_fresh { Standing::StillOurs } else { Standing::Busy }));
-    }
+    let found = still_ours(connection, server, &json).await?;
+    // One that was asked for alone was not renewed, or it would have been counted.
+    let is_alone = leases.len() == 1;
+    let found = found.into_iter().map(|(secret, standing)| {
+        (secret, if is_alone && standing == Standing::StillOurs { Standing::Busy } else { standing })
+    });
     Ok(in_order(leases, found))
+}
+
+/// In a transaction of its own, because what spreads reads over replicas must not answer it by an old one.
+pub(super) async fn still_ours(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    json: &str,
+) -> sqlx::Result<Vec<(String, Standing)>> {
+    let mut transaction = connection.begin().await?;
+    let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(&mut *transaction).await?;
+    transaction.commit().await?;
+    let standing = |row: &MySqlRow| {
+        let standing = match (row.try_get(1)?, row.try_get(2)?) {
+            (true, _) => Standing::StillOurs,
+            (false, true) => Standing::Challenged,
+            (false, false) => Standing::Busy,
+        };
+        Ok((row.try_get(0)?, standing))
+    };
+    rows.iter().map(standing).collect()
 }
 
 pub(super) async fn exchange(
     connection: &mut MySqlConnection,
-    server: Server,
+    server: &Server,
     returns: &[Return],
     claims: &[Claim],
 ) -> sqlx::Result<Exchanged> {
@@ -169,13 +153,14 @@ pub(super) async fn exchange(
     let owner = claims.first().map_or("", |claim| &*claim.owner);
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
-    let rows = if server.answers_writes {
-        with_answer(connection, &asked, owner, &listener, returns).await
+    let rows = if server.is_mariadb {
+        mariadb::exchange(connection, server, &asked, owner, &listener, returns).await
     } else {
-        in_transaction(connection, &asked, owner, &listener).await
+        in_transaction(connection, server, &asked, owner, &listener).await
     };
     let rows = match rows {
-        Err(error) if matches!(MySql::classify(&error), Fault::Busy | Fault::Deadlock) => {
+        // One by one, the error is told to those whose it is.
+        Err(error) if MySql::classify(&error) == Fault::Deadlock => {
             return Ok(Exchanged::nothing(returns, claims));
         }
         rows => rows?,
@@ -198,32 +183,13 @@ pub(super) async fn exchange(
     Ok(Exchanged {
         returns: returns.iter().map(standing).collect(),
         grants: claims.iter().map(grant).collect(),
+        calls: Vec::new(),
     })
-}
-
-async fn with_answer(
-    connection: &mut MySqlConnection,
-    asked: &str,
-    owner: &str,
-    listener: &str,
-    returns: &[Return],
-) -> sqlx::Result<Vec<MySqlRow>> {
-    let query = sqlx::query(EXCHANGE_WITH_ANSWER).bind(asked).bind(owner).bind(listener);
-    let mut rows = query.fetch_all(&mut *connection).await?;
-    let mut done = HashSet::with_capacity(rows.len());
-    for row in &rows {
-        done.insert(row.try_get::<String, _>(0)?);
-    }
-    if returns.iter().any(|one| !done.contains(one.secret.as_str())) {
-        // What is there already stands.
-        let ours = sqlx::query(WHICH_ARE_OURS).bind(asked).fetch_all(connection).await;
-        rows.extend(ours.map_err(outcome_unknown)?);
-    }
-    Ok(rows)
 }
 
 async fn in_transaction(
     connection: &mut MySqlConnection,
+    server: &Server,
     asked: &str,
     owner: &str,
     listener: &str,
@@ -239,7 +205,7 @@ async fn in_transaction(
     match all_or_nothing(connection, &sql).await {
         Err(error) if number(&error) == Some(UNKNOWN_STATEMENT) => {
             // The first time on this connection: to be parsed once, which takes as long as to carry it out.
-            let quoted = |sql: &str| sql.replace('\'', "''");
+            let quoted = |sql: &'static str| server.table.sql(sql).0.replace('\'', "''");
             let (exchange, exchanged) = (quoted(EXCHANGE), quoted(EXCHANGED));
             let prepare = format!(
                 "PREPARE lock_db_exchange FROM '{exchange}'; PREPARE lock_db_exchanged FROM '{exchanged}'"

@@ -6,13 +6,17 @@ use sha2::Digest;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
-use super::errors::{NO_SUCH_SAVEPOINT, OUT_OF_RANGE, number};
-use super::literal;
+use super::errors::{
+    LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
+};
+use super::{lease, literal};
 use crate::Kind;
-use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim};
+use crate::database::{
+    Cluster, Fault, Guarded, LeaseKey, LockDatabase, LockRow, RowAttempt, RowClaim, Server,
+};
 
 const UNMARK: &str = "
-SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1)";
+SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1), @lock_db_released = NULL";
 
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
@@ -29,20 +33,51 @@ const LONGEST_TRY: Duration = Duration::from_secs(2);
 
 pub(super) async fn lock_row(
     connection: &mut MySqlConnection,
+    server: &Server,
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
-    let attempt = lock_and_write(connection, claim, slice).await;
+    let attempt = match lock_and_write(connection, server, claim, slice).await {
+        Err(error) if is_locked(connection, server, &error, slice).await? => Ok(RowAttempt::Busy),
+        attempt => attempt,
+    };
     let fault = attempt.as_ref().err().map(MySql::classify);
-    if fault == Some(Fault::Busy) {
-        return Ok(RowAttempt::Busy);
-    }
     if matches!(fault, Some(Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded))
-        || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased))
+        || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased { .. } | RowAttempt::Unsettled { .. }))
     {
         MySql::doom(connection).await;
     }
     attempt
+}
+
+/// Whether an error says that another transaction has the row. What keeps everybody from the whole table (a lock for a backup, an
+/// ALTER) answers the same on MariaDB, and for a try looks like a row that takes too long on MySQL.
+async fn is_locked(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    error: &sqlx::Error,
+    slice: Duration,
+) -> sqlx::Result<bool> {
+    match number(error) {
+        Some(ROW_IS_LOCKED) => Ok(true),
+        Some(LOCK_WAIT_TIMEOUT) if slice.is_zero() && server.is_mariadb => {
+            // There is no such row, but the table has to be had for it.
+            let sql = format!(
+                "SET STATEMENT lock_wait_timeout = 0 FOR
+                SELECT id FROM {} WHERE id = -1 FOR UPDATE",
+                server.table.name()
+            );
+            match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
+                Ok(_) => Ok(true),
+                Err(error) if number(&error) == Some(LOCK_WAIT_TIMEOUT) => Ok(false),
+                Err(error) => Err(error),
+            }
+        }
+        // The table was had before, or the row would not have been found locked without a slice.
+        Some(LOCK_WAIT_TIMEOUT) => Ok(!slice.is_zero()),
+        Some(number) if TOOK_TOO_LONG.contains(&number) => Ok(!slice.is_zero()),
+        _ => Ok(false),
+    }
 }
 
 /// The row stays locked as long as the transaction lasts, and the savepoint tells that it does.
@@ -55,14 +90,14 @@ pub(super) async fn commit_guarded(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
-    let (id, is_ours) = (lease.row.id, is_ours(lease));
+    let is_ours = is_ours(lease);
     // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
     let guard = match write(lease, release) {
         Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
         None => format!(
-            "{} EXP(1000 * (COUNT(*) <> 1)) FROM distributed_lock
-            WHERE id = {id} AND {is_ours} LOCK IN SHARE MODE;",
-            select_within(MySql::GUARD_LIMIT)
+            "{} EXP(1000 * (COUNT(*) <> 1)) FROM {} WHERE {is_ours} LOCK IN SHARE MODE;",
+            select_within(MySql::GUARD_LIMIT),
+            lease.server.table.name()
         ),
     };
     commit_marked(connection, guard).await
@@ -87,30 +122,75 @@ pub(super) async fn guard(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
+    // First, as the row is seen that this writes itself. A snapshot is fixed by it, but no older than what follows.
+    let sees_grant = format!(
+        "SELECT fencing_token = {} FROM {} WHERE id = {}",
+        lease.fencing_token,
+        lease.server.table.name(),
+        lease.row.id
+    );
     if let Some(write) = write(lease, release) {
-        let sql = format!("{IN_TRANSACTION}; {write}");
-        let written = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
-        return Ok(Guarded::when(written.rows_affected() > 0));
+        let note = if release {
+            format!("; SET @lock_db_released = {}", lease.fencing_token)
+        } else {
+            String::new()
+        };
+        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){note}");
+        return guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?);
     }
     let sql = format!(
-        "{IN_TRANSACTION}; {} secret_key FROM distributed_lock
-        WHERE id = {} AND fencing_token = {} LOCK IN SHARE MODE",
+        "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
         select_within(MySql::GUARD_LIMIT),
-        lease.row.id,
-        lease.fencing_token
+        lease.server.table.name(),
+        is_ours(lease)
     );
-    let row = fetch_optional(connection, sql).await?;
-    let owner = row.map(|row| row.try_get::<String, _>(0)).transpose()?;
-    Ok(Guarded::when(owner.as_deref() == Some(lease.secret.as_str())))
+    guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?)
+}
+
+/// By what the plain read found, which comes first, and the locking one or the write, which counts last.
+fn guarded(rows: &[MySqlRow]) -> sqlx::Result<Guarded> {
+    let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Guarded::NotOurs) };
+    let is_ours = last.try_get::<i64, _>(0)? > 0;
+    // Without a row there is only the count.
+    let sees_grant = rows.len() > 1 && first.try_get(0)?;
+    Ok(match (is_ours, sees_grant) {
+        (false, _) => Guarded::NotOurs,
+        (true, false) => Guarded::Stale,
+        (true, true) => Guarded::Ours,
+    })
 }
 
 pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
-    if lease.cluster == Cluster::SinglePrimary {
+    if lease.server.cluster == Cluster::SinglePrimary {
         return Ok(true);
     }
-    let (id, fencing_token) = (lease.row.id, lease.fencing_token);
-    let sql = format!("SELECT 1 FROM distributed_lock WHERE id = {id} AND fencing_token >= {fencing_token}");
+    let (id, fencing_token, table) = (lease.row.id, lease.fencing_token, lease.server.table.name());
+    let sql = format!("SELECT 1 FROM {table} WHERE id = {id} AND fencing_token >= {fencing_token}");
     Ok(fetch_optional(connection, sql).await?.is_some())
+}
+
+pub(super) async fn look_in(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<Option<LockRow>> {
+    let row = fetch_optional(connection, lease::look_as_text(server, name)).await?;
+    row.as_ref().map(lease::lock_row).transpose()
+}
+
+/// The savepoint that `lock_and_write` set when it wrote this number is there only in the same transaction.
+pub(super) async fn was_its_own(connection: &mut MySqlConnection, id: i64, token: i64) -> sqlx::Result<bool> {
+    let savepoint = savepoint(id, token);
+    let sql = format!("RELEASE SAVEPOINT {savepoint}; SAVEPOINT {savepoint}");
+    match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
+        Ok(_) => Ok(true),
+        Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn savepoint(id: i64, token: i64) -> String {
+    format!("lock_db_{id}_{token}")
 }
 
 pub(super) async fn doom(connection: &mut MySqlConnection) {
@@ -119,18 +199,18 @@ pub(super) async fn doom(connection: &mut MySqlConnection) {
 
 /// The guard that has to be a write: to release, and where a lock reaches no further than its own node.
 fn write(lease: &LeaseKey, release: bool) -> Option<String> {
-    let set = match (release, lease.cluster) {
-        (true, _) => "expire_time = '1970-01-01 00:00:00', guard_count = guard_count + 1",
+    let set = match (release, lease.server.cluster) {
+        (true, _) => "expire_time = '1970-01-01 00:00:00', ttl_micros = 0, guard_count = guard_count + 1",
         (false, Cluster::MultiPrimary) => "guard_count = guard_count + 1",
         (false, Cluster::SinglePrimary) => return None,
     };
     // MySQL limits SELECTs only, so it is one of them that waits for the row.
     Some(format!(
-        "{} id FROM distributed_lock WHERE id = {id} FOR UPDATE;
-        UPDATE distributed_lock SET {set} WHERE id = {id} AND {}",
+        "{} id FROM {table} WHERE id = {} FOR UPDATE; UPDATE {table} SET {set} WHERE {}",
         select_within(MySql::GUARD_LIMIT),
+        lease.row.id,
         is_ours(lease),
-        id = lease.row.id,
+        table = lease.server.table.name(),
     ))
 }
 
@@ -138,7 +218,7 @@ fn write(lease: &LeaseKey, release: bool) -> Option<String> {
 async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
     let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE; {UNMARK}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
-        Ok(_) => Ok(Guarded::Committed),
+        Ok(_) => Ok(Guarded::Committed { call: None }),
         Err(error) => match number(&error) {
             Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),
             Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
@@ -154,6 +234,7 @@ async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx:
 /// hexadecimal digits, so there is nothing to escape.
 async fn lock_and_write(
     connection: &mut MySqlConnection,
+    server: &Server,
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
@@ -161,12 +242,13 @@ async fn lock_and_write(
     // row of a name that sorts there until the transaction ends. Not with SKIP LOCKED, which leaves a lock on the gap
     // behind the row that it skipped.
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
-    let id = claim.row.id;
+    let (id, table) = (claim.row.id, server.table.name());
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
     let sql = format!(
         "{IN_TRANSACTION}; {} lock_name, lock_kind, secret_key, fencing_token,
-            expire_time > UTC_TIMESTAMP(6), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
-        FROM distributed_lock WHERE id = {id} FOR UPDATE {no_wait}",
+            TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time), ttl_micros,
+            TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
+        FROM {table} WHERE id = {id} FOR UPDATE {no_wait}",
         select_within(limit)
     );
     let Some(row) = fetch_optional(connection, sql).await? else { return Ok(RowAttempt::Missing) };
@@ -176,32 +258,49 @@ async fn lock_and_write(
     if Kind::parse(row.try_get(1)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
-    let before: String = row.try_get(2)?;
-    let last: i64 = row.try_get(3)?;
-    if row.try_get::<bool, _>(4)? {
-        return Ok(RowAttempt::Leased);
+    let (last, before): (i64, String) = (row.try_get(3)?, row.try_get(2)?);
+    let (expires, ttl, now): (i64, i64, i64) = (row.try_get(4)?, row.try_get(5)?, row.try_get(6)?);
+    if expires > now {
+        return Ok(RowAttempt::Leased { usable: false });
     }
-    let now: i64 = row.try_get(5)?;
+    if expires != 0 || ttl != 0 {
+        return Ok(RowAttempt::Unsettled { usable: false });
+    }
 
-    // The locking read sees the newest row, the plain one the transaction's snapshot.
-    let sql = format!("SELECT fencing_token FROM distributed_lock WHERE id = {id}");
-    let seen: Option<i64> = fetch_optional(connection, sql).await?.map(|row| row.try_get(0)).transpose()?;
-    // A row that nobody has held yet may be newer than the snapshot.
-    if seen.unwrap_or(0) != last {
+    // The locking read sees the newest row, the plain one the transaction's snapshot. A holder that has not given the lock up there
+    // may have committed since, also one that is gone by now and wrote nothing more. By the name: a row that was cleaned away and made
+    // anew is another one.
+    let name = literal(&claim.row.name);
+    let sql = format!(
+        "SELECT id, fencing_token, secret_key, expire_time = '1970-01-01 00:00:00' AND ttl_micros = 0
+        FROM {table} WHERE lock_name = {name}"
+    );
+    let is_current = match fetch_optional(connection, sql).await? {
+        Some(seen) => {
+            seen.try_get::<i64, _>(0)? == id
+                && seen.try_get::<i64, _>(1)? == last
+                && seen.try_get::<&str, _>(2)? == before
+                && seen.try_get::<bool, _>(3)?
+        }
+        // A row that nobody has held yet may be newer than the snapshot.
+        None => last == 0,
+    };
+    if !is_current {
         return Ok(RowAttempt::Stale);
     }
 
     let fencing_token = last.saturating_add(1).max(now);
     let sql = format!(
-        "UPDATE distributed_lock
+        "UPDATE {table}
         SET fencing_token = {fencing_token}, secret_key = CONVERT({} USING ascii),
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
-        WHERE id = {id}",
+        WHERE id = {id} AND lock_name = {name}; SAVEPOINT {}",
         literal(claim.secret.as_str()),
-        literal(&claim.owner)
+        literal(&claim.owner),
+        savepoint(id, fencing_token)
     );
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
-    Ok(RowAttempt::Locked { fencing_token, before })
+    Ok(RowAttempt::Locked { fencing_token, before: (last, before) })
 }
 
 /// The beginning of a SELECT that the server ends when it takes longer. Each server reads its own form of the limit and takes
@@ -210,7 +309,8 @@ fn select_within(limit: Duration) -> String {
     // Zero would mean no limit at all.
     let limit = limit.as_millis().max(1);
     format!(
-        "/*M! SET STATEMENT max_statement_time = {}.{:03} FOR */ SELECT /*+ MAX_EXECUTION_TIME({limit}) */",
+        "/*M! SET STATEMENT max_statement_time = {}.{:03}, innodb_lock_wait_timeout = 60 FOR */
+        SELECT /*+ MAX_EXECUTION_TIME({limit}) */",
         limit / 1000,
         limit % 1000
     )
@@ -223,8 +323,16 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::
 
 /// A statement in the application's connection goes as text, which its log shows when it takes long; so it tells a digest of
 /// the secret only.
+///
+/// A released lease guards nothing, except in the transaction that releases it.
 fn is_ours(lease: &LeaseKey) -> String {
     let digest = sha2::Sha256::digest(lease.secret.as_str());
     let digits = digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"));
-    format!("fencing_token = {} AND SHA2(secret_key, 256) = '{digits}'", lease.fencing_token)
+    format!(
+        "id = {} AND lock_name = {} AND fencing_token = {token} AND SHA2(secret_key, 256) = '{digits}'
+        AND (expire_time > '1970-01-01 00:00:00' OR @lock_db_released <=> {token})",
+        lease.row.id,
+        literal(&lease.row.name),
+        token = lease.fencing_token,
+    )
 }

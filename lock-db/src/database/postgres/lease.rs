@@ -10,8 +10,9 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
+use super::errors::{LOCK_NOT_AVAILABLE, code};
 use crate::Kind;
-use crate::database::{Claim, Grant, LockRow, Place, Return, Standing};
+use crate::database::{Call, Claim, Grant, LockRow, Place, Probe, Released, Return, Server, Standing};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -21,44 +22,68 @@ SELECT id, lock_kind, secret_key, owner, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
-       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, waiters
-FROM distributed_lock WHERE lock_name = $1";
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters
+FROM {table} WHERE lock_name = $1";
 
-/// DO NOTHING waits all the same: when somebody made the row a moment ago and a transaction has locked and written it by
-/// now, for the end of that transaction. The lane must not stand still for that, least of all because that transaction may
-/// wait for the lane. So it looks first, which sees what this process has made, and has a limit, which is that of the
-/// statement alone, for what another one is making.
+/// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
+/// must not stand still for that, least of all because that transaction may wait for the lane. So it looks first, which sees what was
+/// made before, and has a limit, which is that of the statement alone, for what another transaction is making.
 const CREATE: &str = "
 WITH bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true))
-INSERT INTO distributed_lock (lock_name, lock_kind) SELECT $1, $2 FROM bound
-WHERE NOT EXISTS (SELECT 1 FROM distributed_lock WHERE lock_name = $1)
+INSERT INTO {table} (lock_name, lock_kind) SELECT $1, $2 FROM bound
+WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = $1)
 ON CONFLICT DO NOTHING";
+
+const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
 
 /// The new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover
 /// that lost the last grants brings a number back.
+///
+/// A lease that ran out is taken only after notice was given: see `LockRow::notice_is_due`.
 const ACQUIRE: &str = "
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
         ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
     previous_token = CASE WHEN lease.secret_key = $2 THEN lease.previous_token ELSE lease.fencing_token END,
     acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
     expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
+    ttl_micros = $4,
     secret_key = $2,
     owner = $3,
     waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
 WHERE lease.id = (
-    SELECT id FROM distributed_lock
+    SELECT id FROM {table}
     WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
-        OR (expire_time <= clock_timestamp() AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
+        OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
+            AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token";
 
-/// Calls the first in the queue, if there is one that can be called. Only then: notifications are serialised at commit.
+/// Answers the listener of the first in the queue, which is to be called.
+///
+/// FOR UPDATE waits for no guard of an open transaction, and finds none: so no transaction of this lease can be committed any more, and
+/// the row is settled.
 const RELEASE: &str = "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
+SET expire_time = '1970-01-01 00:00:00+00',
+    ttl_micros = 0,
+    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
+            AND position($3 IN lease.waiters) = 0
+        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+        ELSE lease.waiters END
+FROM unsynced
+WHERE lease.id = (
+    SELECT id FROM {table} WHERE lock_name = $1 AND secret_key = $2
+    FOR UPDATE SKIP LOCKED)
+RETURNING lease.id, substr(lease.waiters, 49, 8)";
+
+/// `RELEASE` while a transaction is open that the lease guards. It can still be committed, so the row is not settled.
+const RELEASE_UNDER_GUARD: &str = "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
             AND position($3 IN lease.waiters) = 0
@@ -66,56 +91,90 @@ SET expire_time = '1970-01-01 00:00:00+00',
         ELSE lease.waiters END
 FROM unsynced
 WHERE lease.id = (
-    SELECT id FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
+    SELECT id FROM {table} WHERE lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
-RETURNING CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
-    THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END";
+RETURNING lease.id, substr(lease.waiters, 49, 8)";
 
 /// On disk like a grant: until then nobody else is to have it, whatever crashes.
 const RELEASE_LATER: &str = "
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
+    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -$3::bigint END,
     secret_key = CASE WHEN until.passed THEN lease.secret_key ELSE '' END
 FROM (
     SELECT id, moment, moment <= clock_timestamp() AS passed
     FROM (
-        SELECT id, acquire_time + $3::bigint * interval '1 microsecond' AS moment
-        FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2
-        FOR NO KEY UPDATE SKIP LOCKED) AS unlocked) AS until
+        SELECT id, LEAST(acquire_time, clock_timestamp()) + $3::bigint * interval '1 microsecond' AS moment
+        FROM {table} WHERE lock_name = $1 AND secret_key = $2
+        FOR UPDATE SKIP LOCKED) AS unlocked) AS until
 WHERE lease.id = until.id";
+
+/// A tenth of the TTL, 0.3 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// the same.
+const GIVE_NOTICE: &str = "
+UPDATE {table} AS lease
+SET expire_time = CASE WHEN due.is_too_far
+        THEN clock_timestamp() + abs(lease.ttl_micros) * interval '1 microsecond'
+        ELSE GREATEST(lease.expire_time, clock_timestamp() + due.notice) END,
+    ttl_micros = CASE WHEN due.is_too_far THEN lease.ttl_micros ELSE 0 END
+FROM (
+    SELECT id, LEAST(ttl_micros / 10, 300000) * interval '1 microsecond' AS notice,
+        expire_time > clock_timestamp() + (abs(ttl_micros) + 2000000) * interval '1 microsecond' AS is_too_far
+    FROM {table}
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00+00'
+    FOR NO KEY UPDATE SKIP LOCKED) AS due
+WHERE lease.id = due.id
+    AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))";
+
+/// FOR UPDATE, which an open transaction holds off that is guarded by the last lease.
+const SETTLE: &str = "
+UPDATE {table} AS lease
+SET expire_time = '1970-01-01 00:00:00+00', ttl_micros = 0, secret_key = ''
+WHERE lease.id = (
+    SELECT id FROM {table}
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND expire_time <= clock_timestamp()
+        AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
+    FOR UPDATE SKIP LOCKED)";
+
+/// Row level security and missing rights would hide the row; a lock makes it fail.
+const PROBE: &str = "SELECT 1 FROM {table} WHERE lock_name = $1 FOR UPDATE NOWAIT";
 
 const STAND: &str = "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
 FROM unsynced
 WHERE lease.id = (
-    SELECT id FROM distributed_lock
+    SELECT id FROM {table}
     WHERE lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
     FOR NO KEY UPDATE SKIP LOCKED)";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease SET waiters = $3
+UPDATE {table} AS lease SET waiters = $3
 FROM unsynced
 WHERE lease.id = (
-    SELECT id FROM distributed_lock WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
+    SELECT id FROM {table} WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
     FOR NO KEY UPDATE SKIP LOCKED)";
 
 const REMOVE_WAITER: &str = "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
 FROM unsynced
 WHERE lease.id = (
-    SELECT id FROM distributed_lock WHERE lock_name = $1 AND position($2 IN waiters) > 0
+    SELECT id FROM {table} WHERE lock_name = $1 AND position($2 IN waiters) > 0
     FOR NO KEY UPDATE SKIP LOCKED)";
 
-const IS_OURS: &str = "SELECT 1 FROM distributed_lock WHERE lock_name = $1 AND secret_key = $2";
+const IS_OURS: &str = "SELECT 1 FROM {table} WHERE lock_name = $1 AND secret_key = $2";
 
-pub(super) async fn look(connection: &mut PgConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
-    let row = sqlx::query(LOOK).bind(name).fetch_optional(connection).await?;
+pub(super) async fn look(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<Option<LockRow>> {
+    let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
     row.map(|row| {
         Ok(LockRow {
             id: row.try_get(0)?,
@@ -127,18 +186,36 @@ pub(super) async fn look(connection: &mut PgConnection, name: &str) -> sqlx::Res
             acquired: row.try_get(6)?,
             expires: row.try_get(7)?,
             remaining: row.try_get(8)?,
-            waiters: row.try_get(9)?,
+            ttl: row.try_get(9)?,
+            waiters: row.try_get(10)?,
         })
     })
     .transpose()
 }
 
-pub(super) async fn create(connection: &mut PgConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
-    sqlx::query(CREATE).bind(name).bind(kind.as_str()).execute(connection).await.map(drop)
+pub(super) async fn create(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
+    match query.execute(&mut *connection).await {
+        Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
+            // If the table as a whole can be had, it is the name that a transaction keeps.
+            let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
+            if is_open { Ok(false) } else { Err(error) }
+        }
+        created => created.map(|_| true),
+    }
 }
 
-pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sqlx::Result<Option<Grant>> {
-    let row = sqlx::query(ACQUIRE)
+pub(super) async fn acquire(
+    connection: &mut PgConnection,
+    server: &Server,
+    claim: &Claim,
+) -> sqlx::Result<Option<Grant>> {
+    let row = sqlx::query(server.table.sql(ACQUIRE))
         .bind(&*claim.name)
         .bind(claim.secret.as_str())
         .bind(&*claim.owner)
@@ -155,51 +232,94 @@ pub(super) async fn acquire(connection: &mut PgConnection, claim: &Claim) -> sql
     Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
 }
 
-pub(super) async fn release(connection: &mut PgConnection, lease: &Return) -> sqlx::Result<Standing> {
+pub(super) async fn give_notice(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name).execute(connection).await?;
+    Ok(given.rows_affected() > 0)
+}
+
+pub(super) async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
+    Ok(settled.rows_affected() > 0)
+}
+
+pub(super) async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
+    match sqlx::query(server.table.sql(PROBE)).bind(name).fetch_optional(connection).await {
+        Ok(Some(_)) => Ok(Probe::Free),
+        Ok(None) => Ok(Probe::Nothing),
+        Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => Ok(Probe::Locked),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) async fn release(
+    connection: &mut PgConnection,
+    server: &Server,
+    lease: &Return,
+) -> sqlx::Result<Released> {
     let Return { name, secret, place } = lease;
     let (place, listener) = Place::parts(place.as_ref());
-    let query = sqlx::query(RELEASE).bind(&**name).bind(secret.as_str()).bind(place).bind(listener);
-    let released = query.execute(&mut *connection).await?;
-    released_or_not(connection, name, secret, released.rows_affected()).await
+    for statement in [RELEASE, RELEASE_UNDER_GUARD] {
+        let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
+        let row = query.bind(place).bind(&listener).fetch_optional(&mut *connection).await?;
+        if let Some(row) = row {
+            let call = Call::parse(Some(row.try_get(1)?), row.try_get(0)?);
+            return Ok(Released { standing: Standing::Ours, call });
+        }
+    }
+    released_or_not(connection, server, name, secret, 0).await.map(Released::from)
 }
 
 pub(super) async fn release_later(
     connection: &mut PgConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
     at_least: Duration,
 ) -> sqlx::Result<Standing> {
-    let query = sqlx::query(RELEASE_LATER).bind(name).bind(secret.as_str()).bind(micros(at_least));
-    let released = query.execute(&mut *connection).await?;
-    released_or_not(connection, name, secret, released.rows_affected()).await
+    let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
+    let released = query.bind(micros(at_least)).execute(&mut *connection).await?;
+    released_or_not(connection, server, name, secret, released.rows_affected()).await
 }
 
-pub(super) async fn stand(connection: &mut PgConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
+pub(super) async fn stand(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+    place: &Place,
+) -> sqlx::Result<bool> {
     let (secret, listener) = Place::parts(Some(place));
-    let query = sqlx::query(STAND).bind(name).bind(secret).bind(listener);
+    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(
     connection: &mut PgConnection,
+    server: &Server,
     name: &str,
     before: &str,
     after: &str,
 ) -> sqlx::Result<bool> {
-    let query = sqlx::query(SET_WAITERS).bind(name).bind(before).bind(after);
+    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn remove_waiter(
     connection: &mut PgConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
-    sqlx::query(REMOVE_WAITER).bind(name).bind(secret.as_str()).execute(connection).await.map(drop)
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
+    query.execute(connection).await.map(drop)
 }
 
 async fn released_or_not(
     connection: &mut PgConnection,
+    server: &Server,
     name: &str,
     secret: &Secret,
     released: u64,
@@ -207,7 +327,8 @@ async fn released_or_not(
     if released > 0 {
         return Ok(Standing::Ours);
     }
-    let ours = sqlx::query(IS_OURS).bind(name).bind(secret.as_str()).fetch_optional(connection).await?;
+    let query = sqlx::query(server.table.sql(IS_OURS)).bind(name).bind(secret.as_str());
+    let ours = query.fetch_optional(connection).await?;
     Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
 }
 

@@ -1,53 +1,43 @@
 //! PostgreSQL 12 and later.
 //!
-//! No statement on a private connection waits for a locked row: what somebody has locked is skipped and asked for
+//! No statement on a private connection waits for a locked row: what another transaction has locked is skipped and asked for
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
 //! a pooler in transaction mode would hand on to other clients.
 
+mod errors;
 mod lease;
 mod listener;
+mod schema;
 mod together;
 mod transaction;
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgDatabaseError, PgListener, PgSeverity};
-use sqlx::{Connection, Pool, Postgres};
+use sqlx::postgres::{PgConnection, PgListener};
+use sqlx::{Pool, Postgres};
 
 use super::{
-    Claim, Exchanged, Fault, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Renewal, Return,
-    RowAttempt, RowClaim, Server, Standing,
+    Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe,
+    Released, Renewal, Return, RowAttempt, RowClaim, RowKey, Server, Standing,
 };
+use crate::Kind;
 use crate::secret::Secret;
-use crate::{Kind, schema};
-
-const CHECK_SCHEMA: &str = "
-SELECT id, lock_name, lock_kind, secret_key, fencing_token, owner, create_time, acquire_time, expire_time, waiters,
-       previous_token
-FROM distributed_lock LIMIT 0";
-
-/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
-const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
-/// Whatever the default of the database: what others have applied while this one waited has to be seen.
-const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
-const LIMIT_MIGRATION_WAIT: &str = "SET LOCAL lock_timeout = '60s'";
-const CREATE_LEDGER: &str = "
-CREATE TABLE IF NOT EXISTS _lock_db_migrations (
-    version BIGINT PRIMARY KEY,
-    applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())";
-const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
-const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1)";
-const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
 impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
-    /// Nothing more to do: after an error the server itself refuses all but a rollback.
-    const BEGIN_MARKED: &'static str = "BEGIN";
+    /// After an error the server itself refuses all but a rollback. The mark tells a transaction that its owner's own COMMIT or
+    /// ROLLBACK has ended: it goes with the transaction.
+    const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";
+    const COMMITS_WITH_CHECK: bool = true;
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
-    const ROW_IS_MADE_IN_TRANSACTION: bool = false;
+    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
-    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<Server> {
-        Ok(Server::default())
+    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+        schema::find(connection, schema).await
     }
 
     type Listening = PgListener;
@@ -58,7 +48,7 @@ impl LockDatabase for Postgres {
         listener::connect(pool).await
     }
 
-    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<()> {
+    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
         listener::listen(listening, listener).await
     }
 
@@ -70,103 +60,142 @@ impl LockDatabase for Postgres {
         listener::called(listening).await
     }
 
-    async fn migrate(connection: &mut PgConnection) -> sqlx::Result<()> {
-        let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
-        sqlx::query(LIMIT_MIGRATION_WAIT).execute(&mut *transaction).await?;
-        sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
-        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
-        let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
-        for (version, sql) in MIGRATIONS {
-            if !applied.contains(&version) {
-                sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-                sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
-            }
-        }
-        transaction.commit().await
+    async fn call(connection: &mut PgConnection, calls: &[Call]) -> sqlx::Result<()> {
+        listener::call(connection, calls).await
     }
 
-    async fn check_schema(connection: &mut PgConnection) -> sqlx::Result<Option<&'static str>> {
-        sqlx::query(CHECK_SCHEMA).execute(connection).await?;
-        Ok(None)
+    async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+        schema::migrate(connection, schema).await
     }
 
-    async fn look(connection: &mut PgConnection, name: &str) -> sqlx::Result<Option<LockRow>> {
-        lease::look(connection, name).await
+    async fn look(
+        connection: &mut PgConnection,
+        server: &Server,
+        name: &str,
+    ) -> sqlx::Result<Option<LockRow>> {
+        lease::look(connection, server, name).await
     }
 
-    async fn create(connection: &mut PgConnection, name: &str, kind: Kind) -> sqlx::Result<()> {
-        lease::create(connection, name, kind).await
+    async fn create(
+        connection: &mut PgConnection,
+        server: &Server,
+        name: &str,
+        kind: Kind,
+    ) -> sqlx::Result<bool> {
+        lease::create(connection, server, name, kind).await
     }
 
     async fn acquire(
         connection: &mut PgConnection,
-        _server: Server,
+        server: &Server,
         claim: &Claim,
     ) -> sqlx::Result<Option<Grant>> {
-        lease::acquire(connection, claim).await
+        lease::acquire(connection, server, claim).await
     }
 
-    async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
-        together::renew(connection, leases).await
+    async fn give_notice(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+        lease::give_notice(connection, server, name).await
+    }
+
+    async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+        lease::settle(connection, server, name).await
+    }
+
+    async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
+        lease::probe(connection, server, name).await
+    }
+
+    async fn renew(
+        connection: &mut PgConnection,
+        server: &Server,
+        leases: &[Renewal],
+    ) -> sqlx::Result<Vec<Standing>> {
+        together::renew(connection, server, leases).await
     }
 
     async fn release(
         connection: &mut PgConnection,
-        _server: Server,
+        server: &Server,
         lease: &Return,
-    ) -> sqlx::Result<Standing> {
-        lease::release(connection, lease).await
+    ) -> sqlx::Result<Released> {
+        lease::release(connection, server, lease).await
     }
 
     async fn release_later(
         connection: &mut PgConnection,
+        server: &Server,
         name: &str,
         secret: &Secret,
         at_least: Duration,
     ) -> sqlx::Result<Standing> {
-        lease::release_later(connection, name, secret, at_least).await
+        lease::release_later(connection, server, name, secret, at_least).await
     }
 
     async fn exchange(
         connection: &mut PgConnection,
-        _server: Server,
+        server: &Server,
         returns: &[Return],
         claims: &[Claim],
     ) -> sqlx::Result<Exchanged> {
-        together::exchange(connection, returns, claims).await
+        together::exchange(connection, server, returns, claims).await
     }
 
-    async fn stand(connection: &mut PgConnection, name: &str, place: &Place) -> sqlx::Result<bool> {
-        lease::stand(connection, name, place).await
+    async fn stand(
+        connection: &mut PgConnection,
+        server: &Server,
+        name: &str,
+        place: &Place,
+    ) -> sqlx::Result<bool> {
+        lease::stand(connection, server, name, place).await
     }
 
     async fn set_waiters(
         connection: &mut PgConnection,
+        server: &Server,
         name: &str,
         before: &str,
         after: &str,
     ) -> sqlx::Result<bool> {
-        lease::set_waiters(connection, name, before, after).await
+        lease::set_waiters(connection, server, name, before, after).await
     }
 
-    async fn remove_waiter(connection: &mut PgConnection, name: &str, secret: &Secret) -> sqlx::Result<()> {
-        lease::remove_waiter(connection, name, secret).await
+    async fn remove_waiter(
+        connection: &mut PgConnection,
+        server: &Server,
+        name: &str,
+        secret: &Secret,
+    ) -> sqlx::Result<()> {
+        lease::remove_waiter(connection, server, name, secret).await
+    }
+
+    async fn waits_outside(transaction: &mut PgConnection) -> sqlx::Result<bool> {
+        transaction::has_snapshot(transaction).await
     }
 
     async fn lock_row(
         connection: &mut PgConnection,
+        server: &Server,
         claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        transaction::lock_row(connection, claim, slice).await
+        transaction::lock_row(connection, server, claim, slice).await
+    }
+
+    async fn was_its_own(
+        connection: &mut PgConnection,
+        _row: &RowKey,
+        before: &(i64, String),
+    ) -> sqlx::Result<Option<bool>> {
+        transaction::was_its_own(connection, &before.1).await.map(Some)
     }
 
     async fn commit_locked(
         connection: &mut PgConnection,
-        name: &str,
-        fencing_token: i64,
+        _server: &Server,
+        _name: &str,
+        _fencing_token: i64,
     ) -> sqlx::Result<Guarded> {
-        transaction::commit_locked(connection, name, fencing_token).await
+        transaction::commit_locked(connection).await
     }
 
     async fn commit_guarded(
@@ -174,7 +203,7 @@ impl LockDatabase for Postgres {
         lease: &LeaseKey,
         release: bool,
     ) -> sqlx::Result<Guarded> {
-        transaction::guard(connection, lease, release).await
+        transaction::commit_guarded(connection, lease, release).await
     }
 
     async fn guard(connection: &mut PgConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
@@ -186,29 +215,6 @@ impl LockDatabase for Postgres {
     }
 
     fn classify(error: &sqlx::Error) -> Fault {
-        if crate::error::is_connection_failure(error) {
-            return Fault::Disconnected;
-        }
-        let Some(error) =
-            error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>())
-        else {
-            return Fault::Other;
-        };
-        match error.code() {
-            // lock_not_available: NOWAIT or lock_timeout
-            "55P03" => Fault::Busy,
-            // in_failed_sql_transaction, no_active_sql_transaction
-            "25P02" | "25P01" => Fault::TransactionEnded,
-            "40P01" => Fault::Deadlock,
-            "40001" => Fault::Serialization,
-            "42P01" => Fault::TableMissing,
-            "42703" => Fault::TableDiffers,
-            // read_only_sql_transaction: the server is no primary any more; a new connection may find the one that is.
-            "25006" => Fault::Disconnected,
-            code if code.starts_with("08") => Fault::Disconnected,
-            // Whatever the code, the server has closed the connection: shutdown, idle for too long, too many of them.
-            _ if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) => Fault::Disconnected,
-            _ => Fault::Other,
-        }
+        errors::classify(error)
     }
 }

@@ -5,40 +5,50 @@
 
 use std::collections::{HashMap, HashSet};
 
-use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{Connection, Postgres, Row};
 
-use crate::database::{Claim, Exchanged, Grant, Place, Renewal, Return, Standing, in_order, outcome_unknown};
+use crate::database::{
+    Call, Claim, Exchanged, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, in_order,
+    outcome_unknown,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 
-/// Never brings a released lease back (1970), and never moves a deadline backwards when the clock was set back.
+/// Never brings a released lease back (1970). A deadline moves backwards only when it lies further ahead than can be, because the
+/// clock was set back: by more than 2 s.
 const RENEW: &str = "
 WITH unlocked AS MATERIALIZED (
     SELECT lease.id, asked.ttl
     FROM unnest((SELECT $1::bigint[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::bigint[]))
         AS asked (id, secret_key, fencing_token, ttl)
-    JOIN distributed_lock AS lease ON lease.id = asked.id
+    JOIN {table} AS lease ON lease.id = asked.id
         AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
     WHERE lease.expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE OF lease SKIP LOCKED)
-UPDATE distributed_lock AS lease
-SET expire_time = GREATEST(lease.expire_time, clock_timestamp() + unlocked.ttl * interval '1 microsecond')
+UPDATE {table} AS lease
+SET expire_time = LEAST(
+        GREATEST(lease.expire_time, clock_timestamp() + unlocked.ttl * interval '1 microsecond'),
+        clock_timestamp() + (unlocked.ttl + 2000000) * interval '1 microsecond'),
+    ttl_micros = unlocked.ttl
 FROM unlocked WHERE lease.id = unlocked.id
 RETURNING lease.secret_key";
 
+/// Which leases are ours, and whether notice was given of a takeover. In a transaction of its own (see `renew`), because what
+/// spreads reads over replicas must not answer it by an old one.
 const STILL_OURS: &str = "
-SELECT lease.secret_key
+SELECT lease.secret_key, lease.ttl_micros <= 0
 FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fencing_token)
-JOIN distributed_lock AS lease ON lease.id = asked.id
+JOIN {table} AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
 /// `RELEASE` for many at once, and like it not waiting for the disk.
 const RETURN: &str = r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
+    ttl_micros = 0,
     waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
             AND position(unlocked.place IN lease.waiters) = 0
         THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
@@ -46,21 +56,20 @@ SET expire_time = '1970-01-01 00:00:00+00',
 FROM unsynced, (
     SELECT lease.id, asked.place
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
-    JOIN distributed_lock AS lease
+    JOIN {table} AS lease
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
-    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+    FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.id = unlocked.id
-RETURNING lease.secret_key, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
-    THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
+RETURNING lease.secret_key, lease.id, substr(lease.waiters, 49, 8)"#;
 
 /// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one statement and one commit.
 ///
-/// Rows are found again by their `ctid`: nobody else can move a row that is locked here. One that somebody has changed between
+/// Rows are found again by their `ctid` in their table: nothing else can move a row that is locked here. One that was changed between
 /// the statement's snapshot and the lock is not found, and so passed over like one that is locked.
 ///
 /// The clock is read once, after the snapshot: what is seen there was granted before, so a new number is larger all the same.
 const EXCHANGE: &str = r#"
-UPDATE distributed_lock AS lease
+UPDATE {table} AS lease
 SET fencing_token = CASE WHEN unlocked.is_taken
         THEN GREATEST(lease.fencing_token + 1, (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
         ELSE lease.fencing_token END,
@@ -68,6 +77,7 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     acquire_time = CASE WHEN unlocked.is_taken THEN (SELECT clock_timestamp()) ELSE lease.acquire_time END,
     expire_time = CASE WHEN unlocked.ttl IS NULL THEN '1970-01-01 00:00:00+00'
         ELSE (SELECT clock_timestamp()) + unlocked.ttl * interval '1 microsecond' END,
+    ttl_micros = COALESCE(unlocked.ttl, 0),
     secret_key = unlocked.secret_key,
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
     waiters = CASE WHEN lease.waiters = '' THEN ''
@@ -76,71 +86,80 @@ SET fencing_token = CASE WHEN unlocked.is_taken
         THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $6
         ELSE lease.waiters END
 FROM (
-    SELECT lease.ctid, asked.secret_key, asked.ttl, asked.place,
+    SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.place,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
         AS asked (lock_name, secret_key, ttl, place)
-    JOIN distributed_lock AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
+    JOIN {table} AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
+            AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
             AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
-WHERE lease.ctid = unlocked.ctid
-RETURNING lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
-    lease.fencing_token - lease.previous_token,
-    CASE WHEN unlocked.ttl IS NULL AND substr(lease.waiters, 49, 8) > '00000000'
-        THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END"#;
+WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
+RETURNING lease.secret_key, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
+    lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#;
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key
 FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
-JOIN distributed_lock AS lease
+JOIN {table} AS lease
     ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;
 
-pub(super) async fn renew(connection: &mut PgConnection, leases: &[Renewal]) -> sqlx::Result<Vec<Standing>> {
+pub(super) async fn renew(
+    connection: &mut PgConnection,
+    server: &Server,
+    leases: &[Renewal],
+) -> sqlx::Result<Vec<Standing>> {
     let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
     let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
     let tokens: Vec<i64> = leases.iter().map(|lease| lease.fencing_token).collect();
     let ttls: Vec<i64> = leases.iter().map(|lease| micros(lease.ttl)).collect();
-    let renewed: Vec<String> = sqlx::query_scalar(RENEW)
+    let renewed: Vec<String> = sqlx::query_scalar(server.table.sql(RENEW))
         .bind(&ids)
         .bind(&secrets)
         .bind(&tokens)
         .bind(ttls)
         .fetch_all(&mut *connection)
         .await?;
-    let ours: Vec<String> = if renewed.len() < leases.len() {
-        sqlx::query_scalar(STILL_OURS).bind(&ids).bind(&secrets).bind(&tokens).fetch_all(connection).await?
-    } else {
-        Vec::new()
-    };
+    let mut found = Vec::with_capacity(leases.len());
+    if renewed.len() < leases.len() {
+        let mut transaction = connection.begin_with(Postgres::BEGIN_SHORT).await?;
+        let query = sqlx::query(server.table.sql(STILL_OURS)).bind(&ids).bind(&secrets).bind(&tokens);
+        for row in query.fetch_all(&mut *transaction).await? {
+            let standing = if row.try_get(1)? { Standing::Challenged } else { Standing::Busy };
+            found.push((row.try_get(0)?, standing));
+        }
+        transaction.commit().await?;
+    }
     // Those that were renewed last: they count.
-    let found = ours.into_iter().map(|secret| (secret, Standing::Busy));
-    Ok(in_order(leases, found.chain(renewed.into_iter().map(|secret| (secret, Standing::Ours)))))
+    found.extend(renewed.into_iter().map(|secret| (secret, Standing::Ours)));
+    Ok(in_order(leases, found))
 }
 
 pub(super) async fn exchange(
     connection: &mut PgConnection,
+    server: &Server,
     returns: &[Return],
     claims: &[Claim],
 ) -> sqlx::Result<Exchanged> {
     let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
     let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
     let mut done = HashMap::with_capacity(names.len() + claims.len());
+    let mut calls = Vec::new();
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
     let places = returns.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
     let rows = if claims.is_empty() {
-        let query =
-            sqlx::query(RETURN).bind(&names).bind(&secrets).bind(places.collect::<Vec<_>>()).bind(listener);
-        query.fetch_all(&mut *connection).await?
+        let query = sqlx::query(server.table.sql(RETURN)).bind(&names).bind(&secrets);
+        query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(&mut *connection).await?
     } else {
         let all_names = names.iter().copied().chain(claims.iter().map(|claim| &*claim.name));
         let all_secrets = secrets.iter().copied().chain(claims.iter().map(|claim| claim.secret.as_str()));
         let ttls = returns.iter().map(|_| None).chain(claims.iter().map(|claim| Some(micros(claim.ttl))));
         let places = places.chain(claims.iter().map(|claim| claim.place.as_ref().map(Secret::as_str)));
-        sqlx::query(EXCHANGE)
+        sqlx::query(server.table.sql(EXCHANGE))
             .bind(all_names.collect::<Vec<_>>())
             .bind(all_secrets.collect::<Vec<_>>())
             .bind(ttls.collect::<Vec<_>>())
@@ -153,11 +172,12 @@ pub(super) async fn exchange(
     for row in &rows {
         let grant = if claims.is_empty() { None } else { Some(granted(row)?) };
         done.insert(row.try_get::<&str, _>(0)?, grant);
+        calls.extend(Call::parse(row.try_get(2)?, row.try_get(1)?));
     }
     let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
         HashSet::new()
     } else {
-        let ours = sqlx::query_scalar(WHICH_ARE_OURS).bind(&names).bind(&secrets);
+        let ours = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(&names).bind(&secrets);
         // What was found above is released already.
         ours.fetch_all(connection).await.map_err(outcome_unknown)?.into_iter().collect()
     };
@@ -169,10 +189,11 @@ pub(super) async fn exchange(
     Ok(Exchanged {
         returns: secrets.iter().map(standing).collect(),
         grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied().flatten()).collect(),
+        calls,
     })
 }
 
 fn granted(row: &PgRow) -> sqlx::Result<Grant> {
-    let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
-    Ok(Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? })
+    let (fencing_token, id) = (row.try_get(3)?, row.try_get(1)?);
+    Ok(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? })
 }

@@ -1,112 +1,83 @@
 //! Locks and guards in transactions.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
-use sqlx::postgres::PgConnection;
+use sha2::Digest;
+use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row};
 
+use super::errors::{DIVISION_BY_ZERO, LOGARITHM_OF_ZERO, code};
 use crate::Kind;
-use crate::database::{Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, hexadecimal};
+use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
 
 /// Conflicts with a takeover, but not with our own renewal: a takeover has the row locked FOR UPDATE before it writes, in the
 /// same statement, and PostgreSQL keeps the stronger of the two locks of one transaction.
 ///
+/// A released lease guards nothing, except in the transaction that releases it.
+///
 /// `bound` limits the wait for a transaction that has the row, and the outermost SELECT puts the caller's own limit back
-/// once the row is locked. When it is not, the transaction has failed or is about to be doomed.
+/// once the row is locked. When it is not, the transaction has failed or is about to be doomed. From here on the server ends
+/// the transaction when it hears nothing of its client for a TTL: until then the lock can't be taken.
 const GUARD: &str = "
 WITH bound AS MATERIALIZED (
-    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true))
-SELECT set_config('lock_timeout', before, true)
+    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true),
+        (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle)
+SELECT set_config('lock_timeout', before, true),
+    set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM (
-    SELECT bound.before FROM bound, distributed_lock AS lease
+    SELECT bound.before, bound.idle FROM bound, {table} AS lease
     WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
+        AND (lease.expire_time > '1970-01-01 00:00:00+00'
+            OR current_setting('lock_db.released', true) = lease.fencing_token::text)
     FOR KEY SHARE OF lease) AS guarded";
 
+/// The row is settled only when no other transaction guards by this lease: such a one could still be committed.
 const GUARD_AND_RELEASE: &str = "
 WITH bound AS MATERIALIZED (
     SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true)),
+alone AS MATERIALIZED (
+    SELECT lease.id FROM {table} AS lease
+    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
+    FOR UPDATE OF lease SKIP LOCKED),
 released AS (
-    UPDATE distributed_lock AS lease SET expire_time = '1970-01-01 00:00:00+00'
-    FROM bound WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
-    RETURNING bound.before, CASE WHEN substr(lease.waiters, 49, 8) > '00000000'
-        THEN pg_notify('lock_db_' || substr(lease.waiters, 49, 8), lease.id::text)::text END AS called)
-SELECT set_config('lock_timeout', before, true), called FROM released";
+    UPDATE {table} AS lease
+    SET expire_time = '1970-01-01 00:00:00+00',
+        ttl_micros = CASE WHEN EXISTS (SELECT 1 FROM alone) THEN 0 ELSE lease.ttl_micros END
+    FROM bound
+    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
+        AND (lease.expire_time > '1970-01-01 00:00:00+00'
+            OR current_setting('lock_db.released', true) = lease.fencing_token::text)
+    RETURNING bound.before, lease.fencing_token)
+SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', fencing_token::text, true)
+FROM released";
 
-/// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data.
+/// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data. Answers the kind of
+/// the row as this statement sees it, and what was there before if it was locked.
 const LOCK_ROW_AT_ONCE: &str = "
-UPDATE distributed_lock AS held
-SET fencing_token = GREATEST(before.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
-    secret_key = $3, owner = $4, acquire_time = clock_timestamp()
+WITH found AS MATERIALIZED (
+    SELECT id, secret_key, fencing_token FROM {table}
+    WHERE lock_name = $1 AND lock_kind = 'row' AND current_database() || '/' || tableoid = $4
+    FOR UPDATE SKIP LOCKED),
+written AS (
+    UPDATE {table} AS held
+    SET fencing_token = GREATEST(found.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+        secret_key = $2, owner = $3, acquire_time = clock_timestamp()
+    FROM found WHERE held.id = found.id
+    RETURNING held.fencing_token, found.fencing_token AS last_token, found.secret_key)
+SELECT seen.lock_kind, seen.is_here, written.fencing_token, written.last_token, written.secret_key,
+    CASE WHEN written.fencing_token IS NOT NULL
+        THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (
-    SELECT id, secret_key, fencing_token FROM distributed_lock
-    WHERE lock_name = $1 AND lock_kind = $2 AND expire_time <= clock_timestamp()
-    FOR UPDATE SKIP LOCKED) AS before
-WHERE held.id = before.id
-RETURNING held.fencing_token, before.secret_key";
+    SELECT lock_kind, current_database() || '/' || tableoid = $4 AS is_here FROM {table} WHERE lock_name = $1) AS seen
+LEFT JOIN written ON true";
 
-const SEEN: &str = "SELECT 1 FROM distributed_lock WHERE id = $1 AND lock_name = $2";
-
-/// Fails, and with it every later statement of the transaction.
-const DOOM: &str =
-    "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
-
-/// Whether the block below has written the row, and what it found there.
-const AFTER_WAITING: &str = "
-SELECT secret_key, fencing_token, COALESCE(current_setting('lock_db.secret_before', true), '')
-FROM distributed_lock WHERE id = $1 AND lock_name = $2";
-
-/// A transaction that has failed refuses this, and one that has locked a row has a number. Not by a look at the row, which a
-/// serializable transaction would be blamed for.
-const STILL_LOCKED: &str = "SELECT txid_current_if_assigned() IS NOT NULL";
-
-pub(super) async fn lock_row(
-    connection: &mut PgConnection,
-    claim: &RowClaim,
-    slice: Duration,
-) -> sqlx::Result<RowAttempt> {
-    // Whether a row that might be leased was free shows only once it is locked: not without a savepoint.
-    if !slice.is_zero() || claim.kind == Kind::Insert {
-        return lock_in_savepoint(connection, claim, slice).await;
-    }
-    let locked = sqlx::query(LOCK_ROW_AT_ONCE)
-        .bind(&*claim.row.name)
-        .bind(claim.kind.as_str())
-        .bind(claim.secret.as_str())
-        .bind(&*claim.owner)
-        .fetch_optional(&mut *connection)
-        .await?;
-    if let Some(row) = locked {
-        return Ok(RowAttempt::Locked { fencing_token: row.try_get(0)?, before: row.try_get(1)? });
-    }
-    // A snapshot from before the row was made doesn't see it, however free it is.
-    let seen = sqlx::query(SEEN).bind(claim.row.id).bind(&*claim.row.name).fetch_optional(connection).await?;
-    Ok(if seen.is_some() { RowAttempt::Busy } else { RowAttempt::Missing })
-}
-
-pub(super) async fn commit_locked(
-    connection: &mut PgConnection,
-    _name: &str,
-    _fencing_token: i64,
-) -> sqlx::Result<Guarded> {
-    let locked: bool = sqlx::query_scalar(STILL_LOCKED).fetch_one(connection).await?;
-    Ok(if locked { Guarded::Ours } else { Guarded::Ended })
-}
-
-pub(super) async fn guard(
-    connection: &mut PgConnection,
-    lease: &LeaseKey,
-    release: bool,
-) -> sqlx::Result<Guarded> {
-    let sql = if release { GUARD_AND_RELEASE } else { GUARD };
-    let limit = format!("{}ms", Postgres::GUARD_LIMIT.as_millis());
-    let query = sqlx::query(sql).bind(&*lease.row.name).bind(lease.secret.as_str()).bind(limit);
-    let query = query.bind(lease.fencing_token);
-    Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
-}
-
-pub(super) async fn doom(connection: &mut PgConnection) {
-    let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
-}
+/// The arguments of the block below, which takes none: settings that end with the transaction.
+const TELL: &str = "
+SELECT current_database() || '/' || to_regclass($6)::oid = $7,
+    set_config('lock_db.name', $1, true), set_config('lock_db.kind', $2, true),
+    set_config('lock_db.secret', $3, true), set_config('lock_db.owner', $4, true),
+    set_config('lock_db.limit', $5, true)";
 
 /// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row
 /// that turns out to be leased would stay locked, so it happens inside a savepoint; a deadlock and an old snapshot do end
@@ -116,49 +87,248 @@ pub(super) async fn doom(connection: &mut PgConnection) {
 /// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
 /// would commit by itself. The row is locked and written under the same savepoint: anything else takes a multixact.
 ///
+/// The first use of a name makes its row here, in the transaction that needs it, and so needs no other connection. Who asks for
+/// that name meanwhile waits for the transaction, as for any holder.
+///
 /// A `statement_timeout` would end the transaction as well, so the wait stays below it. It counts the turn in the queue
 /// and the wait for the holder together, the lock timeout each.
-async fn lock_in_savepoint(
+const WAIT_AND_LOCK: &str = "
+DO $lock_db$
+DECLARE
+    limit_before text := current_setting('lock_timeout');
+    third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
+    slice integer := current_setting('lock_db.limit');
+    released CONSTANT timestamptz := '1970-01-01 00:00:00+00';
+    held record;
+BEGIN
+    PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 1), NULLIF(third, 0)) || 'ms', true);
+    FOR attempt IN 1..2 LOOP
+        IF slice = 0 THEN
+            SELECT * INTO held FROM {table} WHERE lock_name = current_setting('lock_db.name') FOR UPDATE NOWAIT;
+        ELSE
+            SELECT * INTO held FROM {table} WHERE lock_name = current_setting('lock_db.name') FOR UPDATE;
+        END IF;
+        EXIT WHEN FOUND OR attempt = 2;
+        INSERT INTO {table} (lock_name, lock_kind)
+            VALUES (current_setting('lock_db.name'), current_setting('lock_db.kind'))
+            ON CONFLICT (lock_name) DO NOTHING;
+    END LOOP;
+    IF held.id IS NULL THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'missing';
+    ELSIF held.lock_kind <> current_setting('lock_db.kind') THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'kind';
+    ELSIF held.expire_time > clock_timestamp() THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'leased';
+    ELSIF held.expire_time <> released AND held.ttl_micros > 0 OR (
+            current_setting('transaction_isolation') <> 'read committed'
+            AND (held.expire_time <> released OR held.ttl_micros <> 0)) THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'unsettled';
+    END IF;
+    UPDATE {table} AS lease
+        SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+            secret_key = current_setting('lock_db.secret'), owner = current_setting('lock_db.owner'),
+            acquire_time = clock_timestamp(), expire_time = released, ttl_micros = 0
+        WHERE lease.id = held.id
+        RETURNING lease.fencing_token INTO held.previous_token;
+    PERFORM set_config('lock_timeout', limit_before, true), set_config('lock_db.outcome', 'locked', true),
+        set_config('lock_db.taken',
+            concat(current_setting('lock_db.taken', true), current_setting('lock_db.secret')), true),
+        set_config('lock_db.token', held.previous_token::text, true),
+        set_config('lock_db.last_token', held.fencing_token::text, true),
+        set_config('lock_db.last_secret', held.secret_key, true);
+EXCEPTION
+    WHEN lock_not_available THEN PERFORM set_config('lock_db.outcome', 'busy', true);
+    WHEN SQLSTATE 'LDB01' THEN PERFORM set_config('lock_db.outcome', SQLERRM, true);
+END $lock_db$;
+SELECT current_setting('lock_db.outcome'), current_setting('lock_db.token', true),
+    current_setting('lock_db.last_token', true), current_setting('lock_db.last_secret', true)";
+
+const WAS_ITS_OWN: &str =
+    "SELECT COALESCE(position($1 IN current_setting('lock_db.taken', true)) > 0, false)";
+
+/// A utility statement, which takes no snapshot.
+const SHOW_LEVEL: &str = "SHOW transaction_isolation";
+
+/// Fails, and with it every later statement of the transaction.
+const DOOM: &str =
+    "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
+
+/// Fails by a logarithm of zero when the transaction is not the marked one: that has ended, and its mark with it.
+const CHECK_MARK: &str = "SELECT ln(COALESCE(current_setting('lock_db.mark', true) = '1', false)::integer)";
+
+/// The transaction that begins with it is empty: it is there for the COMMIT of the handle, which would warn without one.
+const COMMIT: &str = "COMMIT AND CHAIN";
+
+/// Whether its snapshot stays what it is from its first statement on.
+pub(super) async fn has_snapshot(transaction: &mut PgConnection) -> sqlx::Result<bool> {
+    let level: String = sqlx::query_scalar(SHOW_LEVEL).fetch_one(transaction).await?;
+    Ok(!matches!(&*level, "read committed" | "read uncommitted"))
+}
+
+pub(super) async fn lock_row(
     connection: &mut PgConnection,
+    server: &Server,
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
-    // A block takes no parameters: numbers, a constant and hexadecimal digits need no quoting. A limit of zero would mean
-    // no limit at all.
-    let (id, kind, secret) = (claim.row.id, claim.kind.as_str(), claim.secret.as_str());
-    let owner = hexadecimal(&claim.owner);
-    let limit = slice.as_millis().max(1);
-    let no_wait = if slice.is_zero() { "NOWAIT" } else { "" };
-    let sql = format!(
-        "DO $lock_db$
-        DECLARE
-            limit_before text := current_setting('lock_timeout');
-            third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
-            secret_before text;
-        BEGIN
-            PERFORM set_config('lock_timeout', LEAST({limit}, NULLIF(third, 0)) || 'ms', true);
-            SELECT secret_key INTO secret_before FROM distributed_lock
-                WHERE id = {id} AND lock_kind = '{kind}' AND expire_time <= clock_timestamp() FOR UPDATE {no_wait};
-            IF secret_before IS NULL THEN
-                RAISE lock_not_available;
-            END IF;
-            UPDATE distributed_lock
-                SET fencing_token = GREATEST(fencing_token + 1,
-                        (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
-                    secret_key = '{secret}', owner = convert_from('\\x{owner}'::bytea, 'UTF8'),
-                    acquire_time = clock_timestamp()
-                WHERE id = {id};
-            PERFORM set_config('lock_db.secret_before', secret_before, true);
-            PERFORM set_config('lock_timeout', limit_before, true);
-        EXCEPTION WHEN lock_not_available THEN
-            NULL;
-        END $lock_db$"
-    );
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
-    let row = sqlx::query(AFTER_WAITING).bind(id).bind(&*claim.row.name).fetch_optional(connection).await?;
-    let Some(row) = row else { return Ok(RowAttempt::Missing) };
-    if row.try_get::<&str, _>(0)? != secret {
-        return Ok(RowAttempt::Busy);
+    // Whether a row that might be leased was free shows only once it is locked: not without a savepoint.
+    if slice.is_zero() && claim.kind == Kind::Row {
+        match lock_at_once(connection, server, claim).await? {
+            // Its row has to be made.
+            RowAttempt::Missing => {}
+            attempt => return Ok(attempt),
+        }
     }
-    Ok(RowAttempt::Locked { fencing_token: row.try_get(1)?, before: row.try_get(2)? })
+    wait_and_lock(connection, server, claim, slice).await
+}
+
+async fn lock_at_once(
+    connection: &mut PgConnection,
+    server: &Server,
+    claim: &RowClaim,
+) -> sqlx::Result<RowAttempt> {
+    let row = sqlx::query(server.table.sql(LOCK_ROW_AT_ONCE))
+        .bind(&*claim.row.name)
+        .bind(claim.secret.as_str())
+        .bind(&*claim.owner)
+        .bind(&*server.table.identity)
+        .fetch_optional(connection)
+        .await?;
+    let Some(row) = row else { return Ok(RowAttempt::Missing) };
+    if !row.try_get::<bool, _>(1)? {
+        return Ok(RowAttempt::ForeignTransaction);
+    }
+    if Kind::parse(row.try_get(0)?) != claim.kind {
+        return Ok(RowAttempt::WrongKind);
+    }
+    let Some(fencing_token) = row.try_get(2)? else { return Ok(RowAttempt::Busy) };
+    Ok(RowAttempt::Locked { fencing_token, before: (row.try_get(3)?, row.try_get(4)?) })
+}
+
+async fn wait_and_lock(
+    connection: &mut PgConnection,
+    server: &Server,
+    claim: &RowClaim,
+    slice: Duration,
+) -> sqlx::Result<RowAttempt> {
+    let is_here: Option<bool> = sqlx::query_scalar(TELL)
+        .bind(&*claim.row.name)
+        .bind(claim.kind.as_str())
+        .bind(claim.secret.as_str())
+        .bind(&*claim.owner)
+        .bind(slice.as_millis().to_string())
+        .bind(server.table.name())
+        .bind(&*server.table.identity)
+        .fetch_one(&mut *connection)
+        .await?;
+    if is_here != Some(true) {
+        return Ok(RowAttempt::ForeignTransaction);
+    }
+    let rows = sqlx::raw_sql(server.table.sql(WAIT_AND_LOCK)).fetch_all(&mut *connection).await?;
+    let outcome = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    Ok(match outcome.try_get::<&str, _>(0)? {
+        "locked" => RowAttempt::Locked {
+            fencing_token: number(outcome, 1)?,
+            before: (number(outcome, 2)?, outcome.try_get(3)?),
+        },
+        "busy" => RowAttempt::Busy,
+        "kind" => RowAttempt::WrongKind,
+        "missing" => RowAttempt::Missing,
+        "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
+        _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
+    })
+}
+
+fn number(row: &PgRow, column: usize) -> sqlx::Result<i64> {
+    row.try_get::<&str, _>(column)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+}
+
+pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> sqlx::Result<bool> {
+    sqlx::query_scalar(WAS_ITS_OWN).bind(secret).fetch_one(connection).await
+}
+
+pub(super) async fn commit_locked(connection: &mut PgConnection) -> sqlx::Result<Guarded> {
+    commit_marked(connection, None).await
+}
+
+/// Guard and COMMIT are one message: a host that vanishes has sent both or none, and leaves no guard behind that holds off a
+/// takeover.
+pub(super) async fn commit_guarded(
+    connection: &mut PgConnection,
+    lease: &LeaseKey,
+    release: bool,
+) -> sqlx::Result<Guarded> {
+    let (table, is_ours) = (lease.server.table.name(), is_ours(lease));
+    let guard = if release {
+        format!(
+            "WITH alone AS MATERIALIZED (SELECT lease.id FROM {table} AS lease WHERE {is_ours} FOR UPDATE SKIP LOCKED),
+            released AS (
+                UPDATE {table} AS lease SET expire_time = '1970-01-01 00:00:00+00',
+                    ttl_micros = CASE WHEN EXISTS (SELECT 1 FROM alone) THEN 0 ELSE lease.ttl_micros END
+                WHERE {is_ours} RETURNING lease.id, substr(lease.waiters, 49, 8) AS listener)
+            SELECT 1 / count(*), max(id), max(listener) FROM released"
+        )
+    } else {
+        format!(
+            "SELECT 1 / count(*) FROM (
+                SELECT 1 FROM {table} AS lease WHERE {is_ours} FOR KEY SHARE) AS guarded"
+        )
+    };
+    commit_marked(connection, Some(guard)).await
+}
+
+/// Sends check, guard and COMMIT together. The server carries out nothing behind an error.
+async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> sqlx::Result<Guarded> {
+    let limit = Postgres::GUARD_LIMIT.as_millis();
+    let guard = guard.map_or(String::new(), |guard| format!("SET LOCAL lock_timeout = {limit}; {guard};"));
+    let sql = format!("{CHECK_MARK}; {guard} {COMMIT}");
+    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+        Ok(rows) => Ok(Guarded::Committed { call: rows.last().and_then(called) }),
+        Err(error) => match code(&error) {
+            Some(DIVISION_BY_ZERO) => Ok(Guarded::NotOurs),
+            Some(LOGARITHM_OF_ZERO) => Ok(Guarded::Ended),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Of a row that a release answers.
+fn called(row: &PgRow) -> Option<Call> {
+    let (id, listener): (&str, &str) = (row.try_get(1).ok()?, row.try_get(2).ok()?);
+    Call::parse(Some(listener), id.parse().ok()?)
+}
+
+pub(super) async fn guard(
+    connection: &mut PgConnection,
+    lease: &LeaseKey,
+    release: bool,
+) -> sqlx::Result<Guarded> {
+    let limit = format!("{}ms", Postgres::GUARD_LIMIT.as_millis());
+    let query = sqlx::query(lease.server.table.sql(if release { GUARD_AND_RELEASE } else { GUARD }))
+        .bind(&*lease.row.name)
+        .bind(lease.secret.as_str())
+        .bind(limit)
+        .bind(lease.fencing_token);
+    let idle = i64::try_from(lease.ttl.as_millis()).unwrap_or(i64::MAX);
+    let query = if release { query } else { query.bind(idle) };
+    Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
+}
+
+pub(super) async fn doom(connection: &mut PgConnection) {
+    let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
+}
+
+/// A statement in the application's connection that goes as text may be shown in a log, so it tells a digest of the secret only.
+/// Nothing in it needs to be escaped.
+fn is_ours(lease: &LeaseKey) -> String {
+    let mut digits = String::with_capacity(64);
+    for byte in sha2::Sha256::digest(lease.secret.as_str()) {
+        let _infallible = write!(digits, "{byte:02x}");
+    }
+    let (name, token) = (hexadecimal(&lease.row.name), lease.fencing_token);
+    format!(
+        "lease.lock_name = convert_from(decode('{name}', 'hex'), 'UTF8') AND lease.fencing_token = {token}
+        AND encode(sha256(convert_to(lease.secret_key, 'UTF8')), 'hex') = '{digits}'
+        AND (lease.expire_time > '1970-01-01 00:00:00+00' OR current_setting('lock_db.released', true) = '{token}')"
+    )
 }

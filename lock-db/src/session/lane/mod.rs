@@ -1,7 +1,7 @@
 //! A lane: one private connection and the requests that wait for it.
 //!
 //! The connection belongs to a task of its own, so a caller who gives up never leaves a statement cut in half: it is
-//! carried out, and its answer falls on the floor. Requests that wait together are taken together, and those of them that
+//! carried out, and its result is discarded. Requests that wait together are taken together, and those of them that
 //! take and give back leases travel in one statement.
 
 mod server;
@@ -15,10 +15,13 @@ use sqlx::Pool;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
 
-use self::server::Server;
+use self::server::Worker;
 use super::calls::Calls;
 use crate::Kind;
-use crate::database::{self, Claim, Cluster, Grant, LockDatabase, LockRow, Place, Renewal, Return, Standing};
+use crate::database::{
+    Call, Claim, Cluster, Grant, Location, LockDatabase, LockRow, Place, Probe, Renewal, Return, Server,
+    Standing,
+};
 use crate::error::Failure;
 use crate::secret::Secret;
 
@@ -28,25 +31,30 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// The leases, if all were free; what kind of server granted them; and when the statement was sent, from where on their TTL
 /// counts.
-type Acquired = (Option<Vec<Grant>>, Cluster, Instant);
+type Acquired = (Option<Vec<Grant>>, Server, Instant);
 
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
+    Locate(Reply<Server>),
     Look(Arc<str>, Reply<Option<LockRow>>),
-    Create(Arc<str>, Kind, Reply<()>),
+    Create(Arc<str>, Kind, Reply<bool>),
+    GiveNotice(Arc<str>, Reply<bool>),
+    Settle(Arc<str>, Reply<bool>),
+    Probe(Arc<str>, Reply<Probe>),
     Stand(Arc<str>, Place, Reply<bool>),
     SetWaiters(Arc<str>, String, String, Reply<bool>),
     RemoveWaiter(Arc<str>, Secret, Reply<()>),
     Listen(Reply<()>),
+    Call(Call),
     TakeBaton(i64, Reply<bool>),
     GiveBaton(i64),
     Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
     /// `true`: in a statement of its own.
     Release(Return, Duration, bool, Reply<Standing>),
     Migrate(Reply<()>),
-    CheckSchema(Reply<()>),
+    Check(Reply<Vec<String>>),
 }
 
 impl Operation {
@@ -54,13 +62,23 @@ impl Operation {
     fn is_forgotten(&self) -> bool {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
+            Self::Locate(reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
-            Self::Stand(_, _, reply) | Self::SetWaiters(_, _, _, reply) | Self::TakeBaton(_, reply) => {
-                reply.is_closed()
-            }
-            Self::Create(_, _, reply) | Self::CheckSchema(reply) | Self::Listen(reply) => reply.is_closed(),
+            Self::Probe(_, reply) => reply.is_closed(),
+            Self::GiveNotice(_, reply)
+            | Self::Settle(_, reply)
+            | Self::Stand(_, _, reply)
+            | Self::SetWaiters(_, _, _, reply)
+            | Self::TakeBaton(_, reply) => reply.is_closed(),
+            Self::Create(_, _, reply) => reply.is_closed(),
+            Self::Listen(reply) => reply.is_closed(),
+            Self::Check(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
-            Self::Release(..) | Self::RemoveWaiter(..) | Self::GiveBaton(_) | Self::Migrate(_) => false,
+            Self::Release(..)
+            | Self::RemoveWaiter(..)
+            | Self::GiveBaton(_)
+            | Self::Call(_)
+            | Self::Migrate(_) => false,
         }
     }
 }
@@ -73,19 +91,34 @@ pub(super) struct Lane {
     answered: Rc<Cell<Option<Instant>>>,
     no_answer: fn(Duration) -> Failure,
     has_batons: bool,
-    kind: Rc<Cell<database::Server>>,
+    location: Arc<Location>,
 }
 
 impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
     /// With `may_listen` it is where the database calls.
-    pub(super) fn start<DB: LockDatabase>(pool: Pool<DB>, calls: &Rc<Calls>, may_listen: bool) -> Self {
+    pub(super) fn start<DB: LockDatabase>(
+        pool: Pool<DB>,
+        location: &Arc<Location>,
+        calls: &Rc<Calls>,
+        may_listen: bool,
+    ) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
-        let kind = Rc::default();
-        let server = Server::new(pool, &kind, &answered, calls, may_listen);
-        tokio::task::spawn_local(server.serve(queue));
-        Self { operations, answered, no_answer: Failure::no_answer::<DB>, has_batons: DB::BATONS, kind }
+        let worker = Worker::new(pool, location, &answered, calls, may_listen);
+        tokio::task::spawn_local(worker.serve(queue));
+        Self {
+            operations,
+            answered,
+            no_answer: Failure::no_answer::<DB>,
+            has_batons: DB::BATONS,
+            location: Arc::clone(location),
+        }
+    }
+
+    /// A failure for a wait that ends while the server owes an answer.
+    pub(super) fn no_answer(&self, waited: Duration) -> Failure {
+        (self.no_answer)(waited)
     }
 
     /// Takes leases if they are free, all or none. `begun` tells whether the server may have heard of it, also when the
@@ -98,12 +131,33 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, Rc::clone(begun), reply)).await
     }
 
+    /// Finds the table, if that was not done yet.
+    pub(super) async fn locate(&self) -> Result<Server, Failure> {
+        self.ask(STATEMENT_LIMIT, Operation::Locate).await
+    }
+
     pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Look(Arc::clone(name), reply)).await
     }
 
-    pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<(), Failure> {
+    /// `false`: an open transaction has made the row.
+    pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<bool, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
+    }
+
+    /// Gives notice to the holder of a lease that has run out.
+    pub(super) async fn give_notice(&self, name: &Arc<str>) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::GiveNotice(Arc::clone(name), reply)).await
+    }
+
+    /// Makes sure that nothing of the last holder of a free lock can be committed any more.
+    pub(super) async fn settle(&self, name: &Arc<str>) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Settle(Arc::clone(name), reply)).await
+    }
+
+    /// Whether another transaction has the row locked.
+    pub(super) async fn probe(&self, name: &Arc<str>) -> Result<Probe, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Probe(Arc::clone(name), reply)).await
     }
 
     /// Takes a place at the end of the queue of a name.
@@ -135,9 +189,14 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, Operation::Listen).await
     }
 
+    /// Wakes up a process that waits for a row. Without an answer: it would look by itself.
+    pub(super) fn call(&self, call: Call) {
+        let _lane_may_be_gone = self.operations.send(Operation::Call(call));
+    }
+
     /// Of the server that answered last.
     pub(super) fn cluster(&self) -> Cluster {
-        self.kind.get().cluster
+        self.location.found().map_or(Cluster::SinglePrimary, |server| server.cluster)
     }
 
     /// Not on a cluster, where a user lock reaches the clients of one node only.
@@ -166,7 +225,7 @@ impl Lane {
 
     /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
     ///
-    /// What travels with others is `Busy` also while a transaction is open that the lease guards, or when somebody writes into
+    /// What travels with others is `Busy` also while a transaction is open that the lease guards, or when another process writes into
     /// the row that very moment; `alone` it is not.
     pub(super) async fn release(
         &self,
@@ -181,8 +240,9 @@ impl Lane {
         self.ask(MIGRATION_LIMIT, Operation::Migrate).await
     }
 
-    pub(super) async fn check_schema(&self) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, Operation::CheckSchema).await
+    /// Finds the table anew, and answers what could be better.
+    pub(super) async fn check(&self) -> Result<Vec<String>, Failure> {
+        self.ask(STATEMENT_LIMIT, Operation::Check).await
     }
 
     /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.

@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{Acquired, MIGRATION_LIMIT, Operation, Reply, STATEMENT_LIMIT};
-use crate::database::{self, Claim, Fault, Grant, LockDatabase, Return, Standing};
+use crate::connecting::telling_why;
+use crate::database::{Call, Claim, Fault, Found, Grant, Location, LockDatabase, Return, Server, Standing};
 use crate::error::Failure;
 use crate::session::calls::Calls;
 
@@ -54,25 +55,30 @@ impl Exchange {
     }
 }
 
-pub(super) struct Server<DB: LockDatabase> {
+pub(super) struct Worker<DB: LockDatabase> {
     /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
     pool: Pool<DB>,
     connection: Option<Private<DB>>,
-    /// Where the connection leads to.
-    kind: Rc<Cell<database::Server>>,
+    location: Arc<Location>,
     answered: Rc<Cell<Option<Instant>>>,
     calls: Rc<Calls>,
     may_listen: bool,
     deaf_until: Option<Instant>,
 }
 
+/// A connection, and what it has found out.
+struct Private<DB: LockDatabase> {
+    way: Way<DB>,
+    server: Option<Server>,
+}
+
 /// A connection, which may listen.
-enum Private<DB: LockDatabase> {
+enum Way<DB: LockDatabase> {
     Plain(DB::Connection),
     Listening(DB::Listening),
 }
 
-impl<DB: LockDatabase> Private<DB> {
+impl<DB: LockDatabase> Way<DB> {
     async fn connection(&mut self) -> sqlx::Result<&mut DB::Connection> {
         match self {
             Self::Plain(connection) => Ok(connection),
@@ -81,10 +87,10 @@ impl<DB: LockDatabase> Private<DB> {
     }
 }
 
-impl<DB: LockDatabase> Server<DB> {
+impl<DB: LockDatabase> Worker<DB> {
     pub(super) fn new(
         pool: Pool<DB>,
-        kind: &Rc<Cell<database::Server>>,
+        location: &Arc<Location>,
         answered: &Rc<Cell<Option<Instant>>>,
         calls: &Rc<Calls>,
         may_listen: bool,
@@ -92,7 +98,7 @@ impl<DB: LockDatabase> Server<DB> {
         Self {
             pool,
             connection: None,
-            kind: Rc::clone(kind),
+            location: Arc::clone(location),
             answered: Rc::clone(answered),
             calls: Rc::clone(calls),
             may_listen,
@@ -122,14 +128,14 @@ impl<DB: LockDatabase> Server<DB> {
                 }
             }
         }
-        if let Some(Private::Plain(connection)) = self.connection {
+        if let Some(Private { way: Way::Plain(connection), .. }) = self.connection {
             let _in_time = timeout(Duration::from_secs(1), connection.close()).await;
         }
     }
 
-    /// Passes on what the database calls. Ends never where it doesn't call, and may be dropped at any time.
+    /// Passes on what the database calls. Never resolves where it doesn't call, and may be dropped at any time.
     async fn called(&mut self) {
-        let Some(Private::Listening(listening)) = &mut self.connection else {
+        let Some(Private { way: Way::Listening(listening), .. }) = &mut self.connection else {
             return std::future::pending().await;
         };
         match DB::called(listening).await {
@@ -146,9 +152,12 @@ impl<DB: LockDatabase> Server<DB> {
         if self.connection.is_none() {
             self.connection = Some(self.connect().await?);
         }
-        if let Some(Private::Listening(listening)) = &mut self.connection {
-            DB::listen(listening, self.calls.number()).await?;
-            self.calls.begin();
+        if let Some(Private { way: Way::Listening(listening), .. }) = &mut self.connection {
+            if DB::listen(listening, self.calls.number()).await? {
+                self.calls.begin();
+            } else {
+                self.calls.can_not_begin();
+            }
         }
         Ok(())
     }
@@ -168,30 +177,31 @@ impl<DB: LockDatabase> Server<DB> {
             for (_, begun, _) in &claims {
                 begun.set(true);
             }
-            let kind = Rc::clone(&self.kind);
             let answer = self
-                .on_connection(STATEMENT_LIMIT, async |connection| {
+                .on_connection(STATEMENT_LIMIT, async |connection, server| {
                     let sent = Instant::now();
-                    Ok((DB::exchange(connection, kind.get(), &given_back, &claimed).await?, sent))
+                    let exchanged = DB::exchange(connection, server, &given_back, &claimed).await?;
+                    Ok((exchanged, server.clone(), sent))
                 })
                 .await;
             match answer {
-                Ok((exchanged, sent)) => {
+                Ok((exchanged, server, sent)) => {
                     for ((_, reply), standing) in returns.into_iter().zip(exchanged.returns) {
                         let _ = reply.send(Ok(standing));
                     }
                     for ((_, _, reply), grant) in claims.into_iter().zip(exchanged.grants) {
-                        let _ =
-                            reply.send(Ok((grant.map(|grant| vec![grant]), self.kind.get().cluster, sent)));
+                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
                     }
+                    self.call(&exchanged.calls).await;
                     return;
                 }
-                Err(failure) if failure.fault == Fault::Disconnected => {
+                // One by one it would be the same for all of them.
+                Err(failure) if failure.is_the_same_for_all() => {
                     for (_, reply) in returns {
-                        let _ = reply.send(Err(failure.another::<DB>()));
+                        let _ = reply.send(Err(failure.another()));
                     }
                     for (_, _, reply) in claims {
-                        let _ = reply.send(Err(failure.another::<DB>()));
+                        let _ = reply.send(Err(failure.another()));
                     }
                     return;
                 }
@@ -211,19 +221,32 @@ impl<DB: LockDatabase> Server<DB> {
         match operation {
             Operation::Acquire(claims, begun, reply) => {
                 begun.set(true);
-                let kind = Rc::clone(&self.kind);
                 let answer = self
-                    .on_connection(STATEMENT_LIMIT, async |connection| {
+                    .on_connection(STATEMENT_LIMIT, async |connection, server| {
                         let sent = Instant::now();
-                        Ok((acquire_all::<DB>(connection, kind.get(), &claims).await?, sent))
+                        let grants = acquire_all::<DB>(connection, server, &claims).await?;
+                        Ok((grants, server.clone(), sent))
                     })
                     .await;
-                let cluster = self.kind.get().cluster;
-                let _ = reply.send(answer.map(|(grant, sent)| (grant, cluster, sent)));
+                let _ = reply.send(answer);
             }
-            Operation::Look(name, reply) => self.answer(reply, async |c| DB::look(c, &name).await).await,
+            Operation::Locate(reply) => {
+                self.answer(reply, async |_, server| Ok(server.clone())).await;
+            }
+            Operation::Look(name, reply) => {
+                self.answer(reply, async |c, server| DB::look(c, server, &name).await).await;
+            }
             Operation::Create(name, kind, reply) => {
-                self.answer(reply, async |c| DB::create(c, &name, kind).await).await;
+                self.answer(reply, async |c, server| DB::create(c, server, &name, kind).await).await;
+            }
+            Operation::GiveNotice(name, reply) => {
+                self.answer(reply, async |c, server| DB::give_notice(c, server, &name).await).await;
+            }
+            Operation::Settle(name, reply) => {
+                self.answer(reply, async |c, server| DB::settle(c, server, &name).await).await;
+            }
+            Operation::Probe(name, reply) => {
+                self.answer(reply, async |c, server| DB::probe(c, server, &name).await).await;
             }
             Operation::Listen(reply) => {
                 let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
@@ -238,54 +261,70 @@ impl<DB: LockDatabase> Server<DB> {
                 }
                 let _ = reply.send(answer);
             }
+            Operation::Call(call) => self.call(&[call]).await,
             Operation::TakeBaton(row, reply) => {
-                let answer =
-                    self.on_connection(STATEMENT_LIMIT, async |c| DB::take_baton(c, row).await).await;
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |c, server| DB::take_baton(c, server, row).await)
+                    .await;
                 if let Err(Ok(true)) = reply.send(answer) {
                     self.give_baton(row).await;
                 }
             }
             Operation::GiveBaton(row) => self.give_baton(row).await,
             Operation::Stand(name, place, reply) => {
-                self.answer(reply, async |c| DB::stand(c, &name, &place).await).await;
+                self.answer(reply, async |c, server| DB::stand(c, server, &name, &place).await).await;
             }
             Operation::SetWaiters(name, before, after, reply) => {
-                self.answer(reply, async |c| DB::set_waiters(c, &name, &before, &after).await).await;
+                self.answer(reply, async |c, server| {
+                    DB::set_waiters(c, server, &name, &before, &after).await
+                })
+                .await;
             }
             Operation::RemoveWaiter(name, secret, reply) => {
-                self.answer(reply, async |c| DB::remove_waiter(c, &name, &secret).await).await;
+                self.answer(reply, async |c, server| DB::remove_waiter(c, server, &name, &secret).await)
+                    .await;
             }
             Operation::Renew(leases, limit, reply) => {
                 let answer = self
-                    .on_connection(limit, async |connection| {
+                    .on_connection(limit, async |connection, server| {
                         let sent = Instant::now();
-                        Ok((DB::renew(connection, &leases).await?, sent))
+                        Ok((DB::renew(connection, server, &leases).await?, sent))
                     })
                     .await;
                 let _ = reply.send(answer);
             }
             Operation::Release(lease, at_least, _, reply) if at_least.is_zero() => {
-                let kind = Rc::clone(&self.kind);
-                self.answer(reply, async |c| DB::release(c, kind.get(), &lease).await).await;
+                let answer = self
+                    .on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, &lease).await)
+                    .await;
+                let call = answer.as_ref().ok().and_then(|released| released.call);
+                let _ = reply.send(answer.map(|released| released.standing));
+                self.call(call.as_slice()).await;
             }
             Operation::Release(Return { name, secret, .. }, at_least, _, reply) => {
-                self.answer(reply, async |c| DB::release_later(c, &name, &secret, at_least).await).await;
+                self.answer(reply, async |c, server| {
+                    DB::release_later(c, server, &name, &secret, at_least).await
+                })
+                .await;
             }
             Operation::Migrate(reply) => {
-                let answer = self.on_connection(MIGRATION_LIMIT, async |c| DB::migrate(c).await).await;
+                let schema = self.location.schema();
+                let answer = self
+                    .on_bare_connection(MIGRATION_LIMIT, async |c| {
+                        DB::migrate(c, schema.as_deref()).await.map_err(Failure::new::<DB>)
+                    })
+                    .await;
                 if answer.is_err() {
                     // Whatever it locked goes with the connection.
                     self.connection = None;
                 }
                 let _ = reply.send(answer);
             }
-            Operation::CheckSchema(reply) => {
-                let checked = self.on_connection(STATEMENT_LIMIT, async |c| DB::check_schema(c).await).await;
-                let answer = checked.and_then(|wrong| match wrong {
-                    None => Ok(()),
-                    Some(wrong) => Err(Failure::unfit_table::<DB>(wrong)),
-                });
-                let _ = reply.send(answer);
+            Operation::Check(reply) => {
+                if let Some(connection) = &mut self.connection {
+                    connection.server = None;
+                }
+                self.answer(reply, async |c, server| DB::advice(c, server).await).await;
             }
         }
     }
@@ -294,34 +333,79 @@ impl<DB: LockDatabase> Server<DB> {
     async fn answer<T>(
         &mut self,
         reply: Reply<T>,
-        operation: impl AsyncFnOnce(&mut DB::Connection) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
     ) {
         let answer = self.on_connection(STATEMENT_LIMIT, operation).await;
         let _ = reply.send(answer);
     }
 
-    /// Without a connection it is not ours any more.
-    async fn give_baton(&mut self, row: i64) {
-        if self.connection.is_some() {
-            let _gone_else =
-                self.on_connection(STATEMENT_LIMIT, async |c| DB::give_baton(c, row).await).await;
+    /// After what freed the rows: nothing depends on it.
+    async fn call(&mut self, calls: &[Call]) {
+        if calls.is_empty() || self.connection.is_none() {
+            return;
+        }
+        let called = self
+            .on_bare_connection(STATEMENT_LIMIT, async |c| {
+                DB::call(c, calls).await.map_err(Failure::new::<DB>)
+            })
+            .await;
+        if let Err(failure) = called {
+            tracing::debug!(error = %failure.source, "the next process was not woken up: it looks by itself");
         }
     }
 
-    /// Runs one operation, and gives the connection up when it is broken or does not answer in time.
+    /// Without a connection it is not ours any more.
+    async fn give_baton(&mut self, row: i64) {
+        if self.connection.is_some() {
+            let _gone_else = self
+                .on_connection(STATEMENT_LIMIT, async |c, server| DB::give_baton(c, server, row).await)
+                .await;
+        }
+    }
+
+    /// Runs one operation on the table.
     async fn on_connection<T>(
         &mut self,
         limit: Duration,
-        operation: impl AsyncFnOnce(&mut DB::Connection) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+    ) -> Result<T, Failure> {
+        let known = self.connection.as_ref().and_then(|connection| connection.server.clone());
+        let location = Arc::clone(&self.location);
+        let answer = self
+            .on_bare_connection(limit, async move |connection| {
+                let server = match known {
+                    Some(server) => server,
+                    None => find_table::<DB>(connection, &location).await?,
+                };
+                match operation(connection, &server).await.map_err(Failure::new::<DB>) {
+                    Err(failure) if failure.fault == Fault::Disconnected => Err(failure),
+                    answer => Ok((server, answer)),
+                }
+            })
+            .await;
+        let (server, answer) = answer?;
+        if let Some(connection) = &mut self.connection {
+            // A table that was changed or dropped is found anew.
+            let is_other = matches!(&answer, Err(failure) if failure.is_about_table());
+            connection.server = (!is_other).then_some(server);
+        }
+        answer
+    }
+
+    /// Runs one operation, and gives the connection up when it is broken or does not answer in time.
+    async fn on_bare_connection<T>(
+        &mut self,
+        limit: Duration,
+        operation: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let kept = self.connection.take();
-        let listened = matches!(kept, Some(Private::Listening(_)));
+        let listened = matches!(kept, Some(Private { way: Way::Listening(_), .. }));
         let running = async {
             let mut connection = match kept {
                 Some(connection) => connection,
                 None => self.connect().await?,
             };
-            let result = operation(connection.connection().await?).await.map_err(Failure::new::<DB>);
+            let result = operation(connection.way.connection().await?).await;
             Ok((connection, result))
         };
         let result = match timeout(limit, running).await {
@@ -346,39 +430,51 @@ impl<DB: LockDatabase> Server<DB> {
 
     async fn connect(&mut self) -> sqlx::Result<Private<DB>> {
         let is_deaf = self.deaf_until.is_some_and(|until| Instant::now() < until);
-        let mut connection = if DB::CALLS && self.may_listen && !is_deaf {
-            Private::Listening(DB::connect_listening(&self.pool).await?)
+        let mut way = if DB::CALLS && self.may_listen && !is_deaf {
+            Way::Listening(telling_why(&self.pool, DB::connect_listening(&self.pool)).await?)
         } else {
-            Private::Plain(self.pool.acquire().await?.detach())
+            Way::Plain(telling_why(&self.pool, self.pool.acquire()).await?.detach())
         };
-        self.kind.set(DB::prepare(connection.connection().await?).await?);
-        Ok(connection)
+        DB::prepare(way.connection().await?).await?;
+        Ok(Private { way, server: None })
+    }
+}
+
+async fn find_table<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    location: &Location,
+) -> Result<Server, Failure> {
+    match DB::find_table(connection, location.schema().as_deref()).await.map_err(Failure::new::<DB>)? {
+        Found::Table(server) => Ok(location.set(server)),
+        Found::Nothing => Err(Failure::table_missing::<DB>()),
+        Found::Differs => Err(Failure::table_differs::<DB>()),
+        Found::Unusable(reason) => Err(Failure::unusable_table::<DB>(reason)),
     }
 }
 
 /// Takes them all or none: one statement, or one transaction for several.
 async fn acquire_all<DB: LockDatabase>(
     connection: &mut DB::Connection,
-    kind: database::Server,
+    server: &Server,
     claims: &[Claim],
 ) -> sqlx::Result<Option<Vec<Grant>>> {
     if let [claim] = claims {
-        return Ok(DB::acquire(connection, kind, claim).await?.map(|grant| vec![grant]));
+        return Ok(DB::acquire(connection, server, claim).await?.map(|grant| vec![grant]));
     }
-    let grants = acquire_in_transaction::<DB>(connection, kind, claims).await?;
+    let grants = acquire_in_transaction::<DB>(connection, server, claims).await?;
     DB::after_short(connection).await?;
     Ok(grants)
 }
 
 async fn acquire_in_transaction<DB: LockDatabase>(
     connection: &mut DB::Connection,
-    kind: database::Server,
+    server: &Server,
     claims: &[Claim],
 ) -> sqlx::Result<Option<Vec<Grant>>> {
     let mut transaction = connection.begin_with(DB::BEGIN_SHORT).await?;
     let mut grants = Vec::with_capacity(claims.len());
     for claim in claims {
-        let Some(grant) = DB::acquire(&mut transaction, kind, claim).await? else {
+        let Some(grant) = DB::acquire(&mut transaction, server, claim).await? else {
             transaction.rollback().await?;
             return Ok(None);
         };

@@ -168,7 +168,8 @@ impl Core {
             row: RowKey { name: Arc::clone(&claim.name), id: 1 },
             secret: claim.secret.clone(),
             fencing_token,
-            cluster: Cluster::SinglePrimary,
+            ttl: TTL,
+            server: Server::for_tests(),
         };
         let (state, lost) =
             LeaseState::new(number, key, (numbers, turns), claim.ttl, Instant::now() + claim.ttl, Some(turn));

@@ -1,0 +1,326 @@
+//! Leases on MariaDB: everything that passes over locked rows and writes the others is an INSERT of rows that are there.
+//!
+//! It is the one statement of MariaDB that does all three: skip what another transaction has locked, write, and answer what it has
+//! written. Nothing is ever inserted. (An UPDATE of a join over what a SELECT … SKIP LOCKED found would do without the answer, as on
+//! MySQL. But MariaDB 10.11 dies when such a statement is prepared while the table is changed online:
+//! docs/reports/mariadb-prepare-multi-update.md.)
+//!
+//! `VALUES` are those that are asked for; as the queue, a place in it. No assignment reads what one before it has written, so it is
+//! the same whether they are made in turn or, by `SIMULTANEOUS_ASSIGNMENT`, at once.
+//!
+//! Such an insert locks the counter of the table (AUTO-INC), although it counts nothing: to the end of the statement with
+//! `innodb_autoinc_lock_mode = 1`, the default. Statements of several processes then wait for each other, for the second of
+//! `innodb_lock_wait_timeout` at most.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::mysql::{MySqlConnection, MySqlQueryResult, MySqlRow};
+
+use super::lease::granted;
+use super::together::still_ours;
+use crate::database::{
+    Claim, Grant, Place, Renewal, Return, Server, Standing, as_json, in_order, outcome_unknown,
+};
+use crate::limits::micros;
+use crate::secret::Secret;
+
+const ACQUIRE: &str = "
+INSERT INTO {table} (id, lock_name, secret_key, owner, expire_time, ttl_micros, waiters)
+SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?, ?
+FROM {table} AS free FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
+    OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
+        AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.previous_token, distributed_lock.fencing_token),
+    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
+        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
+    waiters = IF(distributed_lock.waiters <> '' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters),
+        SUBSTR(distributed_lock.waiters, 57), distributed_lock.waiters),
+    expire_time = VALUES(expire_time),
+    ttl_micros = VALUES(ttl_micros),
+    owner = VALUES(owner),
+    secret_key = VALUES(secret_key)
+RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token";
+
+const RELEASE: &str = "
+INSERT INTO {table} (id, lock_name, waiters)
+SELECT id, lock_name, ? FROM {table} AS held FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND secret_key = ?
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    waiters = IF(
+        VALUES(waiters) <> '' AND distributed_lock.waiters <> '' AND LENGTH(distributed_lock.waiters) < 3584
+            AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0,
+        CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
+        distributed_lock.waiters),
+    expire_time = '1970-01-01 00:00:00',
+    ttl_micros = 0";
+
+const RELEASE_LATER: &str = "
+INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
+SELECT id, lock_name, TIMESTAMPADD(MICROSECOND, ?, LEAST(acquire_time, UTC_TIMESTAMP(6))), -?
+FROM {table} AS held FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND secret_key = ?
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    secret_key = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), '', distributed_lock.secret_key),
+    ttl_micros = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(ttl_micros), 0),
+    expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')";
+
+/// See `lease::GIVE_NOTICE`.
+const GIVE_NOTICE: &str = "
+INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
+SELECT id, lock_name,
+    IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)),
+        TIMESTAMPADD(MICROSECOND, ABS(ttl_micros), SYSDATE(6)),
+        GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)))),
+    IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)), ttl_micros, 0)
+FROM {table} AS due FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
+    AND ((ttl_micros > 0
+            AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)))
+        OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE expire_time = VALUES(expire_time), ttl_micros = VALUES(ttl_micros)";
+
+const SETTLE: &str = "
+INSERT INTO {table} (id, lock_name)
+SELECT id, lock_name FROM {table} AS free FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
+    AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''";
+
+const STAND: &str = "
+INSERT INTO {table} (id, lock_name, waiters)
+SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE waiters = CONCAT(distributed_lock.waiters, VALUES(waiters),
+    LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
+
+/// Only on top of what was read before.
+const SET_WAITERS: &str = "
+INSERT INTO {table} (id, lock_name, waiters)
+SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)";
+
+const REMOVE_WAITER: &str = "
+INSERT INTO {table} (id, lock_name, waiters)
+SELECT id, lock_name, INSERT(waiters, INSTR(waiters, ?), 56, '')
+FROM {table} AS queue FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND INSTR(waiters, ?) > 0
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)";
+
+/// See `together::RENEW`.
+const RENEW: &str = "
+INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
+SELECT lease.id, lease.lock_name, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+        fencing_token BIGINT PATH '$[3]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+    AND lease.expire_time > '1970-01-01 00:00:00'
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    expire_time = LEAST(GREATEST(distributed_lock.expire_time, VALUES(expire_time)),
+        TIMESTAMPADD(MICROSECOND, 2000000, VALUES(expire_time))),
+    ttl_micros = VALUES(ttl_micros)
+RETURNING secret_key";
+
+/// `RELEASE` (those without a `ttl`, which get the time of a lock that is free) and `ACQUIRE` for many at once. The comments save
+/// conversions where it is known that MariaDB reads a character set there.
+const EXCHANGE: &str = "
+INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
+SELECT lease.id, lease.lock_name, asked.secret_key,
+    IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
+    asked.ttl, asked.place
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
+        secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
+        place VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.lock_kind = 'insert'
+    AND (lease.secret_key = asked.secret_key
+        OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
+            AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
+            AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.previous_token, distributed_lock.fencing_token),
+    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
+        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
+    owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
+    waiters = CASE WHEN distributed_lock.waiters = '' THEN ''
+        WHEN VALUES(expire_time) > '1970-01-01 00:00:00' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters)
+            THEN SUBSTR(distributed_lock.waiters, 57)
+        WHEN VALUES(expire_time) = '1970-01-01 00:00:00' AND VALUES(waiters) <> ''
+                AND LENGTH(distributed_lock.waiters) < 3584 AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0
+            THEN CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
+        ELSE distributed_lock.waiters END,
+    expire_time = VALUES(expire_time),
+    ttl_micros = VALUES(ttl_micros),
+    secret_key = VALUES(secret_key)
+RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
+
+/// After `EXCHANGE`, which of those that it passed over are ours.
+const WHICH_ARE_OURS: &str = "
+SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.secret_key = asked.secret_key";
+
+pub(super) async fn acquire(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claim: &Claim,
+) -> sqlx::Result<Option<Grant>> {
+    let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
+    let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
+    let query = sqlx::query(server.table.sql(ACQUIRE)).bind(secret).bind(&*claim.owner).bind(ttl).bind(ttl);
+    let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
+    // To the end of the answer: a commit that fails is told behind the row that would have been granted.
+    query.fetch_all(connection).await?.first().map(granted).transpose()
+}
+
+pub(super) async fn release(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    lease: &Return,
+) -> sqlx::Result<MySqlQueryResult> {
+    let (place, listener) = Place::parts(lease.place.as_ref());
+    let query = sqlx::query(server.table.sql(RELEASE)).bind(place).bind(lease.name.as_bytes());
+    query.bind(lease.secret.as_str()).bind(listener).execute(connection).await
+}
+
+pub(super) async fn release_later(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    secret: &Secret,
+    at_least: Duration,
+) -> sqlx::Result<MySqlQueryResult> {
+    let at_least = micros(at_least);
+    let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(at_least).bind(at_least);
+    query.bind(name.as_bytes()).bind(secret.as_str()).execute(connection).await
+}
+
+pub(super) async fn give_notice(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name.as_bytes()).execute(connection).await?;
+    Ok(given.rows_affected() > 0)
+}
+
+pub(super) async fn settle(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes()).execute(connection).await?;
+    Ok(settled.rows_affected() > 0)
+}
+
+pub(super) async fn stand(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    place: &Place,
+) -> sqlx::Result<bool> {
+    let (secret, listener) = Place::parts(Some(place));
+    let query = sqlx::query(server.table.sql(STAND)).bind(secret).bind(name.as_bytes());
+    Ok(query.bind(secret).bind(listener).execute(connection).await?.rows_affected() > 0)
+}
+
+pub(super) async fn set_waiters(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    before: &str,
+    after: &str,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(after).bind(name.as_bytes()).bind(before);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
+}
+
+pub(super) async fn remove_waiter(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    secret: &Secret,
+) -> sqlx::Result<()> {
+    let secret = secret.as_str();
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);
+    query.execute(connection).await.map(drop)
+}
+
+pub(super) async fn renew(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    leases: &[Renewal],
+) -> sqlx::Result<Vec<Standing>> {
+    let json = as_json(leases);
+    let renewed: Vec<String> =
+        sqlx::query_scalar(server.table.sql(RENEW)).bind(&json).fetch_all(&mut *connection).await?;
+    let mut found = Vec::with_capacity(leases.len());
+    if renewed.len() < leases.len() {
+        // Whether one was renewed was told above.
+        for (secret, standing) in still_ours(connection, server, &json).await? {
+            let standing = if standing == Standing::StillOurs { Standing::Busy } else { standing };
+            found.push((secret, standing));
+        }
+    }
+    // Those that were renewed last: they count.
+    found.extend(renewed.into_iter().map(|secret| (secret, Standing::Ours)));
+    Ok(in_order(leases, found))
+}
+
+/// The rows that were written, and those of ours that were passed over.
+pub(super) async fn exchange(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    asked: &str,
+    owner: &str,
+    listener: &str,
+    returns: &[Return],
+) -> sqlx::Result<Vec<MySqlRow>> {
+    let query = sqlx::query(server.table.sql(EXCHANGE)).bind(asked).bind(owner).bind(listener);
+    let mut rows = query.fetch_all(&mut *connection).await?;
+    let mut done = HashSet::with_capacity(rows.len());
+    for row in &rows {
+        done.insert(row.try_get::<String, _>(0)?);
+    }
+    if returns.iter().any(|one| !done.contains(one.secret.as_str())) {
+        // What is there already stands.
+        let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(asked).fetch_all(connection).await;
+        rows.extend(ours.map_err(outcome_unknown)?);
+    }
+    Ok(rows)
+}

@@ -1,0 +1,251 @@
+//! Setting up a private connection, finding the table, and making it.
+
+use std::collections::HashMap;
+
+use sha2::Digest;
+use sqlx::mysql::MySqlConnection;
+use sqlx::{AssertSqlSafe, Row};
+
+use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
+use crate::database::{Cluster, Found, Server, Table};
+use crate::schema;
+
+/// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
+///
+/// `completion_type`: a COMMIT that begins a new transaction. `sql_safe_updates`: an UPDATE that is refused because its key is in a
+/// joined table. `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for one. `time_zone`: for `SYSDATE`, which there is no form of in UTC.
+const PREPARE: &str = "
+SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
+    SESSION completion_type = 0, SESSION sql_safe_updates = 0,
+    SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'";
+
+/// SERIALIZABLE would make a lock of each plain read in a transaction, READ UNCOMMITTED a lie.
+const LEVEL: &str = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+
+/// MariaDB's claims are inserts, and in REPEATABLE READ those ask for the gap before a row that is locked already, behind all who wait
+/// for the row. A log of statements knows no isolation without gaps.
+const LEVEL_WITHOUT_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
+
+const SERVER_SETTINGS: &str = "
+SHOW GLOBAL VARIABLES WHERE Variable_name IN (
+    'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
+    'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format')";
+
+const COLUMNS: i64 = 13;
+
+/// Which table it is and how it is made, in one message.
+const FIND: &str = "
+SELECT CONVERT(tables.table_schema USING utf8mb4), tables.table_type = 'BASE TABLE',
+    COALESCE(tables.engine, '') = 'InnoDB', COALESCE(tables.create_options, '') LIKE '%partitioned%',
+    (SELECT COUNT(*) FROM information_schema.columns
+        WHERE columns.table_schema = tables.table_schema AND columns.table_name = tables.table_name
+            AND columns.column_name IN ('id', 'lock_name', 'lock_kind', 'secret_key', 'fencing_token', 'previous_token',
+                'owner', 'create_time', 'acquire_time', 'expire_time', 'ttl_micros', 'waiters', 'guard_count')),
+    (SELECT COUNT(*) FROM information_schema.columns
+        WHERE columns.table_schema = tables.table_schema AND columns.table_name = tables.table_name
+            AND columns.column_name = 'lock_name' AND columns.data_type = 'varbinary'),
+    (SELECT COUNT(*) FROM information_schema.statistics
+        WHERE statistics.table_schema = tables.table_schema AND statistics.table_name = tables.table_name
+            AND statistics.index_name = 'distributed_lock_name' AND statistics.non_unique = 0
+            AND (statistics.column_name <> 'lock_name' OR statistics.sub_part IS NOT NULL)),
+    (SELECT COUNT(*) FROM information_schema.statistics
+        WHERE statistics.table_schema = tables.table_schema AND statistics.table_name = tables.table_name
+            AND statistics.index_name = 'distributed_lock_name' AND statistics.non_unique = 0)
+FROM information_schema.tables
+WHERE tables.table_schema = COALESCE(?, DATABASE()) AND tables.table_name = 'distributed_lock'";
+
+/// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
+/// then no lock is held. The name counts on the whole server, so it tells the database.
+const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
+const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(?)";
+const CURRENT: &str = "SELECT DATABASE()";
+const HAS_DATABASE: &str = "SELECT COUNT(*) FROM information_schema.schemata WHERE schema_name = ?";
+const HAS_TABLE: &str = "
+SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = ? AND table_name = ?";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS {ledger} (
+    version BIGINT NOT NULL PRIMARY KEY,
+    applied_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+) ENGINE = InnoDB";
+const APPLIED: &str = "SELECT version FROM {ledger}";
+const NOTE_APPLIED: &str = "INSERT INTO {ledger} (version) VALUES (?)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
+
+pub(super) async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+}
+
+pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+    let mut settings = HashMap::new();
+    for row in sqlx::raw_sql(SERVER_SETTINGS).fetch_all(&mut *connection).await? {
+        settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
+    }
+    let setting = |name: &str| settings.get(name).map_or("", String::as_str);
+    if setting("innodb_rollback_on_timeout") == "ON" {
+        // A caller's transaction would be rolled back by a lock that was not free, and go on as if it were open.
+        return Err(sqlx::Error::Configuration(
+            "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
+        ));
+    }
+    let kind = kind_of_server(setting);
+    let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
+    sqlx::raw_sql(level).execute(&mut *connection).await?;
+
+    let row = sqlx::query(FIND).bind(schema).fetch_optional(connection).await?;
+    let Some(row) = row else { return Ok(Found::Nothing) };
+    let schema: String = row.try_get(0)?;
+    let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
+    if row.try_get::<i64, _>(1)? == 0 {
+        return unusable("is a view: lock-db needs the table itself");
+    }
+    if row.try_get::<i64, _>(2)? == 0 {
+        return unusable("has another storage engine than InnoDB, the one with row locks");
+    }
+    if row.try_get::<i64, _>(3)? != 0 {
+        return unusable("is partitioned");
+    }
+    if row.try_get::<i64, _>(4)? < COLUMNS {
+        return Ok(Found::Differs);
+    }
+    if row.try_get::<i64, _>(5)? == 0 {
+        return unusable(
+            "has a `lock_name` that is not VARBINARY: a collation would make one lock of several names",
+        );
+    }
+    if row.try_get::<i64, _>(6)? != 0 || row.try_get::<i64, _>(7)? != 1 {
+        return unusable(
+            "has no unique index `distributed_lock_name` on `lock_name` alone: two rows of one name would be two locks",
+        );
+    }
+    Ok(Found::Table(Server {
+        table: Table::new(&schema, '`', String::new()).into(),
+        cluster: kind.cluster,
+        is_mariadb: kind.is_mariadb,
+        is_ascii_only: false,
+    }))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct KindOfServer {
+    cluster: Cluster,
+    is_mariadb: bool,
+    /// Whether private connections have to bear with locks on gaps.
+    has_gaps: bool,
+}
+
+/// By the settings of the server: MariaDB and MySQL each know only their own.
+fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
+    let is_mariadb = setting("version").contains("MariaDB");
+    let is_galera = setting("wsrep_on") == "ON";
+    let is_group = !setting("group_replication_group_name").is_empty()
+        && setting("group_replication_single_primary_mode") == "OFF";
+    let logs_statements = setting("log_bin") == "ON" && setting("binlog_format") == "STATEMENT";
+    KindOfServer {
+        cluster: if is_galera || is_group { Cluster::MultiPrimary } else { Cluster::SinglePrimary },
+        is_mariadb,
+        has_gaps: !is_mariadb || logs_statements,
+    }
+}
+
+/// When all is applied this only reads, so that an account without the right to create anything may call it.
+pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    let schema = match schema {
+        Some(schema) => schema.to_owned(),
+        None => {
+            let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
+            current.ok_or_else(|| {
+                sqlx::Error::Configuration(
+                    "the pool's URL names no database, and the builder no `schema`".into(),
+                )
+            })?
+        }
+    };
+    let lock = format!("lock_db:{}", digest(&schema));
+    let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).bind(&lock).fetch_one(&mut *connection).await?;
+    if locked != 1 {
+        return Err(sqlx::Error::Protocol("another process has been migrating for a minute".into()));
+    }
+    apply(connection, &schema).await?;
+    sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await.map(drop)
+}
+
+async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<()> {
+    let quoted = format!("`{}`", schema.replace('`', "``"));
+    let ledger = format!("{quoted}._lock_db_migrations");
+    let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
+    let has_database: i64 = sqlx::query_scalar(HAS_DATABASE).bind(schema).fetch_one(&mut *connection).await?;
+    if has_database == 0 {
+        let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
+        sqlx::raw_sql(sql).execute(&mut *connection).await?;
+    }
+    let applied: Vec<i64> = if has_table(connection, schema, "_lock_db_migrations").await? {
+        sqlx::query_scalar(in_ledger(APPLIED)).fetch_all(&mut *connection).await?
+    } else {
+        sqlx::raw_sql(in_ledger(CREATE_LEDGER)).execute(&mut *connection).await?;
+        Vec::new()
+    };
+    // The ledger may have outlived the table.
+    let is_gone = !has_table(connection, schema, "distributed_lock").await?;
+    for (version, sql) in MIGRATIONS {
+        if !is_gone && applied.contains(&version) {
+            continue;
+        }
+        let sql = sql.replace("EXISTS distributed_lock (", &format!("EXISTS {quoted}.distributed_lock ("));
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
+        let noted = sqlx::query(in_ledger(NOTE_APPLIED)).bind(version).execute(&mut *connection).await;
+        // It was there; or, as the lock above is of one node, it was noted on another at the same time.
+        if let Err(error) = noted
+            && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
+        {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
+    let tables: i64 = sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).fetch_one(connection).await?;
+    Ok(tables > 0)
+}
+
+/// For the names of user locks, which have 64 characters at most.
+pub(super) fn digest(schema: &str) -> String {
+    use std::fmt::Write as _;
+
+    sha2::Sha224::digest(schema).iter().fold(String::with_capacity(56), |mut digits, byte| {
+        let _infallible = write!(digits, "{byte:02x}");
+        digits
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(settings: &[(&str, &'static str)]) -> KindOfServer {
+        let settings: HashMap<_, _> = settings.iter().copied().collect();
+        kind_of_server(|setting| settings.get(setting).copied().unwrap_or_default())
+    }
+
+    #[test]
+    fn servers_without_locks_on_gaps_are_told_by_their_settings() {
+        let (mariadb, mysql) = (("version", "10.11.6-MariaDB-log"), ("version", "9.7.0"));
+        assert!(!of(&[mariadb, ("log_bin", "OFF"), ("binlog_format", "STATEMENT")]).has_gaps);
+        assert!(!of(&[mariadb, ("log_bin", "ON"), ("binlog_format", "MIXED")]).has_gaps);
+        assert!(of(&[mariadb, ("log_bin", "ON"), ("binlog_format", "STATEMENT")]).has_gaps);
+        assert!(of(&[mysql, ("log_bin", "OFF")]).has_gaps);
+    }
+
+    #[test]
+    fn multi_primary_servers_are_told_by_their_settings() {
+        let of = |settings| of(settings).cluster;
+        assert_eq!(of(&[]), Cluster::SinglePrimary);
+        assert_eq!(of(&[("wsrep_on", "OFF")]), Cluster::SinglePrimary);
+        assert_eq!(of(&[("wsrep_on", "ON")]), Cluster::MultiPrimary);
+        let group = ("group_replication_group_name", "aaaaaaaa-aaaa-aaaa-aaaa-aaaaaaaaaaaa");
+        let mode = |mode| ("group_replication_single_primary_mode", mode);
+        assert_eq!(of(&[group, mode("ON")]), Cluster::SinglePrimary);
+        assert_eq!(of(&[group, mode("OFF")]), Cluster::MultiPrimary);
+        assert_eq!(of(&[("group_replication_group_name", ""), mode("OFF")]), Cluster::SinglePrimary);
+    }
+}

@@ -1,0 +1,61 @@
+//! What the SQLSTATEs of PostgreSQL mean: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
+use crate::database::Fault;
+
+/// The guard found that the lease is not ours any more: see `transaction`.
+pub(super) const DIVISION_BY_ZERO: &str = "22012";
+
+/// The transaction is not the one any more that was begun: see `transaction`.
+pub(super) const LOGARITHM_OF_ZERO: &str = "2201E";
+
+/// By NOWAIT or `lock_timeout`.
+pub(super) const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+pub(super) fn code(error: &sqlx::Error) -> Option<&str> {
+    Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.code())
+}
+
+pub(super) fn classify(error: &sqlx::Error) -> Fault {
+    if crate::error::is_connection_failure(error) {
+        return Fault::Disconnected;
+    }
+    if matches!(error, sqlx::Error::Configuration(_)) {
+        return Fault::Refused;
+    }
+    let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>())
+    else {
+        return Fault::Other;
+    };
+    match error.code() {
+        LOCK_NOT_AVAILABLE => Fault::Busy,
+        // in_failed_sql_transaction, no_active_sql_transaction
+        "25P02" | "25P01" => Fault::TransactionEnded,
+        "40P01" => Fault::Deadlock,
+        "40001" => Fault::Serialization,
+        "42P01" => Fault::TableMissing,
+        "42703" => Fault::TableDiffers,
+        // untranslatable_character, character_not_in_repertoire
+        "22P05" | "22021" => Fault::Unstorable,
+        // invalid_authorization_specification (no such role, not in pg_hba.conf, may not log in), invalid_password,
+        // invalid_catalog_name (no such database), insufficient_privilege, also for a database at the login
+        "28000" | "28P01" | "3D000" | "42501" => Fault::Refused,
+        // read_only_sql_transaction: the server may be no primary any more. A new connection leads to the one that is, or finds out
+        // that it is a setting.
+        "25006" => Fault::Disconnected,
+        code if code.starts_with("08") => Fault::Disconnected,
+        // Whatever the code, the server has closed the connection or not let it in: too many connections, of the server or of
+        // a role (53300), starting up or shutting down (57P03, 57P01), crashed (57P02), idle for too long (57P05, 25P03),
+        // a database that takes no connections at the moment (55000).
+        _ if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) => Fault::Disconnected,
+        // query_canceled: statement_timeout, or by an administrator
+        "57014" => Fault::Passing,
+        // insufficient_resources (disk full, out of memory, a configured limit), system_error, io_error
+        code if code.starts_with("53") || code.starts_with("58") => Fault::Passing,
+        // A prepared statement is gone (a pooler, DEALLOCATE), or the table was changed under it ("cached plan must not change
+        // result type"): a new connection prepares its statements anew.
+        "26000" | "0A000" => Fault::Disconnected,
+        _ => Fault::Other,
+    }
+}

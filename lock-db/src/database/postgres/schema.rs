@@ -1,0 +1,155 @@
+//! Finding the table, and making it.
+
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection, Row};
+
+use crate::database::{Cluster, Found, Server, Table};
+use crate::schema;
+
+/// The columns that are used.
+const COLUMNS: [&str; 12] = [
+    "id",
+    "lock_name",
+    "lock_kind",
+    "secret_key",
+    "fencing_token",
+    "previous_token",
+    "owner",
+    "create_time",
+    "acquire_time",
+    "expire_time",
+    "ttl_micros",
+    "waiters",
+];
+
+/// What has to be known before the table is trusted, in one message. `$1` is the name, quoted as in SQL.
+const FIND: &str = "
+SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', current_setting('server_encoding'),
+    current_database()::text, namespace.nspname::text, class.oid::bigint, class.relkind::text, class.relpersistence::text,
+    class.relispartition, class.relhassubclass, row_security_active(class.oid),
+    EXISTS (SELECT 1 FROM pg_rewrite WHERE ev_class = class.oid),
+    (SELECT count(*) FROM pg_attribute WHERE attrelid = class.oid AND attname = ANY($2) AND NOT attisdropped),
+    EXISTS (
+        SELECT 1 FROM pg_index
+        JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] AND attname = 'lock_name'
+        JOIN pg_collation ON pg_collation.oid = attcollation
+        WHERE indrelid = class.oid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
+            AND indnkeyatts = 1 AND atttypid = 'text'::regtype AND collisdeterministic)
+FROM (SELECT to_regclass($1) AS oid) AS asked
+LEFT JOIN pg_class AS class ON class.oid = asked.oid
+LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace";
+
+const QUOTE: &str = "SELECT quote_ident($1)";
+
+/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
+const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
+/// Whatever the default of the database: what others have applied while this one waited has to be seen.
+const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+const LIMIT_MIGRATION_WAIT: &str = "SET LOCAL lock_timeout = '60s'";
+const HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = $1)";
+const WORK_IN_SCHEMA: &str = "SELECT set_config('search_path', $1, true)";
+const HAS_TABLE: &str = "SELECT to_regclass($1) IS NOT NULL";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS _lock_db_migrations (
+    version BIGINT PRIMARY KEY,
+    applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())";
+const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
+
+pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+    let name = match schema {
+        Some(schema) => format!("{}.distributed_lock", quoted(connection, schema).await?),
+        None => "distributed_lock".to_owned(),
+    };
+    let row = sqlx::query(FIND).bind(name).bind(&COLUMNS[..]).fetch_one(connection).await?;
+    if row.try_get(0)? {
+        let standby = std::io::Error::other("the server is a standby, which only reads");
+        return Err(sqlx::Error::Io(standby));
+    }
+    if row.try_get(1)? {
+        let setting =
+            "the session may only read: `default_transaction_read_only` is on for this role or database";
+        return Err(sqlx::Error::Configuration(setting.into()));
+    }
+    let Some(oid) = row.try_get::<Option<i64>, _>(5)? else { return Ok(Found::Nothing) };
+    let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
+    let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
+    match kind {
+        "r" => {}
+        "p" => return unusable("is partitioned: a row there can't be found again by where it lies"),
+        "f" => return unusable("is a foreign table: its rows can't be locked from here"),
+        "v" | "m" => return unusable("is a view: lock-db needs the table itself"),
+        _ => return unusable("is no table"),
+    }
+    if persistence != "p" {
+        return unusable("is unlogged or temporary: a crash of the server would forget who holds a lock");
+    }
+    if row.try_get(8)? || row.try_get(9)? {
+        return unusable("takes part in inheritance or partitioning: its rows may lie in other tables");
+    }
+    if row.try_get(10)? {
+        return unusable(
+            "has row level security, which hides rows from this role: give the role BYPASSRLS, make it the owner of the \
+             table, or disable row level security there",
+        );
+    }
+    if row.try_get(11)? {
+        return unusable("has rewrite rules, so that statements do something else than they say");
+    }
+    if row.try_get::<i64, _>(12)? < i64::try_from(COLUMNS.len()).unwrap_or(i64::MAX) {
+        return Ok(Found::Differs);
+    }
+    if !row.try_get::<bool, _>(13)? {
+        return unusable(
+            "has no valid unique index on `lock_name` alone, a text column with a deterministic collation: two rows of one \
+             name would be two locks",
+        );
+    }
+    let (encoding, database): (&str, &str) = (row.try_get(2)?, row.try_get(3)?);
+    Ok(Found::Table(Server {
+        table: Table::new(schema, '"', format!("{database}/{oid}")).into(),
+        cluster: Cluster::SinglePrimary,
+        is_mariadb: false,
+        is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
+    }))
+}
+
+/// When all is applied this only reads, so that a role without the right to create anything may call it.
+pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
+    sqlx::query(LIMIT_MIGRATION_WAIT).execute(&mut *transaction).await?;
+    sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
+    if let Some(schema) = schema {
+        let quoted = quoted(&mut transaction, schema).await?;
+        let is_there: bool = sqlx::query_scalar(HAS_SCHEMA).bind(schema).fetch_one(&mut *transaction).await?;
+        if !is_there {
+            let sql = AssertSqlSafe(format!("CREATE SCHEMA IF NOT EXISTS {quoted}"));
+            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+        }
+        sqlx::query(WORK_IN_SCHEMA).bind(quoted).execute(&mut *transaction).await?;
+    }
+    let applied: Vec<i64> = if has_table(&mut transaction, "_lock_db_migrations").await? {
+        sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?
+    } else {
+        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
+        Vec::new()
+    };
+    // The ledger may have outlived the table.
+    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
+    for (version, sql) in MIGRATIONS {
+        if is_gone || !applied.contains(&version) {
+            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
+        }
+    }
+    transaction.commit().await
+}
+
+async fn has_table(connection: &mut PgConnection, name: &str) -> sqlx::Result<bool> {
+    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+}
+
+async fn quoted(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
+    sqlx::query_scalar(QUOTE).bind(name).fetch_one(connection).await
+}

@@ -1,0 +1,134 @@
+//! What kind of server a connection leads to, and how its table is named there.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sqlx::AssertSqlSafe;
+
+/// What a connection found out about the server behind it, in one go before its first use.
+#[derive(Debug, Clone)]
+pub struct Server {
+    pub table: Arc<Table>,
+    pub cluster: Cluster,
+    /// Whether it is MariaDB, which has statements of its own.
+    pub is_mariadb: bool,
+    /// Whether text outside of ASCII can't be stored: the database has an encoding of its own.
+    pub is_ascii_only: bool,
+}
+
+#[cfg(test)]
+impl Server {
+    pub fn for_tests() -> Self {
+        let table = Arc::new(Table::new("main", '"', String::new()));
+        Self { table, cluster: Cluster::SinglePrimary, is_mariadb: false, is_ascii_only: false }
+    }
+}
+
+/// How far a row lock reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cluster {
+    /// To everybody who may write.
+    SinglePrimary,
+    /// To the clients of one node only: Galera, multi-primary group replication. What must exclude clients of other
+    /// nodes has to be a write, which certification finds.
+    MultiPrimary,
+}
+
+/// Where a `Locks` has its table, known to its session and to all who use it in transactions of their own.
+#[derive(Debug, Default)]
+pub(crate) struct Location {
+    /// As the builder was told.
+    schema: Option<String>,
+    found: Mutex<Option<Server>>,
+}
+
+impl Location {
+    pub(crate) fn new(schema: Option<String>) -> Self {
+        Self { schema, found: Mutex::default() }
+    }
+
+    /// As the builder was told, else where the table was found the first time.
+    pub(crate) fn schema(&self) -> Option<String> {
+        self.schema.clone().or_else(|| self.found().map(|server| server.table.schema.clone()))
+    }
+
+    pub(crate) fn found(&self) -> Option<Server> {
+        self.lock().clone()
+    }
+
+    /// The same table as before stays the same, with the statements that are prepared already.
+    pub(crate) fn set(&self, mut server: Server) -> Server {
+        let mut found = self.lock();
+        if let Some(before) = &*found
+            && before.table.is_same(&server.table)
+        {
+            server.table = Arc::clone(&before.table);
+        }
+        *found = Some(server.clone());
+        server
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Server>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The table `distributed_lock` of one `Locks`. It is found once; from then on every statement names it in full, so that
+/// no `search_path`, `USE` or temporary table makes it another one.
+#[derive(Debug)]
+pub struct Table {
+    /// As SQL: `"public".distributed_lock`.
+    name: String,
+    /// The schema on PostgreSQL, the database on MySQL and MariaDB.
+    pub schema: String,
+    /// What tells it from a table of the same name in another database; empty where nothing does.
+    pub identity: String,
+    /// The statements that were used already, by the place of what they were made of.
+    statements: Mutex<HashMap<(usize, usize), Arc<str>>>,
+}
+
+/// In statements this stands for the name of the table.
+const PLACEHOLDER: &str = "{table}";
+
+impl Table {
+    /// `quote` is what the database puts around a name.
+    pub fn new(schema: &str, quote: char, identity: String) -> Self {
+        let doubled = schema.replace(quote, &format!("{quote}{quote}"));
+        Self {
+            name: format!("{quote}{doubled}{quote}.distributed_lock"),
+            schema: schema.to_owned(),
+            identity,
+            statements: Mutex::default(),
+        }
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.name == other.name && self.identity == other.identity
+    }
+
+    /// As it stands in a statement.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A statement on this table. The text is made once, so that it is prepared once, too.
+    pub fn sql(&self, statement: &'static str) -> AssertSqlSafe<Arc<str>> {
+        let mut statements = self.statements.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = statements
+            .entry((statement.as_ptr() as usize, statement.len()))
+            .or_insert_with(|| statement.replace(PLACEHOLDER, &self.name).into());
+        AssertSqlSafe(Arc::clone(text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_named_in_full_and_its_schema_needs_no_trust() {
+        let table = Table::new(r#"a"b"#, '"', String::new());
+        assert_eq!(table.name(), r#""a""b".distributed_lock"#);
+        assert_eq!(&*table.sql("SELECT 1 FROM {table}").0, r#"SELECT 1 FROM "a""b".distributed_lock"#);
+    }
+}

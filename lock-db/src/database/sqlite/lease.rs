@@ -1,0 +1,320 @@
+//! Leases, on private connections.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::sqlite::{SqliteConnection, SqliteQueryResult, SqliteRow};
+use sqlx::{Connection, Row, Sqlite};
+
+use crate::Kind;
+use crate::database::{
+    Claim, Exchanged, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Return, Server, Standing, as_json,
+    in_order,
+};
+use crate::limits::micros;
+use crate::secret::Secret;
+
+const LOOK: &str = "
+SELECT id, lock_kind, secret_key, owner, fencing_token,
+       CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
+       CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
+       CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
+       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), ttl_micros, waiters
+FROM {table} WHERE lock_name = ?1";
+
+const CREATE: &str = "
+INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
+ON CONFLICT (lock_name) DO NOTHING";
+
+/// The new number is never below the clock's microseconds, so that a row that was cleaned away does not bring a number
+/// back. They are bound (`?5`): the clock of an embedded database is ours, and its own functions cut it to milliseconds.
+///
+/// A lease that ran out is taken only after notice was given: see `LockRow::notice_is_due`.
+const ACQUIRE: &str = "
+UPDATE {table}
+SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
+    previous_token = CASE WHEN secret_key = ?2 THEN previous_token ELSE fencing_token END,
+    acquire_time = CASE WHEN secret_key = ?2 THEN acquire_time
+        ELSE strftime('%Y-%m-%d %H:%M:%f000', 'now') END,
+    expire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4),
+    ttl_micros = ?7,
+    secret_key = ?2,
+    owner = ?3,
+    waiters = CASE WHEN substr(waiters, 1, 32) = ?6 THEN substr(waiters, 57) ELSE waiters END
+WHERE lock_name = ?1 AND lock_kind = 'insert'
+  AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
+      AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00.000000')
+      AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
+RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
+
+/// Never brings a released lease back (1970). A deadline moves backwards only when it lies further ahead than can be, because the
+/// clock was set back: by more than 2 s.
+const RENEW: &str = "
+UPDATE {table}
+SET expire_time = min(
+        max(expire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now',
+            printf('+%d.%03d seconds', asked.ttl / 1000000, asked.ttl / 1000 % 1000))),
+        strftime('%Y-%m-%d %H:%M:%f000', 'now',
+            printf('+%d.%03d seconds', asked.ttl / 1000000 + 2, asked.ttl / 1000 % 1000))),
+    ttl_micros = asked.ttl
+FROM (
+    SELECT value ->> 0 AS id, value ->> 1 AS secret, value ->> 2 AS ttl, value ->> 3 AS token FROM json_each(?1)) AS asked
+WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND fencing_token = asked.token
+  AND expire_time > '1970-01-01 00:00:00.000000'
+RETURNING secret_key";
+
+/// Which leases are ours, and whether notice was given of a takeover.
+const STILL_OURS: &str = "
+SELECT secret_key, ttl_micros <= 0
+FROM (
+    SELECT value ->> 0 AS id, value ->> 1 AS secret, value ->> 3 AS token FROM json_each(?1)) AS asked
+JOIN {table} AS lease ON lease.id = asked.id AND secret_key = asked.secret AND fencing_token = asked.token
+WHERE expire_time > '1970-01-01 00:00:00.000000'";
+
+const RELEASE: &str = "
+UPDATE {table}
+SET expire_time = '1970-01-01 00:00:00.000000',
+    ttl_micros = 0,
+    waiters = CASE WHEN ?3 <> '' AND waiters <> '' AND length(waiters) < 3584 AND instr(waiters, ?3) = 0
+        THEN waiters || ?3 || printf('%016d', ?5 + 2000000) || ?4 ELSE waiters END
+WHERE lock_name = ?1 AND secret_key = ?2";
+
+const RELEASE_LATER: &str = "
+UPDATE {table}
+SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00.000000' ELSE until.moment END,
+    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -?4 END,
+    secret_key = CASE WHEN until.passed THEN secret_key ELSE '' END
+FROM (
+    SELECT id, moment, moment <= strftime('%Y-%m-%d %H:%M:%f000', 'now') AS passed
+    FROM (
+        SELECT id, strftime('%Y-%m-%d %H:%M:%f000',
+            min(acquire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now')), ?3) AS moment
+        FROM {table} WHERE lock_name = ?1 AND secret_key = ?2)) AS until
+WHERE distributed_lock.id = until.id";
+
+/// A tenth of the TTL, 0.3 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// the same.
+const GIVE_NOTICE: &str = "
+UPDATE {table}
+SET expire_time = CASE WHEN due.is_too_far THEN due.after_ttl ELSE max(expire_time, due.after_notice) END,
+    ttl_micros = CASE WHEN due.is_too_far THEN ttl_micros ELSE 0 END
+FROM (
+    SELECT id AS due_id,
+        strftime('%Y-%m-%d %H:%M:%f000', 'now',
+            printf('+%d.%03d seconds', abs(ttl_micros) / 1000000, abs(ttl_micros) / 1000 % 1000)) AS after_ttl,
+        strftime('%Y-%m-%d %H:%M:%f000', 'now',
+            printf('+0.%03d seconds', min(ttl_micros / 10, 300000) / 1000)) AS after_notice,
+        expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now',
+            printf('+%d.%03d seconds', abs(ttl_micros) / 1000000 + 2, abs(ttl_micros) / 1000 % 1000)) AS is_too_far
+    FROM {table}
+    WHERE lock_name = ?1 AND lock_kind = 'insert' AND ttl_micros <> 0
+      AND expire_time > '1970-01-01 00:00:00.000000') AS due
+WHERE id = due.due_id AND (due.is_too_far OR (ttl_micros > 0 AND expire_time <= due.after_notice))";
+
+const SETTLE: &str = "
+UPDATE {table}
+SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0, secret_key = ''
+WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
+  AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00.000000')";
+
+const STAND: &str = "
+UPDATE {table} SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3
+WHERE lock_name = ?1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND instr(waiters, ?2) = 0";
+
+/// Only on top of what was read before.
+const SET_WAITERS: &str = "
+UPDATE {table} SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
+
+const REMOVE_WAITER: &str = "
+UPDATE {table}
+SET waiters = substr(waiters, 1, instr(waiters, ?2) - 1) || substr(waiters, instr(waiters, ?2) + 56)
+WHERE lock_name = ?1 AND instr(waiters, ?2) > 0";
+
+pub(super) async fn look(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<Option<LockRow>> {
+    let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
+    row.map(|row| {
+        Ok(LockRow {
+            id: row.try_get(0)?,
+            kind: Kind::parse(row.try_get(1)?),
+            secret_key: row.try_get(2)?,
+            owner: row.try_get(3)?,
+            fencing_token: row.try_get(4)?,
+            created: row.try_get(5)?,
+            acquired: row.try_get(6)?,
+            expires: row.try_get(7)?,
+            remaining: row.try_get(8)?,
+            ttl: row.try_get(9)?,
+            waiters: row.try_get(10)?,
+        })
+    })
+    .transpose()
+}
+
+pub(super) async fn create(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
+    query.execute(connection).await.map(|_| true)
+}
+
+pub(super) async fn acquire(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    claim: &Claim,
+) -> sqlx::Result<Option<Grant>> {
+    // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
+    // error of the commit that happens then.
+    let rows = sqlx::query(server.table.sql(ACQUIRE))
+        .bind(&*claim.name)
+        .bind(claim.secret.as_str())
+        .bind(&*claim.owner)
+        .bind(later_by(claim.ttl))
+        .bind(clock_micros())
+        .bind(claim.place.as_ref().map(Secret::as_str))
+        .bind(micros(claim.ttl))
+        .fetch_all(connection)
+        .await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
+        return Err(sqlx::Error::Protocol("the database answered with the row of another statement".into()));
+    }
+    let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
+    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
+}
+
+pub(super) async fn give_notice(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name).execute(connection).await?;
+    Ok(given.rows_affected() > 0)
+}
+
+pub(super) async fn settle(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+) -> sqlx::Result<bool> {
+    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
+    Ok(settled.rows_affected() > 0)
+}
+
+/// While another transaction writes, nothing can be renewed, but nothing can be taken either; what can be done is to read.
+pub(super) async fn renew(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    leases: &[Renewal],
+) -> sqlx::Result<Vec<Standing>> {
+    let json = as_json(leases);
+    let renewed = sqlx::query_scalar(server.table.sql(RENEW)).bind(&json).fetch_all(&mut *connection).await;
+    let busy = match renewed {
+        Ok(renewed) => {
+            let renewed: Vec<String> = renewed;
+            return Ok(in_order(leases, renewed.into_iter().map(|secret| (secret, Standing::Ours))));
+        }
+        Err(error) if Sqlite::classify(&error) == Fault::Busy => error,
+        Err(error) => return Err(error),
+    };
+    let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(connection).await;
+    let standing = |row: &SqliteRow| {
+        let standing = if row.try_get(1)? { Standing::Challenged } else { Standing::Busy };
+        Ok((row.try_get(0)?, standing))
+    };
+    let ours: sqlx::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(standing).collect();
+    Ok(in_order(leases, ours?))
+}
+
+pub(super) async fn release(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    lease: &Return,
+) -> sqlx::Result<Standing> {
+    let Return { name, secret, place } = lease;
+    let (place, listener) = Place::parts(place.as_ref());
+    let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(place);
+    query.bind(listener).bind(clock_micros()).execute(connection).await.map(|done| released_or_not(&done))
+}
+
+pub(super) async fn release_later(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    secret: &Secret,
+    at_least: Duration,
+) -> sqlx::Result<Standing> {
+    let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
+    let query = query.bind(later_by(at_least)).bind(micros(at_least));
+    query.execute(connection).await.map(|done| released_or_not(&done))
+}
+
+/// In one transaction: it is the commit that takes the time.
+pub(super) async fn exchange(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    returns: &[Return],
+    claims: &[Claim],
+) -> sqlx::Result<Exchanged> {
+    let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
+    let mut exchanged = Exchanged { returns: Vec::new(), grants: Vec::new(), calls: Vec::new() };
+    for one in returns {
+        exchanged.returns.push(release(&mut transaction, server, one).await?);
+    }
+    for claim in claims {
+        exchanged.grants.push(acquire(&mut transaction, server, claim).await?);
+    }
+    transaction.commit().await?;
+    Ok(exchanged)
+}
+
+pub(super) async fn stand(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    place: &Place,
+) -> sqlx::Result<bool> {
+    let (secret, listener) = Place::parts(Some(place));
+    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
+    Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
+}
+
+pub(super) async fn set_waiters(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    before: &str,
+    after: &str,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
+    Ok(query.execute(connection).await?.rows_affected() > 0)
+}
+
+pub(super) async fn remove_waiter(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    secret: &Secret,
+) -> sqlx::Result<()> {
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
+    query.execute(connection).await.map(drop)
+}
+
+/// As a modifier of SQLite's functions of time.
+fn later_by(duration: Duration) -> String {
+    format!("+{}.{:03} seconds", duration.as_secs(), duration.subsec_millis())
+}
+
+fn released_or_not(released: &SqliteQueryResult) -> Standing {
+    if released.rows_affected() > 0 { Standing::Ours } else { Standing::NotOurs }
+}
+
+pub(super) fn clock_micros() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    micros(since_1970)
+}

@@ -1,0 +1,217 @@
+//! Locks and guards in transactions on connections of the application.
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{AssertSqlSafe, Row, Sqlite};
+
+use super::lease::clock_micros;
+use crate::Kind;
+use crate::database::{Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server};
+
+/// The longest wait for the write lock at once: SQLite's own wait sleeps longer and longer, and is not fair.
+const LONGEST_SLICE: Duration = Duration::from_millis(50);
+/// A shorter one is too short to tell whether SQLite waited at all.
+const SHORTEST_SLICE: Duration = Duration::from_millis(4);
+
+/// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
+/// Whether the lease was released does not matter here: a transaction with an older snapshot than this write can't take the lock.
+const GUARD: &str = "
+UPDATE {table} SET owner = owner
+WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
+
+const GUARD_AND_RELEASE: &str = "
+UPDATE {table} SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0
+WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
+
+const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
+
+/// The first statement is a write, whatever it finds: a write is what takes the write lock.
+const MAKE_ROW: &str = "
+INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
+ON CONFLICT (lock_name) DO UPDATE SET owner = owner
+RETURNING lock_kind, secret_key, fencing_token, expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now'),
+    expire_time = '1970-01-01 00:00:00.000000' OR ttl_micros <= 0";
+
+const WRITE_ROW: &str = "
+UPDATE {table}
+SET fencing_token = max(fencing_token + 1, ?4), secret_key = ?2, owner = ?3,
+    acquire_time = strftime('%Y-%m-%d %H:%M:%f000', 'now'),
+    expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0
+WHERE lock_name = ?1
+RETURNING fencing_token";
+
+/// Taken again in the same transaction, the lock has a larger number.
+const STILL_LOCKED: &str = "SELECT 1 FROM {table} WHERE lock_name = ?1 AND fencing_token >= ?2";
+
+/// As a statement, not as a table: that one would begin to read the database, and fix the transaction's snapshot.
+const FILES: &str = "PRAGMA database_list";
+
+pub(super) async fn lock_row(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    claim: &RowClaim,
+    slice: Duration,
+) -> sqlx::Result<RowAttempt> {
+    refuse_autocommit(connection).await?;
+    let files = sqlx::query(FILES).fetch_all(&mut *connection).await?;
+    let is_here = |file: &SqliteRow| {
+        Ok(file.try_get::<&str, _>(1)? == "main" && file.try_get::<&str, _>(2)? == server.table.identity)
+    };
+    if !files.iter().map(is_here).collect::<sqlx::Result<Vec<_>>>()?.contains(&true) {
+        return Ok(RowAttempt::ForeignTransaction);
+    }
+    let slice = slice.min(LONGEST_SLICE);
+    let limited = LimitedWait::set(connection, slice).await?;
+    let started = Instant::now();
+    let attempt = lock_and_write(&mut *limited.connection, server, claim).await;
+    let waited = started.elapsed();
+    limited.restore().await?;
+    match attempt {
+        // SQLite does not wait in a transaction that has read something: it works on what the database was then, and would keep the
+        // writer from its commit without a WAL.
+        Err(error) if Sqlite::classify(&error) == Fault::Busy => {
+            let did_not_wait = slice >= SHORTEST_SLICE && waited < slice / 2;
+            Ok(if did_not_wait { RowAttempt::Stale } else { RowAttempt::Busy })
+        }
+        attempt => attempt,
+    }
+}
+
+async fn lock_and_write(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    claim: &RowClaim,
+) -> sqlx::Result<RowAttempt> {
+    let name = &*claim.row.name;
+    let query = sqlx::query(server.table.sql(MAKE_ROW)).bind(name).bind(claim.kind.as_str());
+    let row = query.fetch_one(&mut *connection).await?;
+    if Kind::parse(row.try_get(0)?) != claim.kind {
+        return Ok(RowAttempt::WrongKind);
+    }
+    if row.try_get(3)? {
+        return Ok(RowAttempt::Leased { usable: false });
+    }
+    if !row.try_get::<bool, _>(4)? {
+        return Ok(RowAttempt::Unsettled { usable: false });
+    }
+    let fencing_token = sqlx::query_scalar(server.table.sql(WRITE_ROW))
+        .bind(name)
+        .bind(claim.secret.as_str())
+        .bind(&*claim.owner)
+        .bind(clock_micros())
+        .fetch_one(connection)
+        .await?;
+    Ok(RowAttempt::Locked { fencing_token, before: (row.try_get(2)?, row.try_get(1)?) })
+}
+
+pub(super) async fn commit_locked(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    name: &str,
+    fencing_token: i64,
+) -> sqlx::Result<Guarded> {
+    if !is_marked(connection).await? {
+        return Ok(Guarded::Ended);
+    }
+    let query = sqlx::query(server.table.sql(STILL_LOCKED)).bind(name).bind(fencing_token);
+    Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
+}
+
+pub(super) async fn commit_guarded(
+    connection: &mut SqliteConnection,
+    lease: &LeaseKey,
+    release: bool,
+) -> sqlx::Result<Guarded> {
+    if !is_marked(connection).await? {
+        return Ok(Guarded::Ended);
+    }
+    ask(connection, lease, release).await
+}
+
+pub(super) async fn guard(
+    connection: &mut SqliteConnection,
+    lease: &LeaseKey,
+    release: bool,
+) -> sqlx::Result<Guarded> {
+    refuse_autocommit(connection).await?;
+    ask(connection, lease, release).await
+}
+
+async fn ask(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+    let query = sqlx::query(lease.server.table.sql(if release { GUARD_AND_RELEASE } else { GUARD }));
+    let query = query.bind(&*lease.row.name).bind(lease.secret.as_str()).bind(lease.fencing_token);
+    Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
+}
+
+/// A ROLLBACK without a transaction is an error here, after which sqlx takes the connection for one that is still in
+/// a transaction, for ever.
+pub(super) async fn reopen(connection: &mut SqliteConnection) {
+    let _open_anyway = sqlx::raw_sql("BEGIN").execute(connection).await;
+}
+
+/// `false`: the marked transaction has ended. Its mark is gone after this.
+async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    match sqlx::raw_sql(IS_MARKED).execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => Ok(false),
+        answer => answer.map(|_| true),
+    }
+}
+
+/// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction behind the back of its handle. A BEGIN that succeeds
+/// finds that out, and gives the handle something to roll back.
+async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    match sqlx::raw_sql("BEGIN").execute(connection).await {
+        Err(sqlx::Error::Database(error)) if error.message().contains("within a transaction") => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(sqlx::Error::BeginFailed),
+    }
+}
+
+/// The application's connection with another busy timeout, which is put back afterwards, whatever happens.
+struct LimitedWait<'a> {
+    connection: &'a mut SqliteConnection,
+    /// What to put back; `None` once it was.
+    restore: Option<i64>,
+}
+
+impl<'a> LimitedWait<'a> {
+    async fn set(connection: &'a mut SqliteConnection, wait: Duration) -> sqlx::Result<Self> {
+        let before: i64 = sqlx::query_scalar("PRAGMA busy_timeout").fetch_one(&mut *connection).await?;
+        let mut limited = Self { connection, restore: Some(before) };
+        let wait = i64::try_from(wait.as_millis()).unwrap_or(0);
+        if wait == before {
+            limited.restore = None;
+        } else {
+            sqlx::raw_sql(busy_timeout(wait)).execute(&mut *limited.connection).await?;
+        }
+        Ok(limited)
+    }
+
+    async fn restore(mut self) -> sqlx::Result<()> {
+        if let Some(before) = self.restore {
+            sqlx::raw_sql(busy_timeout(before)).execute(&mut *self.connection).await?;
+            self.restore = None;
+        }
+        Ok(())
+    }
+}
+
+/// When the future that waits is dropped midway. The first poll hands the statement to the connection's own thread,
+/// which carries it out after what it is doing now, whether anybody looks at the answer or not.
+impl Drop for LimitedWait<'_> {
+    fn drop(&mut self) {
+        if let Some(before) = self.restore.take() {
+            let restoring = pin!(sqlx::raw_sql(busy_timeout(before)).execute(&mut *self.connection));
+            let _queued = restoring.poll(&mut Context::from_waker(Waker::noop()));
+        }
+    }
+}
+
+/// A pragma takes no parameters.
+fn busy_timeout(milliseconds: i64) -> AssertSqlSafe<String> {
+    AssertSqlSafe(format!("PRAGMA busy_timeout = {milliseconds}"))
+}
