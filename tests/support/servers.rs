@@ -341,9 +341,7 @@ fn configured_servers<K: ServerKind>() -> Option<Vec<Url>> {
         let parse = |url: &str| Url::parse(url).unwrap_or_else(|error| panic!("{}: {error}", K::VARIABLE));
         return Some(urls.split(',').map(parse).collect());
     }
-    let required = env::var(REQUIRE).unwrap_or_default();
-    let is_required = required.split(',').any(|name| name.trim() == K::NAME);
-    assert!(!is_required, "{REQUIRE} names {}, but {} is not set", K::NAME, K::VARIABLE);
+    assert!(!is_required(K::NAME), "{REQUIRE} names {}, but {} is not set", K::NAME, K::VARIABLE);
     say_once(&format!(
         "NOT TESTED: {}, because {} is not set (tests/run starts servers)",
         K::NAME,
@@ -352,7 +350,11 @@ fn configured_servers<K: ServerKind>() -> Option<Vec<Url>> {
     None
 }
 
-fn say_once(message: &str) {
+pub(crate) fn is_required(name: &str) -> bool {
+    env::var(REQUIRE).unwrap_or_default().split(',').any(|required| required.trim() == name)
+}
+
+pub(crate) fn say_once(message: &str) {
     static SAID: StdMutex<Vec<String>> = StdMutex::new(Vec::new());
     let mut said = SAID.lock().unwrap();
     if !said.iter().any(|old| old == message) {

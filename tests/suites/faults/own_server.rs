@@ -1,14 +1,12 @@
 //! A server of the test's own, which may be killed, and whose clock may be moved.
 
 use std::fs::{self, File};
-use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use lock_tests::{Backend, Random, eventually};
+use lock_tests::{Backend, eventually, free_port};
 use rustix::process::{Pid, Signal, kill_process};
 use sqlx::Connection;
 use tempfile::TempDir;
@@ -129,16 +127,5 @@ impl Drop for OwnServer {
         let signal = if self.kind == "postgres" { Signal::QUIT } else { Signal::KILL };
         let _ended = kill_process(Pid::from_child(&process), signal);
         let _status = process.wait();
-    }
-}
-
-/// Below the range that outgoing connections take theirs from, so that it is still free after a kill.
-fn free_port() -> u16 {
-    let mut random = Random(RandomState::new().hash_one(0));
-    loop {
-        let port = 20_000 + u16::try_from(random.below(12_000)).unwrap();
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
     }
 }

@@ -1,0 +1,168 @@
+//! PgBouncer in front of the PostgreSQL server, started by a test for itself.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep};
+use url::Url;
+
+use crate::free_port;
+use crate::servers::{is_required, say_once};
+
+/// As in `LOCK_DB_TEST_REQUIRE`.
+const NAME: &str = "pgbouncer";
+/// How long it takes to start on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long a client keeps a server connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolMode {
+    Transaction,
+    Session,
+}
+
+impl fmt::Display for PoolMode {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Transaction => "transaction",
+            Self::Session => "session",
+        })
+    }
+}
+
+/// A PgBouncer between a test and its PostgreSQL database. It ends when it is dropped, or when the process of the test ends.
+#[derive(Debug)]
+pub struct PgBouncer {
+    folder: TempDir,
+    database: Url,
+    port: u16,
+    process: Option<Child>,
+}
+
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("pgbouncer")
+}
+
+impl PgBouncer {
+    /// Starts one in front of the database with this URL, to which it has at most `pool_size` connections. It supports prepared
+    /// statements. `None` when this run has no PgBouncer and need not have one.
+    pub async fn start(url: &str, mode: PoolMode, pool_size: u32) -> Option<Self> {
+        let settings = format!(
+            "pool_mode = {mode}\ndefault_pool_size = {pool_size}\nmax_prepared_statements = 200\n\
+             ignore_startup_parameters = extra_float_digits\n"
+        );
+        Self::start_with(url, &settings).await
+    }
+
+    /// Starts one with these lines in its configuration, beside those that say where to listen and to connect to.
+    pub async fn start_with(url: &str, settings: &str) -> Option<Self> {
+        let status = Command::new(script()).arg("have").status();
+        if !status.expect("runs tests/pgbouncer").success() {
+            assert!(!is_required(NAME), "LOCK_DB_TEST_REQUIRE names {NAME}, but there is none here");
+            say_once("NOT TESTED: poolers, because there is no PgBouncer here (tests/pgbouncer fetch)");
+            return None;
+        }
+        let folder = tempfile::Builder::new().prefix("lock-db-pgbouncer-").tempdir().expect("makes a folder");
+        let database = Url::parse(url).expect("an address");
+        let mut pooler = Self { folder, database, port: 0, process: None };
+        // Another process may take the port first.
+        for _ in 0..5 {
+            pooler.port = free_port();
+            fs::write(pooler.configuration(), pooler.configured(settings)).expect("writes a file");
+            if pooler.try_restart().await {
+                return Some(pooler);
+            }
+        }
+        panic!("PgBouncer does not start: {}", pooler.log());
+    }
+
+    /// The URL of the test's database by way of this pooler.
+    pub fn url(&self) -> String {
+        let mut url = self.database.clone();
+        url.set_host(Some("127.0.0.1")).expect("the URL has a host");
+        url.set_port(Some(self.port)).expect("the URL has a host");
+        url.into()
+    }
+
+    /// Where its configuration and its log are.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Kills it (SIGKILL), and with it all connections through it. Returns when it is dead.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("kills PgBouncer");
+            process.wait().expect("waits for PgBouncer");
+        }
+    }
+
+    /// Starts it on the same port after [`kill`](Self::kill). Returns when it accepts connections.
+    pub async fn restart(&mut self) {
+        assert!(self.try_restart().await, "PgBouncer does not start: {}", self.log());
+    }
+
+    async fn try_restart(&mut self) -> bool {
+        self.kill();
+        let log = File::options().append(true).create(true).open(self.folder.path().join("log"));
+        let log = log.expect("opens the log");
+        let mut command = Command::new(script());
+        command.arg("exec").arg(self.configuration());
+        command.env("LOCK_DB_TEST_SERVER_OWNER", std::process::id().to_string());
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("opens the log")).stderr(log);
+        let process = self.process.insert(command.spawn().expect("starts PgBouncer"));
+
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let answers = TcpStream::connect(("127.0.0.1", self.port)).await.is_ok();
+            // What answers may be somebody else's.
+            if process.try_wait().expect("asks for PgBouncer's state").is_some() {
+                self.process = None;
+                return false;
+            }
+            if answers {
+                return true;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        false
+    }
+
+    fn configuration(&self) -> PathBuf {
+        self.folder.path().join("pgbouncer.ini")
+    }
+
+    fn configured(&self, settings: &str) -> String {
+        let host = self.database.host_str().expect("the URL names a host");
+        let server_port = self.database.port().unwrap_or(5432);
+        let user = self.database.username();
+        let password = self
+            .database
+            .password()
+            .map_or_else(String::new, |password| format!(" password='{}'", password.replace('\'', "''")));
+        let port = self.port;
+        format!(
+            "[databases]\n* = host={host} port={server_port} user={user}{password}\n\
+             [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+             auth_type = any\nmax_client_conn = 400\n{settings}"
+        )
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("PgBouncer: {}", self.log());
+        }
+        self.kill();
+    }
+}
