@@ -8,6 +8,7 @@ use std::time::Duration;
 use lock_db::{Error, Lease, Locks, Loss};
 use lock_tests::{Backend, Direction, TestDatabase, TestServer, eventually, for_each_database};
 use sqlx::Connection;
+use tokio::time::timeout;
 
 for_each_database! {
     it_commits_while_the_lease_is_ours,
@@ -16,6 +17,9 @@ for_each_database! {
     a_takeover_waits_for_a_verified_transaction,
     the_callers_transaction_is_refused_after_a_takeover,
     a_transaction_that_died_does_not_commit,
+    a_refused_commit_tells_the_holder_at_once,
+    a_refusal_in_the_callers_transaction_tells_the_holder_at_once,
+    a_refusal_of_a_transaction_that_has_ended_does_not_end_the_lease,
     beginning_on_a_lost_lease_fails_at_once,
     the_lease_stays_until_the_transaction_has_ended,
     connections_come_back_as_they_were,
@@ -31,6 +35,7 @@ for_each_database! {
     a_late_copy_of_the_request_brings_no_lease_back,
     ;
     on servers:
+    a_refusal_that_an_old_snapshot_explains_does_not_end_the_lease,
     nobody_calls_a_lease_held_whose_release_may_have_been_committed,
     a_commit_does_not_wait_for_ever,
     under_a_commit_without_an_answer_no_other_transaction_begins,
@@ -234,6 +239,105 @@ async fn a_transaction_that_died_does_not_commit<T: TestDatabase>(database: &T) 
     increment::<T::Database>(&mut transaction).await;
     transaction.commit().await.unwrap();
     assert_eq!(count(database).await, 1);
+}
+
+async fn assert_knows_its_loss<T: TestDatabase>(lease: &Lease<T::Database>) {
+    assert!(!lease.is_held(), "is_held() after the database has said that it is lost");
+    let lost = timeout(Duration::ZERO, lease.lost()).await;
+    assert!(lost.is_ok(), "lost() waits after the database has said that it is lost");
+}
+
+/// And not only when the lease is due for renewal.
+async fn a_refused_commit_tells_the_holder_at_once<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    for releases in [false, true] {
+        let lease = lease::<T>(&locks).await;
+        let other = lease.reenter().unwrap();
+        let taken;
+        let transaction;
+        // On SQLite an open transaction has the write lock, so the takeover can only come before it.
+        if T::NAME == "sqlite" {
+            taken = take_over(database).await;
+            transaction = lease.begin().await.unwrap();
+        } else {
+            transaction = lease.begin().await.unwrap();
+            taken = take_over(database).await;
+        }
+        let ended = if releases {
+            lease.commit_and_release(transaction).await
+        } else {
+            let ended = transaction.commit().await;
+            assert_knows_its_loss::<T>(&lease).await;
+            ended
+        };
+        assert!(matches!(ended, Err(Error::Lost { reason: Loss::TakenOver, .. })), "{ended:?}");
+        assert_knows_its_loss::<T>(&other).await;
+        assert!(taken.is_held());
+        taken.release().await.unwrap();
+    }
+}
+
+async fn a_refusal_in_the_callers_transaction_tells_the_holder_at_once<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    for releases in [false, true] {
+        let lease = lease::<T>(&locks).await;
+        let other = lease.reenter().unwrap();
+        let taken = take_over(database).await;
+        let mut transaction = pool.begin().await.unwrap();
+        let asked = if releases {
+            other.release_in(&mut transaction).await
+        } else {
+            other.verify_in(&mut transaction).await
+        };
+        assert!(matches!(asked, Err(Error::Lost { reason: Loss::TakenOver, .. })), "{asked:?}");
+        assert_knows_its_loss::<T>(&lease).await;
+        assert_knows_its_loss::<T>(&other).await;
+        let _rolled_back = transaction.rollback().await;
+        assert!(taken.is_held());
+        taken.release().await.unwrap();
+    }
+}
+
+async fn a_refusal_of_a_transaction_that_has_ended_does_not_end_the_lease<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let lease = lease::<T>(&locks).await;
+    let mut connection = database.connection().await;
+    let mut transaction = connection.begin().await.unwrap();
+    if T::NAME == "postgres" {
+        T::Database::run(&mut transaction, "SELECT 1 / 0").await.unwrap_err();
+    } else {
+        // As InnoDB does by itself after a deadlock, and SQLite after some errors.
+        T::Database::run(&mut transaction, "ROLLBACK").await.unwrap();
+    }
+    lease.verify_in(&mut transaction).await.unwrap_err();
+    assert!(lease.is_held());
+    assert!(timeout(Duration::ZERO, lease.lost()).await.is_err());
+    let _rolled_back = transaction.rollback().await;
+    lease.begin().await.unwrap().commit().await.unwrap();
+    lease.release().await.unwrap();
+}
+
+/// A transaction may see the table as it was before the lease was taken. It is refused, but the lease is not lost.
+async fn a_refusal_that_an_old_snapshot_explains_does_not_end_the_lease<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    let mut connection = database.connection().await;
+    for name_is_new in [true, false] {
+        let scope = if T::NAME == "postgres" { "CHARACTERISTICS AS TRANSACTION" } else { "TRANSACTION" };
+        let set = format!("SET SESSION {scope} ISOLATION LEVEL REPEATABLE READ");
+        T::Database::run(&mut connection, &set).await.unwrap();
+        let mut transaction = connection.begin().await.unwrap();
+        T::Database::find_number(&mut transaction, "SELECT COUNT(*) FROM distributed_lock").await.unwrap();
+        let lease = lease::<T>(&locks).await;
+        let asked = lease.verify_in(&mut transaction).await;
+        // InnoDB's locking reads see the latest version.
+        assert_eq!(asked.is_ok(), T::NAME != "postgres", "{asked:?}");
+        assert!(lease.is_held(), "the name is new: {name_is_new}");
+        assert!(timeout(Duration::ZERO, lease.lost()).await.is_err());
+        let _rolled_back = transaction.rollback().await;
+        lease.begin().await.unwrap().commit().await.unwrap();
+        lease.release().await.unwrap();
+    }
 }
 
 async fn beginning_on_a_lost_lease_fails_at_once<T: TestDatabase>(database: &T) {
