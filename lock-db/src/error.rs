@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::database::{self, Fault, LockDatabase};
+use crate::name::Name;
 use crate::{Kind, LockInfo};
 
 /// As the action of [`Error::Database`]: the only one that may be done although it failed, and must not be done twice.
@@ -376,9 +377,9 @@ impl Failure {
     }
 
     /// For the caller: `action` completes "could not …".
-    pub(crate) fn into_error(self, action: &'static str, name: Option<&str>) -> Error {
+    pub(crate) fn into_error(self, action: &'static str, name: Option<&Name>) -> Error {
         let Self { fault, source, folder } = self;
-        let known = || name.unwrap_or_default().to_owned();
+        let known = || name.map(Name::to_string).unwrap_or_default();
         match fault {
             Fault::TableMissing => Error::SchemaMissing {
                 reason: "the table `distributed_lock` does not exist".into(),
@@ -404,7 +405,7 @@ impl Failure {
             Fault::Deadlock => Error::Deadlock { name: known(), source },
             Fault::Serialization => Error::Serialization { name: known(), source: Some(source) },
             Fault::Busy | Fault::Disconnected | Fault::Passing | Fault::Refused | Fault::Other => {
-                Error::Database { action, name: name.map(str::to_owned), source }
+                Error::Database { action, name: name.map(Name::to_string), source }
             }
         }
     }

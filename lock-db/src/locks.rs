@@ -9,6 +9,7 @@ use crate::database::{Location, LockDatabase};
 use crate::in_transaction::{Counts, KnownRows};
 use crate::insert::{InsertLock, InsertLocks};
 use crate::limits::{DEFAULT_HAND_OFF, DEFAULT_TTL, DEFAULT_WAIT, MOST_TURNS};
+use crate::name::Name;
 use crate::reentry::{Instance, Lock};
 use crate::row::{RowLock, RowLocks, RowQueues};
 use crate::session::{HandOff, Request, Session};
@@ -135,8 +136,8 @@ impl<DB: LockDatabase> Locks<DB> {
     ///
     /// May be dropped at any time.
     pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
-        let name = name::check(name.as_ref())?;
-        let row = self.session().ask(|answer| Request::Look { name: Arc::clone(&name), answer }).await?;
+        let name = self.checked_name(name.as_ref())?;
+        let row = self.session().ask(|answer| Request::Look { name: name.clone(), answer }).await?;
         Ok(row.map(|row| row.into_info(&name)))
     }
 
@@ -155,6 +156,11 @@ impl<DB: LockDatabase> Locks<DB> {
 
     pub(crate) fn session(&self) -> &Session {
         &self.shared.session
+    }
+
+    /// A name as it stands in the table.
+    pub(crate) fn checked_name(&self, name: &str) -> Result<Name, Error> {
+        name::check(&self.shared.name_prefix, name)
     }
 
     pub(crate) fn location(&self) -> &Location {
@@ -195,7 +201,7 @@ impl<DB: LockDatabase> Locks<DB> {
 
     /// By what calls on this `Locks` find each other.
     pub(crate) fn reentry_key(&self, name: &str) -> Result<Lock, Error> {
-        Ok(Lock { locks: self.shared.instance, name: name::check(name)? })
+        Ok(Lock { locks: self.shared.instance, name: self.checked_name(name)? })
     }
 }
 

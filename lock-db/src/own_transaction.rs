@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::Error;
 use crate::database::{Call, Fault, Guarded, LeaseKey, LockDatabase, Server};
 use crate::error::{COMMIT, Failure, Loss, WaitingFor};
+use crate::name::Name;
 
 /// How long a commit may take, on a server that is slow to write, before its caller is told that nobody knows.
 const COMMIT_LIMIT: Duration = Duration::from_secs(30);
@@ -39,7 +40,7 @@ pub(crate) enum Condition {
     /// The lease is ours. It may be released with the commit.
     Lease { key: LeaseKey, release: bool },
     /// It is still the transaction in which the row was locked.
-    Row { name: Arc<str>, fencing_token: i64, server: Server },
+    Row { name: Name, fencing_token: i64, server: Server },
 }
 
 impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
@@ -67,11 +68,11 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
     ) -> Result<(), Error> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
-        let (name, begun) = (Arc::clone(condition.name()), Arc::new(AtomicBool::new(false)));
+        let (name, begun) = (condition.name().clone(), Arc::new(AtomicBool::new(false)));
         let begins = Arc::clone(&begun);
         let task = self.runtime.spawn(async move {
             begins.store(true, Ordering::SeqCst);
-            let name = Arc::clone(condition.name());
+            let name = condition.name().clone();
             let committing = commit(transaction, condition);
             let committed =
                 bounded(COMMIT_LIMIT, committing).await.unwrap_or_else(|error| Err(unknown(&name, error)));
@@ -104,7 +105,7 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
 }
 
 impl Condition {
-    pub(crate) fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Name {
         match self {
             Self::Lease { key, .. } => &key.row.name,
             Self::Row { name, .. } => name,

@@ -7,17 +7,18 @@ use std::sync::{Arc, PoisonError, Weak};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::name::Name;
 use crate::sync::{HashMap, Mutex, MutexGuard};
 
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
     /// One permit a name. An entry goes with the last turn and the last waiter.
-    names: Mutex<HashMap<Arc<str>, Weak<Semaphore>>>,
+    names: Mutex<HashMap<Name, Weak<Semaphore>>>,
 }
 
 impl Turns {
     /// Waits for the turn. Dropping the future leaves the queue.
-    pub(crate) async fn enter(self: &Arc<Self>, name: &Arc<str>) -> Turn {
+    pub(crate) async fn enter(self: &Arc<Self>, name: &Name) -> Turn {
         let queue = self.queue(name);
         // Made before the wait, so that it also tidies up behind a waiter that leaves.
         let mut turn = self.turn(name, &queue);
@@ -27,28 +28,28 @@ impl Turns {
     }
 
     /// The turn, if nobody has it and nobody waits for it.
-    pub(crate) fn try_enter(self: &Arc<Self>, name: &Arc<str>) -> Option<Turn> {
+    pub(crate) fn try_enter(self: &Arc<Self>, name: &Name) -> Option<Turn> {
         let queue = self.queue(name);
         let mut turn = self.turn(name, &queue);
         turn.permit = Some(queue.try_acquire_owned().ok()?);
         Some(turn)
     }
 
-    fn turn(self: &Arc<Self>, name: &Arc<str>, queue: &Arc<Semaphore>) -> Turn {
-        Turn { permit: None, queue: Some(Arc::clone(queue)), name: Arc::clone(name), turns: Arc::clone(self) }
+    fn turn(self: &Arc<Self>, name: &Name, queue: &Arc<Semaphore>) -> Turn {
+        Turn { permit: None, queue: Some(Arc::clone(queue)), name: name.clone(), turns: Arc::clone(self) }
     }
 
-    fn queue(&self, name: &Arc<str>) -> Arc<Semaphore> {
+    fn queue(&self, name: &Name) -> Arc<Semaphore> {
         let mut names = self.names();
         if let Some(queue) = names.get(name).and_then(Weak::upgrade) {
             return queue;
         }
         let queue = Arc::new(Semaphore::new(1));
-        names.insert(Arc::clone(name), Arc::downgrade(&queue));
+        names.insert(name.clone(), Arc::downgrade(&queue));
         queue
     }
 
-    fn names(&self) -> MutexGuard<'_, HashMap<Arc<str>, Weak<Semaphore>>> {
+    fn names(&self) -> MutexGuard<'_, HashMap<Name, Weak<Semaphore>>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -58,7 +59,7 @@ impl Turns {
 pub(crate) struct Turn {
     permit: Option<OwnedSemaphorePermit>,
     queue: Option<Arc<Semaphore>>,
-    name: Arc<str>,
+    name: Name,
     turns: Arc<Turns>,
 }
 
@@ -89,7 +90,7 @@ mod tests {
     #[test]
     fn first_come_first_served() {
         let turns = Arc::new(Turns::default());
-        let name: Arc<str> = "a".into();
+        let name: Name = "a".into();
         let held = turns.try_enter(&name).unwrap();
         assert!(turns.try_enter(&name).is_none());
         assert!(turns.try_enter(&"b".into()).is_some());
@@ -111,7 +112,7 @@ mod tests {
         for number in 0..1000 {
             drop(turns.try_enter(&format!("name {number}").into()));
         }
-        let name: Arc<str> = "left".into();
+        let name: Name = "left".into();
         let held = turns.try_enter(&name);
         {
             let mut waiter = pin!(turns.enter(&name));

@@ -7,13 +7,14 @@ use chrono::{DateTime, Utc};
 
 use super::Server;
 use crate::limits::micros;
+use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Kind, LockInfo};
 
 /// An attempt to take a lease.
 #[derive(Debug, Clone)]
 pub struct Claim {
-    pub name: Arc<str>,
+    pub name: Name,
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
@@ -24,7 +25,7 @@ pub struct Claim {
 /// A lease that is given back.
 #[derive(Debug, Clone)]
 pub struct Return {
-    pub name: Arc<str>,
+    pub name: Name,
     pub secret: Secret,
     /// When more callers of this process wait: they stand behind those of others who wait already.
     pub place: Option<Place>,
@@ -182,7 +183,7 @@ pub struct RowClaim {
 /// Which row to lock.
 #[derive(Debug, Clone)]
 pub struct RowKey {
-    pub name: Arc<str>,
+    pub name: Name,
     /// As it was read last; not used where the transaction makes the row.
     pub id: i64,
 }
@@ -288,10 +289,10 @@ impl LockRow {
         self.expires.saturating_sub(self.remaining)
     }
 
-    pub(crate) fn into_info(self, name: &str) -> LockInfo {
+    pub(crate) fn into_info(self, name: &Name) -> LockInfo {
         let held = self.kind == Kind::Insert && self.remaining > 0;
         LockInfo {
-            name: name.to_owned(),
+            name: name.to_string(),
             kind: self.kind,
             owner: self.owner,
             fencing_token: self.fencing_token,

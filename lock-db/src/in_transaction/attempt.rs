@@ -10,6 +10,7 @@ use super::HeldInTransaction;
 use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;
+use crate::name::Name;
 use crate::secret::Secret;
 use crate::session::{Answer, Request};
 use crate::{Error, Kind, Locks};
@@ -35,7 +36,7 @@ const ACTION: &str = "lock the row";
 /// One caller's wish for a name.
 pub(crate) struct Attempt<'a, DB: LockDatabase> {
     pub(crate) locks: &'a Locks<DB>,
-    pub(crate) name: &'a Arc<str>,
+    pub(crate) name: &'a Name,
     pub(crate) kind: Kind,
     /// `None`: a try.
     pub(crate) wait: Option<Duration>,
@@ -64,7 +65,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
         let Some(locked) = self.lock(transaction, touched, || true).await? else { return Ok(None) };
         let hold_count = self.count(transaction, &locked).await?;
-        Ok(Some(HeldInTransaction { name: Arc::clone(self.name), hold_count }))
+        Ok(Some(HeldInTransaction { name: self.name.clone(), hold_count }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
@@ -85,7 +86,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let secret = Secret::generate()?;
         let owner = Arc::clone(self.locks.owner());
         let Some(id) = self.find(connection, &server, touched, &mut may_wait).await? else { return Ok(None) };
-        let row = RowKey { name: Arc::clone(self.name), id };
+        let row = RowKey { name: self.name.clone(), id };
         let claim = RowClaim { row, kind: self.kind, owner, secret };
         let (mut slice, mut stalled) = (Duration::ZERO, None);
         loop {
@@ -178,7 +179,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 return Ok(Some(id));
             }
             let (row, _) = self.ensure_row().await?;
-            self.locks.known_rows().insert(Arc::clone(self.name), row.id);
+            self.locks.known_rows().insert(self.name.clone(), row.id);
             return Ok(Some(row.id));
         }
         let outside = DB::waits_outside(connection).await;
@@ -229,7 +230,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn wait_for_lease(&self, may_wait: &mut impl FnMut() -> bool) -> Result<Option<i64>, Error> {
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
-                let name = Arc::clone(self.name);
+                let name = self.name.clone();
                 match self.ask(|answer| Request::Look { name, answer }).await? {
                     Some(row) => row,
                     None => return Ok(Some(0)),
@@ -278,14 +279,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Rules out the last holder of a lease that has run out or was released.
     async fn settle(&self) -> Result<(), Error> {
-        let name = Arc::clone(self.name);
+        let name = self.name.clone();
         self.ask(|answer| Request::Settle { name, answer }).await
     }
 
     /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
     /// caller's transaction, where others would wait for it with locks that end in deadlocks. Answers the row and whether it was missing.
     async fn ensure_row(&self) -> Result<(LockRow, bool), Error> {
-        let name = Arc::clone(self.name);
+        let name = self.name.clone();
         self.ask(|answer| Request::EnsureRow { name, kind: self.kind, answer }).await
     }
 
@@ -313,7 +314,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             Some(again) => again,
             // Others see it when the transaction that wrote it has committed, and don't when it is ours.
             None => {
-                let name = Arc::clone(self.name);
+                let name = self.name.clone();
                 let committed = self.ask(|answer| Request::Look { name, answer }).await;
                 committed.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before))
             }

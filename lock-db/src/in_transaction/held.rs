@@ -1,12 +1,12 @@
 //! The receipt for a lock in the caller's own transaction.
 
-use std::sync::Arc;
+use crate::name::Name;
 
 /// Says that a lock was taken in a transaction. It ends with the transaction, by commit, rollback or death: dropping this
 /// changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldInTransaction {
-    pub(super) name: Arc<str>,
+    pub(super) name: Name,
     pub(super) hold_count: usize,
 }
 

@@ -1,7 +1,9 @@
 //! Which rows are known to be there, so that a row lock costs no look at a private connection each time.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
+
+use crate::name::Name;
 
 /// Names without number are a pattern of their own (`order:{id}`), so this is bounded.
 const MOST: usize = 10_000;
@@ -9,7 +11,7 @@ const MOST: usize = 10_000;
 /// Only a hint: a row that was cleaned away meanwhile is found to be missing, and made again.
 #[derive(Debug, Default)]
 pub(crate) struct KnownRows {
-    ids: Mutex<HashMap<Arc<str>, i64>>,
+    ids: Mutex<HashMap<Name, i64>>,
 }
 
 impl KnownRows {
@@ -22,7 +24,7 @@ impl KnownRows {
         self.ids.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 
-    pub(super) fn insert(&self, name: Arc<str>, id: i64) {
+    pub(super) fn insert(&self, name: Name, id: i64) {
         let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
         if ids.len() >= MOST {
             ids.clear();

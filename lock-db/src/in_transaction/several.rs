@@ -1,16 +1,16 @@
 //! Several names in one transaction.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Attempt, HeldInTransaction};
 use crate::database::LockDatabase;
-use crate::{Error, Kind, Locks, name};
+use crate::name::Name;
+use crate::{Error, Kind, Locks};
 
 /// The names, checked, each once, in the order in which everybody takes them: byte by byte. Two callers who want the same
 /// ones then never wait for each other crosswise.
-pub(crate) fn in_order(names: &[String]) -> Result<Vec<Arc<str>>, Error> {
-    let mut checked = names.iter().map(|name| name::check(name)).collect::<Result<Vec<_>, _>>()?;
+pub(crate) fn in_order<DB: LockDatabase>(locks: &Locks<DB>, names: &[String]) -> Result<Vec<Name>, Error> {
+    let mut checked = names.iter().map(|name| locks.checked_name(name)).collect::<Result<Vec<_>, _>>()?;
     checked.sort_unstable();
     checked.dedup();
     if checked.is_empty() {
@@ -33,7 +33,7 @@ pub(crate) async fn lock_all<DB: LockDatabase>(
 ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
     let started = Instant::now();
     let mut held = Vec::with_capacity(names.len());
-    for name in &in_order(names)? {
+    for name in &in_order(locks, names)? {
         let attempt = Attempt { locks, name, kind, wait, started };
         // The first of them has touched the table.
         match attempt.lock_in(transaction, !held.is_empty()).await? {

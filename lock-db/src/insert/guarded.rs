@@ -64,7 +64,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
             Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
-                name: hold.lease.name().to_owned(),
+                name: hold.lease.name().to_string(),
                 waited: locks.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
                 held_by: None,

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::{GuardedTransaction, release_quietly};
 use crate::database::{Call, Fault, Guarded, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
+use crate::name::Name;
 use crate::reentry::Held;
 use crate::session::{LeaseState, Queues, Request};
 use crate::sync::{AtomicBool, AtomicUsize};
@@ -218,20 +219,20 @@ impl<DB: LockDatabase> Lease<DB> {
         // How the caller's transaction ends is not told here.
         self.hold.lease.is_verified();
         let key = &self.hold.lease.key;
-        let name = &*key.row.name;
+        let name = &key.row.name;
         match DB::guard(transaction, key, release).await {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
             Ok(Guarded::NotOurs) => {
                 DB::doom(transaction).await;
                 if self.is_still_ours().await {
-                    return Err(Error::Serialization { name: name.to_owned(), source: None });
+                    return Err(Error::Serialization { name: name.to_string(), source: None });
                 }
                 self.hold.is_lost(Loss::TakenOver);
                 Err(self.hold.lost(Loss::TakenOver))
             }
             Ok(Guarded::Stale) => {
                 DB::doom(transaction).await;
-                Err(Error::Serialization { name: name.to_owned(), source: None })
+                Err(Error::Serialization { name: name.to_string(), source: None })
             }
             Ok(Guarded::Ended) => {
                 DB::doom(transaction).await;
@@ -244,7 +245,7 @@ impl<DB: LockDatabase> Lease<DB> {
                 }
                 if failure.fault == Fault::Busy {
                     return Err(Error::Timeout {
-                        name: name.to_owned(),
+                        name: name.to_string(),
                         waited: DB::GUARD_LIMIT,
                         waiting_for: WaitingFor::Lock,
                         held_by: None,
@@ -258,7 +259,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Whether the row is ours, as others see it: not the transaction of the caller, which may look at an older table.
     async fn is_still_ours(&self) -> bool {
         let key = &self.hold.lease.key;
-        let name = Arc::clone(&key.row.name);
+        let name = key.row.name.clone();
         let asked = self.locks.session().ask(|answer| Request::Look { name, answer });
         let row = timeout(CONFIRM_LIMIT, asked).await;
         row.is_ok_and(|row| {
@@ -354,7 +355,7 @@ impl Hold {
         self.released.store(true, Ordering::SeqCst);
     }
 
-    pub(crate) fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Name {
         &self.lease.key.row.name
     }
 
@@ -387,7 +388,7 @@ impl Hold {
     }
 
     pub(super) fn lost(&self, reason: Loss) -> Error {
-        Error::Lost { name: self.lease.name().to_owned(), reason }
+        Error::Lost { name: self.lease.name().to_string(), reason }
     }
 
     /// Gives up one handle, and releases with the last one.

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use super::{Hold, Lease};
 use crate::database::{Claim, LockDatabase};
 use crate::in_transaction::{Attempt, HeldInTransaction};
+use crate::name::Name;
 use crate::reentry::{self, Entered};
 use crate::secret::Secret;
-use crate::{Error, Kind, Locks, limits, name};
+use crate::{Error, Kind, Locks, limits};
 
 /// A request for an insert lock, from [`Locks::insert_lock`]. Nothing happens before one of its async methods is
 /// called.
@@ -152,7 +153,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         wait: Option<Duration>,
     ) -> Result<Option<HeldInTransaction>, Error> {
         let started = Instant::now();
-        let name = name::check(&self.name)?;
+        let name = self.locks.checked_name(&self.name)?;
         if !self.at_least.is_zero() {
             return Err(Error::InvalidOption {
                 option: "at_least",
@@ -262,14 +263,14 @@ impl<DB: LockDatabase> Locks<DB> {
         fair: Option<bool>,
     ) -> Result<Option<Hold>, Error> {
         let fair = fair.unwrap_or(self.is_fair());
-        let holds = self.hold_all(vec![name::check(name)?], ttl, wait, fair).await?;
+        let holds = self.hold_all(vec![self.checked_name(name)?], ttl, wait, fair).await?;
         Ok(holds.and_then(|holds| holds.into_iter().next()))
     }
 
     /// Names that were checked, all or none of them.
     pub(super) async fn hold_all(
         &self,
-        names: Vec<Arc<str>>,
+        names: Vec<Name>,
         ttl: Option<Duration>,
         wait: Option<Duration>,
         fair: bool,

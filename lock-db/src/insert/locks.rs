@@ -92,7 +92,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     }
 
     async fn take(self, wait: Option<Duration>) -> Result<Option<Leases<DB>>, Error> {
-        let names = in_order(&self.names)?;
+        let names = in_order(&self.locks, &self.names)?;
         // They stand in no queue: a place in one of them would keep that lock from everybody while the others are not free.
         let holds = self.locks.hold_all(names, self.ttl, wait, false).await?;
         Ok(holds.map(|holds| Leases {

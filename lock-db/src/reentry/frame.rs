@@ -58,7 +58,7 @@ impl Frames {
     pub(super) fn list(&self) -> Vec<super::Around> {
         let frames = self.iter().map(|frames| &frames.innermost);
         let around = frames.map(|frame| super::Around {
-            name: Arc::clone(&frame.lock.name),
+            name: frame.lock.name.clone(),
             kind: frame.kind,
             is_held: frame.held.strong_count() > 0
                 && frame.loss.as_ref().is_none_or(|loss| loss.borrow().is_none()),

@@ -20,7 +20,6 @@ mod gate;
 mod owner;
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
@@ -28,6 +27,7 @@ use tokio::sync::watch;
 pub(crate) use self::frame::{Entered, Inside, enter, refuse_nested};
 pub use self::owner::Owner;
 use crate::error::Loss;
+use crate::name::Name;
 use crate::{Error, Kind};
 
 /// What keeps a lock as long as somebody has a handle to it.
@@ -56,13 +56,13 @@ impl Instance {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lock {
     pub(crate) locks: Instance,
-    pub(crate) name: Arc<str>,
+    pub(crate) name: Name,
 }
 
 /// A frame, as somebody sees it who wants to know where he is.
 #[cfg(feature = "testing")]
 pub(crate) struct Around {
-    pub(crate) name: Arc<str>,
+    pub(crate) name: Name,
     pub(crate) kind: Kind,
     /// Neither released nor lost.
     pub(crate) is_held: bool,

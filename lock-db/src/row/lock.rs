@@ -14,9 +14,10 @@ use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::jitter::jitter;
+use crate::name::Name;
 use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::turns::Turn;
-use crate::{Error, Kind, Locks, limits, name};
+use crate::{Error, Kind, Locks, limits};
 
 /// How long a caller who does not want to wait for the lock waits for a connection.
 const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
@@ -155,7 +156,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         wait: Option<Duration>,
     ) -> Result<Option<HeldInTransaction>, Error> {
         let started = Instant::now();
-        let name = name::check(&self.name)?;
+        let name = self.locks.checked_name(&self.name)?;
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
         attempt.lock_in(transaction, false).await
     }
@@ -163,7 +164,7 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// In a task, which a caller who goes away can't cut off in the middle of a statement.
     async fn in_task(self, wait: Option<Duration>) -> Result<Option<RowGuard<DB>>, Error> {
         let started = Instant::now();
-        let name = name::check(&self.name)?;
+        let name = self.locks.checked_name(&self.name)?;
         let runtime = current_runtime()?;
         let own_name = self.name.clone();
         let (mut answer, answered) = oneshot::channel();
@@ -231,7 +232,7 @@ async fn take<DB: LockDatabase>(
                         let Some(server) = attempt.locks.location().found() else {
                             return Err(Error::Closed);
                         };
-                        let (name, fencing_token) = (Arc::clone(attempt.name), locked.fencing_token);
+                        let (name, fencing_token) = (attempt.name.clone(), locked.fencing_token);
                         let condition = Condition::Row { name, fencing_token, server };
                         return Ok(Some(RowGuard::new(transaction, condition, counted)));
                     }
@@ -318,6 +319,6 @@ async fn begin<DB: LockDatabase>(
     }
 }
 
-fn not_begun<DB: LockDatabase>(error: sqlx::Error, name: &str) -> Error {
+fn not_begun<DB: LockDatabase>(error: sqlx::Error, name: &Name) -> Error {
     Failure::new::<DB>(error).into_error("begin a transaction", Some(name))
 }

@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::select;
@@ -18,6 +17,7 @@ use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, Probe, Ro
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
+use crate::name::Name;
 use crate::{Error, Kind};
 
 /// The shortest and the longest pause between two looks at a lock that somebody else holds. Jitter makes it shorter, by
@@ -81,7 +81,7 @@ struct Attempt {
     /// Whether the next look comes before the next write.
     looks_first: bool,
     /// A row that was free when it was looked at last.
-    seen_free: Option<(Arc<str>, LockRow)>,
+    seen_free: Option<(Name, LockRow)>,
     /// What was in the way last.
     last: Obstacle,
 }
@@ -91,11 +91,11 @@ enum Obstacle {
     /// It has not told anything.
     Unknown,
     /// A holder, or those who are to have it before us.
-    Held(Arc<str>, LockRow),
+    Held(Name, LockRow),
     /// Another transaction that has the row locked.
-    RowLocked(Arc<str>, LockRow),
+    RowLocked(Name, LockRow),
     /// One that has made the row.
-    Transaction(Arc<str>),
+    Transaction(Name),
     /// The database itself.
     Failure(Failure),
 }
@@ -198,7 +198,7 @@ impl Attempt {
                 }
                 Ok(Reply::RowIsBusy(name, row)) => {
                     busy += 1;
-                    self.last = Obstacle::RowLocked(Arc::clone(&name), row.clone());
+                    self.last = Obstacle::RowLocked(name.clone(), row.clone());
                     if self.wait.is_none() || busy.is_multiple_of(A_WHILE) || self.left().is_zero() {
                         let locked = self.is_locked(&name, row).await?;
                         if locked && self.wait.is_none() {
@@ -226,7 +226,7 @@ impl Attempt {
                 Err(failure) => {
                     let is_gone = failure.fault == Fault::Disconnected;
                     if !is_gone && !failure.passes() {
-                        return Err(failure.into_error(ACTION, Some(self.name())));
+                        return Err(failure.into_error(ACTION, self.name()));
                     }
                     failures += 1;
                     let closed_while_idle = is_gone && failures == 1 && !failure.is_silence();
@@ -264,7 +264,7 @@ impl Attempt {
     }
 
     /// Notes who is in the way, for this caller and for those that wait behind it.
-    fn is_held_by(&mut self, name: Arc<str>, row: LockRow) {
+    fn is_held_by(&mut self, name: Name, row: LockRow) {
         let info = Box::new(row.clone().into_info(&name));
         self.core.queues.learn(&name, Front::IsHeldElsewhere(Some(info)));
         self.last = Obstacle::Held(name, row);
@@ -278,11 +278,11 @@ impl Attempt {
     }
 
     /// Whether a free row could not be had because another transaction has it locked.
-    async fn is_locked(&mut self, name: &Arc<str>, row: LockRow) -> Result<bool, Error> {
+    async fn is_locked(&mut self, name: &Name, row: LockRow) -> Result<bool, Error> {
         match self.core.lane.probe(name).await {
             Ok(Probe::Locked) => {
                 self.core.queues.learn(name, Front::IsHeldElsewhere(None));
-                self.last = Obstacle::RowLocked(Arc::clone(name), row);
+                self.last = Obstacle::RowLocked(name.clone(), row);
                 return Ok(true);
             }
             Ok(Probe::Free | Probe::Nothing) => self.fails((self.core.not_written)()),
@@ -459,8 +459,8 @@ impl Attempt {
     }
 
     /// For messages.
-    fn name(&self) -> &str {
-        self.claims.first().map_or("", |claim| &claim.name)
+    fn name(&self) -> Option<&Name> {
+        self.claims.first().map(|claim| &claim.name)
     }
 
     /// What is left of the time in which it goes on.
@@ -474,9 +474,9 @@ impl Attempt {
         let (name, row) = match std::mem::replace(&mut self.last, Obstacle::Unknown) {
             Obstacle::Held(name, row) | Obstacle::RowLocked(name, row) => (name, Some(row)),
             Obstacle::Transaction(name) => (name, None),
-            Obstacle::Failure(failure) => return failure.into_error(ACTION, Some(self.name())),
+            Obstacle::Failure(failure) => return failure.into_error(ACTION, self.name()),
             Obstacle::Unknown => {
-                return self.core.lane.no_answer(waited).into_error(ACTION, Some(self.name()));
+                return self.core.lane.no_answer(waited).into_error(ACTION, self.name());
             }
         };
         let held_by = row.map(|row| Box::new(row.into_info(&name)));
@@ -491,7 +491,7 @@ impl Drop for Attempt {
         self.core.contenders.set(self.core.contenders.get() - 1);
         if self.unsettled.get() {
             for claim in &self.claims {
-                release::undo(&self.core, Arc::clone(&claim.name), claim.secret.clone(), claim.ttl);
+                release::undo(&self.core, claim.name.clone(), claim.secret.clone(), claim.ttl);
             }
         }
         let queues = &self.core.queues;
@@ -518,7 +518,7 @@ enum Reply {
     Granted(Vec<Granted>),
     /// Another process has it, for so long at least; zero when that is not known. So many are to have it before us.
     InTheWay {
-        name: Arc<str>,
+        name: Name,
         row: LockRow,
         remaining: Duration,
         position: u32,
@@ -526,9 +526,9 @@ enum Reply {
     /// Its holder was given notice: it is free after that time, unless it is renewed.
     Noticed(Duration),
     /// It is our turn, or we were to take a place in the queue, but another transaction has the row locked or was quicker.
-    RowIsBusy(Arc<str>, LockRow),
+    RowIsBusy(Name, LockRow),
     /// A transaction has it that is the first to use the name, and has made its row.
-    RowIsMade(Arc<str>),
+    RowIsMade(Name),
     /// The name is used as something else.
-    WrongKind(Arc<str>, Kind),
+    WrongKind(Name, Kind),
 }

@@ -6,7 +6,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::select;
@@ -15,6 +14,7 @@ use tokio::time::sleep;
 
 use super::core::Core;
 use crate::database::Fault;
+use crate::name::Name;
 
 /// As long as a lease is held with a shorter TTL, the connection for renewals waits for nothing else: a slice must be over
 /// long before a lease is that was due for renewal when it began.
@@ -34,7 +34,7 @@ pub(super) struct Baton {
 
 #[derive(Debug)]
 struct Wish {
-    name: Arc<str>,
+    name: Name,
     row: i64,
     is_ours: bool,
 }
@@ -56,13 +56,13 @@ fn may_wait(core: &Core) -> bool {
 }
 
 /// Waits for the baton of a row in whose queue this process stands, and rings when it is there.
-pub(super) fn wait(core: &Rc<Core>, name: &Arc<str>, row: i64) {
+pub(super) fn wait(core: &Rc<Core>, name: &Name, row: i64) {
     let Baton { wish, is_refused } = &core.baton;
     if wish.borrow().is_some() || is_refused.get() || !core.lane.has_batons() || !may_wait(core) {
         return;
     }
-    *wish.borrow_mut() = Some(Wish { name: Arc::clone(name), row, is_ours: false });
-    let (core, name) = (Rc::clone(core), Arc::clone(name));
+    *wish.borrow_mut() = Some(Wish { name: name.clone(), row, is_ours: false });
+    let (core, name) = (Rc::clone(core), name.clone());
     spawn_local(async move {
         if take(&core, &name, row).await {
             *core.baton.wish.borrow_mut() = Some(Wish { name, row, is_ours: true });

@@ -5,9 +5,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use tokio::sync::Notify;
+
+use crate::name::Name;
 
 /// On the session's own thread.
 #[derive(Debug)]
@@ -15,7 +16,7 @@ pub(super) struct Calls {
     /// By which a release in another process names this session.
     number: u32,
     /// Where this process stands in the queue, for all we know, and what rings when it is called.
-    places: RefCell<HashMap<Arc<str>, Bell>>,
+    places: RefCell<HashMap<Name, Bell>>,
     listens: Cell<bool>,
     is_asked: Cell<bool>,
     /// The connection is a pooler's, which hands it to others.
@@ -71,14 +72,14 @@ impl Calls {
 
     /// The queue of a name may have our place from now on. Kept until [`leave`](Self::leave), for whichever caller of this
     /// process has the turn.
-    pub(super) fn stand(&self, name: &Arc<str>, id: i64) -> Rc<Notify> {
+    pub(super) fn stand(&self, name: &Name, id: i64) -> Rc<Notify> {
         let mut places = self.places.borrow_mut();
         match places.get(name) {
             // A row that was cleaned away and made anew is another one.
             Some(bell) if bell.id == id => Rc::clone(&bell.rings),
             _ => {
                 let rings = Rc::new(Notify::new());
-                places.insert(Arc::clone(name), Bell { id, rings: Rc::clone(&rings) });
+                places.insert(name.clone(), Bell { id, rings: Rc::clone(&rings) });
                 rings
             }
         }

@@ -26,6 +26,7 @@ use crate::database::{
 };
 use crate::error::{Failure, Loss};
 use crate::insert::Hold;
+use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
 
@@ -121,7 +122,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
                         (None, Err(error)) => {
-                            tracing::warn!(lock = lease.name(), %error, "a dropped lock could not be released");
+                            tracing::warn!(lock = %lease.name(), %error, "a dropped lock could not be released");
                         }
                         (None, Ok(())) => {}
                     }
@@ -278,9 +279,9 @@ impl Core {
             let (name, fencing_token) = (held.state.name(), held.state.last_fencing_token());
             match loss {
                 Loss::Closed | Loss::Released => {
-                    tracing::debug!(lock = name, fencing_token, "lock ended: {loss}");
+                    tracing::debug!(lock = %name, fencing_token, "lock ended: {loss}");
                 }
-                _ => tracing::warn!(lock = name, fencing_token, "lock lost: {loss}"),
+                _ => tracing::warn!(lock = %name, fencing_token, "lock lost: {loss}"),
             }
             if loss == Loss::Released {
                 // Whoever is told may take it again at once.
@@ -296,7 +297,7 @@ impl Core {
     }
 
     pub(super) fn has_lease(&self, name: &str) -> bool {
-        self.leases.borrow().values().any(|held| held.state.name() == name)
+        self.leases.borrow().values().any(|held| **held.state.name() == *name)
     }
 
     /// Sees to it that the database calls, some time soon, for those who wait.
@@ -326,7 +327,7 @@ impl Core {
     }
 
     /// Answers the row, and whether it was missing.
-    async fn ensure_row(&self, name: &Arc<str>, kind: Kind) -> Result<(LockRow, bool), Error> {
+    async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<(LockRow, bool), Error> {
         let failed = |failure: Failure| failure.into_error("make the row", Some(name));
         let mut missing = false;
         loop {
@@ -352,7 +353,7 @@ impl Core {
 
     /// Sees to it that nothing of the last holder of a lock that is not held any more can be committed, unless a transaction of that
     /// holder is still open.
-    async fn settle(&self, name: &Arc<str>) -> Result<(), Failure> {
+    async fn settle(&self, name: &Name) -> Result<(), Failure> {
         let Some(row) = twice(async || self.lane.look(name).await).await? else { return Ok(()) };
         if row.notice_is_due() && self.lane.give_notice(name).await? {
             sleep(row.notice()).await;
@@ -364,8 +365,8 @@ impl Core {
     }
 
     /// Wakes up the process that is next, after a transaction has released a lock.
-    pub(super) fn call_next(self: &Rc<Self>, name: &Arc<str>) {
-        let (core, name) = (Rc::clone(self), Arc::clone(name));
+    pub(super) fn call_next(self: &Rc<Self>, name: &Name) {
+        let (core, name) = (Rc::clone(self), name.clone());
         drop(spawn_local(async move {
             if let Ok(Some(row)) = core.lane.look(&name).await
                 && row.is_free()

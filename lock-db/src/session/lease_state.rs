@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
+use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
 use crate::{Kind, LockInfo};
 
@@ -75,7 +76,7 @@ impl LeaseState {
         (Arc::new(state), sender)
     }
 
-    pub(crate) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &Name {
         &self.key.row.name
     }
 
@@ -91,7 +92,7 @@ impl LeaseState {
         let (now, held_for) = (Utc::now(), self.granted.elapsed());
         let since = now - held_for;
         LockInfo {
-            name: self.name().to_owned(),
+            name: self.name().to_string(),
             kind: Kind::Insert,
             owner: owner.to_owned(),
             fencing_token: self.last_fencing_token(),

@@ -30,6 +30,7 @@ pub(crate) use self::request::{Answer, Request};
 use crate::Error;
 use crate::database::{Claim, Location, LockDatabase};
 use crate::insert::Hold;
+use crate::name::Name;
 use crate::sync::{Mutex, MutexGuard};
 
 /// How long `close` waits for the last releases.
@@ -83,7 +84,7 @@ impl Session {
         }
         let (answer, answered) = oneshot::channel();
         let number = queues.number();
-        let names = claims.iter().map(|claim| Arc::clone(&claim.name)).collect();
+        let names = claims.iter().map(|claim| claim.name.clone()).collect();
         let waiting = Waiting { number, names, queues: &queues, answered };
         queues.enter(Acquire { number, claims, turns: Vec::new(), wait, started, answer });
         waiting.answer().await
@@ -159,7 +160,7 @@ impl std::fmt::Debug for Session {
 /// answer, and so released.
 struct Waiting<'a> {
     number: u64,
-    names: Vec<Arc<str>>,
+    names: Vec<Name>,
     queues: &'a Queues,
     answered: oneshot::Receiver<Result<Option<Vec<Hold>>, Error>>,
 }

@@ -17,6 +17,7 @@ use super::lease_state::LeaseState;
 use super::request::{Acquire, Request};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
+use crate::name::Name;
 use crate::secret::Secret;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
 use crate::{Error, LockInfo};
@@ -63,7 +64,7 @@ pub(super) struct Reports {
 #[derive(Debug, Default)]
 struct State {
     /// An entry for each name whose turn is taken.
-    names: HashMap<Arc<str>, Line>,
+    names: HashMap<Name, Line>,
     /// No wait is over before then.
     next_deadline: Option<Instant>,
     closed: bool,
@@ -132,8 +133,8 @@ impl Queues {
             return;
         }
         while let Some(claim) = request.claims.get(request.turns.len()) {
-            let name = Arc::clone(&claim.name);
-            match state.names.entry(Arc::clone(&name)) {
+            let name = claim.name.clone();
+            match state.names.entry(name.clone()) {
                 Entry::Vacant(free) => {
                     free.insert(Line::default());
                     request.turns.push(Turn { name, queues: Arc::clone(self) });
@@ -174,7 +175,7 @@ impl Queues {
     }
 
     /// A caller has gone. Whatever it got by now is not here any more.
-    pub(super) fn leave<'a>(&self, number: u64, names: impl IntoIterator<Item = &'a Arc<str>>) {
+    pub(super) fn leave<'a>(&self, number: u64, names: impl IntoIterator<Item = &'a Name>) {
         let mut state = self.state();
         let waiting = names.into_iter().find_map(|name| state.names.get_mut(name)?.waiting.remove(&number));
         drop(state);
@@ -262,7 +263,7 @@ impl Queues {
     }
 
     /// The turn goes to the next one.
-    fn pass(self: &Arc<Self>, name: &Arc<str>) {
+    fn pass(self: &Arc<Self>, name: &Name) {
         let mut gone = Vec::new();
         let mut state = self.state();
         let Some(line) = state.names.get_mut(name) else { return };
@@ -280,7 +281,7 @@ impl Queues {
         drop(state);
         drop((gone, before));
         if let Some(mut next) = next {
-            next.turns.push(Turn { name: Arc::clone(name), queues: Arc::clone(self) });
+            next.turns.push(Turn { name: name.clone(), queues: Arc::clone(self) });
             self.enter(next);
         }
     }
@@ -325,15 +326,16 @@ impl Queues {
 
     /// For a caller whose wait is over before its turn has come.
     fn timed_out(&self, waiting: &Acquire, front: &Front) -> Error {
-        let name = waiting.claims.get(waiting.turns.len()).map_or("", |claim| &claim.name);
+        let name = waiting.claims.get(waiting.turns.len()).map(|claim| &claim.name);
         let waited = waiting.started.elapsed();
         let held_by = match front {
             Front::Holds(lease) => Some(Box::new(lease.info(&self.reports.owner))),
             Front::IsHeldElsewhere(info) => info.clone(),
-            Front::Fails(failure) => return failure.another().into_error(ACTION, Some(name)),
-            Front::Asks => return (self.reports.no_answer)(waited).into_error(ACTION, Some(name)),
+            Front::Fails(failure) => return failure.another().into_error(ACTION, name),
+            Front::Asks => return (self.reports.no_answer)(waited).into_error(ACTION, name),
         };
-        Error::Timeout { name: name.to_owned(), waited, waiting_for: WaitingFor::Lock, held_by }
+        let name = name.map(Name::to_string).unwrap_or_default();
+        Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by }
     }
 
     /// Answers everybody, and lets nobody in any more.
@@ -357,7 +359,7 @@ impl Queues {
 /// this process ask.
 #[derive(Debug)]
 pub(crate) struct Turn {
-    name: Arc<str>,
+    name: Name,
     queues: Arc<Queues>,
 }
 

@@ -14,6 +14,7 @@ use crate::Error;
 use crate::database::{Fault, LeaseKey, Return, Standing};
 use crate::error::{Failure, Loss};
 use crate::jitter::jitter;
+use crate::name::Name;
 use crate::secret::Secret;
 
 /// How long a caller waits for a release that the database does not confirm.
@@ -33,7 +34,7 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
     let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
     let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
     let name = &lease.key.row.name;
-    let mut given_back = Return { name: Arc::clone(name), secret: lease.key.secret.clone(), place: None };
+    let mut given_back = Return { name: name.clone(), secret: lease.key.secret.clone(), place: None };
     if held.as_ref().is_some_and(|held| held.others_wait) && core.queues.next_is_fair(name) {
         // The next caller of this process would have to stand behind the others in any case: in the same statement.
         core.calls.stand(name, lease.key.row.id);
@@ -52,7 +53,7 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         // Whoever was to have the turn has gone.
         leave_queue(core, name);
     }
-    let lost = |reason| Error::Lost { name: lease.name().to_owned(), reason };
+    let lost = |reason| Error::Lost { name: lease.name().to_string(), reason };
     match (loss, released) {
         // Released before: by a transaction that has committed, or that has not and left it to us.
         (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
@@ -60,7 +61,7 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
             give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
             let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
-            Err(Error::Database { action: "release", name: Some(lease.name().to_owned()), source })
+            Err(Error::Database { action: "release", name: Some(lease.name().to_string()), source })
         }
         (None | Some(Loss::Released), Err(failure)) => {
             give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
@@ -72,27 +73,27 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
 }
 
 /// Gives back what may be ours still and never got a holder, in the background.
-pub(super) fn undo(core: &Rc<Core>, name: Arc<str>, secret: Secret, ttl: Duration) {
+pub(super) fn undo(core: &Rc<Core>, name: Name, secret: Secret, ttl: Duration) {
     give_back(core, name, secret, Duration::ZERO, ttl);
 }
 
 /// Gives up our place in the queue of a name, if there is one, in the background. One that stays for want of an answer lasts
 /// some seconds.
-pub(super) fn leave_queue(core: &Rc<Core>, name: &Arc<str>) {
+pub(super) fn leave_queue(core: &Rc<Core>, name: &Name) {
     if !core.calls.leave(name) {
         return;
     }
     baton::give(core, name);
-    let (core, name, busy) = (Rc::clone(core), Arc::clone(name), core.busy.enter());
+    let (core, name, busy) = (Rc::clone(core), name.clone(), core.busy.enter());
     spawn_local(async move {
         if let Err(failure) = core.lane.remove_waiter(&name, core.queues.place()).await {
-            tracing::debug!(lock = &*name, error = %failure.source, "a place in the queue stays until it is over");
+            tracing::debug!(lock = %name, error = %failure.source, "a place in the queue stays until it is over");
         }
         drop(busy);
     });
 }
 
-fn give_back(core: &Rc<Core>, name: Arc<str>, secret: Secret, at_least: Duration, ttl: Duration) {
+fn give_back(core: &Rc<Core>, name: Name, secret: Secret, at_least: Duration, ttl: Duration) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
     spawn_local(async move {
         // Later than that it is free anyway.
@@ -116,11 +117,11 @@ pub(super) fn release_all(core: &Rc<Core>) {
         let (core, busy) = (Rc::clone(core), core.busy.enter());
         spawn_local(async move {
             let LeaseKey { row, secret, .. } = &lease.key;
-            let given_back = Return { name: Arc::clone(&row.name), secret: secret.clone(), place: None };
+            let given_back = Return { name: row.name.clone(), secret: secret.clone(), place: None };
             let settled = until_settled(&core, &given_back, lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error("release", Some(lease.name()));
-                tracing::warn!(lock = lease.name(), %error, "not released: it is free when its TTL is over");
+                tracing::warn!(lock = %lease.name(), %error, "not released: it is free when its TTL is over");
             }
             drop(busy);
         });

@@ -10,6 +10,7 @@ use super::queues::Turn;
 use crate::database::{Call, Claim, LockRow, Server};
 use crate::error::Loss;
 use crate::insert::Hold;
+use crate::name::Name;
 use crate::{Error, Kind};
 
 use super::LeaseState;
@@ -46,17 +47,17 @@ pub(crate) enum Request {
     },
     /// Rules out the last holder of a lock that is not held any more.
     Settle {
-        name: Arc<str>,
+        name: Name,
         answer: Answer<()>,
     },
     /// Makes sure that the row of a name is there and of this kind. Answers it, and whether it was missing.
     EnsureRow {
-        name: Arc<str>,
+        name: Name,
         kind: Kind,
         answer: Answer<(LockRow, bool)>,
     },
     Look {
-        name: Arc<str>,
+        name: Name,
         answer: Answer<Option<LockRow>>,
     },
     Migrate {

@@ -70,7 +70,7 @@ pub(crate) fn runs_without_lock(
     if !is_switched_off() {
         return Ok(false);
     }
-    name::check(lock)?;
+    name::check("", lock)?;
     ttl.map(limits::check_ttl).transpose()?;
     wait.map(limits::check_wait).transpose()?;
     tracing::warn!(

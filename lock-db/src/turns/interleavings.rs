@@ -15,10 +15,10 @@ const CALLERS: usize = 4;
 const ROUNDS: usize = 2;
 
 /// Those who have a turn.
-type Inside = std::sync::Mutex<BTreeSet<Arc<str>>>;
+type Inside = std::sync::Mutex<BTreeSet<Name>>;
 
 async fn call(turns: &Arc<Turns>, inside: &Inside) {
-    let name: Arc<str> = ["a", "b"][draw(2)].into();
+    let name: Name = ["a", "b"][draw(2)].into();
     let moments = draw(5);
     let leaves = async {
         for _ in 0..moments {
@@ -35,7 +35,7 @@ async fn call(turns: &Arc<Turns>, inside: &Inside) {
         },
     };
     let Some(turn) = turn else { return };
-    assert!(inside.lock().unwrap().insert(Arc::clone(&name)), "two have the turn");
+    assert!(inside.lock().unwrap().insert(name.clone()), "two have the turn");
     pause().await;
     inside.lock().unwrap().remove(&name);
     drop(turn);

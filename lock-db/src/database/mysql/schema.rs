@@ -238,7 +238,7 @@ mod tests {
 
     #[test]
     fn multi_primary_servers_are_told_by_their_settings() {
-        let of = |settings| of(settings).cluster;
+        let of = |settings: &[(&str, &'static str)]| of(settings).cluster;
         assert_eq!(of(&[]), Cluster::SinglePrimary);
         assert_eq!(of(&[("wsrep_on", "OFF")]), Cluster::SinglePrimary);
         assert_eq!(of(&[("wsrep_on", "ON")]), Cluster::MultiPrimary);

@@ -89,7 +89,9 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
         None => return Ok(Found::Nothing),
         Some("table") => {}
         Some(_) => {
-            return Ok(Found::Unusable("`distributed_lock` is a view: lock-db needs the table itself".into()));
+            return Ok(Found::Unusable(
+                "`distributed_lock` is a view: lock-db needs the table itself".into(),
+            ));
         }
     }
     if row.try_get::<i64, _>(3)? < COLUMNS {

@@ -23,6 +23,7 @@ use crate::database::{
     Standing,
 };
 use crate::error::Failure;
+use crate::name::Name;
 use crate::secret::Secret;
 
 /// How long a server may take for one statement, connecting included. Then the connection is given up.
@@ -38,14 +39,14 @@ type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Locate(Reply<Server>),
-    Look(Arc<str>, Reply<Option<LockRow>>),
-    Create(Arc<str>, Kind, Reply<bool>),
-    GiveNotice(Arc<str>, Reply<bool>),
-    Settle(Arc<str>, Reply<bool>),
-    Probe(Arc<str>, Reply<Probe>),
-    Stand(Arc<str>, Place, Reply<bool>),
-    SetWaiters(Arc<str>, String, String, Reply<bool>),
-    RemoveWaiter(Arc<str>, Secret, Reply<()>),
+    Look(Name, Reply<Option<LockRow>>),
+    Create(Name, Kind, Reply<bool>),
+    GiveNotice(Name, Reply<bool>),
+    Settle(Name, Reply<bool>),
+    Probe(Name, Reply<Probe>),
+    Stand(Name, Place, Reply<bool>),
+    SetWaiters(Name, String, String, Reply<bool>),
+    RemoveWaiter(Name, Secret, Reply<()>),
     Listen(Reply<()>),
     Call(Call),
     TakeBaton(i64, Reply<bool>),
@@ -136,52 +137,51 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, Operation::Locate).await
     }
 
-    pub(super) async fn look(&self, name: &Arc<str>) -> Result<Option<LockRow>, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Look(Arc::clone(name), reply)).await
+    pub(super) async fn look(&self, name: &Name) -> Result<Option<LockRow>, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Look(name.clone(), reply)).await
     }
 
     /// `false`: an open transaction has made the row.
-    pub(super) async fn create(&self, name: &Arc<str>, kind: Kind) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Create(Arc::clone(name), kind, reply)).await
+    pub(super) async fn create(&self, name: &Name, kind: Kind) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Create(name.clone(), kind, reply)).await
     }
 
     /// Gives notice to the holder of a lease that has run out.
-    pub(super) async fn give_notice(&self, name: &Arc<str>) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::GiveNotice(Arc::clone(name), reply)).await
+    pub(super) async fn give_notice(&self, name: &Name) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::GiveNotice(name.clone(), reply)).await
     }
 
     /// Makes sure that nothing of the last holder of a free lock can be committed any more.
-    pub(super) async fn settle(&self, name: &Arc<str>) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Settle(Arc::clone(name), reply)).await
+    pub(super) async fn settle(&self, name: &Name) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Settle(name.clone(), reply)).await
     }
 
     /// Whether another transaction has the row locked.
-    pub(super) async fn probe(&self, name: &Arc<str>) -> Result<Probe, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Probe(Arc::clone(name), reply)).await
+    pub(super) async fn probe(&self, name: &Name) -> Result<Probe, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Probe(name.clone(), reply)).await
     }
 
     /// Takes a place at the end of the queue of a name.
-    pub(super) async fn stand(&self, name: &Arc<str>, place: Place) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Stand(Arc::clone(name), place, reply)).await
+    pub(super) async fn stand(&self, name: &Name, place: Place) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Stand(name.clone(), place, reply)).await
     }
 
     /// Writes the queue of a name, if it is still the one that was read.
     pub(super) async fn set_waiters(
         &self,
-        name: &Arc<str>,
+        name: &Name,
         before: &str,
         after: String,
     ) -> Result<bool, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| {
-            Operation::SetWaiters(Arc::clone(name), before.to_owned(), after, reply)
+            Operation::SetWaiters(name.clone(), before.to_owned(), after, reply)
         })
         .await
     }
 
     /// Leaves the queue of a name.
-    pub(super) async fn remove_waiter(&self, name: &Arc<str>, secret: &Secret) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(Arc::clone(name), secret.clone(), reply))
-            .await
+    pub(super) async fn remove_waiter(&self, name: &Name, secret: &Secret) -> Result<(), Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(name.clone(), secret.clone(), reply)).await
     }
 
     /// Makes sure that the database can call, if it ever does.

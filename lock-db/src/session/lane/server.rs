@@ -15,6 +15,7 @@ use super::{Acquired, MIGRATION_LIMIT, Operation, Reply, STATEMENT_LIMIT};
 use crate::connecting::telling_why;
 use crate::database::{Call, Claim, Fault, Found, Grant, Location, LockDatabase, Return, Server, Standing};
 use crate::error::Failure;
+use crate::name::Name;
 use crate::session::calls::Calls;
 
 /// How long nothing listens after a server did not answer: a connection that is left alone in a network that is dead takes
@@ -28,7 +29,7 @@ const ROUND: usize = 256;
 struct Exchange {
     returns: Vec<(Return, Reply<Standing>)>,
     claims: Vec<(Claim, Rc<Cell<bool>>, Reply<Acquired>)>,
-    names: HashSet<Arc<str>>,
+    names: HashSet<Name>,
 }
 
 impl Exchange {
@@ -37,7 +38,7 @@ impl Exchange {
         match operation {
             Operation::Release(one, at_least, alone, reply) => {
                 // Also when it goes alone: what comes for the name after it goes after it.
-                let is_first = self.names.insert(Arc::clone(&one.name));
+                let is_first = self.names.insert(one.name.clone());
                 if alone || !is_first || !at_least.is_zero() {
                     return Some(Operation::Release(one, at_least, alone, reply));
                 }
@@ -45,7 +46,7 @@ impl Exchange {
                 None
             }
             Operation::Acquire(mut claims, begun, reply)
-                if claims.len() == 1 && self.names.insert(Arc::clone(&claims[0].name)) =>
+                if claims.len() == 1 && self.names.insert(claims[0].name.clone()) =>
             {
                 self.claims.extend(claims.pop().map(|claim| (claim, begun, reply)));
                 None

@@ -32,7 +32,7 @@ const LONG: Duration = Duration::from_hours(1);
 /// Over when anybody looks.
 const OVER: Duration = Duration::ZERO;
 
-type Name = Arc<str>;
+type Name = Name;
 
 // ------------------------------------------------------------------------------------------------------ the database
 
@@ -61,7 +61,7 @@ impl Database {
     fn take(&self, claims: &[Claim]) -> Option<Vec<(i64, i64)>> {
         let mut rows = self.rows.lock().unwrap();
         for claim in claims {
-            let row = rows.entry(Arc::clone(&claim.name)).or_default();
+            let row = rows.entry(claim.name.clone()).or_default();
             match &row.holder {
                 None => {}
                 Some(Holder::Lease(_)) => panic!("a turn was passed before the row was free"),
@@ -165,7 +165,7 @@ impl Core {
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let key = LeaseKey {
-            row: RowKey { name: Arc::clone(&claim.name), id: 1 },
+            row: RowKey { name: claim.name.clone(), id: 1 },
             secret: claim.secret.clone(),
             fencing_token,
             ttl: TTL,
@@ -555,7 +555,7 @@ impl World {
         let last = if happens(plan.several) { plan.names - 1 } else { first };
         let ttl = if happens(plan.other_ttl) { LONG * 2 } else { LONG };
         let claims: Vec<_> = (first.min(last)..=last).map(|name| Self::claim(name, ttl)).collect();
-        let names: Vec<_> = claims.iter().map(|claim| Arc::clone(&claim.name)).collect();
+        let names: Vec<_> = claims.iter().map(|claim| claim.name.clone()).collect();
         let wait = match draw(100) {
             percent if percent < plan.tries => None,
             percent if percent < plan.tries + plan.waits_that_are_over => Some(OVER),
