@@ -104,6 +104,16 @@ pub enum Error {
         reason: NoReentry,
     },
 
+    /// An annotated function succeeded, but the transaction of its row lock was rolled back: another function that shared
+    /// the transaction failed. Nothing of it was kept.
+    #[error(
+        "the transaction of row lock `{name}` was rolled back, because another annotated function that shared it returned an error, panicked, was dropped or was left unfinished: nothing of it was kept; fix that failure, and call the outermost function again"
+    )]
+    RolledBack {
+        /// The name of the lock.
+        name: String,
+    },
+
     /// The connection is not in a transaction, so a row lock would end with its own statement.
     #[error(
         "lock `{name}` was asked for on a connection that is not in a transaction, where it would end at once: call `pool.begin()` first (a BEGIN sent as text is not seen)"
@@ -261,13 +271,44 @@ impl Error {
     /// connections, a statement that was cancelled, a table that is locked as a whole) as it is.
     ///
     /// A commit during which the connection broke is not: nobody knows whether it was carried out.
-    /// `Lost` is not: work was under way, and only its author knows whether it may be repeated.
+    /// `Lost` is not: work was under way, and only its author knows whether it may be repeated. `RolledBack` is not: that
+    /// depends on the error of the function that failed.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Deadlock { .. } | Self::Serialization { .. } => true,
             Self::Database { action, source, .. } => *action != COMMIT && database::passes(source),
             _ => false,
+        }
+    }
+
+    /// A copy for another call that waits for the end of the same transaction. Errors of sqlx can't be cloned, so the copy
+    /// has the text of the source.
+    pub(crate) fn another(&self) -> Self {
+        match self {
+            Self::Timeout { name, waited, waiting_for, held_by } => Self::Timeout {
+                name: name.clone(),
+                waited: *waited,
+                waiting_for: *waiting_for,
+                held_by: held_by.clone(),
+            },
+            Self::Lost { name, reason } => Self::Lost { name: name.clone(), reason: *reason },
+            Self::RolledBack { name } => Self::RolledBack { name: name.clone() },
+            Self::Deadlock { name, source } => {
+                Self::Deadlock { name: name.clone(), source: another_source(source) }
+            }
+            Self::Serialization { name, source } => {
+                Self::Serialization { name: name.clone(), source: source.as_ref().map(another_source) }
+            }
+            Self::Database { action, name, source } => {
+                Self::Database { action, name: name.clone(), source: another_source(source) }
+            }
+            // The end of a transaction does not return these.
+            error => Self::Database {
+                action: COMMIT,
+                name: error.name().map(str::to_owned),
+                source: sqlx::Error::Io(std::io::Error::other(error.to_string())),
+            },
         }
     }
 
@@ -282,6 +323,7 @@ impl Error {
             | Self::InvalidName { name, .. }
             | Self::WrongKind { name, .. }
             | Self::Reentry { name, .. }
+            | Self::RolledBack { name }
             | Self::NotInTransaction { name }
             | Self::ForeignTransaction { name }
             | Self::NotInstalled { name, .. } => Some(name),
@@ -316,11 +358,7 @@ impl Failure {
 
     /// The same for another who asked together with the first: the errors of sqlx can't be cloned.
     pub(crate) fn another(&self) -> Self {
-        let source = match &self.source {
-            sqlx::Error::Io(error) => std::io::Error::new(error.kind(), error.to_string()),
-            error => std::io::Error::other(error.to_string()),
-        };
-        Self { fault: self.fault, source: sqlx::Error::Io(source), folder: self.folder }
+        Self { fault: self.fault, source: another_source(&self.source), folder: self.folder }
     }
 
     /// Whether the server did not answer at all.
@@ -409,6 +447,14 @@ impl Failure {
             }
         }
     }
+}
+
+/// An error with the same text.
+fn another_source(source: &sqlx::Error) -> sqlx::Error {
+    sqlx::Error::Io(match source {
+        sqlx::Error::Io(error) => std::io::Error::new(error.kind(), error.to_string()),
+        error => std::io::Error::other(error.to_string()),
+    })
 }
 
 /// Failures of the way to the database, as sqlx reports them whatever the database.

@@ -111,6 +111,13 @@ impl Condition {
             Self::Row { name, .. } => name,
         }
     }
+
+    pub(crate) fn fencing_token(&self) -> i64 {
+        match self {
+            Self::Lease { key, .. } => key.fencing_token,
+            Self::Row { fencing_token, .. } => *fencing_token,
+        }
+    }
 }
 
 /// Waits for the end of a transaction no longer than that. What is not over by then goes on by itself: cut in half, it could
@@ -184,7 +191,7 @@ async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) 
 }
 
 /// Nobody knows whether the COMMIT was carried out.
-fn unknown(name: &str, source: io::Error) -> Error {
+pub(crate) fn unknown(name: &str, source: io::Error) -> Error {
     Error::Database { action: COMMIT, name: Some(name.to_owned()), source: source.into() }
 }
 

@@ -17,7 +17,7 @@ use sqlx::pool::PoolConnection;
 
 pub use self::ask::{Ask, Asked, Policy, Skips, Waits, ask};
 pub(crate) use self::held::LeaseHandle;
-pub use self::held::{HeldIn, HeldLease, HeldRow, HeldRowGuard, InsideRow};
+pub use self::held::{HeldIn, HeldLease, HeldRow, HeldRowGuard};
 pub use self::name::{NamesLock, name};
 pub use self::output::{LockedOutput, SkippableOutput};
 use crate::ambient::{self, AmbientLease, AnyLocks};
@@ -65,8 +65,8 @@ impl TakesLocks for Source {
     }
 
     async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
-        let (own, inside) = self.locks(asked.name)?.any_row(asked).await?;
-        Ok(HeldRow { taken: Some((own, inside)) })
+        let call = self.locks(asked.name)?.any_row(asked).await?;
+        Ok(HeldRow { taken: Some(call) })
     }
 }
 
@@ -80,8 +80,8 @@ impl<DB: LockDatabase> TakesLocks for Locks<DB> {
     }
 
     async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
-        let (own, inside) = self.any_row(asked).await?;
-        Ok(HeldRow { taken: Some((own, inside)) })
+        let call = self.any_row(asked).await?;
+        Ok(HeldRow { taken: Some(call) })
     }
 }
 

@@ -87,7 +87,7 @@ async fn the_schema_is_made_through_a_pooler(database: &PostgresServer) {
         let locks = Locks::new(pool::<Postgres>(&pooler.url(), 1).await);
         migrating.spawn(async move {
             locks.migrate().await?;
-            locks.check().await
+            locks.check().await.map(drop)
         });
     }
     migrating.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();

@@ -14,7 +14,7 @@ impl HeldInTransaction {
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        self.name.shown()
     }
 
     /// How often the transaction had taken the lock when this was given: 1 for the first time.

@@ -48,7 +48,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.hold.lease.name()
+        self.hold.lease.name().shown()
     }
 
     /// The number of this grant. Every later grant of the same name has a larger one, for ever, so a resource that

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::ambient::{AmbientLease, OwnTransaction};
+use crate::ambient::{AmbientLease, RowCall};
 use crate::database::LockDatabase;
 use crate::in_transaction::HeldInTransaction;
 use crate::insert::{Hold, release_quietly};
@@ -71,26 +71,28 @@ impl LeaseHandle for AmbientLease {
     }
 }
 
-/// A row lock in a transaction that nobody but annotated functions knows of.
+/// A row lock in a transaction that annotated functions share.
 pub struct HeldRow {
     /// `None` inside of `testing::without_locks`.
-    pub(crate) taken: Option<(Arc<OwnTransaction>, Inside)>,
+    pub(crate) taken: Option<RowCall>,
 }
 
 impl HeldRow {
     pub async fn run<F: Future>(&self, body: F) -> F::Output {
         match &self.taken {
-            Some((_, inside)) => inside.scope(body).await,
+            Some(call) => call.run(body).await,
             None => body.await,
         }
     }
 
-    /// That a row lock is gone is told as an error, also after the body: nobody can say since when.
+    /// An error of the function is returned as it is. Its `Ok` is replaced by an error when the transaction was not
+    /// committed, as far as that is known when the call ends.
     pub async fn end<T>(self, output: T, stands: bool) -> Result<T, Error> {
-        if let Some((own, inside)) = self.taken {
-            let ended = own.give_up(stands).await;
-            drop(inside);
-            ended?;
+        if let Some(call) = self.taken {
+            let ended = call.end(stands).await;
+            if stands {
+                ended?;
+            }
         }
         Ok(output)
     }
@@ -98,42 +100,51 @@ impl HeldRow {
 
 /// A row lock with whose transaction the body works.
 pub struct HeldRowGuard<DB: LockDatabase> {
-    bound: Bound<DB>,
-    inside: InsideRow,
+    guard: Option<RowGuard<DB>>,
+    held: HeldRow,
 }
 
 impl<DB: LockDatabase> HeldRowGuard<DB> {
     /// # Errors
     ///
-    /// [`Error::Reentry`] when a call around this one works with the transaction.
+    /// [`Error::Reentry`] when another body works with the transaction.
     pub(crate) fn bind(held: HeldRow, name: &str) -> Result<Self, Error> {
-        let Some((own, inside)) = held.taken else {
+        let Some(call) = &held.taken else {
             unreachable!("a function that binds its guard does not run without it")
         };
-        let guard = own.take::<DB>(name)?;
-        Ok(Self { bound: Bound { guard: Some(guard), own }, inside: InsideRow(inside) })
+        match call.take_guard(name) {
+            Ok(guard) => Ok(Self { guard: Some(guard), held }),
+            Err(error) => {
+                held.taken.into_iter().for_each(RowCall::withdraw);
+                Err(error)
+            }
+        }
     }
 
-    pub fn parts(&mut self) -> (&mut RowGuard<DB>, &InsideRow) {
-        let Some(guard) = &mut self.bound.guard else {
+    pub fn parts(&mut self) -> (&mut RowGuard<DB>, &HeldRow) {
+        let Some(guard) = &mut self.guard else {
             unreachable!("the guard is taken by what consumes or drops this")
         };
-        (guard, &self.inside)
+        (guard, &self.held)
     }
 
-    pub async fn end<T>(self, output: T, stands: bool) -> Result<T, Error> {
-        let Self { bound, inside: InsideRow(inside) } = self;
-        let own = Arc::clone(&bound.own);
-        drop(bound);
-        HeldRow { taken: Some((own, inside)) }.end(output, stands).await
+    pub async fn end<T>(mut self, output: T, stands: bool) -> Result<T, Error> {
+        self.put_guard_back();
+        let held = HeldRow { taken: self.held.taken.take() };
+        held.end(output, stands).await
+    }
+
+    fn put_guard_back(&mut self) {
+        if let (Some(guard), Some(call)) = (self.guard.take(), &self.held.taken) {
+            call.put_guard_back(guard);
+        }
     }
 }
 
-pub struct InsideRow(Inside);
-
-impl InsideRow {
-    pub async fn run<F: Future>(&self, body: F) -> F::Output {
-        self.0.scope(body).await
+/// The calls around this one need the guard, however its body ends.
+impl<DB: LockDatabase> Drop for HeldRowGuard<DB> {
+    fn drop(&mut self) {
+        self.put_guard_back();
     }
 }
 
@@ -150,19 +161,5 @@ impl HeldIn {
         let output = body.await;
         drop(self.held);
         output
-    }
-}
-
-/// Gives the guard back, however the body ends: the calls around it still need it.
-struct Bound<DB: LockDatabase> {
-    guard: Option<RowGuard<DB>>,
-    own: Arc<OwnTransaction>,
-}
-
-impl<DB: LockDatabase> Drop for Bound<DB> {
-    fn drop(&mut self) {
-        if let Some(guard) = self.guard.take() {
-            self.own.put_back(guard);
-        }
     }
 }

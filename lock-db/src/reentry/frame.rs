@@ -68,7 +68,7 @@ impl Frames {
 
     /// Innermost first.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.iter().map(|frames| &*frames.innermost.lock.name)
+        self.iter().map(|frames| frames.innermost.lock.name.shown())
     }
 }
 

@@ -35,7 +35,11 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.condition.name()
+        self.condition.name().shown()
+    }
+
+    pub(crate) fn fencing_token(&self) -> i64 {
+        self.condition.fencing_token()
     }
 
     /// Commits the transaction, which frees the lock.

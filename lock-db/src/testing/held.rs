@@ -78,7 +78,7 @@ fn find(name: &str) -> Result<(), String> {
     let in_transactions = IN_TRANSACTIONS.try_with(Arc::clone).ok();
     let in_transactions: Vec<_> =
         std::iter::successors(in_transactions.as_deref(), |lock| lock.around.as_deref()).collect();
-    let is_held = around.iter().any(|frame| frame.is_held && *frame.name == *name)
+    let is_held = around.iter().any(|frame| frame.is_held && frame.name.shown() == name)
         || in_transactions.iter().any(|lock| lock.name == name);
     if is_held {
         return Ok(());
