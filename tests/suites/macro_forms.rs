@@ -19,6 +19,8 @@ mod guards;
 mod methods;
 #[path = "macro_forms/names.rs"]
 mod names;
+#[path = "macro_forms/outcomes.rs"]
+mod outcomes;
 #[path = "macro_forms/rows.rs"]
 mod rows;
 
