@@ -153,6 +153,9 @@ use proc_macro::TokenStream;
 /// `insert` takes an insert lock: a lease, which holds no connection and is renewed while the body runs. `row` takes a row
 /// lock, which is held by a transaction: for short critical sections. A name is used with one of them only.
 ///
+/// The transaction of a row lock is committed after `Ok`, and rolled back after `Err`, a panic or a dropped call. Calls
+/// inside share it: see [below](#calls-inside-of-a-row-lock).
+///
 /// ## `lease`: the guard in the body
 ///
 /// ```
@@ -266,6 +269,36 @@ use proc_macro::TokenStream;
 ///
 /// What is left is a plain `pool.begin()` whose transaction the body hands out, and `tokio::spawn`: neither is held up
 /// by the lock.
+///
+/// # Calls inside of a row lock
+///
+/// Functions with `mode = row` and without `tx` that enter the same lock share one transaction: nested calls, and calls in
+/// tasks that were handed `Owner::current()`. It is committed only if **all of them return `Ok`**. An `Err` that the caller
+/// swallows, a panic that it catches, and a call that it drops (by a timeout, or in `select!`) roll it back.
+///
+/// ```
+/// # use lock_db::{Error, Locks, distributed_lock};
+/// # use sqlx::Postgres;
+/// #[distributed_lock("stock:{sku}", mode = row, lease = guard, locks = locks)]
+/// async fn take_out(locks: &Locks<Postgres>, sku: i64) -> Result<(), Box<dyn std::error::Error>> {
+///     sqlx::query("UPDATE stock SET left_over = left_over - 1 WHERE sku = $1").bind(sku).execute(&mut **guard).await?;
+///     Err("sold out".into())
+/// }
+///
+/// #[distributed_lock("stock:{sku}", mode = row, locks = locks)]
+/// async fn order(locks: &Locks<Postgres>, sku: i64) -> Result<(), Box<dyn std::error::Error>> {
+///     let _swallowed = take_out(locks, sku).await;
+///     Ok(())                                  // the caller gets `Error::RolledBack`
+/// }
+/// ```
+///
+/// The outermost function returns when the calls inside have ended: its own `Err` as it is; its `Ok` only if the
+/// transaction was committed, and otherwise `Error::RolledBack`, or the error of the commit. So does a call inside that ends
+/// last, after the body of the outermost function. The result of any other call inside is not final; its `Ok` becomes
+/// `Error::RolledBack` when a call has failed already.
+///
+/// A call whose body did not run (skipped, `Timeout`, `Reentry`) does not count. For a step that may fail without
+/// consequences, return the failure within `Ok`.
 ///
 /// # When the lock is lost
 ///

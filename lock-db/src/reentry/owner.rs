@@ -34,6 +34,9 @@ use super::frame::Frames;
 /// got in before that holds the lock until it ends, as every nested call does. The calls that enter by way of one
 /// owner take turns.
 ///
+/// A call that enters a row lock (`mode = row`) shares its transaction: it is committed only if all functions that share
+/// it return `Ok`. The function that took the lock returns when the calls inside have ended.
+///
 /// Explicit guards ([`Lease`](crate::Lease), [`RowGuard`](crate::RowGuard)) and locks in a transaction of the caller
 /// (`tx = …`) are not part of it.
 #[derive(Clone)]
