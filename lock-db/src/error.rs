@@ -473,6 +473,9 @@ fn holder(info: Option<&LockInfo>) -> String {
         Some(LockInfo { owner, acquired_at, held_until: Some(until), .. }) => {
             format!(" (held by {owner} since {acquired_at}, until {until} at least)")
         }
+        Some(LockInfo { owner, acquired_at, held_until: None, kind: Kind::Row, .. }) => {
+            format!(" (held by {owner} since {acquired_at})")
+        }
         _ => String::new(),
     }
 }

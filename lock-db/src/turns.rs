@@ -5,15 +5,42 @@
 
 use std::sync::{Arc, PoisonError, Weak};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::select;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use crate::LockInfo;
+use crate::error::Failure;
 use crate::name::Name;
 use crate::sync::{HashMap, Mutex, MutexGuard};
 
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
-    /// One permit a name. An entry goes with the last turn and the last waiter.
-    names: Mutex<HashMap<Name, Weak<Semaphore>>>,
+    names: Mutex<HashMap<Name, Entry>>,
+    /// Some caller has learned something.
+    learned: Notify,
+}
+
+/// Of a name. It goes with the last turn and the last waiter.
+#[derive(Debug)]
+struct Entry {
+    /// With one permit.
+    queue: Weak<Semaphore>,
+    known: Known,
+}
+
+/// What the caller that has the turn for a name knows of the lock. Those behind it know no more: that the lock is held is said only of
+/// what was seen to be held.
+#[derive(Debug, Default)]
+pub(crate) enum Known {
+    /// Nothing yet.
+    #[default]
+    Nothing,
+    /// The pool has no connection to spare.
+    NoConnection,
+    /// The database was not to be had the last time.
+    Failure(Failure),
+    /// Another transaction has it: of this process, if it is told which.
+    Held(Option<Box<LockInfo>>),
 }
 
 impl Turns {
@@ -27,12 +54,39 @@ impl Turns {
         turn
     }
 
-    /// The turn, if nobody has it and nobody waits for it.
+    /// Waits for the turn until it is known that the lock is held: `None`.
+    pub(crate) async fn enter_unless_held(self: &Arc<Self>, name: &Name) -> Option<Turn> {
+        let held = async {
+            loop {
+                let learned = self.learned.notified();
+                if self.is_held(name) {
+                    return;
+                }
+                learned.await;
+            }
+        };
+        select! {
+            biased;
+            turn = self.enter(name) => Some(turn),
+            () = held => None,
+        }
+    }
+
+    /// The turn, if no other caller has it or waits for it.
     pub(crate) fn try_enter(self: &Arc<Self>, name: &Name) -> Option<Turn> {
         let queue = self.queue(name);
         let mut turn = self.turn(name, &queue);
         turn.permit = Some(queue.try_acquire_owned().ok()?);
         Some(turn)
+    }
+
+    /// What is known of a lock whose turn is taken.
+    pub(crate) fn known<T>(&self, name: &Name, read: impl FnOnce(&Known) -> T) -> T {
+        read(self.names().get(name).map_or(&Known::Nothing, |entry| &entry.known))
+    }
+
+    fn is_held(&self, name: &Name) -> bool {
+        self.known(name, |known| matches!(known, Known::Held(_)))
     }
 
     fn turn(self: &Arc<Self>, name: &Name, queue: &Arc<Semaphore>) -> Turn {
@@ -41,15 +95,16 @@ impl Turns {
 
     fn queue(&self, name: &Name) -> Arc<Semaphore> {
         let mut names = self.names();
-        if let Some(queue) = names.get(name).and_then(Weak::upgrade) {
+        if let Some(queue) = names.get(name).and_then(|entry| entry.queue.upgrade()) {
             return queue;
         }
         let queue = Arc::new(Semaphore::new(1));
-        names.insert(name.clone(), Arc::downgrade(&queue));
+        let entry = Entry { queue: Arc::downgrade(&queue), known: Known::Nothing };
+        names.insert(name.clone(), entry);
         queue
     }
 
-    fn names(&self) -> MutexGuard<'_, HashMap<Name, Weak<Semaphore>>> {
+    fn names(&self) -> MutexGuard<'_, HashMap<Name, Entry>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -63,13 +118,31 @@ pub(crate) struct Turn {
     turns: Arc<Turns>,
 }
 
+impl Turn {
+    /// What the database, or the pool before it, has told.
+    pub(crate) fn learn(&self, known: Known) {
+        self.set(known);
+        self.turns.learned.notify_waiters();
+    }
+
+    fn set(&self, known: Known) {
+        let mut names = self.turns.names();
+        let before = names.get_mut(&self.name).map(|entry| std::mem::replace(&mut entry.known, known));
+        drop(names);
+        drop(before);
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
-        drop(self.permit.take());
-        // With the map locked, so that nobody finds the queue between its last user and its end.
+        if let Some(permit) = self.permit.take() {
+            self.set(Known::Nothing);
+            drop(permit);
+        }
+        // With the map locked, so that no caller finds the queue between its last user and its end.
         let mut names = self.turns.names();
         drop(self.queue.take());
-        if names.get(&self.name).is_some_and(|queue| queue.strong_count() == 0) {
+        if names.get(&self.name).is_some_and(|entry| entry.queue.strong_count() == 0) {
             names.remove(&self.name);
         }
     }
@@ -110,7 +183,7 @@ mod tests {
     fn a_name_that_nobody_uses_is_forgotten() {
         let turns = Arc::new(Turns::default());
         for number in 0..1000 {
-            drop(turns.try_enter(&format!("name {number}").into()));
+            drop(turns.try_enter(&format!("name {number}").as_str().into()));
         }
         let name: Name = "left".into();
         let held = turns.try_enter(&name);

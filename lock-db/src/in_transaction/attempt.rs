@@ -63,13 +63,13 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.to_string() });
         }
-        let Some(locked) = self.lock(transaction, touched, || true).await? else { return Ok(None) };
+        let Some(locked) = self.lock(transaction, touched, |_| true).await? else { return Ok(None) };
         let hold_count = self.count(transaction, &locked).await?;
         Ok(Some(HeldInTransaction { name: self.name.clone(), hold_count }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
-    /// longer.
+    /// longer, which is asked with what is in the way if that is no holder.
     ///
     /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
     /// table. So from the first statement in the transaction on nothing here waits for the session: both would wait for each other.
@@ -77,7 +77,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         &self,
         connection: &mut DB::Connection,
         touched: bool,
-        mut may_wait: impl FnMut() -> bool,
+        mut may_wait: impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
@@ -150,7 +150,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     Some(failure) => failure.into_error(ACTION, Some(self.name)),
                 });
             }
-            if !may_wait() {
+            if !may_wait(stalled.as_ref()) {
                 return Ok(None);
             }
             // A lease is not waited for on the server.
@@ -169,7 +169,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         connection: &mut DB::Connection,
         server: &Server,
         touched: bool,
-        may_wait: &mut impl FnMut() -> bool,
+        may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<i64>, Error> {
         if self.kind == Kind::Row {
             if DB::ROW_IS_MADE_IN_TRANSACTION {
@@ -227,7 +227,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Waits, outside of the transaction, until no lease holds the lock and the last one is ruled out. Answers the row's id; `None`
     /// as in `lock`.
-    async fn wait_for_lease(&self, may_wait: &mut impl FnMut() -> bool) -> Result<Option<i64>, Error> {
+    async fn wait_for_lease(
+        &self,
+        may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
+    ) -> Result<Option<i64>, Error> {
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
                 let name = self.name.clone();
@@ -262,7 +265,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     Some(_) => Err(self.timed_out(WaitingFor::Lock, Some(row))),
                 };
             }
-            if !may_wait() {
+            if !may_wait(None) {
                 return Ok(None);
             }
             sleep(jitter(PAUSE).min(remaining).min(left)).await;

@@ -5,6 +5,7 @@
 #![allow(clippy::async_yields_async)]
 
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -3,33 +3,34 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use sqlx::pool::PoolConnection;
 use tokio::select;
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use tracing::Instrument;
 
 use super::RowGuard;
+use crate::connecting::telling_why;
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::jitter::jitter;
-use crate::name::Name;
 use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
-use crate::turns::Turn;
-use crate::{Error, Kind, Locks, limits};
+use crate::turns::{Known, Turn};
+use crate::{Error, Kind, LockInfo, Locks, limits};
 
-/// How long a caller who does not want to wait for the lock waits for a connection.
-const SHORTEST_CONNECT: Duration = Duration::from_secs(1);
-
-/// How much longer than the wait an attempt may take that the server leaves without an answer.
-const GRACE: Duration = Duration::from_secs(2);
+/// What pool and database have for their first answer, also when the wait is shorter: without one nobody could say whether the lock
+/// is held.
+const FIRST_ANSWER: Duration = Duration::from_secs(1);
 /// How long a try may take, which has no wait of its own: for the pool, and for the server.
 const LONGEST_TRY: Duration = Duration::from_secs(10);
 /// Between two looks at a lock for which too many wait in the database already.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Before beginning anew after a broken connection or a deadlock.
 const PAUSE: Duration = Duration::from_millis(20);
+
+const ACTION: &str = "take the row lock";
 
 /// A request for a row lock, from [`Locks::row_lock`]. Nothing happens before one of its async methods is called.
 ///
@@ -81,13 +82,8 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// longest that one statement waits on the server.
     pub async fn acquire(self) -> Result<RowGuard<DB>, Error> {
         let wait = self.checked_wait()?;
-        let name = self.name.clone();
-        self.in_task(Some(wait)).await?.ok_or_else(|| Error::Timeout {
-            name,
-            waited: wait,
-            waiting_for: WaitingFor::Lock,
-            held_by: None,
-        })
+        // A caller that waits gets it or an error.
+        self.in_task(Some(wait)).await?.ok_or(Error::Closed)
     }
 
     /// As [`acquire`](Self::acquire), without waiting for the holder: `None` when somebody has it.
@@ -121,13 +117,8 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// that one. Best roll the transaction back.
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.checked_wait()?;
-        let name = self.name.clone();
-        self.take_in(transaction, Some(wait)).await?.ok_or_else(|| Error::Timeout {
-            name,
-            waited: wait,
-            waiting_for: WaitingFor::Lock,
-            held_by: None,
-        })
+        // A caller that waits gets it or an error.
+        self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)
     }
 
     /// As [`acquire_in`](Self::acquire_in), without waiting for the holder: `None` when somebody has it.
@@ -166,8 +157,8 @@ impl<DB: LockDatabase> RowLock<DB> {
         let started = Instant::now();
         let name = self.locks.checked_name(&self.name)?;
         let runtime = current_runtime()?;
-        let own_name = self.name.clone();
         let (mut answer, answered) = oneshot::channel();
+        let (locks, own_name) = (self.locks.clone(), name.clone());
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
             let taken = take(&attempt, &mut answer).await;
@@ -175,17 +166,40 @@ impl<DB: LockDatabase> RowLock<DB> {
             let _ = answer.send(taken);
         };
         runtime.spawn(task.in_current_span());
-        // The task minds the wait; this is for a server that does not answer at all.
-        let limit = wait.map_or(LONGEST_TRY, |wait| wait + GRACE);
-        match timeout(limit, answered).await {
-            Ok(answer) => answer.unwrap_or(Err(Error::Closed)),
-            Err(_elapsed) => Err(Error::Timeout {
-                name: own_name,
-                waited: started.elapsed(),
-                waiting_for: WaitingFor::Connection,
-                held_by: None,
-            }),
+        // Ends when the wait is over, also when the database does not answer at all; but not before it could have answered once.
+        let turns = &locks.row_queues().turns;
+        let over = async {
+            sleep_until((started + wait.unwrap_or(LONGEST_TRY)).into()).await;
+            if turns.known(&own_name, |known| matches!(known, Known::Nothing)) {
+                sleep_until((started + FIRST_ANSWER).into()).await;
+            }
+        };
+        select! {
+            biased;
+            answer = answered => answer.unwrap_or(Err(Error::Closed)),
+            () = over => {
+                Err(Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started }.over())
+            }
         }
+    }
+}
+
+impl<DB: LockDatabase> Attempt<'_, DB> {
+    /// For a caller whose wait is over, by what is known of the lock in this process.
+    fn over(&self) -> Error {
+        self.locks.row_queues().turns.known(self.name, |known| match known {
+            Known::Held(held_by) => Error::Timeout {
+                name: self.name.to_string(),
+                waited: self.started.elapsed(),
+                waiting_for: WaitingFor::Lock,
+                held_by: held_by.clone(),
+            },
+            Known::NoConnection => self.timed_out(WaitingFor::Connection, None),
+            Known::Failure(failure) => failure.another().into_error(ACTION, Some(self.name)),
+            Known::Nothing => {
+                Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name))
+            }
+        })
     }
 }
 
@@ -204,6 +218,10 @@ async fn take<DB: LockDatabase>(
     let queues = attempt.locks.row_queues();
     let turn = match queues.turns.try_enter(attempt.name) {
         Some(turn) => turn,
+        None if attempt.wait.is_none() => match queues.turns.enter_unless_held(attempt.name).await {
+            Some(turn) => turn,
+            None => return Ok(None),
+        },
         None => match in_time(attempt, answer, queues.turns.enter(attempt.name)).await? {
             Some(turn) => turn,
             None => return Ok(None),
@@ -213,15 +231,18 @@ async fn take<DB: LockDatabase>(
     let mut may_wait = None;
     let mut broken = 0_u32;
     loop {
-        let begun = match connect(attempt, answer).await {
+        let begun = match connect(attempt, &turn, answer).await {
             Ok(Some(connection)) => begin(attempt, connection).await,
             Ok(None) => return Ok(None),
-            Err(error) => Err(error),
+            Err(failed) => Err(failed),
         };
         let error = match begun {
             Ok(transaction) => {
                 let mut transaction = transaction.keep(Arc::clone(&turn));
-                let locked = attempt.lock(&mut transaction, false, || {
+                let locked = attempt.lock(&mut transaction, false, |in_the_way| {
+                    turn.learn(
+                        in_the_way.map_or(Known::Held(None), |failure| Known::Failure(failure.another())),
+                    );
                     may_wait = may_wait.take().or_else(|| queues.waiters.try_acquire().ok());
                     may_wait.is_some() && !answer.is_closed()
                 });
@@ -233,6 +254,7 @@ async fn take<DB: LockDatabase>(
                             return Err(Error::Closed);
                         };
                         let (name, fencing_token) = (attempt.name.clone(), locked.fencing_token);
+                        turn.learn(Known::Held(Some(Box::new(held_here(attempt, fencing_token)))));
                         let condition = Condition::Row { name, fencing_token, server };
                         return Ok(Some(RowGuard::new(transaction, condition, counted)));
                     }
@@ -244,7 +266,11 @@ async fn take<DB: LockDatabase>(
                 }
                 error
             }
-            Err(error) => Some(error),
+            Err(NotBegun::Failure(failure)) => {
+                turn.learn(Known::Failure(failure.another()));
+                Some(failure.into_error("begin a transaction", Some(attempt.name)))
+            }
+            Err(NotBegun::Error(error)) => return Err(error),
         };
         let Some(error) = error else {
             if attempt.wait.is_none() || answer.is_closed() || may_wait.is_some() {
@@ -257,7 +283,9 @@ async fn take<DB: LockDatabase>(
         };
         // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
         let again = match &error {
-            Error::Database { source, .. } => DB::classify(source) == Fault::Disconnected,
+            Error::Database { source, .. } => {
+                matches!(DB::classify(source), Fault::Disconnected | Fault::Passing)
+            }
             Error::Serialization { .. } | Error::Deadlock { .. } => true,
             _ => false,
         };
@@ -270,7 +298,7 @@ async fn take<DB: LockDatabase>(
     }
 }
 
-/// Waits in a queue of this process as long as the caller does. `None`: the caller does not wait, or has gone.
+/// Waits in a queue of this process as long as the caller does. `None`: the caller has gone.
 async fn in_time<DB: LockDatabase, T>(
     attempt: &Attempt<'_, DB>,
     answer: &mut oneshot::Sender<Taken<DB>>,
@@ -282,43 +310,66 @@ async fn in_time<DB: LockDatabase, T>(
         () = answer.closed() => Ok(None),
         turn = timeout(left, queue) => match turn {
             Ok(turn) => Ok(Some(turn)),
-            Err(_elapsed) => Err(attempt.timed_out(WaitingFor::Lock, None)),
+            Err(_elapsed) => Err(attempt.over()),
         },
     }
+}
+
+/// Why there is no transaction.
+enum NotBegun {
+    Failure(Failure),
+    Error(Error),
 }
 
 /// Waits for a connection no longer than the caller does. `None`: the caller has gone.
 async fn connect<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
+    turn: &Turn,
     answer: &mut oneshot::Sender<Taken<DB>>,
-) -> Result<Option<PoolConnection<DB>>, Error> {
-    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(SHORTEST_CONNECT));
+) -> Result<Option<PoolConnection<DB>>, NotBegun> {
+    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
+    let pool = attempt.locks.pool();
+    if pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections() {
+        turn.learn(Known::NoConnection);
+    }
     let connected = select! {
         biased;
         () = answer.closed() => return Ok(None),
-        connected = timeout(left, attempt.locks.pool().acquire()) => connected,
+        connected = timeout(left, telling_why(pool, pool.acquire())) => connected,
     };
     match connected {
         Ok(Ok(connection)) => Ok(Some(connection)),
-        Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => Err(attempt.timed_out(WaitingFor::Connection, None)),
-        Ok(Err(error)) => Err(not_begun::<DB>(error, attempt.name)),
+        Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => {
+            Err(NotBegun::Error(attempt.timed_out(WaitingFor::Connection, None)))
+        }
+        Ok(Err(error)) => Err(NotBegun::Failure(Failure::new::<DB>(error))),
     }
 }
 
 async fn begin<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     connection: PoolConnection<DB>,
-) -> Result<OwnTransaction<DB, Arc<Turn>>, Error> {
+) -> Result<OwnTransaction<DB, Arc<Turn>>, NotBegun> {
     let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_MARKED));
-    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(SHORTEST_CONNECT));
+    let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
     match timeout(left, begun).await {
         Ok(Ok(Ok(transaction))) => Ok(transaction),
-        Ok(Ok(Err(error))) => Err(not_begun::<DB>(error, attempt.name)),
-        Ok(Err(_runtime_shut_down)) => Err(Error::Closed),
-        Err(_elapsed) => Err(attempt.timed_out(WaitingFor::Connection, None)),
+        Ok(Ok(Err(error))) => Err(NotBegun::Failure(Failure::new::<DB>(error))),
+        Ok(Err(_runtime_shut_down)) => Err(NotBegun::Error(Error::Closed)),
+        Err(_elapsed) => Err(NotBegun::Failure(Failure::no_answer::<DB>(left))),
     }
 }
 
-fn not_begun<DB: LockDatabase>(error: sqlx::Error, name: &Name) -> Error {
-    Failure::new::<DB>(error).into_error("begin a transaction", Some(name))
+/// For callers of this process that wait behind it.
+fn held_here<DB: LockDatabase>(attempt: &Attempt<'_, DB>, fencing_token: i64) -> LockInfo {
+    let now = Utc::now();
+    LockInfo {
+        name: attempt.name.to_string(),
+        kind: Kind::Row,
+        owner: attempt.locks.owner().to_string(),
+        fencing_token,
+        created_at: now,
+        acquired_at: now,
+        held_until: None,
+    }
 }

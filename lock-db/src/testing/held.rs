@@ -98,7 +98,7 @@ fn find(name: &str) -> Result<(), String> {
     }
     let held = if held.is_empty() { "no lock".to_owned() } else { held.join(", ") };
     let mut message = format!("lock `{name}` is not held here: this code runs under {held}");
-    if around.iter().any(|frame| *frame.name == *name) {
+    if around.iter().any(|frame| frame.name.shown() == name) {
         message.push_str("; it was inside of it, but that hold was lost or has ended");
     }
     if testing::is_switched_off() {
