@@ -350,6 +350,12 @@ impl Failure {
         Self { fault: DB::classify(&source), source, folder: DB::FOLDER }
     }
 
+    /// Of no database.
+    #[cfg(all(test, lock_db_shuttle))]
+    pub(crate) fn for_tests() -> Self {
+        Self { fault: Fault::Disconnected, source: sqlx::Error::WorkerCrashed, folder: "" }
+    }
+
     /// A server that does not answer, whatever it does with what it was sent.
     pub(crate) fn no_answer<DB: LockDatabase>(limit: Duration) -> Self {
         let message = format!("{} did not answer within {limit:?}", DB::NAME);

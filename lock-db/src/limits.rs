@@ -10,6 +10,11 @@ pub(crate) const DEFAULT_TTL: Duration = Duration::from_secs(30);
 /// How long an acquire waits when the caller says nothing.
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 
+/// What the database has for its first answer, also when the wait is shorter: without one nobody could say whether the lock is held.
+pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(1);
+/// How long a try may take, which has no wait of its own: with many others before it.
+pub(crate) const LONGEST_TRY: Duration = Duration::from_secs(10);
+
 /// How far a lease goes from hand to hand within a process when the builder says nothing.
 pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
 /// Each takes a fencing token, of which there is one for each microsecond: so that those of a grant, four times as many, lie

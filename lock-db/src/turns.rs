@@ -56,19 +56,21 @@ impl Turns {
 
     /// Waits for the turn until it is known that the lock is held: `None`.
     pub(crate) async fn enter_unless_held(self: &Arc<Self>, name: &Name) -> Option<Turn> {
-        let held = async {
-            loop {
-                let learned = self.learned.notified();
-                if self.is_held(name) {
-                    return;
-                }
-                learned.await;
-            }
-        };
         select! {
             biased;
             turn = self.enter(name) => Some(turn),
-            () = held => None,
+            () = self.learns(name, |known| matches!(known, Known::Held(_))) => None,
+        }
+    }
+
+    /// Waits until that is known of a lock whose turn is taken.
+    pub(crate) async fn learns(&self, name: &Name, what: impl Fn(&Known) -> bool) {
+        loop {
+            let learned = self.learned.notified();
+            if self.known(name, &what) {
+                return;
+            }
+            learned.await;
         }
     }
 
@@ -83,10 +85,6 @@ impl Turns {
     /// What is known of a lock whose turn is taken.
     pub(crate) fn known<T>(&self, name: &Name, read: impl FnOnce(&Known) -> T) -> T {
         read(self.names().get(name).map_or(&Known::Nothing, |entry| &entry.known))
-    }
-
-    fn is_held(&self, name: &Name) -> bool {
-        self.known(name, |known| matches!(known, Known::Held(_)))
     }
 
     fn turn(self: &Arc<Self>, name: &Name, queue: &Arc<Semaphore>) -> Turn {

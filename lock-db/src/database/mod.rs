@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 pub(crate) use self::fault::{Fault, is_disconnected, passes};
-pub(crate) use self::server::{Cluster, Location, Server, Table};
+pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
     Call, Claim, Exchanged, Grant, Guarded, LeaseKey, LockRow, Place, Released, Renewal, Return, RowAttempt,
     RowClaim, RowKey, Standing, reliable_without_notice,

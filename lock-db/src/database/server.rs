@@ -1,5 +1,7 @@
 //! What kind of server a connection leads to, and how its table is named there.
 
+#[cfg(feature = "postgres")]
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,15 +14,35 @@ pub struct Server {
     pub cluster: Cluster,
     /// Whether it is MariaDB, which has statements of its own.
     pub is_mariadb: bool,
+    /// Whether an insert that commits by itself keeps the counter of its table until a binary log is on disk.
+    pub keeps_counter: bool,
     /// Whether text outside of ASCII can't be stored: the database has an encoding of its own.
     pub is_ascii_only: bool,
+}
+
+#[cfg(feature = "postgres")]
+impl Server {
+    /// An owner as it can be stored: what tells people who has a lock is not to keep anybody from having it.
+    pub fn storable<'a>(&self, owner: &'a str) -> Cow<'a, str> {
+        if self.is_ascii_only && !owner.is_ascii() {
+            owner.chars().map(|character| if character.is_ascii() { character } else { '?' }).collect()
+        } else {
+            owner.into()
+        }
+    }
 }
 
 #[cfg(test)]
 impl Server {
     pub fn for_tests() -> Self {
         let table = Arc::new(Table::new("main", '"', String::new()));
-        Self { table, cluster: Cluster::SinglePrimary, is_mariadb: false, is_ascii_only: false }
+        Self {
+            table,
+            cluster: Cluster::SinglePrimary,
+            is_mariadb: false,
+            keeps_counter: false,
+            is_ascii_only: false,
+        }
     }
 }
 
@@ -83,12 +105,14 @@ pub struct Table {
     pub schema: String,
     /// What tells it from a table of the same name in another database; empty where nothing does.
     pub identity: String,
-    /// The statements that were used already, by the place of what they were made of.
-    statements: Mutex<HashMap<(usize, usize), Arc<str>>>,
+    /// The statements that were used already, by the places of what they were made of.
+    statements: Mutex<HashMap<(usize, usize, usize), Arc<str>>>,
 }
 
 /// In statements this stands for the name of the table.
 const PLACEHOLDER: &str = "{table}";
+/// In frames this stands for a statement.
+const STATEMENT: &str = "{statement}";
 
 impl Table {
     /// `quote` is what the database puts around a name.
@@ -113,10 +137,15 @@ impl Table {
 
     /// A statement on this table. The text is made once, so that it is prepared once, too.
     pub fn sql(&self, statement: &'static str) -> AssertSqlSafe<Arc<str>> {
+        self.sql_in(STATEMENT, statement)
+    }
+
+    /// The same in a frame of other statements, which has `{statement}` where it goes.
+    pub fn sql_in(&self, frame: &'static str, statement: &'static str) -> AssertSqlSafe<Arc<str>> {
         let mut statements = self.statements.lock().unwrap_or_else(PoisonError::into_inner);
         let text = statements
-            .entry((statement.as_ptr() as usize, statement.len()))
-            .or_insert_with(|| statement.replace(PLACEHOLDER, &self.name).into());
+            .entry((frame.as_ptr() as usize, statement.as_ptr() as usize, statement.len()))
+            .or_insert_with(|| frame.replace(STATEMENT, statement).replace(PLACEHOLDER, &self.name).into());
         AssertSqlSafe(Arc::clone(text))
     }
 }
@@ -129,6 +158,11 @@ mod tests {
     fn a_table_is_named_in_full_and_its_schema_needs_no_trust() {
         let table = Table::new(r#"a"b"#, '"', String::new());
         assert_eq!(table.name(), r#""a""b".distributed_lock"#);
-        assert_eq!(&*table.sql("SELECT 1 FROM {table}").0, r#"SELECT 1 FROM "a""b".distributed_lock"#);
+        let statement = "SELECT 1 FROM {table}";
+        assert_eq!(&*table.sql(statement).0, r#"SELECT 1 FROM "a""b".distributed_lock"#);
+        assert_eq!(
+            &*table.sql_in("BEGIN; {statement}; END", statement).0,
+            r#"BEGIN; SELECT 1 FROM "a""b".distributed_lock; END"#
+        );
     }
 }

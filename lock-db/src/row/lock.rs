@@ -7,7 +7,7 @@ use chrono::Utc;
 use sqlx::pool::PoolConnection;
 use tokio::select;
 use tokio::sync::oneshot;
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument;
 
 use super::RowGuard;
@@ -16,15 +16,11 @@ use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::jitter::jitter;
+use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
 use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
 use crate::turns::{Known, Turn};
 use crate::{Error, Kind, LockInfo, Locks, limits};
 
-/// What pool and database have for their first answer, also when the wait is shorter: without one nobody could say whether the lock
-/// is held.
-const FIRST_ANSWER: Duration = Duration::from_secs(1);
-/// How long a try may take, which has no wait of its own: for the pool, and for the server.
-const LONGEST_TRY: Duration = Duration::from_secs(10);
 /// Between two looks at a lock for which too many wait in the database already.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Before beginning anew after a broken connection or a deadlock.
@@ -166,28 +162,24 @@ impl<DB: LockDatabase> RowLock<DB> {
             let _ = answer.send(taken);
         };
         runtime.spawn(task.in_current_span());
-        // Ends when the wait is over, also when the database does not answer at all; but not before it could have answered once.
-        let turns = &locks.row_queues().turns;
-        let over = async {
-            sleep_until((started + wait.unwrap_or(LONGEST_TRY)).into()).await;
-            if turns.known(&own_name, |known| matches!(known, Known::Nothing)) {
-                sleep_until((started + FIRST_ANSWER).into()).await;
-            }
-        };
+        let attempt = Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started };
         select! {
             biased;
             answer = answered => answer.unwrap_or(Err(Error::Closed)),
-            () = over => {
-                Err(Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started }.over())
-            }
+            error = attempt.over() => Err(error),
         }
     }
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
-    /// For a caller whose wait is over, by what is known of the lock in this process.
-    fn over(&self) -> Error {
-        self.locks.row_queues().turns.known(self.name, |known| match known {
+    /// When the wait is over, also when the database does not answer at all; but not before it could have answered once. By what is
+    /// known of the lock in this process.
+    async fn over(&self) -> Error {
+        sleep_until((self.started + self.wait.unwrap_or(LONGEST_TRY)).into()).await;
+        let turns = &self.locks.row_queues().turns;
+        let told = turns.learns(self.name, |known| !matches!(known, Known::Nothing));
+        let _in_time = timeout_at((self.started + FIRST_ANSWER).into(), told).await;
+        turns.known(self.name, |known| match known {
             Known::Held(held_by) => Error::Timeout {
                 name: self.name.to_string(),
                 waited: self.started.elapsed(),
@@ -304,14 +296,11 @@ async fn in_time<DB: LockDatabase, T>(
     answer: &mut oneshot::Sender<Taken<DB>>,
     queue: impl Future<Output = T>,
 ) -> Result<Option<T>, Error> {
-    let Some(left) = attempt.left() else { return Ok(None) };
     select! {
         biased;
         () = answer.closed() => Ok(None),
-        turn = timeout(left, queue) => match turn {
-            Ok(turn) => Ok(Some(turn)),
-            Err(_elapsed) => Err(attempt.over()),
-        },
+        turn = queue => Ok(Some(turn)),
+        error = attempt.over() => Err(error),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, Probe, Ro
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::jitter::jitter;
+use crate::limits::FIRST_ANSWER;
 use crate::name::Name;
 use crate::{Error, Kind};
 
@@ -37,8 +38,6 @@ const A_WHILE: u32 = 10;
 /// long it need not be quick.
 const LOOKS: u32 = 16;
 
-/// What the database has for its first answer, also when the wait is shorter: without one nobody could say whether the lock is held.
-const FIRST_ANSWER: Duration = Duration::from_secs(1);
 /// How long a try goes on while it is not a holder that is in the way: another writer on SQLite, a table that is locked as a whole.
 const TRY_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -74,6 +73,8 @@ struct Attempt {
     answered: Rc<Cell<bool>>,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
+    /// Whether a grant came when less than nothing was left of it.
+    came_too_late: bool,
     /// Rings when it is this process's turn, if it stands in the queue of the row.
     bell: Option<Rc<Notify>>,
     /// It is our turn, or notice is over: no need to look.
@@ -120,6 +121,7 @@ impl Attempt {
             turn_came: Instant::now(),
             answered: Rc::default(),
             unsettled: Rc::default(),
+            came_too_late: false,
             may_claim: false,
             looks_first: false,
             seen_free: None,
@@ -160,7 +162,8 @@ impl Attempt {
         let mut nearest = u32::MAX;
         loop {
             let reply = self.ask().await;
-            if !matches!(&reply, Err(failure) if failure.is_silence()) {
+            let is_silence = matches!(&reply, Err(failure) if failure.is_silence());
+            if !is_silence && !matches!(reply, Ok(Reply::RowIsBusy(..))) {
                 self.answered.set(true);
             }
             let mut at_most = Duration::MAX;
@@ -198,6 +201,10 @@ impl Attempt {
                 }
                 Ok(Reply::RowIsBusy(name, row)) => {
                     busy += 1;
+                    if busy == 1 {
+                        // By a transaction, or by nobody: that is found out before the end.
+                        self.answered.set(false);
+                    }
                     self.last = Obstacle::RowLocked(name.clone(), row.clone());
                     if self.wait.is_none() || busy.is_multiple_of(A_WHILE) || self.left().is_zero() {
                         let locked = self.is_locked(&name, row).await?;
@@ -230,7 +237,6 @@ impl Attempt {
                     }
                     failures += 1;
                     let closed_while_idle = is_gone && failures == 1 && !failure.is_silence();
-                    let is_silence = failure.is_silence();
                     self.fails(failure);
                     // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
                     if closed_while_idle {
@@ -281,6 +287,7 @@ impl Attempt {
     async fn is_locked(&mut self, name: &Name, row: LockRow) -> Result<bool, Error> {
         match self.core.lane.probe(name).await {
             Ok(Probe::Locked) => {
+                self.answered.set(true);
                 self.core.queues.learn(name, Front::IsHeldElsewhere(None));
                 self.last = Obstacle::RowLocked(name.clone(), row);
                 return Ok(true);
@@ -335,9 +342,12 @@ impl Attempt {
             }
             free = self.seen_free.take().or(free);
         }
-        // Without one its row was made, and could not be seen.
-        let (name, row) = free.ok_or_else(|| (self.core.not_written)())?;
-        Ok(Reply::RowIsBusy(name, row))
+        match free {
+            Some((name, row)) => Ok(Reply::RowIsBusy(name, row)),
+            None if self.came_too_late => Err(self.core.lane.no_answer(self.started.elapsed())),
+            // Its row was made, and could not be seen.
+            None => Err((self.core.not_written)()),
+        }
     }
 
     /// The first name that is in the way.
@@ -368,6 +378,7 @@ impl Attempt {
         };
         // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.
         if self.claims.iter().any(|claim| Instant::now() >= deadline(sent, claim.ttl)) {
+            self.came_too_late = true;
             return Ok(None);
         }
         let hand_off = self.core.queues.hand_off();
@@ -398,7 +409,6 @@ impl Attempt {
             let made = core.lane.create(&name, Kind::Insert).await?;
             return Ok((!made).then_some(Reply::RowIsMade(name)));
         };
-        self.answered.set(true);
         if row.kind != Kind::Insert {
             return Ok(Some(Reply::WrongKind(name, row.kind)));
         }
@@ -407,6 +417,11 @@ impl Attempt {
             return Ok(None);
         }
         let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
+        if !remaining.is_zero() {
+            // Whatever becomes of a place in the queue.
+            self.answered.set(true);
+            self.is_held_by(name.clone(), row.clone());
+        }
         let mut written = true;
         let mut ahead = 0;
         if let Some(place) = place {

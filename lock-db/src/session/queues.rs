@@ -242,22 +242,29 @@ impl Queues {
         self.learn(lease.name(), Front::Holds(Arc::clone(lease)));
     }
 
-    /// What the caller with the turn for a name has learned. When the lock is held, those who only try are told.
+    /// What the caller with the turn for a name has learned. When the lock is held, those who only try are told; and those whose wait
+    /// is over already, whatever it is.
     pub(super) fn learn(&self, name: &str, front: Front) {
         let mut state = self.state();
         let Some(line) = state.names.get_mut(name) else { return };
-        let is_held = front.is_held();
         let before = std::mem::replace(&mut line.front, front);
-        let tries: Vec<_> = if is_held && !line.waiting.is_empty() {
-            line.waiting.extract_if(.., |_, waiting| waiting.wait.is_none()).collect()
-        } else {
-            Vec::new()
-        };
+        let mut answers = Vec::new();
+        if !line.waiting.is_empty() {
+            let (now, Line { waiting, front }) = (Instant::now(), line);
+            let is_told = |waiting: &Acquire| match waiting.wait {
+                None => front.is_held(),
+                Some(_) => waiting.deadline() <= now,
+            };
+            for (_, waiting) in waiting.extract_if(.., |_, waiting| is_told(waiting)) {
+                let answer = if waiting.wait.is_none() { Ok(None) } else { Err(self.timed_out(&waiting, front)) };
+                answers.push((waiting, answer));
+            }
+        }
         drop(state);
         drop(before);
-        for (_, waiting) in tries {
-            let Acquire { answer, turns, .. } = waiting;
-            let _caller_has_gone = answer.send(Ok(None));
+        for (waiting, answer) in answers {
+            let Acquire { answer: asks, turns, .. } = waiting;
+            let _caller_has_gone = asks.send(answer);
             drop(turns);
         }
     }
@@ -310,11 +317,20 @@ impl Queues {
         let mut state = self.state();
         let mut next = None;
         for Line { waiting, front } in state.names.values_mut() {
-            for (_, waiting) in waiting.extract_if(.., |_, waiting| waiting.deadline() <= now) {
+            let asks = matches!(front, Front::Asks);
+            // Not before it could be known whether the lock is held at all.
+            let is_over = |waiting: &Acquire| {
+                waiting.deadline() <= now && !(asks && now < waiting.first_answer())
+            };
+            for (_, waiting) in waiting.extract_if(.., |_, waiting| is_over(waiting)) {
                 let error = self.timed_out(&waiting, front);
                 over.push((waiting, error));
             }
-            let earliest = waiting.values().map(Acquire::deadline).min();
+            let next_look = |waiting: &Acquire| {
+                let deadline = waiting.deadline();
+                if deadline > now { deadline } else { waiting.first_answer() }
+            };
+            let earliest = waiting.values().map(next_look).min();
             next = [next, earliest].into_iter().flatten().min();
         }
         state.next_deadline = next;

@@ -10,13 +10,11 @@ use super::queues::Turn;
 use crate::database::{Call, Claim, LockRow, Server};
 use crate::error::Loss;
 use crate::insert::Hold;
+use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
 use crate::name::Name;
 use crate::{Error, Kind};
 
 use super::LeaseState;
-
-/// How long a try may take, which has no wait of its own: with many others before it.
-pub(super) const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 pub(crate) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -91,6 +89,11 @@ impl Acquire {
     /// Until when it is waited for. A try waits for no holder, only for what the database says of one.
     pub(super) fn deadline(&self) -> Instant {
         self.started + self.wait.unwrap_or(LONGEST_TRY)
+    }
+
+    /// Until when the database has time for its first answer, to whoever asks for this one, too.
+    pub(super) fn first_answer(&self) -> Instant {
+        self.deadline().max(self.started + FIRST_ANSWER)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::mysql::{MySqlConnection, MySqlQueryResult, MySqlRow};
+use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, number};
 use super::{literal, mariadb};
@@ -278,7 +278,8 @@ pub(super) async fn release(
     } else {
         let (place, listener) = Place::parts(place.as_ref());
         let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
-        query.bind(place).bind(place).bind(place).bind(listener).execute(&mut *connection).await
+        let query = query.bind(place).bind(place).bind(place).bind(listener);
+        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
     };
     released_or_not(connection, server, name, secret, released?).await
 }
@@ -295,7 +296,8 @@ pub(super) async fn release_later(
     } else {
         let at_least = micros(at_least);
         let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(at_least).bind(name.as_bytes());
-        query.bind(secret.as_str()).bind(at_least).execute(&mut *connection).await
+        let query = query.bind(secret.as_str()).bind(at_least);
+        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
     };
     released_or_not(connection, server, name, secret, released?).await
 }
@@ -305,9 +307,9 @@ async fn released_or_not(
     server: &Server,
     name: &str,
     secret: &Secret,
-    released: MySqlQueryResult,
+    released: bool,
 ) -> sqlx::Result<Standing> {
-    if released.rows_affected() > 0 {
+    if released {
         return Ok(Standing::Ours);
     }
     let query = sqlx::query(server.table.sql(IS_OURS)).bind(name.as_bytes()).bind(secret.as_str());

@@ -8,15 +8,16 @@
 //! `VALUES` are those that are asked for; as the queue, a place in it. No assignment reads what one before it has written, so it is
 //! the same whether they are made in turn or, by `SIMULTANEOUS_ASSIGNMENT`, at once.
 //!
-//! Such an insert locks the counter of the table (AUTO-INC), although it counts nothing: to the end of the statement with
-//! `innodb_autoinc_lock_mode = 1`, the default. Statements of several processes then wait for each other, for the second of
-//! `innodb_lock_wait_timeout` at most.
+//! With `innodb_autoinc_lock_mode = 1`, the default, such an insert locks the counter of the table (AUTO-INC), although it counts
+//! nothing: to the end of the statement in a transaction; by itself until it is committed, which with a binary log takes until
+//! that is on disk. There it goes in a transaction, in the same message: see `IN_TRANSACTION`.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
-use sqlx::Row;
-use sqlx::mysql::{MySqlConnection, MySqlQueryResult, MySqlRow};
+use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
+use sqlx::query::Query;
+use sqlx::{MySql, Row};
 
 use super::lease::granted;
 use super::together::still_ours;
@@ -25,6 +26,15 @@ use crate::database::{
 };
 use crate::limits::micros;
 use crate::secret::Secret;
+
+/// One message, of which the server carries out all or nothing.
+const IN_TRANSACTION: &str = "
+BEGIN NOT ATOMIC
+    DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
+    START TRANSACTION;
+    {statement};
+    COMMIT;
+END";
 
 const ACQUIRE: &str = "
 INSERT INTO {table} (id, lock_name, secret_key, owner, expire_time, ttl_micros, waiters)
@@ -63,7 +73,8 @@ ON DUPLICATE KEY UPDATE
         CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
         distributed_lock.waiters),
     expire_time = '1970-01-01 00:00:00',
-    ttl_micros = 0";
+    ttl_micros = 0
+RETURNING id";
 
 const RELEASE_LATER: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
@@ -75,7 +86,8 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     secret_key = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), '', distributed_lock.secret_key),
     ttl_micros = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(ttl_micros), 0),
-    expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')";
+    expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')
+RETURNING id";
 
 /// See `lease::GIVE_NOTICE`.
 const GIVE_NOTICE: &str = "
@@ -92,7 +104,8 @@ WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time
         OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE expire_time = VALUES(expire_time), ttl_micros = VALUES(ttl_micros)";
+ON DUPLICATE KEY UPDATE expire_time = VALUES(expire_time), ttl_micros = VALUES(ttl_micros)
+RETURNING id";
 
 const SETTLE: &str = "
 INSERT INTO {table} (id, lock_name)
@@ -101,7 +114,8 @@ WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
     AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''";
+ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''
+RETURNING id";
 
 const STAND: &str = "
 INSERT INTO {table} (id, lock_name, waiters)
@@ -110,7 +124,8 @@ WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INST
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = CONCAT(distributed_lock.waiters, VALUES(waiters),
-    LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
+    LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
+RETURNING id";
 
 /// Only on top of what was read before.
 const SET_WAITERS: &str = "
@@ -119,7 +134,8 @@ SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name
 WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)";
+ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
+RETURNING id";
 
 const REMOVE_WAITER: &str = "
 INSERT INTO {table} (id, lock_name, waiters)
@@ -128,7 +144,8 @@ FROM {table} AS queue FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND INSTR(waiters, ?) > 0
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)";
+ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
+RETURNING id";
 
 /// See `together::RENEW`.
 const RENEW: &str = "
@@ -195,6 +212,20 @@ STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";
 
+fn insert(server: &Server, statement: &'static str) -> Query<'static, MySql, MySqlArguments> {
+    let table = &server.table;
+    let frame = server.keeps_counter.then_some(IN_TRANSACTION);
+    sqlx::query(frame.map_or_else(|| table.sql(statement), |frame| table.sql_in(frame, statement)))
+}
+
+/// Whether it wrote anything. To the end of the answer: a commit that fails is told behind the rows.
+async fn wrote(
+    connection: &mut MySqlConnection,
+    query: Query<'_, MySql, MySqlArguments>,
+) -> sqlx::Result<bool> {
+    Ok(!query.fetch_all(connection).await?.is_empty())
+}
+
 pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -202,9 +233,9 @@ pub(super) async fn acquire(
 ) -> sqlx::Result<Option<Grant>> {
     let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
-    let query = sqlx::query(server.table.sql(ACQUIRE)).bind(secret).bind(&*claim.owner).bind(ttl).bind(ttl);
+    let query = insert(server, ACQUIRE).bind(secret).bind(&*claim.owner).bind(ttl).bind(ttl);
     let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
-    // To the end of the answer: a commit that fails is told behind the row that would have been granted.
+    // To the end of the answer, as in `wrote`.
     query.fetch_all(connection).await?.first().map(granted).transpose()
 }
 
@@ -212,10 +243,10 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &Return,
-) -> sqlx::Result<MySqlQueryResult> {
+) -> sqlx::Result<bool> {
     let (place, listener) = Place::parts(lease.place.as_ref());
-    let query = sqlx::query(server.table.sql(RELEASE)).bind(place).bind(lease.name.as_bytes());
-    query.bind(lease.secret.as_str()).bind(listener).execute(connection).await
+    let query = insert(server, RELEASE).bind(place).bind(lease.name.as_bytes());
+    wrote(connection, query.bind(lease.secret.as_str()).bind(listener)).await
 }
 
 pub(super) async fn release_later(
@@ -224,10 +255,10 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<MySqlQueryResult> {
+) -> sqlx::Result<bool> {
     let at_least = micros(at_least);
-    let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(at_least).bind(at_least);
-    query.bind(name.as_bytes()).bind(secret.as_str()).execute(connection).await
+    let query = insert(server, RELEASE_LATER).bind(at_least).bind(at_least);
+    wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
 
 pub(super) async fn give_notice(
@@ -235,8 +266,7 @@ pub(super) async fn give_notice(
     server: &Server,
     name: &str,
 ) -> sqlx::Result<bool> {
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name.as_bytes()).execute(connection).await?;
-    Ok(given.rows_affected() > 0)
+    wrote(connection, insert(server, GIVE_NOTICE).bind(name.as_bytes())).await
 }
 
 pub(super) async fn settle(
@@ -244,8 +274,7 @@ pub(super) async fn settle(
     server: &Server,
     name: &str,
 ) -> sqlx::Result<bool> {
-    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes()).execute(connection).await?;
-    Ok(settled.rows_affected() > 0)
+    wrote(connection, insert(server, SETTLE).bind(name.as_bytes())).await
 }
 
 pub(super) async fn stand(
@@ -255,8 +284,8 @@ pub(super) async fn stand(
     place: &Place,
 ) -> sqlx::Result<bool> {
     let (secret, listener) = Place::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(secret).bind(name.as_bytes());
-    Ok(query.bind(secret).bind(listener).execute(connection).await?.rows_affected() > 0)
+    let query = insert(server, STAND).bind(secret).bind(name.as_bytes());
+    wrote(connection, query.bind(secret).bind(listener)).await
 }
 
 pub(super) async fn set_waiters(
@@ -266,8 +295,8 @@ pub(super) async fn set_waiters(
     before: &str,
     after: &str,
 ) -> sqlx::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(after).bind(name.as_bytes()).bind(before);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
+    let query = insert(server, SET_WAITERS).bind(after).bind(name.as_bytes()).bind(before);
+    wrote(connection, query).await
 }
 
 pub(super) async fn remove_waiter(
@@ -277,8 +306,8 @@ pub(super) async fn remove_waiter(
     secret: &Secret,
 ) -> sqlx::Result<()> {
     let secret = secret.as_str();
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);
-    query.execute(connection).await.map(drop)
+    let query = insert(server, REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
+    wrote(connection, query).await.map(drop)
 }
 
 pub(super) async fn renew(
@@ -287,8 +316,8 @@ pub(super) async fn renew(
     leases: &[Renewal],
 ) -> sqlx::Result<Vec<Standing>> {
     let json = as_json(leases);
-    let renewed: Vec<String> =
-        sqlx::query_scalar(server.table.sql(RENEW)).bind(&json).fetch_all(&mut *connection).await?;
+    let renewed = insert(server, RENEW).bind(&json).fetch_all(&mut *connection).await?;
+    let renewed: Vec<String> = renewed.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     let mut found = Vec::with_capacity(leases.len());
     if renewed.len() < leases.len() {
         // Whether one was renewed was told above.
@@ -311,7 +340,7 @@ pub(super) async fn exchange(
     listener: &str,
     returns: &[Return],
 ) -> sqlx::Result<Vec<MySqlRow>> {
-    let query = sqlx::query(server.table.sql(EXCHANGE)).bind(asked).bind(owner).bind(listener);
+    let query = insert(server, EXCHANGE).bind(asked).bind(owner).bind(listener);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {

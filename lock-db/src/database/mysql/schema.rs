@@ -7,7 +7,8 @@ use sqlx::mysql::MySqlConnection;
 use sqlx::{AssertSqlSafe, Row};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
-use crate::database::{Cluster, Found, Server, Table};
+use crate::database::server::Table;
+use crate::database::{Cluster, Found, Server};
 use crate::schema;
 
 /// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
@@ -29,7 +30,7 @@ const LEVEL_WITHOUT_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ C
 const SERVER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
-    'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format')";
+    'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format', 'innodb_autoinc_lock_mode')";
 
 const COLUMNS: i64 = 13;
 
@@ -121,6 +122,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         table: Table::new(&schema, '`', String::new()).into(),
         cluster: kind.cluster,
         is_mariadb: kind.is_mariadb,
+        keeps_counter: kind.keeps_counter,
         is_ascii_only: false,
     }))
 }
@@ -129,6 +131,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
 struct KindOfServer {
     cluster: Cluster,
     is_mariadb: bool,
+    keeps_counter: bool,
     /// Whether private connections have to bear with locks on gaps.
     has_gaps: bool,
 }
@@ -139,10 +142,12 @@ fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
     let is_galera = setting("wsrep_on") == "ON";
     let is_group = !setting("group_replication_group_name").is_empty()
         && setting("group_replication_single_primary_mode") == "OFF";
-    let logs_statements = setting("log_bin") == "ON" && setting("binlog_format") == "STATEMENT";
+    let has_log = setting("log_bin") == "ON";
+    let logs_statements = has_log && setting("binlog_format") == "STATEMENT";
     KindOfServer {
         cluster: if is_galera || is_group { Cluster::MultiPrimary } else { Cluster::SinglePrimary },
         is_mariadb,
+        keeps_counter: is_mariadb && has_log && setting("innodb_autoinc_lock_mode") != "2",
         has_gaps: !is_mariadb || logs_statements,
     }
 }

@@ -218,7 +218,7 @@ pub(super) async fn acquire(
     let row = sqlx::query(server.table.sql(ACQUIRE))
         .bind(&*claim.name)
         .bind(claim.secret.as_str())
-        .bind(&*claim.owner)
+        .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
         .bind(claim.place.as_ref().map(Secret::as_str))
         .fetch_optional(connection)

@@ -3,7 +3,8 @@
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Row};
 
-use crate::database::{Cluster, Found, Server, Table};
+use crate::database::server::Table;
+use crate::database::{Cluster, Found, Server};
 use crate::schema;
 
 /// The columns that are used.
@@ -111,6 +112,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         table: Table::new(schema, '"', format!("{database}/{oid}")).into(),
         cluster: Cluster::SinglePrimary,
         is_mariadb: false,
+        keeps_counter: false,
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
     }))
 }

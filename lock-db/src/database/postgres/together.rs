@@ -164,7 +164,7 @@ pub(super) async fn exchange(
             .bind(all_secrets.collect::<Vec<_>>())
             .bind(ttls.collect::<Vec<_>>())
             .bind(places.collect::<Vec<_>>())
-            .bind(claims.first().map_or("", |claim| &*claim.owner))
+            .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
             .bind(listener)
             .fetch_all(&mut *connection)
             .await?

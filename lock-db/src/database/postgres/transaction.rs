@@ -190,7 +190,7 @@ async fn lock_at_once(
     let row = sqlx::query(server.table.sql(LOCK_ROW_AT_ONCE))
         .bind(&*claim.row.name)
         .bind(claim.secret.as_str())
-        .bind(&*claim.owner)
+        .bind(server.storable(&claim.owner))
         .bind(&*server.table.identity)
         .fetch_optional(connection)
         .await?;
@@ -215,7 +215,7 @@ async fn wait_and_lock(
         .bind(&*claim.row.name)
         .bind(claim.kind.as_str())
         .bind(claim.secret.as_str())
-        .bind(&*claim.owner)
+        .bind(server.storable(&claim.owner))
         .bind(slice.as_millis().to_string())
         .bind(server.table.name())
         .bind(&*server.table.identity)
@@ -294,8 +294,7 @@ async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> 
 
 /// Of a row that a release answers.
 fn called(row: &PgRow) -> Option<Call> {
-    let (id, listener): (&str, &str) = (row.try_get(1).ok()?, row.try_get(2).ok()?);
-    Call::parse(Some(listener), id.parse().ok()?)
+    Call::parse(row.try_get(2).ok()?, row.try_get(1).ok()?)
 }
 
 pub(super) async fn guard(

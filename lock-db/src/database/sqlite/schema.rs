@@ -4,7 +4,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Connection, Row};
 
 use crate::Error;
-use crate::database::{Cluster, Found, Server, Table};
+use crate::database::server::Table;
+use crate::database::{Cluster, Found, Server};
 use crate::schema;
 
 /// How long a private connection waits for another writer before it answers "busy". And a schema is a file of its own here.
@@ -49,15 +50,15 @@ pub(super) fn check_options(options: &SqliteConnectOptions, schema: Option<&str>
         });
     }
     let file = options.get_filename().to_string_lossy();
-    let in_memory = file.is_empty()
-        || file == ":memory:"
-        || file.starts_with("file:sqlx-in-memory-")
-        || ["file::memory:", "mode=memory", "vfs=memdb"].iter().any(|form| file.contains(form));
-    if in_memory {
+    let text = format!("{options:?}");
+    let is_in_memory = file.is_empty()
+        || [":memory:", "mode=memory", "vfs=memdb", "sqlx-in-memory-"].iter().any(|form| file.contains(form))
+        || text.contains("in_memory: true");
+    if is_in_memory {
         let value = "a SQLite database in memory".into();
         return Err(Error::InvalidOption { option: "pool", value, reason: FILE_PLEASE });
     }
-    if locks_exclusively(options) {
+    if locks_exclusively(&text) {
         return Err(Error::InvalidOption {
             option: "pool",
             value: "a SQLite database with `locking_mode = EXCLUSIVE`".into(),
@@ -68,10 +69,10 @@ pub(super) fn check_options(options: &SqliteConnectOptions, schema: Option<&str>
     Ok(())
 }
 
-/// sqlx has no way to ask for it. When this is not found any more, `FIND` still tells, after a wait.
-fn locks_exclusively(options: &SqliteConnectOptions) -> bool {
-    let text = format!("{options:?}");
-    let Some((_, mode)) = text.split_once("\"locking_mode\": ") else { return false };
+/// sqlx has no way to ask for it but the text of its options. When this is not found there any more, `FIND` still tells, after a
+/// wait.
+fn locks_exclusively(options: &str) -> bool {
+    let Some((_, mode)) = options.split_once("\"locking_mode\": ") else { return false };
     mode.get(..20).is_some_and(|mode| mode.to_ascii_uppercase().contains("EXCLUSIVE"))
 }
 
@@ -106,6 +107,7 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
         table: Table::new("main", '"', file).into(),
         cluster: Cluster::SinglePrimary,
         is_mariadb: false,
+        keeps_counter: false,
         is_ascii_only: false,
     }))
 }

@@ -21,7 +21,7 @@ use tokio::select;
 use tokio::sync::watch;
 
 use super::*;
-use crate::database::{Claim, Cluster, LeaseKey, RowKey};
+use crate::database::{Claim, LeaseKey, RowKey, Server};
 use crate::error::Loss;
 use crate::interleavings::{draw, explore, pause};
 use crate::secret::Secret;
@@ -31,8 +31,6 @@ use crate::session::{LeaseState, Session, State, Way};
 const LONG: Duration = Duration::from_hours(1);
 /// Over when anybody looks.
 const OVER: Duration = Duration::ZERO;
-
-type Name = Name;
 
 // ------------------------------------------------------------------------------------------------------ the database
 
@@ -168,13 +166,14 @@ impl Core {
             row: RowKey { name: claim.name.clone(), id: 1 },
             secret: claim.secret.clone(),
             fencing_token,
-            ttl: TTL,
+            ttl: claim.ttl,
             server: Server::for_tests(),
         };
         let (state, lost) =
             LeaseState::new(number, key, (numbers, turns), claim.ttl, Instant::now() + claim.ttl, Some(turn));
         self.holders.may_have(&state, numbers, turns);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
+        self.queues.is_held(&state);
         Some(Hold::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -222,7 +221,7 @@ async fn serve(core: Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) {
                     let _caller_has_gone = answer.map(|answer| answer.send(released));
                 });
             }
-            Request::Released { lease } => {
+            Request::Released { lease, .. } => {
                 core.is_given_back(&lease);
                 core.lose(lease.number, Loss::Released);
             }
@@ -311,6 +310,9 @@ impl Attempt {
                 return holds.map(Some).ok_or(Error::Closed);
             }
             self.unsettled.set(false);
+            for claim in &self.claims {
+                core.queues.learn(&claim.name, Front::IsHeldElsewhere(None));
+            }
             match wait {
                 None => return Ok(None),
                 Some(OVER) => return Err(timed_out()),
@@ -318,6 +320,11 @@ impl Attempt {
             }
         }
     }
+}
+
+/// Of the database, for those who stand behind others.
+fn no_answer(_waited: Duration) -> Failure {
+    Failure::for_tests()
 }
 
 fn timed_out() -> Error {
@@ -352,7 +359,7 @@ async fn release(core: &Rc<Core>, lease: &LeaseState) -> Result<(), Error> {
     match loss {
         None => assert!(was_ours, "a lease was released twice"),
         Some(Loss::Released) => {}
-        Some(reason) => return Err(Error::Lost { name: lease.name().to_owned(), reason }),
+        Some(reason) => return Err(Error::Lost { name: lease.name().to_string(), reason }),
     }
     Ok(())
 }
@@ -380,7 +387,7 @@ impl Holders {
         let last = lease.key.fencing_token;
         let of_the_grant = last - i64::from(numbers) + 1..=last;
         let mut names = self.names.lock().unwrap();
-        let inside = names.entry(Arc::clone(&lease.key.row.name)).or_default();
+        let inside = names.entry(lease.key.row.name.clone()).or_default();
         inside.left.insert(lease.number, (turns, of_the_grant));
     }
 
@@ -486,7 +493,8 @@ impl World {
     fn start(plan: &'static Plan) -> (Arc<Self>, thread::JoinHandle<()>) {
         let (sender, requests) = mpsc::unbounded_channel();
         let weak = sender.downgrade();
-        let queues = Queues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap());
+        let reports = Reports { owner: "test".into(), no_answer };
+        let queues = Queues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap(), reports);
         let (database, holders) = (Arc::<Database>::default(), Arc::<Holders>::default());
         let way = Way { requests: sender, queues: Arc::clone(&queues) };
         let session = Session { state: Mutex::new(State::Running(way)) };
@@ -533,11 +541,14 @@ impl World {
     /// What must hold at every moment.
     fn look(&self) {
         let state = self.queues.state();
-        let waiting: Vec<_> = state.names.values().flat_map(BTreeMap::values).collect();
+        let waiting: Vec<_> = state.names.values().flat_map(|line| line.waiting.values()).collect();
         assert!(!state.closed || waiting.is_empty(), "somebody waits in closed queues");
         for waiter in waiting {
-            let deadline = waiter.deadline().expect("a try waits");
+            let deadline = waiter.deadline();
             assert!(state.next_deadline.is_some_and(|next| next <= deadline), "a wait will not end");
+        }
+        for line in state.names.values().filter(|line| line.front.is_held()) {
+            assert!(line.waiting.values().all(|waiter| waiter.wait.is_some()), "a try waits for a holder");
         }
     }
 
@@ -583,7 +594,8 @@ impl World {
                 assert!(wait.is_none(), "only a try gives up");
                 return;
             }
-            Err(Error::Timeout { .. }) => {
+            // Held; or whoever had the turn had not heard by then.
+            Err(Error::Timeout { .. } | Error::Database { .. }) => {
                 assert_eq!(wait, Some(OVER), "the wait was not over");
                 return;
             }
@@ -624,7 +636,7 @@ impl World {
                 self.holders.leave(&hold);
                 if self.database.free(hold.name(), &lease.key.secret) {
                     commit.was_carried_out();
-                    hold.was_released();
+                    hold.was_released(None);
                 } else {
                     commit.never_comes();
                 }
@@ -862,7 +874,7 @@ fn what_a_commit_released_is_free_at_once() {
         let (world, session) = World::start(&QUIET);
         let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         assert!(world.database.free(hold.name(), &hold.lease.key.secret));
-        hold.was_released();
+        hold.was_released(None);
         drop(hold);
         assert!(block_on(world.acquire(0, None)).unwrap().is_some());
         world.end(session);
