@@ -325,13 +325,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         slice: Duration,
     ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
 
-    /// Whether the lock that the transaction has just taken was its own before, by the number and secret that were `before` in
-    /// the row. `None`: this database can't tell.
+    /// Whether the lock that the transaction has just taken was its own before, by the secret that was `before` in the row.
+    /// `None`: perhaps; others see that secret when it was not.
     #[doc(hidden)]
     fn was_its_own(
         _connection: &mut Self::Connection,
-        _row: &RowKey,
-        _before: &(i64, String),
+        _before: &str,
     ) -> impl Future<Output = sqlx::Result<Option<bool>>> + Send {
         async { Ok(None) }
     }

@@ -195,8 +195,8 @@ pub enum RowAttempt {
     Locked {
         /// The number that this wrote into the row.
         fencing_token: i64,
-        /// The number and the secret that were there before.
-        before: (i64, String),
+        /// The secret that was there before.
+        before: String,
     },
     /// Another transaction has it.
     Busy,

@@ -26,6 +26,8 @@ const FIRST_SLICE: Duration = Duration::from_millis(1100);
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.
 const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
+/// How long it may take to see whether a transaction has a lock for the second time.
+const QUICK_LOOK: Duration = Duration::from_millis(100);
 /// The longest pause between two looks at a lease that another process holds.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Between two attempts, when the server did not wait in between as it was asked to.
@@ -49,8 +51,6 @@ pub(crate) struct Locked {
     /// What stands in the row now, and what did before.
     pub(crate) secret: Secret,
     pub(crate) before: String,
-    row: RowKey,
-    last: (i64, String),
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
@@ -93,9 +93,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             let asked = Instant::now();
             let held_by = match self.step(connection, &server, &claim, slice).await? {
                 Step::Done(RowAttempt::Locked { fencing_token, before }) => {
-                    let RowClaim { row, secret, .. } = claim;
-                    let (before, last) = (before.1.clone(), before);
-                    return Ok(Some(Locked { fencing_token, secret, before, row, last }));
+                    return Ok(Some(Locked { fencing_token, secret: claim.secret, before }));
                 }
                 Step::Done(RowAttempt::WrongKind) => {
                     let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
@@ -145,10 +143,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 };
             };
             if left.is_zero() {
-                return Err(match stalled {
-                    None => self.timed_out(WaitingFor::Lock, None),
-                    Some(failure) => failure.into_error(ACTION, Some(self.name)),
-                });
+                if let Some(failure) = stalled {
+                    return Err(failure.into_error(ACTION, Some(self.name)));
+                }
+                let mut holder = None;
+                if held_by {
+                    holder = DB::look(connection, &server, self.name).await.ok().flatten();
+                }
+                return Err(self.timed_out(WaitingFor::Lock, holder));
             }
             if !may_wait(stalled.as_ref()) {
                 return Ok(None);
@@ -304,22 +306,24 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// How often the transaction holds it now. Only a secret that this process wrote needs a second look.
+    /// How often the transaction holds it now. Only a secret that this process wrote needs a second look; and when that takes long,
+    /// the table may be about to be altered, and nothing here waits for it.
     async fn count(&self, connection: &mut DB::Connection, locked: &Locked) -> Result<usize, Error> {
-        let Locked { secret, before, row, last, .. } = locked;
+        let Locked { secret, before, .. } = locked;
         let counts = self.locks.counts();
         if !counts.knows(before) {
             return Ok(counts.enter(secret, before, false));
         }
-        let again = DB::was_its_own(connection, row, last).await;
+        let again = DB::was_its_own(connection, before).await;
         let again = again.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))?;
         let again = match again {
             Some(again) => again,
             // Others see it when the transaction that wrote it has committed, and don't when it is ours.
             None => {
                 let name = self.name.clone();
-                let committed = self.ask(|answer| Request::Look { name, answer }).await;
-                committed.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before))
+                let committed = self.locks.session().ask(|answer| Request::Look { name, answer });
+                let committed = timeout(QUICK_LOOK, committed).await;
+                committed.is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
             }
         };
         Ok(counts.enter(secret, before, again))

@@ -19,7 +19,7 @@ use sqlx::{MySql, Pool};
 
 use super::{
     Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
-    Renewal, Return, RowAttempt, RowClaim, RowKey, Server, Standing, hexadecimal,
+    Renewal, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -206,12 +206,9 @@ impl LockDatabase for MySql {
         transaction::lock_row(connection, server, claim, slice).await
     }
 
-    async fn was_its_own(
-        connection: &mut MySqlConnection,
-        row: &RowKey,
-        before: &(i64, String),
-    ) -> sqlx::Result<Option<bool>> {
-        transaction::was_its_own(connection, row.id, before.0).await.map(Some)
+    async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> sqlx::Result<Option<bool>> {
+        let may_be = transaction::may_be_its_own(connection, before).await?;
+        Ok(if may_be { None } else { Some(false) })
     }
 
     async fn commit_locked(

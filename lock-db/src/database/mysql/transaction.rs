@@ -28,6 +28,10 @@ const IN_TRANSACTION: &str = "SAVEPOINT lock_db_here; RELEASE SAVEPOINT lock_db_
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
 const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
+/// The secrets of the locks that transactions on this connection have taken last, one behind the other.
+const TAKEN: &str = "@lock_db_taken";
+const MOST_TAKEN: usize = 64 * 32;
+
 /// What a try may take that waits for nobody.
 const LONGEST_TRY: Duration = Duration::from_secs(2);
 
@@ -178,19 +182,11 @@ pub(super) async fn look_in(
     row.as_ref().map(lease::lock_row).transpose()
 }
 
-/// The savepoint that `lock_and_write` set when it wrote this number is there only in the same transaction.
-pub(super) async fn was_its_own(connection: &mut MySqlConnection, id: i64, token: i64) -> sqlx::Result<bool> {
-    let savepoint = savepoint(id, token);
-    let sql = format!("RELEASE SAVEPOINT {savepoint}; SAVEPOINT {savepoint}");
-    match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
-        Ok(_) => Ok(true),
-        Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-fn savepoint(id: i64, token: i64) -> String {
-    format!("lock_db_{id}_{token}")
+/// The variable outlives the transaction, so it only tells when the answer is no.
+pub(super) async fn may_be_its_own(connection: &mut MySqlConnection, secret: &str) -> sqlx::Result<bool> {
+    let sql = format!("SELECT COALESCE(INSTR({TAKEN}, {}), 0) > 0", literal(secret));
+    let found = fetch_optional(connection, sql).await?;
+    found.map_or(Ok(false), |row| row.try_get(0))
 }
 
 pub(super) async fn doom(connection: &mut MySqlConnection) {
@@ -289,18 +285,17 @@ async fn lock_and_write(
         return Ok(RowAttempt::Stale);
     }
 
-    let fencing_token = last.saturating_add(1).max(now);
+    let (fencing_token, secret) = (last.saturating_add(1).max(now), literal(claim.secret.as_str()));
     let sql = format!(
         "UPDATE {table}
-        SET fencing_token = {fencing_token}, secret_key = CONVERT({} USING ascii),
+        SET fencing_token = {fencing_token}, secret_key = CONVERT({secret} USING ascii),
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
-        WHERE id = {id} AND lock_name = {name}; SAVEPOINT {}",
-        literal(claim.secret.as_str()),
+        WHERE id = {id} AND lock_name = {name};
+        SET {TAKEN} = RIGHT(CONCAT(COALESCE({TAKEN}, ''), {secret}), {MOST_TAKEN})",
         literal(&claim.owner),
-        savepoint(id, fencing_token)
     );
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
-    Ok(RowAttempt::Locked { fencing_token, before: (last, before) })
+    Ok(RowAttempt::Locked { fencing_token, before })
 }
 
 /// The beginning of a SELECT that the server ends when it takes longer. Each server reads its own form of the limit and takes

@@ -18,7 +18,7 @@ use sqlx::{Pool, Postgres};
 
 use super::{
     Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe,
-    Released, Renewal, Return, RowAttempt, RowClaim, RowKey, Server, Standing,
+    Released, Renewal, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -181,12 +181,8 @@ impl LockDatabase for Postgres {
         transaction::lock_row(connection, server, claim, slice).await
     }
 
-    async fn was_its_own(
-        connection: &mut PgConnection,
-        _row: &RowKey,
-        before: &(i64, String),
-    ) -> sqlx::Result<Option<bool>> {
-        transaction::was_its_own(connection, &before.1).await.map(Some)
+    async fn was_its_own(connection: &mut PgConnection, before: &str) -> sqlx::Result<Option<bool>> {
+        transaction::was_its_own(connection, before).await.map(Some)
     }
 
     async fn commit_locked(

@@ -64,8 +64,8 @@ written AS (
     SET fencing_token = GREATEST(found.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.id = found.id
-    RETURNING held.fencing_token, found.fencing_token AS last_token, found.secret_key)
-SELECT seen.lock_kind, seen.is_here, written.fencing_token, written.last_token, written.secret_key,
+    RETURNING held.fencing_token, found.secret_key)
+SELECT seen.lock_kind, seen.is_here, written.fencing_token, written.secret_key,
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (
@@ -134,14 +134,13 @@ BEGIN
         set_config('lock_db.taken',
             concat(current_setting('lock_db.taken', true), current_setting('lock_db.secret')), true),
         set_config('lock_db.token', held.previous_token::text, true),
-        set_config('lock_db.last_token', held.fencing_token::text, true),
         set_config('lock_db.last_secret', held.secret_key, true);
 EXCEPTION
     WHEN lock_not_available THEN PERFORM set_config('lock_db.outcome', 'busy', true);
     WHEN SQLSTATE 'LDB01' THEN PERFORM set_config('lock_db.outcome', SQLERRM, true);
 END $lock_db$;
 SELECT current_setting('lock_db.outcome'), current_setting('lock_db.token', true),
-    current_setting('lock_db.last_token', true), current_setting('lock_db.last_secret', true)";
+    current_setting('lock_db.last_secret', true)";
 
 const WAS_ITS_OWN: &str =
     "SELECT COALESCE(position($1 IN current_setting('lock_db.taken', true)) > 0, false)";
@@ -202,7 +201,7 @@ async fn lock_at_once(
         return Ok(RowAttempt::WrongKind);
     }
     let Some(fencing_token) = row.try_get(2)? else { return Ok(RowAttempt::Busy) };
-    Ok(RowAttempt::Locked { fencing_token, before: (row.try_get(3)?, row.try_get(4)?) })
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(3)? })
 }
 
 async fn wait_and_lock(
@@ -228,8 +227,8 @@ async fn wait_and_lock(
     let outcome = rows.last().ok_or(sqlx::Error::RowNotFound)?;
     Ok(match outcome.try_get::<&str, _>(0)? {
         "locked" => RowAttempt::Locked {
-            fencing_token: number(outcome, 1)?,
-            before: (number(outcome, 2)?, outcome.try_get(3)?),
+            fencing_token: number(outcome)?,
+            before: outcome.try_get(2)?,
         },
         "busy" => RowAttempt::Busy,
         "kind" => RowAttempt::WrongKind,
@@ -239,8 +238,8 @@ async fn wait_and_lock(
     })
 }
 
-fn number(row: &PgRow, column: usize) -> sqlx::Result<i64> {
-    row.try_get::<&str, _>(column)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+fn number(row: &PgRow) -> sqlx::Result<i64> {
+    row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
 }
 
 pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> sqlx::Result<bool> {

@@ -33,7 +33,7 @@ const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 const MAKE_ROW: &str = "
 INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
 ON CONFLICT (lock_name) DO UPDATE SET owner = owner
-RETURNING lock_kind, secret_key, fencing_token, expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now'),
+RETURNING lock_kind, secret_key, expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now'),
     expire_time = '1970-01-01 00:00:00.000000' OR ttl_micros <= 0";
 
 const WRITE_ROW: &str = "
@@ -92,10 +92,10 @@ async fn lock_and_write(
     if Kind::parse(row.try_get(0)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
-    if row.try_get(3)? {
+    if row.try_get(2)? {
         return Ok(RowAttempt::Leased { usable: false });
     }
-    if !row.try_get::<bool, _>(4)? {
+    if !row.try_get::<bool, _>(3)? {
         return Ok(RowAttempt::Unsettled { usable: false });
     }
     let fencing_token = sqlx::query_scalar(server.table.sql(WRITE_ROW))
@@ -105,7 +105,7 @@ async fn lock_and_write(
         .bind(clock_micros())
         .fetch_one(connection)
         .await?;
-    Ok(RowAttempt::Locked { fencing_token, before: (row.try_get(2)?, row.try_get(1)?) })
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(1)? })
 }
 
 pub(super) async fn commit_locked(
