@@ -16,6 +16,16 @@ pub fn long_run() -> Option<Duration> {
     Some(Duration::from_secs(seconds.parse().expect("LOCK_DB_TEST_FAULTS_SECONDS is a number")))
 }
 
+/// How many random rounds a case makes: what `LOCK_DB_TEST_ROUNDS` says, or so many.
+pub fn rounds(default: usize) -> usize {
+    more_rounds().unwrap_or(default)
+}
+
+fn more_rounds() -> Option<usize> {
+    let rounds = std::env::var("LOCK_DB_TEST_ROUNDS").ok().filter(|rounds| !rounds.is_empty())?;
+    Some(rounds.parse().expect("LOCK_DB_TEST_ROUNDS is a number"))
+}
+
 /// Makes a test of each case on each kind of database, named `postgres::case`, `mariadb::case`, `mysql::case` and
 /// `sqlite::case`. Once in a module:
 ///
@@ -99,7 +109,8 @@ pub fn run_case<T: TestDatabase>(runtime: CaseRuntime, case: impl AsyncFnOnce(&T
     let Some(database) = runtime.block_on(T::create()) else { return };
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         runtime.block_on(async {
-            let patience = PATIENCE + long_run().unwrap_or_default();
+            let rounds = u32::try_from(more_rounds().unwrap_or_default()).unwrap_or(u32::MAX);
+            let patience = PATIENCE + long_run().unwrap_or_default() + Duration::from_secs(1) * rounds;
             let in_time = tokio::time::timeout(patience, case(&database)).await;
             assert!(in_time.is_ok(), "the case hangs: it did not end within {patience:?}");
         });

@@ -25,7 +25,7 @@ mod random;
 mod servers;
 mod sqlite;
 
-pub use cases::{CaseRuntime, long_run, run_case};
+pub use cases::{CaseRuntime, long_run, rounds, run_case};
 pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
 pub use eventually::eventually;
 pub use network::Network;
