@@ -3,7 +3,13 @@
 //! At the levels below they get the lock.
 //!
 //! The fixed cases consist of cells. A cell says how the holder works and ends, and when and how the transaction asks. Each
-//! runs at every isolation level, and a failure lists the cells that failed.
+//! runs at every isolation level, and a failure lists the cells that failed. In the random cases two transactions and two
+//! holders take locks and work under them, one step at a time, in the order of a seeded schedule.
+//!
+//! ```text
+//! LOCK_DB_TEST_ROUNDS=1000 tests/run -p lock-tests --test snapshots random_orders_lose_nothing
+//! LOCK_DB_TEST_SEED=… LOCK_DB_TEST_ROUNDS=1 tests/run -p lock-tests --test snapshots mysql::random_orders_lose_nothing
+//! ```
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -18,16 +24,29 @@ mod snapshots {
         pub mod statements;
     }
     pub mod level;
+    pub mod random {
+        pub mod holders;
+        pub mod ledger;
+        pub mod schedule;
+        pub mod transactions;
+        pub mod work;
+        pub mod world;
+    }
 }
 
 use lock_db::Kind;
-use lock_tests::{CaseRuntime, SqliteFile, child_roles, for_each_database, run_case};
+use lock_tests::{
+    CaseRuntime, Random, SqliteFile, TestDatabase, TestServer, child_roles, for_each_database, rounds,
+    run_case, seed,
+};
 
 use snapshots::fixed::cells::{Cell, Moment, run_cells};
 use snapshots::fixed::crash::{holder_that_is_killed, run_crashes};
 use snapshots::fixed::holder::{End, Way};
 use snapshots::fixed::reader::{Ask, CountedWay};
 use snapshots::fixed::statements::{count_statements, waiter_that_counts};
+use snapshots::random::ledger::{Tally, Violation};
+use snapshots::random::world::{Crew, Lock, Stage, World};
 
 for_each_database! {
     after_guarded_commits,
@@ -40,7 +59,16 @@ for_each_database! {
     after_a_crash,
     after_a_takeover,
     after_a_commit_that_was_late,
+    random_orders_lose_nothing;
+
+    on servers:
+    random_orders_of_a_lock_by_hand_lose_updates,
 }
+
+/// How many random worlds there are, unless `LOCK_DB_TEST_ROUNDS` says otherwise.
+const WORLDS: usize = 30;
+/// Within how many worlds a lock by hand must have failed. Usually it fails in the first one.
+const WORLDS_BY_HAND: i64 = 400;
 
 child_roles! { holder_that_is_killed, waiter_that_counts }
 
@@ -129,4 +157,46 @@ async fn after_a_commit_that_was_late<T: CountedWay>(database: &T) {
 #[test]
 fn waiting_on_sqlite_is_no_spin() {
     run_case(CaseRuntime::TwoWorkers, async |database: &SqliteFile| count_statements(database).await);
+}
+
+async fn random_orders_lose_nothing<T: TestDatabase>(database: &T) {
+    let crew = Crew::new(database).await;
+    let mut seeds = Random(seed());
+    // The first world has the given seed, so that a single one can be repeated.
+    let mut seed = seeds.0;
+    let mut total = Tally::default();
+    let worlds = rounds(WORLDS);
+    for number in 0..worlds {
+        let world = World::random::<T>(seed, i64::try_from(number).unwrap(), Lock::LockDb);
+        let (tally, _none) = Stage::play(database, &crew, &world, true).await;
+        total.add(&tally);
+        seed = seeds.next();
+    }
+    println!("{}: {total}", T::NAME);
+    if worlds >= WORLDS {
+        assert!(total.committed_in_transactions > 0, "no transaction had a lock: {total}");
+        assert!(total.refused_in_transactions > 0, "no transaction was refused: {total}");
+        assert!(total.committed_by_holders > 0, "no holder has committed: {total}");
+    }
+}
+
+/// Shows that the random orders find what they look for.
+async fn random_orders_of_a_lock_by_hand_lose_updates<T: TestServer>(database: &T) {
+    let crew = Crew::new(database).await;
+    let mut seeds = Random(seed());
+    for number in 0..WORLDS_BY_HAND {
+        let world = World::random::<T>(seeds.next(), number, Lock::ByHand);
+        let (_tally, violations) = Stage::play(database, &crew, &world, false).await;
+        let is_found = |violation: &Violation| match violation {
+            // PostgreSQL refuses to change a row that is newer than the snapshot, but not to insert another one.
+            Violation::LostUpdate(_) => T::NAME != "postgres",
+            Violation::SecondOrder(_) => T::NAME == "postgres",
+            _ => false,
+        };
+        if violations.iter().any(is_found) {
+            println!("{}: found in world {number}: {violations:?}", T::NAME);
+            return;
+        }
+    }
+    panic!("{WORLDS_BY_HAND} worlds of a lock without a check of the snapshot have lost nothing");
 }

@@ -60,6 +60,19 @@ pub async fn begin<DB: Backend>(pool: &Pool<DB>, level: Level) -> sqlx::Result<T
     }
 }
 
+/// The level of the transactions that others begin on this connection.
+pub async fn set_level_of_session<DB: Backend>(
+    connection: &mut DB::Connection,
+    level: Level,
+) -> sqlx::Result<()> {
+    let scope = match DB::NAME {
+        "PostgreSQL" => "CHARACTERISTICS AS TRANSACTION",
+        "SQLite" => return Ok(()),
+        _ => "TRANSACTION",
+    };
+    DB::run(connection, &format!("SET SESSION {scope} ISOLATION LEVEL {level}")).await.map(drop)
+}
+
 /// In the usual journal mode of SQLite a transaction that has read something keeps all others from committing.
 pub async fn let_writers_commit_beside_readers<T: TestDatabase>(database: &T) {
     if T::NAME == "sqlite" {
