@@ -59,16 +59,17 @@ impl Turns {
         select! {
             biased;
             turn = self.enter(name) => Some(turn),
-            () = self.learns(name, |known| matches!(known, Known::Held(_))) => None,
+            () = self.learns(name, |known| matches!(known, Known::Held(_)).then_some(())) => None,
         }
     }
 
-    /// Waits until that is known of a lock whose turn is taken.
-    pub(crate) async fn learns(&self, name: &Name, what: impl Fn(&Known) -> bool) {
+    /// Waits until something is known of a lock whose turn is taken.
+    pub(crate) async fn learns<T>(&self, name: &Name, read: impl Fn(&Known) -> Option<T>) -> T {
         loop {
             let learned = self.learned.notified();
-            if self.known(name, &what) {
-                return;
+            let known = read(self.names().get(name).map_or(&Known::Nothing, |entry| &entry.known));
+            if let Some(known) = known {
+                return known;
             }
             learned.await;
         }
@@ -80,11 +81,6 @@ impl Turns {
         let mut turn = self.turn(name, &queue);
         turn.permit = Some(queue.try_acquire_owned().ok()?);
         Some(turn)
-    }
-
-    /// What is known of a lock whose turn is taken.
-    pub(crate) fn known<T>(&self, name: &Name, read: impl FnOnce(&Known) -> T) -> T {
-        read(self.names().get(name).map_or(&Known::Nothing, |entry| &entry.known))
     }
 
     fn turn(self: &Arc<Self>, name: &Name, queue: &Arc<Semaphore>) -> Turn {

@@ -113,7 +113,8 @@ async fn waiters_for_names_that_transactions_hold_are_in_nobodys_way<T: TestServ
         let free = locks.insert_lock(format!("free {number}")).wait(Duration::from_secs(3)).acquire().await;
         free.unwrap().release().await.unwrap();
     }
-    assert!(waiting.try_join_next().is_none());
+    let ended = waiting.try_join_next();
+    assert!(ended.is_none(), "{ended:?}");
     // And hear that a row is locked when it is theirs.
     let lease = locks.insert_lock("own").ttl(LONG).acquire().await.unwrap();
     let mut verified = database.pool(1).await.begin().await.unwrap();

@@ -46,7 +46,7 @@ async fn a_stopped_holder_never_commits_after_a_takeover<T: TestDatabase>(databa
     // What was asked was asked often enough.
     assert!(tally.taken_over >= ROUNDS / 10, "{} takeovers while the holder stood", tally.taken_over);
     assert!(tally.refused >= ROUNDS / 20, "{} holders were refused", tally.refused);
-    assert!(tally.waited >= ROUNDS / 20, "{} takers had to wait", tally.waited);
+    assert!(T::NAME == "postgres" || tally.waited >= ROUNDS / 20, "{} takers had to wait", tally.waited);
 }
 
 /// Shows that the rounds find what they look for.
@@ -270,7 +270,8 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
             return false;
         }
         match place {
-            Place::Verified => true,
+            // PostgreSQL ends a verified transaction that is idle for a TTL.
+            Place::Verified => T::NAME != "postgres",
             // The write lock: a guarded transaction begins with it, others get it when they write.
             Place::Begun | Place::Read => T::NAME == "sqlite" && holder.way != Way::Verified,
             Place::Written => T::NAME == "sqlite",

@@ -304,16 +304,6 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async { Ok(true) }
     }
 
-    /// Reads the row as the transaction sees it, which fixes its snapshot. `None` where that tells nothing.
-    #[doc(hidden)]
-    fn look_in(
-        _transaction: &mut Self::Connection,
-        _server: &Server,
-        _name: &str,
-    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send {
-        async { Ok(None) }
-    }
-
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.

@@ -54,38 +54,56 @@ pub(crate) struct Locked {
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
-    /// Takes the lock in the caller's transaction. With `touched` that works with the table already.
+    /// Takes the lock in the caller's transaction.
     pub(crate) async fn lock_in(
         &self,
         transaction: &mut DB::Connection,
-        touched: bool,
     ) -> Result<Option<HeldInTransaction>, Error> {
+        let Some(row) = self.find_in(transaction).await? else { return Ok(None) };
+        self.lock_found(transaction, row).await
+    }
+
+    /// What is to be done before the caller's transaction locks anything. `None`: the lock is not free, and this is a try.
+    pub(super) async fn find_in(&self, transaction: &mut DB::Connection) -> Result<Option<Found>, Error> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.to_string() });
         }
-        let Some(locked) = self.lock(transaction, touched, |_| true).await? else { return Ok(None) };
+        self.find(transaction, &mut |_| true).await
+    }
+
+    pub(super) async fn lock_found(
+        &self,
+        transaction: &mut DB::Connection,
+        found: Found,
+    ) -> Result<Option<HeldInTransaction>, Error> {
+        let locked = self.lock_row(transaction, found, &mut |_| true).await?;
+        let Some(locked) = locked else { return Ok(None) };
         let hold_count = self.count(transaction, &locked).await?;
         Ok(Some(HeldInTransaction { name: self.name.clone(), hold_count }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
     /// longer, which is asked with what is in the way if that is no holder.
-    ///
-    /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
-    /// table. So from the first statement in the transaction on nothing here waits for the session: both would wait for each other.
     pub(crate) async fn lock(
         &self,
         connection: &mut DB::Connection,
-        touched: bool,
         mut may_wait: impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        if self.locks.session().is_closed() {
-            return Err(Error::Closed);
-        }
-        let server = self.locate().await?;
+        let Some(found) = self.find(connection, &mut may_wait).await? else { return Ok(None) };
+        self.lock_row(connection, found, &mut may_wait).await
+    }
+
+    /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
+    /// table. So from here on nothing waits for the session: both would wait for each other.
+    async fn lock_row(
+        &self,
+        connection: &mut DB::Connection,
+        found: Found,
+        may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
+    ) -> Result<Option<Locked>, Error> {
+        let Found { server, id } = found;
         let secret = Secret::generate()?;
         let owner = Arc::clone(self.locks.owner());
-        let Some(id) = self.find(connection, &server, touched, &mut may_wait).await? else { return Ok(None) };
         let row = RowKey { name: self.name.clone(), id };
         let claim = RowClaim { row, kind: self.kind, owner, secret };
         let (mut slice, mut stalled) = (Duration::ZERO, None);
@@ -169,43 +187,46 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn find(
         &self,
         connection: &mut DB::Connection,
-        server: &Server,
-        touched: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<i64>, Error> {
-        if self.kind == Kind::Row {
-            if DB::ROW_IS_MADE_IN_TRANSACTION {
-                return Ok(Some(0));
-            }
-            if let Some(id) = self.locks.known_rows().get(self.name) {
-                return Ok(Some(id));
-            }
-            let (row, _) = self.ensure_row().await?;
-            self.locks.known_rows().insert(self.name.clone(), row.id);
-            return Ok(Some(row.id));
+    ) -> Result<Option<Found>, Error> {
+        if self.locks.session().is_closed() {
+            return Err(Error::Closed);
         }
-        let outside = DB::waits_outside(connection).await;
-        let outside =
-            outside.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))?;
-        if !outside {
-            return Ok(Some(0));
+        let server = self.locate().await?;
+        let found = match self.kind {
+            Kind::Row => self.find_row().await.map(Some),
+            Kind::Insert => self.find_lease(connection, may_wait).await,
+        };
+        match found {
+            Ok(id) => Ok(id.map(|id| Found { server, id })),
+            // The transaction itself keeps the row from being made.
+            Err(Error::Serialization { .. }) => Err(self.stale(connection).await),
+            Err(error) => Err(error),
         }
-        if touched
-            && let Some(row) = self.look_in(connection, server).await?
-            && row.is_settled()
-        {
-            return Ok(Some(row.id));
-        }
-        self.wait_for_lease(may_wait).await
     }
 
-    async fn look_in(
+    async fn find_row(&self) -> Result<i64, Error> {
+        if DB::ROW_IS_MADE_IN_TRANSACTION {
+            return Ok(0);
+        }
+        if let Some(id) = self.locks.known_rows().get(self.name) {
+            return Ok(id);
+        }
+        let (row, _) = self.ensure_row().await?;
+        self.locks.known_rows().insert(self.name.clone(), row.id);
+        Ok(row.id)
+    }
+
+    async fn find_lease(
         &self,
         connection: &mut DB::Connection,
-        server: &Server,
-    ) -> Result<Option<LockRow>, Error> {
-        let row = DB::look_in(connection, server, self.name).await;
-        row.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))
+        may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
+    ) -> Result<Option<i64>, Error> {
+        let outside = DB::waits_outside(connection).await;
+        match outside.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))? {
+            true => self.wait_for_lease(may_wait).await,
+            false => Ok(Some(0)),
+        }
     }
 
     async fn step(
@@ -348,6 +369,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             held_by: held_by.map(|row| Box::new(row.into_info(self.name))),
         }
     }
+}
+
+/// The row that is to be locked, as far as it is known.
+pub(super) struct Found {
+    server: Server,
+    id: i64,
 }
 
 /// What came of one statement.

@@ -32,11 +32,19 @@ pub(crate) async fn lock_all<DB: LockDatabase>(
     transaction: &mut DB::Connection,
 ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
     let started = Instant::now();
+    let names = in_order(locks, names)?;
+    let attempts = names.iter().map(|name| Attempt { locks, name, kind, wait, started });
+    // All of them are found before the first is locked, which is in the way of whoever makes the others' rows.
+    let mut found = Vec::with_capacity(names.len());
+    for attempt in attempts {
+        match attempt.find_in(transaction).await? {
+            Some(row) => found.push((attempt, row)),
+            None => return Ok(None),
+        }
+    }
     let mut held = Vec::with_capacity(names.len());
-    for name in &in_order(locks, names)? {
-        let attempt = Attempt { locks, name, kind, wait, started };
-        // The first of them has touched the table.
-        match attempt.lock_in(transaction, !held.is_empty()).await? {
+    for (attempt, row) in found {
+        match attempt.lock_found(transaction, row).await? {
             Some(locked) => held.push(locked),
             None => return Ok(None),
         }

@@ -162,7 +162,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
             });
         }
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Insert, wait, started };
-        attempt.lock_in(transaction, false).await
+        attempt.lock_in(transaction).await
     }
 
     /// Takes the lock, runs `work` under it, and releases it, whatever comes of the work.

@@ -145,7 +145,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let started = Instant::now();
         let name = self.locks.checked_name(&self.name)?;
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
-        attempt.lock_in(transaction, false).await
+        attempt.lock_in(transaction).await
     }
 
     /// In a task, which a caller who goes away can't cut off in the middle of a statement.
@@ -176,21 +176,20 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// known of the lock in this process.
     async fn over(&self) -> Error {
         sleep_until((self.started + self.wait.unwrap_or(LONGEST_TRY)).into()).await;
-        let turns = &self.locks.row_queues().turns;
-        let told = turns.learns(self.name, |known| !matches!(known, Known::Nothing));
-        let _in_time = timeout_at((self.started + FIRST_ANSWER).into(), told).await;
-        turns.known(self.name, |known| match known {
-            Known::Held(held_by) => Error::Timeout {
+        let in_the_way = |known: &Known| match known {
+            Known::Held(held_by) => Some(Error::Timeout {
                 name: self.name.to_string(),
                 waited: self.started.elapsed(),
                 waiting_for: WaitingFor::Lock,
                 held_by: held_by.clone(),
-            },
-            Known::NoConnection => self.timed_out(WaitingFor::Connection, None),
-            Known::Failure(failure) => failure.another().into_error(ACTION, Some(self.name)),
-            Known::Nothing => {
-                Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name))
-            }
+            }),
+            Known::NoConnection => Some(self.timed_out(WaitingFor::Connection, None)),
+            Known::Failure(failure) => Some(failure.another().into_error(ACTION, Some(self.name))),
+            Known::Nothing => None,
+        };
+        let told = self.locks.row_queues().turns.learns(self.name, in_the_way);
+        timeout_at((self.started + FIRST_ANSWER).into(), told).await.unwrap_or_else(|_elapsed| {
+            Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name))
         })
     }
 }
@@ -231,7 +230,7 @@ async fn take<DB: LockDatabase>(
         let error = match begun {
             Ok(transaction) => {
                 let mut transaction = transaction.keep(Arc::clone(&turn));
-                let locked = attempt.lock(&mut transaction, false, |in_the_way| {
+                let locked = attempt.lock(&mut transaction, |in_the_way| {
                     turn.learn(
                         in_the_way.map_or(Known::Held(None), |failure| Known::Failure(failure.another())),
                     );

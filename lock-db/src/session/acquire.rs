@@ -29,11 +29,17 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// often enough to keep a place in the queue.
 const PER_CONTENDER: Duration = Duration::from_micros(250);
 const LONGEST_PAUSE_IN_A_CROWD: Duration = Duration::from_millis(250);
+/// Each attempt to make a row that a transaction is making takes the lane for some milliseconds.
+const PER_CREATION: Duration = Duration::from_millis(12);
+/// Whoever is seen making a row so often does more than that.
+const NO_MOMENT: u32 = 3;
 /// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
 /// Doubled from time to time.
 const ROW_IS_BUSY: Duration = Duration::from_micros(500);
 /// After so many of these it is no commit, but a transaction that has the lock.
 const A_WHILE: u32 = 10;
+/// Whoever finds a free row unlocked so often, and can't write it, stops.
+const OFTEN_ENOUGH: u32 = 5;
 /// Whoever is first in the queue looks so often during the time that it has waited already: for a lock that is held for
 /// long it need not be quick.
 const LOOKS: u32 = 16;
@@ -158,7 +164,7 @@ impl Attempt {
 
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
-        let (mut failures, mut busy) = (0_u32, 0_u32);
+        let (mut failures, mut busy, mut not_locked, mut made) = (0_u32, 0_u32, 0_u32, 0_u32);
         let mut nearest = u32::MAX;
         loop {
             let reply = self.ask().await;
@@ -194,8 +200,11 @@ impl Attempt {
                     };
                     pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(self.in_a_crowd())
                 }
-                Ok(Reply::Noticed(notice)) => {
+                Ok(Reply::Noticed { name, row }) => {
                     (failures, busy) = (0, 0);
+                    let notice = row.notice();
+                    // It may still be renewed until then.
+                    self.last = Obstacle::Held(name, row);
                     self.may_claim = !self.pause(notice).await;
                     continue;
                 }
@@ -203,11 +212,15 @@ impl Attempt {
                     busy += 1;
                     if busy == 1 {
                         // By a transaction, or by nobody: that is found out before the end.
+                        (not_locked, self.last) = (0, Obstacle::RowLocked(name.clone(), row.clone()));
                         self.answered.set(false);
                     }
-                    self.last = Obstacle::RowLocked(name.clone(), row.clone());
-                    if self.wait.is_none() || busy.is_multiple_of(A_WHILE) || self.left().is_zero() {
-                        let locked = self.is_locked(&name, row).await?;
+                    if self.wait.is_none()
+                        || self.left().is_zero()
+                        || busy.is_multiple_of(A_WHILE)
+                        || not_locked > 0
+                    {
+                        let locked = self.is_locked(&name, row, &mut not_locked).await?;
                         if locked && self.wait.is_none() {
                             return Ok(None);
                         }
@@ -219,12 +232,20 @@ impl Attempt {
                     }
                 }
                 Ok(Reply::RowIsMade(name)) => {
-                    self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
-                    self.last = Obstacle::Transaction(name);
-                    if self.wait.is_none() {
-                        return Ok(None);
+                    made += 1;
+                    // Else it may be another process that only makes the row.
+                    if made >= NO_MOMENT {
+                        self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
+                        if self.wait.is_none() {
+                            return Ok(None);
+                        }
                     }
-                    LONGEST_PAUSE
+                    self.last = Obstacle::Transaction(name);
+                    if made < NO_MOMENT {
+                        SHORTEST_PAUSE
+                    } else {
+                        LONGEST_PAUSE.max(PER_CREATION * self.core.contenders.get())
+                    }
                 }
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
@@ -252,11 +273,13 @@ impl Attempt {
                     }
                 }
             };
-            if self.left().is_zero() || (self.wait.is_none() && self.started.elapsed() > TRY_PATIENCE) {
+            let is_over = self.left().is_zero() && self.answered.get();
+            if is_over || (self.wait.is_none() && self.started.elapsed() > TRY_PATIENCE) {
                 return Err(self.timed_out());
             }
             // Once more at our own deadline.
-            self.may_claim = self.pause(jitter(pause).min(at_most).min(self.left())).await;
+            let left = self.left().max(ROW_IS_BUSY);
+            self.may_claim = self.pause(jitter(pause).min(at_most).min(left)).await;
         }
     }
 
@@ -283,16 +306,30 @@ impl Attempt {
         self.last = Obstacle::Failure(failure);
     }
 
-    /// Whether a free row could not be had because another transaction has it locked.
-    async fn is_locked(&mut self, name: &Name, row: LockRow) -> Result<bool, Error> {
+    /// Whether a free row could not be had because another transaction has it locked. One that was not, each time that somebody looked,
+    /// can't be written at all.
+    async fn is_locked(
+        &mut self,
+        name: &Name,
+        row: LockRow,
+        not_locked: &mut u32,
+    ) -> Result<bool, Error> {
         match self.core.lane.probe(name).await {
             Ok(Probe::Locked) => {
+                *not_locked = 0;
                 self.answered.set(true);
                 self.core.queues.learn(name, Front::IsHeldElsewhere(None));
                 self.last = Obstacle::RowLocked(name.clone(), row);
                 return Ok(true);
             }
-            Ok(Probe::Free | Probe::Nothing) => self.fails((self.core.not_written)()),
+            Ok(Probe::Free | Probe::Nothing) => {
+                *not_locked += 1;
+                if *not_locked >= OFTEN_ENOUGH {
+                    let failure = (self.core.not_written)();
+                    self.fails(failure.another());
+                    return Err(failure.into_error(ACTION, Some(name)));
+                }
+            }
             Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => self.fails(failure),
             Err(failure) => return Err(failure.into_error(ACTION, Some(name))),
         }
@@ -464,7 +501,7 @@ impl Attempt {
             // A deadline that lay too far ahead is drawn in: the next look tells how far.
             let is_over = row.remaining().is_zero();
             return Ok(Some(match core.lane.give_notice(&name).await? {
-                true if is_over => Reply::Noticed(row.notice()),
+                true if is_over => Reply::Noticed { name, row },
                 true => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
                 false => Reply::RowIsBusy(name, row),
             }));
@@ -539,7 +576,10 @@ enum Reply {
         position: u32,
     },
     /// Its holder was given notice: it is free after that time, unless it is renewed.
-    Noticed(Duration),
+    Noticed {
+        name: Name,
+        row: LockRow,
+    },
     /// It is our turn, or we were to take a place in the queue, but another transaction has the row locked or was quicker.
     RowIsBusy(Name, LockRow),
     /// A transaction has it that is the first to use the name, and has made its row.

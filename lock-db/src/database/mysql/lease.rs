@@ -6,7 +6,7 @@ use sqlx::Row;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, number};
-use super::{literal, mariadb};
+use super::mariadb;
 use crate::Kind;
 use crate::database::{Claim, Grant, LockRow, Place, Probe, Return, Server, Standing, outcome_unknown};
 use crate::limits::micros;
@@ -155,12 +155,7 @@ pub(super) async fn look(
     row.as_ref().map(lock_row).transpose()
 }
 
-/// `LOOK` as text, for a connection of the application: see `transaction`.
-pub(super) fn look_as_text(server: &Server, name: &str) -> String {
-    LOOK.replace("{table}", server.table.name()).replace('?', &literal(name))
-}
-
-pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
+fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
     Ok(LockRow {
         id: row.try_get(0)?,
         kind: Kind::parse(row.try_get(1)?),

@@ -189,14 +189,6 @@ impl LockDatabase for MySql {
         lease::remove_waiter(connection, server, name, secret).await
     }
 
-    async fn look_in(
-        transaction: &mut MySqlConnection,
-        server: &Server,
-        name: &str,
-    ) -> sqlx::Result<Option<LockRow>> {
-        transaction::look_in(transaction, server, name).await
-    }
-
     async fn lock_row(
         connection: &mut MySqlConnection,
         server: &Server,

@@ -14,10 +14,11 @@ use crate::schema;
 /// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
 ///
 /// `completion_type`: a COMMIT that begins a new transaction. `sql_safe_updates`: an UPDATE that is refused because its key is in a
-/// joined table. `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for one. `time_zone`: for `SYSDATE`, which there is no form of in UTC.
+/// joined table, `sql_big_selects`: because it might read much. `sql_select_limit`: answers that are cut off. `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for one. `time_zone`: for `SYSDATE`, which there is no form of in UTC.
 const PREPARE: &str = "
 SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
-    SESSION completion_type = 0, SESSION sql_safe_updates = 0,
+    SESSION completion_type = 0, SESSION sql_safe_updates = 0, SESSION sql_big_selects = 1,
+    SESSION sql_select_limit = 18446744073709551615,
     SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'";
 
 /// SERIALIZABLE would make a lock of each plain read in a transaction, READ UNCOMMITTED a lie.

@@ -9,10 +9,10 @@ use sqlx::{AssertSqlSafe, MySql, Row};
 use super::errors::{
     LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
 };
-use super::{lease, literal};
+use super::literal;
 use crate::Kind;
 use crate::database::{
-    Cluster, Fault, Guarded, LeaseKey, LockDatabase, LockRow, RowAttempt, RowClaim, Server,
+    Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server,
 };
 
 const UNMARK: &str = "
@@ -171,15 +171,6 @@ pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKe
     let (id, fencing_token, table) = (lease.row.id, lease.fencing_token, lease.server.table.name());
     let sql = format!("SELECT 1 FROM {table} WHERE id = {id} AND fencing_token >= {fencing_token}");
     Ok(fetch_optional(connection, sql).await?.is_some())
-}
-
-pub(super) async fn look_in(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-) -> sqlx::Result<Option<LockRow>> {
-    let row = fetch_optional(connection, lease::look_as_text(server, name)).await?;
-    row.as_ref().map(lease::lock_row).transpose()
 }
 
 /// The variable outlives the transaction, so it only tells when the answer is no.

@@ -27,10 +27,11 @@ FROM {table} WHERE lock_name = $1";
 
 /// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
 /// must not stand still for that, least of all because that transaction may wait for the lane. So it looks first, which sees what was
-/// made before, and has a limit, which is that of the statement alone, for what another transaction is making.
+/// made before, and has a limit, which is that of the statement alone, for what another transaction is making: enough for one that
+/// does nothing else.
 const CREATE: &str = "
 WITH bound AS MATERIALIZED (
-    SELECT set_config('lock_timeout', '50ms', true), set_config('synchronous_commit', 'off', true))
+    SELECT set_config('lock_timeout', '5ms', true), set_config('synchronous_commit', 'off', true))
 INSERT INTO {table} (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = $1)
 ON CONFLICT DO NOTHING";

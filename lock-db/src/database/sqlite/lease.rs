@@ -42,7 +42,7 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     waiters = CASE WHEN substr(waiters, 1, 32) = ?6 THEN substr(waiters, 57) ELSE waiters END
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
-      AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00.000000')
+      AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')
       AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
 RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
 
@@ -114,7 +114,7 @@ const SETTLE: &str = "
 UPDATE {table}
 SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0, secret_key = ''
 WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
-  AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00.000000')";
+  AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')";
 
 const STAND: &str = "
 UPDATE {table} SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3

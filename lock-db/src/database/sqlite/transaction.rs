@@ -34,7 +34,7 @@ const MAKE_ROW: &str = "
 INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
 ON CONFLICT (lock_name) DO UPDATE SET owner = owner
 RETURNING lock_kind, secret_key, expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now'),
-    expire_time = '1970-01-01 00:00:00.000000' OR ttl_micros <= 0";
+    expire_time <= '1970-01-01 00:00:00.000000' OR ttl_micros <= 0";
 
 const WRITE_ROW: &str = "
 UPDATE {table}
