@@ -3,7 +3,8 @@
 use crate::database::end;
 use crate::model::{Mutation, Protocol};
 use crate::state::{
-    Answer, Client, Phase, Request, Secret, State, Statement, Transaction, TransactionStage as Stage,
+    Answer, Client, Phase, Request, Secret, Snapshot, State, Statement, Transaction,
+    TransactionStage as Stage,
 };
 
 /// One thing that happens.
@@ -20,6 +21,17 @@ pub enum Action {
     CarryOutLate(usize),
     /// The same for a commit.
     CommitLate(usize),
+    /// A takeover tells the holder of a lease that has run out, or nearly so.
+    GiveNotice,
+    /// The last holder is ruled out.
+    Settle,
+    /// A transaction that knows nothing of leases locks the row, or ends.
+    LockByOthers,
+    UnlockByOthers,
+    /// A transaction that is to have the lock itself reads something.
+    TakeSnapshot,
+    /// And asks for the lock.
+    LockBySnapshot,
     /// A client, or its connections.
     Client(u8, Step),
 }
@@ -50,6 +62,8 @@ pub enum Step {
     Lose(Lane),
     /// The connection is given up, and the request arrives later.
     LoseUntilLater(Lane),
+    /// What is written without a guard.
+    CommitUnguarded,
     BeginTransaction,
     Guard,
     Commit,
@@ -141,6 +155,9 @@ impl Protocol {
                 if client.is_held() && client.hand + 1 < self.hands && !is_in_use {
                     steps.push(Step::HandOn);
                 }
+                if client.is_held() && state.snapshot.as_ref().is_some_and(|snapshot| !snapshot.is_old) {
+                    steps.push(Step::CommitUnguarded);
+                }
                 if client.transaction.is_none() {
                     steps.push(Step::Release);
                     let may_begin = !client.commit_is_open || self.is(Mutation::BeginAfterLostCommit);
@@ -192,6 +209,27 @@ impl Protocol {
         }
     }
 
+    pub(crate) fn actions_of_others(&self, state: &State, actions: &mut Vec<Action>) {
+        if state.snapshots < self.snapshots && state.snapshot.is_none() {
+            actions.push(Action::TakeSnapshot);
+        }
+        let Some(row) = &state.row else { return };
+        if self.notice_is_due(row) {
+            actions.push(Action::GiveNotice);
+        }
+        if self.snapshots > 0 && self.can_be_settled(row) {
+            actions.push(Action::Settle);
+        }
+        if row.foreign_lock {
+            actions.push(Action::UnlockByOthers);
+        } else if state.foreign_locks < self.foreign_locks && row.lock.is_none() {
+            actions.push(Action::LockByOthers);
+        }
+        if state.snapshot.is_some() && !row.is_locked() {
+            actions.push(Action::LockBySnapshot);
+        }
+    }
+
     pub(crate) fn apply(&self, state: &mut State, action: Action) {
         match action {
             Action::Tick { missed_by } => {
@@ -215,6 +253,25 @@ impl Protocol {
                 if self.guard(state, secret, &transaction, false) {
                     Self::commit(state, secret.client, &transaction);
                 }
+            }
+            Action::TakeSnapshot => {
+                let row = state.row.as_ref();
+                state.snapshots += 1;
+                state.snapshot = Some(Snapshot {
+                    settled: row.filter(|row| row.settled).map(|row| row.token),
+                    token: row.map(|row| row.token),
+                    is_old: false,
+                });
+            }
+            Action::LockBySnapshot => state.snapshot_was_good |= self.lock_by_snapshot(state),
+            Action::GiveNotice | Action::Settle | Action::LockByOthers | Action::UnlockByOthers => {
+                let Some(row) = &mut state.row else { return };
+                match action {
+                    Action::GiveNotice => self.give_notice(row),
+                    Action::Settle => Self::settle(row),
+                    _ => row.foreign_lock = action == Action::LockByOthers,
+                }
+                state.foreign_locks += u8::from(action == Action::LockByOthers);
             }
             Action::Client(client, step) => self.step(state, client, step),
         }
@@ -242,6 +299,11 @@ impl Protocol {
                 client.hand += 1;
                 if client.token == state.greatest_token {
                     state.greatest_hand = state.greatest_hand.max(client.hand);
+                }
+            }
+            Step::CommitUnguarded => {
+                if let Some(snapshot) = &mut state.snapshot {
+                    snapshot.is_old = true;
                 }
             }
             Step::Release => {
@@ -299,6 +361,9 @@ impl Protocol {
                 let is_answered = statement.after_doubt
                     && (!client.is_releasing_in() || self.is(Mutation::DoubtEndsWhileReleasing));
                 client.doubt &= !is_answered;
+            }
+            (Request::Renew, Some(Answer::BusyUnchallenged)) if client.phase == Phase::Holding => {
+                client.left = client.left.max(self.reliable_notice.saturating_sub(statement.age));
             }
             (Request::Renew, Some(Answer::NotOurs)) if client.phase == Phase::Holding => client.left = 0,
             (Request::Release, Some(Answer::Ours | Answer::NotOurs)) => client.rest(),

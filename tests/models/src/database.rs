@@ -1,7 +1,7 @@
 //! What the statements do: one step each, as the row's lock orders them. After the SQL in `lock-db/src/database`.
 
 use crate::model::{Mutation, Protocol};
-use crate::state::{Answer, Request, Row, RowLock, Secret, State, Transaction};
+use crate::state::{Answer, Client, Request, Row, RowLock, Secret, State, Transaction};
 
 impl Protocol {
     pub(crate) fn carry_out(&self, state: &mut State, secret: Secret, request: Request) -> Answer {
@@ -14,23 +14,17 @@ impl Protocol {
 
     fn acquire(&self, state: &mut State, secret: Secret) -> Answer {
         // A missing row is made, free, and then asked for again.
-        let row = state.row.get_or_insert(Row {
-            secret: None,
-            token: 0,
-            expires_in: 0,
-            released: true,
-            lock: None,
-        });
+        let row = state.row.get_or_insert_default();
         // SKIP LOCKED
-        if row.lock.is_some() {
+        if row.is_locked() {
             return Answer::Refused;
         }
         let again = row.secret == Some(secret);
-        let is_free = if self.is(Mutation::ExpiryByClientClock) {
+        let is_free = match self.mutation {
             // Every other client's clock goes ahead of the database's by a tick.
-            row.expires_in <= secret.client % 2
-        } else {
-            row.expires_in == 0
+            Some(Mutation::ExpiryByClientClock) => row.expires_in <= secret.client % 2,
+            Some(Mutation::TakeoverWithoutNotice) => row.expires_in == 0,
+            _ => row.is_free(),
         };
         let idempotent = again && !self.is(Mutation::AcquireNotIdempotent);
         if !is_free && !idempotent {
@@ -52,7 +46,7 @@ impl Protocol {
         }
         row.secret = Some(secret);
         row.expires_in = self.ttl;
-        row.released = false;
+        (row.released, row.noticed, row.settled) = (false, false, false);
         Answer::Granted(row.token)
     }
 
@@ -63,12 +57,13 @@ impl Protocol {
         if !found || row.released && !self.is(Mutation::RenewalOfReleased) {
             return Answer::NotOurs;
         }
-        if row.lock.as_ref().is_some_and(|lock| lock.releases) {
-            return Answer::Busy;
+        if row.foreign_lock || row.lock.as_ref().is_some_and(|lock| lock.releases) {
+            let is_challenged = row.noticed && !self.is(Mutation::NoticeUnread);
+            return if is_challenged { Answer::Busy } else { Answer::BusyUnchallenged };
         }
         state.wrong.touched_another |= !is_ours;
         row.expires_in = self.ttl;
-        row.released = false;
+        (row.released, row.noticed) = (false, false);
         Answer::Ours
     }
 
@@ -78,12 +73,13 @@ impl Protocol {
         if !is_ours && !self.is(Mutation::ReleaseWithoutSecret) {
             return Answer::NotOurs;
         }
-        if row.lock.as_ref().is_some_and(|lock| lock.releases) {
+        if row.foreign_lock || row.lock.as_ref().is_some_and(|lock| lock.releases) {
             return Answer::Busy;
         }
         state.wrong.touched_another |= !is_ours && row.expires_in > 0;
         row.expires_in = 0;
-        row.released = true;
+        // Under a guard it can be released, but a transaction of this lease may be committed after it.
+        (row.released, row.settled) = (true, row.lock.is_none());
         Answer::Ours
     }
 
@@ -98,7 +94,9 @@ impl Protocol {
         // A secret can be granted twice: an attempt that was made again may arrive once more after the lease is over.
         let is_ours = |row: &Row| {
             row.secret == Some(secret)
+                && !row.foreign_lock
                 && (row.token == transaction.token || self.is(Mutation::GuardBySecretAlone))
+                && (!row.released || self.is(Mutation::GuardByReleased))
         };
         let Some(row) = state.row.as_mut().filter(|row| is_ours(row)) else { return false };
         if releases || !self.is(Mutation::GuardWithoutLock) {
@@ -117,9 +115,55 @@ impl Protocol {
             && row.lock.as_ref().is_some_and(|lock| lock.client == client && lock.releases)
         {
             row.expires_in = 0;
-            row.released = true;
+            (row.released, row.settled) = (true, true);
+        }
+        if let Some(snapshot) = &mut state.snapshot {
+            snapshot.is_old = true;
         }
         end(state, client);
+    }
+}
+
+impl Protocol {
+    /// Whether a takeover gives notice.
+    pub(crate) fn notice_is_due(&self, row: &Row) -> bool {
+        let may_write = !row.foreign_lock && !row.lock.as_ref().is_some_and(|lock| lock.releases);
+        may_write && !row.released && !row.noticed && row.expires_in <= self.notice
+    }
+
+    pub(crate) fn give_notice(&self, row: &mut Row) {
+        row.noticed = true;
+        row.expires_in = row.expires_in.max(self.notice);
+    }
+
+    /// Whether the last holder of a free lock can be ruled out.
+    pub(crate) fn can_be_settled(&self, row: &Row) -> bool {
+        row.is_free() && !row.settled && (!row.is_locked() || self.is(Mutation::SettledUnderGuard))
+    }
+
+    /// Its secret goes, and with it what could be committed by it.
+    pub(crate) fn settle(row: &mut Row) {
+        row.secret = None;
+        (row.released, row.noticed, row.settled) = (true, false, true);
+    }
+
+    /// A transaction with a snapshot asks for the lock. `false`: refused.
+    pub(crate) fn lock_by_snapshot(&self, state: &mut State) -> bool {
+        let Some(snapshot) = state.snapshot.take() else { return false };
+        let Some(row) = &mut state.row else { return false };
+        let seen = if self.is(Mutation::SnapshotByTokenAlone) { snapshot.token } else { snapshot.settled };
+        let is_good = row.is_free()
+            && seen == Some(row.token)
+            && (row.settled || self.is(Mutation::SnapshotByTokenAlone));
+        if is_good {
+            state.wrong.old_snapshot |= snapshot.is_old;
+            state.wrong.two_leases |= state.clients.iter().any(Client::is_held);
+            // It commits at once: the others could do nothing meanwhile.
+            row.token = row.token.max(state.greatest_token) + 1;
+            (state.greatest_token, state.greatest_hand) = (row.token, 0);
+            Self::settle(row);
+        }
+        is_good
     }
 }
 

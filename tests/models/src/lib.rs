@@ -14,6 +14,6 @@ mod state;
 pub use actions::{Action, Lane, Step};
 pub use model::{Mutation, Protocol, property};
 pub use state::{
-    Answer, Client, Phase, Request, Row, RowLock, Secret, State, Statement, Transaction, TransactionStage,
-    Wrong,
+    Answer, Client, Phase, Request, Row, RowLock, Secret, Snapshot, State, Statement, Transaction,
+    TransactionStage, Wrong,
 };

@@ -31,6 +31,13 @@ pub struct Protocol {
     /// Whether the database's clock was set back, and does not reach the last token again. Else every grant is later than
     /// the one before.
     pub clock_stands_still: bool,
+    /// How often a transaction that knows nothing of leases locks the row, for as long as it likes.
+    pub foreign_locks: u8,
+    /// How many transactions take a snapshot and ask for the lock some time later.
+    pub snapshots: u8,
+    /// How long a takeover gives notice, in ticks; and on how much of that a holder relies that has just seen that none was given.
+    pub notice: u8,
+    pub reliable_notice: u8,
     /// How long a lease lasts, in ticks.
     pub ttl: u8,
     /// On how much of that its holder relies.
@@ -61,6 +68,16 @@ pub enum Mutation {
     HandOnAfterLostCommit,
     /// Another transaction of a lease begins after a commit without an answer.
     BeginAfterLostCommit,
+    /// A lease that has run out is taken at once.
+    TakeoverWithoutNotice,
+    /// A holder that can't renew relies on the row without looking whether notice was given.
+    NoticeUnread,
+    /// A guard passes by a lease that was released.
+    GuardByReleased,
+    /// The last holder counts as ruled out although a transaction of its may be committed.
+    SettledUnderGuard,
+    /// A transaction gets the lock when the token is the one of its snapshot.
+    SnapshotByTokenAlone,
     /// A renewal that is asked for and answered while `commit_and_release` is under way settles the doubt.
     DoubtEndsWhileReleasing,
 }
@@ -79,6 +96,10 @@ impl Default for Protocol {
             cleans_held_rows: false,
             late_clocks: false,
             clock_stands_still: false,
+            foreign_locks: 0,
+            snapshots: 0,
+            notice: 1,
+            reliable_notice: 1,
             ttl: 2,
             reliable: 2,
             mutation: None,
@@ -95,17 +116,21 @@ impl Protocol {
 /// The names of the properties.
 pub mod property {
     pub const ONE_LEASE: &str = "at most one current lease by the database";
-    pub const HOLDERS_HOLD: &str = "whose `is_held` is true has the lease by the database";
+    pub const HOLDERS_HOLD: &str = "the lease of whose `is_held` is true can't be taken";
     pub const TOKENS_GROW: &str = "fencing tokens only grow";
     pub const COMMITS_ARE_SERIAL: &str = "no guarded commit after a newer grant";
     pub const COMMITS_ARE_IN_ORDER: &str =
         "no guarded commit after that of a later transaction of the same client";
     pub const OWN_ROW_ONLY: &str = "releases and renewals touch nobody else's lease";
+    pub const SNAPSHOTS_ARE_NEW: &str =
+        "no transaction works under the lock that may have read before the last holder's commit";
     pub const NOT_REFUSED_BY_ITSELF: &str = "nobody is refused because of a grant to itself";
     pub const NOTHING_LEFT: &str = "when nobody wants it any more and nothing is under way, it is free";
     pub const ALL_GRANTED: &str = "(reached) every client got the lock";
     pub const TAKEN_FROM_PAUSED: &str = "(reached) an open transaction of a lease that was taken over";
     pub const HANDED_ON: &str = "(reached) a guard by a lease that was handed on";
+    pub const HELD_BY_LOOKING: &str = "(reached) a holder that can't renew, beyond its TTL";
+    pub const GOOD_SNAPSHOT: &str = "(reached) a transaction that got the lock by its snapshot";
     pub const LATE_RELEASE: &str = "(reached) a release under way while another one holds it";
 }
 
@@ -131,11 +156,12 @@ impl Model for Protocol {
         actions.extend((0..state.late_commits.len()).map(Action::CommitLate));
         if let Some(row) = &state.row
             && state.cleanings < self.cleanings
-            && row.lock.is_none()
-            && (row.expires_in == 0 || self.cleans_held_rows)
+            && !row.is_locked()
+            && (row.is_free() || self.cleans_held_rows)
         {
             actions.push(Action::CleanRow);
         }
+        self.actions_of_others(state, actions);
     }
 
     fn next_state(&self, before: &State, action: Action) -> Option<State> {
@@ -156,6 +182,7 @@ impl Model for Protocol {
             Property::<Self>::always(property::NOT_REFUSED_BY_ITSELF, |_, state| {
                 !state.wrong.refused_by_itself
             }),
+            Property::<Self>::always(property::SNAPSHOTS_ARE_NEW, |_, state| !state.wrong.old_snapshot),
             Property::<Self>::always(property::ONE_LEASE, |_, state| !state.wrong.two_leases),
             Property::<Self>::sometimes(property::ALL_GRANTED, |_, state| {
                 state.clients.iter().all(|client| client.phase == Phase::Holding)
@@ -170,6 +197,17 @@ impl Model for Protocol {
         }
         if self.late == 0 {
             properties.push(Property::<Self>::always(property::NOTHING_LEFT, |_, state| nothing_left(state)));
+        }
+        if self.foreign_locks > 0 {
+            properties.push(Property::<Self>::sometimes(property::HELD_BY_LOOKING, |_, state| {
+                let is_over = state.row.as_ref().is_some_and(|row| row.expires_in == 0 && !row.released);
+                is_over && state.clients.iter().any(super::Client::is_held)
+            }));
+        }
+        if self.snapshots > 0 {
+            properties.push(Property::<Self>::sometimes(property::GOOD_SNAPSHOT, |_, state| {
+                state.snapshot_was_good
+            }));
         }
         if self.transactions > 0 && self.hands > 1 {
             properties.push(Property::<Self>::sometimes(property::HANDED_ON, |_, state| {
@@ -214,6 +252,9 @@ impl Protocol {
                         !is_heeded || !is_news
                     }
                     Some(Answer::NotOurs) => !is_heeded || left == 0,
+                    Some(Answer::BusyUnchallenged) => {
+                        !is_heeded || self.reliable_notice.saturating_sub(renewal.age) <= left
+                    }
                     Some(_) => true,
                 }
             });
@@ -240,7 +281,7 @@ fn holders_hold(state: &State) -> bool {
             let is_ours = row
                 .secret
                 .is_some_and(|secret| secret.client == number && secret.acquisition == client.acquisition);
-            is_ours && row.expires_in > 0
+            is_ours && !row.is_free()
         })
     })
 }

@@ -20,8 +20,60 @@ pub struct Row {
     pub expires_in: u8,
     /// Whether it stands at 1970, from where no renewal brings it back.
     pub released: bool,
+    /// Whether its holder was given notice since the last renewal.
+    pub noticed: bool,
+    /// Whether no transaction of its last holder can be committed any more, and the row says so.
+    pub settled: bool,
     /// The transaction that has it locked.
     pub lock: Option<RowLock>,
+    /// Whether a transaction has it locked that knows nothing of leases.
+    pub foreign_lock: bool,
+}
+
+impl Row {
+    /// Free, and never held.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            secret: None,
+            token: 0,
+            expires_in: 0,
+            released: true,
+            noticed: false,
+            settled: true,
+            lock: None,
+            foreign_lock: false,
+        }
+    }
+
+    /// Whether anybody may take it.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        self.expires_in == 0 && (self.released || self.noticed)
+    }
+
+    /// Whether some transaction has it locked.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_some() || self.foreign_lock
+    }
+}
+
+impl Default for Row {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a transaction in REPEATABLE READ has seen, and will see.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Snapshot {
+    /// The token in the row, if that was settled.
+    pub settled: Option<u8>,
+    /// The token in the row, whatever else stood there.
+    pub token: Option<u8>,
+    /// Whether a holder has committed anything since.
+    pub is_old: bool,
 }
 
 /// A lock on the row, until the end of a transaction.
@@ -53,8 +105,10 @@ pub enum Answer {
     Refused,
     /// Renewed, or released.
     Ours,
-    /// Locked by a transaction for now.
+    /// Locked by a transaction for now. Nothing was said of a notice.
     Busy,
+    /// The same, and the holder was given no notice.
+    BusyUnchallenged,
     /// The row carries another secret, or is released.
     NotOurs,
 }
@@ -187,6 +241,8 @@ pub struct Wrong {
     pub touched_another: bool,
     /// An attempt that its own earlier grant stood in the way of.
     pub refused_by_itself: bool,
+    /// A transaction that works under the lock, and may have read something before the last holder's commit.
+    pub old_snapshot: bool,
 }
 
 /// Everything at a moment.
@@ -204,6 +260,14 @@ pub struct State {
     pub losses: u8,
     /// How often the row was cleaned away.
     pub cleanings: u8,
+    /// How often a transaction has locked it that knows nothing of leases.
+    pub foreign_locks: u8,
+    /// Of a transaction that is to have the lock itself.
+    pub snapshot: Option<Snapshot>,
+    /// How many of those there were.
+    pub snapshots: u8,
+    /// Whether one of them has got the lock.
+    pub snapshot_was_good: bool,
     /// The largest token that was ever granted.
     pub greatest_token: u8,
     /// How often the lease with that token was handed on.
@@ -237,6 +301,10 @@ impl State {
             late_commits: Vec::new(),
             losses: 0,
             cleanings: 0,
+            foreign_locks: 0,
+            snapshot: None,
+            snapshots: 0,
+            snapshot_was_good: false,
             greatest_token: 0,
             greatest_hand: 0,
             wrong: Wrong::default(),
@@ -291,6 +359,9 @@ impl State {
         with(&mut self.greatest_token);
         if let Some(row) = &mut self.row {
             with(&mut row.token);
+        }
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.settled.iter_mut().chain(&mut snapshot.token).for_each(&mut with);
         }
         for client in &mut self.clients {
             with(&mut client.token);

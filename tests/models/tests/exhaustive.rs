@@ -91,3 +91,42 @@ fn a_lease_from_hand_to_hand_and_a_commit_without_an_answer() {
 fn a_lease_from_hand_to_hand_between_three_clients() {
     holds(Protocol { transactions: 1, hands: 2, ..three_clients() });
 }
+
+/// It can't be renewed meanwhile.
+#[test]
+fn a_row_that_others_lock() {
+    holds(Protocol { foreign_locks: 2, transactions: 1, losses: 1, ..Protocol::default() });
+}
+
+#[test]
+fn a_row_that_others_lock_and_clocks_that_are_late() {
+    holds(Protocol {
+        foreign_locks: 2,
+        late_clocks: true,
+        ttl: 3,
+        reliable: 2,
+        notice: 2,
+        reliable_notice: 1,
+        ..Protocol::default()
+    });
+}
+
+#[test]
+fn a_row_that_others_lock_between_three_clients() {
+    holds(Protocol { foreign_locks: 1, ..three_clients() });
+}
+
+#[test]
+fn snapshots_and_guarded_commits_without_an_answer() {
+    holds(Protocol { snapshots: 1, transactions: 1, losses: 1, ..Protocol::default() });
+}
+
+#[test]
+fn snapshots_and_releases_with_commits() {
+    holds(Protocol { snapshots: 1, transactions: 1, releases_in: true, ..Protocol::default() });
+}
+
+#[test]
+fn snapshots_and_holders_that_come_back() {
+    holds(Protocol { snapshots: 2, acquisitions: 2, ..Protocol::default() });
+}

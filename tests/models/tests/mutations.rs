@@ -134,3 +134,41 @@ fn a_transaction_after_a_commit_without_an_answer() {
     let protocol = Protocol { transactions: 2, losses: 1, ..Protocol::default() };
     breaks(Mutation::BeginAfterLostCommit, property::COMMITS_ARE_IN_ORDER, protocol);
 }
+
+#[test]
+fn a_takeover_without_notice() {
+    let protocol = Protocol { foreign_locks: 1, ..Protocol::default() };
+    breaks(Mutation::TakeoverWithoutNotice, property::HOLDERS_HOLD, protocol);
+}
+
+#[test]
+fn a_notice_that_the_holder_does_not_read() {
+    let protocol = Protocol { foreign_locks: 2, ..Protocol::default() };
+    breaks(Mutation::NoticeUnread, property::HOLDERS_HOLD, protocol);
+}
+
+/// Also of what was relied on after a look.
+#[test]
+fn a_notice_without_a_margin_for_late_clocks() {
+    let protocol = Protocol { foreign_locks: 1, late_clocks: true, ttl: 3, reliable: 2, ..Protocol::default() };
+    let search = protocol.checker().spawn_bfs().join();
+    assert!(search.discovery(property::HOLDERS_HOLD).is_some(), "the whole notice is relied on");
+}
+
+#[test]
+fn a_guard_by_a_lease_that_was_released() {
+    let protocol = Protocol { snapshots: 1, transactions: 1, losses: 1, ..Protocol::default() };
+    breaks(Mutation::GuardByReleased, property::SNAPSHOTS_ARE_NEW, protocol);
+}
+
+#[test]
+fn a_holder_that_is_ruled_out_under_its_guard() {
+    let protocol = Protocol { snapshots: 1, transactions: 1, ..Protocol::default() };
+    breaks(Mutation::SettledUnderGuard, property::SNAPSHOTS_ARE_NEW, protocol);
+}
+
+#[test]
+fn a_snapshot_that_is_judged_by_the_token_alone() {
+    let protocol = Protocol { snapshots: 1, transactions: 1, ..Protocol::default() };
+    breaks(Mutation::SnapshotByTokenAlone, property::SNAPSHOTS_ARE_NEW, protocol);
+}
