@@ -169,7 +169,7 @@ pub enum Error {
     Closed,
 
     /// The database answered with an error that is no matter of locking.
-    #[error("could not {action}{}: {source}", on_lock(.name.as_deref()))]
+    #[error("could not {action}{}: {}{source}", on_lock(.name.as_deref()), in_the_way(.source))]
     Database {
         /// What was tried.
         action: &'static str,
@@ -484,6 +484,10 @@ fn holder(info: Option<&LockInfo>) -> String {
         }
         _ => String::new(),
     }
+}
+
+fn in_the_way(source: &sqlx::Error) -> &'static str {
+    if database::is_busy(source) { "another transaction keeps the others from writing: " } else { "" }
 }
 
 fn on_lock(name: Option<&str>) -> String {

@@ -296,9 +296,8 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// Whether processes that wait for an insert lock get it in the order in which they came. Default: yes.
     ///
     /// The queue is kept in the lock's row, so a caller that has to wait costs a small write, and one more each second; on
-    /// clusters with several primaries there is none, for those writes would be in the way of the holder. Whoever is not
-    /// fair neither stands in the queue nor minds it: he takes what is free when he happens to look, and may
-    /// find it taken for any number of times.
+    /// clusters with several primaries there is none, for those writes would be in the way of the holder. With `fair(false)` a
+    /// request skips the queue: it takes the lock when it finds it free, and may starve.
     pub fn fair(mut self, fair: bool) -> Self {
         self.fair = fair;
         self

@@ -52,6 +52,11 @@ pub(crate) fn is_disconnected(error: &sqlx::Error) -> bool {
     faults(error).contains(&Fault::Disconnected)
 }
 
+/// Whether another transaction is in the way: on SQLite one that writes, else one that has the whole table locked.
+pub(crate) fn is_busy(error: &sqlx::Error) -> bool {
+    faults(error).contains(&Fault::Busy)
+}
+
 /// Whether the same may succeed when it is asked for again later.
 pub(crate) fn passes(error: &sqlx::Error) -> bool {
     faults(error).iter().any(|fault| matches!(fault, Fault::Disconnected | Fault::Passing | Fault::Busy))

@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-pub(crate) use self::fault::{Fault, is_disconnected, passes};
+pub(crate) use self::fault::{Fault, is_busy, is_disconnected, passes};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
     Call, Claim, Exchanged, Grant, Guarded, LeaseKey, LockRow, Place, Released, Renewal, Return, RowAttempt,
@@ -301,6 +301,15 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// snapshot.
     #[doc(hidden)]
     fn waits_outside(_transaction: &mut Self::Connection) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
+
+    /// Whether the connection leads to the database that has this table, as far as that can be told.
+    #[doc(hidden)]
+    fn is_here(
+        _connection: &mut Self::Connection,
+        _server: &Server,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
         async { Ok(true) }
     }
 

@@ -178,6 +178,8 @@ pub struct RowClaim {
     pub kind: Kind,
     pub owner: Arc<str>,
     pub secret: Secret,
+    /// Whether lock-db itself began the transaction, which therefore is in the right database.
+    pub is_own: bool,
 }
 
 /// Which row to lock.

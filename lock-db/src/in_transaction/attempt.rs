@@ -76,7 +76,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         transaction: &mut DB::Connection,
         found: Found,
     ) -> Result<Option<HeldInTransaction>, Error> {
-        let locked = self.lock_row(transaction, found, &mut |_| true).await?;
+        let locked = self.lock_row(transaction, found, false, &mut |_| true).await?;
         let Some(locked) = locked else { return Ok(None) };
         let hold_count = self.count(transaction, &locked).await?;
         Ok(Some(HeldInTransaction { name: self.name.clone(), hold_count }))
@@ -90,7 +90,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         mut may_wait: impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
         let Some(found) = self.find(connection, &mut may_wait).await? else { return Ok(None) };
-        self.lock_row(connection, found, &mut may_wait).await
+        self.lock_row(connection, found, true, &mut may_wait).await
     }
 
     /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
@@ -99,13 +99,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         &self,
         connection: &mut DB::Connection,
         found: Found,
+        is_own: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        let Found { server, id } = found;
+        let Found { mut server, id } = found;
         let secret = Secret::generate()?;
         let owner = Arc::clone(self.locks.owner());
         let row = RowKey { name: self.name.clone(), id };
-        let claim = RowClaim { row, kind: self.kind, owner, secret };
+        let claim = RowClaim { row, kind: self.kind, owner, secret, is_own };
         let (mut slice, mut stalled) = (Duration::ZERO, None);
         loop {
             let asked = Instant::now();
@@ -119,6 +120,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     return Err(Error::WrongKind { name, wanted: self.kind, found });
                 }
                 Step::Done(RowAttempt::ForeignTransaction) => {
+                    // Unless it is the table that was made anew.
+                    let before = server.table.identity.clone();
+                    server = self.ask(|answer| Request::Locate { answer, anew: true }).await?;
+                    if server.table.identity != before {
+                        continue;
+                    }
                     return Err(Error::ForeignTransaction { name: self.name.to_string() });
                 }
                 Step::Done(RowAttempt::Missing) => {
@@ -299,7 +306,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn locate(&self) -> Result<Server, Error> {
         match self.locks.location().found() {
             Some(server) => Ok(server),
-            None => self.ask(|answer| Request::Locate { answer }).await,
+            None => self.ask(|answer| Request::Locate { answer, anew: false }).await,
         }
     }
 

@@ -111,6 +111,12 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Begun after the lease was granted, it sees everything that earlier holders have committed, at every isolation level.
     /// Commits of this lease that are under way are waited for.
     ///
+    /// On MySQL and MariaDB, statements that commit by themselves (`CREATE`, `ALTER`, `DROP`, `TRUNCATE`, `LOCK TABLES`,
+    /// `START TRANSACTION` and [others](https://dev.mysql.com/doc/refman/8.4/en/implicit-commit.html)) do not belong in
+    /// it: they commit what was written before them, without asking whether the lease is held.
+    /// [`commit`](GuardedTransaction::commit) then answers [`Error::Lost`] with [`Loss::TransactionEnded`]. The same goes
+    /// for a COMMIT or ROLLBACK that is sent as text, on every database.
+    ///
     /// ```no_run
     /// # async fn example(lease: lock_db::Lease<sqlx::Postgres>) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut transaction = lease.begin().await?;
@@ -138,7 +144,12 @@ impl<DB: LockDatabase> Lease<DB> {
     /// from here to there, and on SQLite nobody else can write.
     ///
     /// The transaction must be in the database of the lock, and begun after the lease was granted: else it may
-    /// have read what an earlier holder has changed since.
+    /// have read what an earlier holder has changed since, and is refused.
+    ///
+    /// PostgreSQL ends the transaction when it is idle for longer than the TTL from here on
+    /// (`idle_in_transaction_session_timeout`, for this transaction only), so that a host that vanishes keeps nobody from
+    /// the lock. MySQL and MariaDB have no such limit for one transaction: there the lock is kept until the server finds out
+    /// that the connection is gone. [`begin`](Self::begin) has no such gap.
     ///
     /// # Errors
     ///
@@ -156,9 +167,6 @@ impl<DB: LockDatabase> Lease<DB> {
 
     /// Releases the lock together with the commit of a transaction: others get it exactly then, and not at all when the
     /// transaction is rolled back, in which case the lease goes on. Includes what [`verify_in`](Self::verify_in) does.
-    ///
-    /// On PostgreSQL not for a transaction that is prepared for a two-phase commit: it may have called the process that
-    /// is next, which `PREPARE TRANSACTION` does not allow.
     ///
     /// Until the transaction has ended nobody knows which it is, and [`is_held`](Self::is_held) is `false`. The transaction
     /// should end within the TTL.
@@ -223,8 +231,16 @@ impl<DB: LockDatabase> Lease<DB> {
         match DB::guard(transaction, key, release).await {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
             Ok(Guarded::NotOurs) => {
+                let is_foreign = matches!(DB::is_here(transaction, &key.server).await, Ok(false));
+                if !is_foreign {
+                    DB::doom(transaction).await;
+                }
+                let is_still_ours = self.is_still_ours().await;
+                if is_foreign && is_still_ours {
+                    return Err(Error::ForeignTransaction { name: name.to_string() });
+                }
                 DB::doom(transaction).await;
-                if self.is_still_ours().await {
+                if is_still_ours {
                     return Err(Error::Serialization { name: name.to_string(), source: None });
                 }
                 self.hold.is_lost(Loss::TakenOver);
@@ -240,6 +256,9 @@ impl<DB: LockDatabase> Lease<DB> {
             }
             Err(error) => {
                 let failure = Failure::new::<DB>(error);
+                if failure.fault == Fault::TableMissing && self.is_still_ours().await {
+                    return Err(Error::ForeignTransaction { name: name.to_string() });
+                }
                 if failure.ends_transaction() {
                     DB::doom(transaction).await;
                 }

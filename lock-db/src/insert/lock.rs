@@ -48,6 +48,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// How long [`acquire`](Self::acquire) and [`run`](Self::run) may wait, all in all: for callers of this process that
     /// came before, for the holder, and for a database that is away. At most 365 days; zero asks once.
     ///
+    /// A database that has not answered anything by then gets up to a second in all, because without its answer it is not
+    /// known whether the lock is held.
+    ///
     /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
     pub const fn wait(mut self, wait: Duration) -> Self {
         self.wait = Some(wait);
@@ -81,9 +84,13 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] when the wait was over first; [`Error::WrongKind`] when the name is used for row locks;
-    /// [`Error::SchemaMissing`], [`Error::Closed`], [`Error::InvalidName`], [`Error::InvalidOption`];
-    /// [`Error::Database`] when the database was away until the wait was over, or refuses for good.
+    /// [`Error::Timeout`] when the wait was over first and the lock was seen to be held; [`Error::WrongKind`] when the
+    /// name is used for row locks; [`Error::Database`] when the database was silent, away or stalled until the wait was
+    /// over (retryable), or at once when it refuses for good; [`Error::SchemaMissing`], [`Error::UnsupportedTable`],
+    /// [`Error::Closed`], [`Error::InvalidName`], [`Error::InvalidOption`].
+    ///
+    /// SQLite: while another transaction writes, a lock that looks free can't be taken. When that lasts until the wait is
+    /// over, it is a retryable [`Error::Database`].
     ///
     /// # Cancel safety
     ///
@@ -95,8 +102,11 @@ impl<DB: LockDatabase> InsertLock<DB> {
         Ok(Lease::new(Arc::new(hold), self.locks))
     }
 
-    /// Takes the lock if it is free now. `None` when somebody holds it, the caller included, or waits for it in this
-    /// process.
+    /// Takes the lock if it is free now. `None` when it was seen to be held, by the caller too, or when others are to have
+    /// it first.
+    ///
+    /// It does not wait for a holder. It may take up to a second when the lock is free, or its lease has expired, and still
+    /// can't be had at once.
     ///
     /// # Errors
     ///

@@ -58,6 +58,9 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// How long to wait, all in all: for a connection of the pool, where one is needed, and for the lock. At most 365
     /// days; zero asks once.
     ///
+    /// A database that has not answered anything by then gets up to a second in all, because without its answer it is not
+    /// known whether the lock is held.
+    ///
     /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
     pub const fn wait(mut self, wait: Duration) -> Self {
         self.wait = Some(wait);
@@ -68,9 +71,11 @@ impl<DB: LockDatabase> RowLock<DB> {
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] when the wait was over first, and for what it was; [`Error::WrongKind`] when the name is used for
-    /// insert locks; [`Error::Deadlock`], [`Error::Serialization`], [`Error::SchemaMissing`], [`Error::Closed`],
-    /// [`Error::InvalidName`], [`Error::InvalidOption`], [`Error::Database`].
+    /// [`Error::Timeout`] when the wait was over first, and for what it was: the lock, which was seen to be held, or a
+    /// connection of the pool. [`Error::WrongKind`] when the name is used for insert locks. [`Error::Database`] when the
+    /// database was silent, away or stalled until the wait was over (retryable), or at once when it refuses for good.
+    /// [`Error::Deadlock`], [`Error::Serialization`], [`Error::SchemaMissing`], [`Error::UnsupportedTable`],
+    /// [`Error::ForeignTransaction`], [`Error::Closed`], [`Error::InvalidName`], [`Error::InvalidOption`].
     ///
     /// # Cancel safety
     ///
@@ -86,7 +91,7 @@ impl<DB: LockDatabase> RowLock<DB> {
     ///
     /// # Errors
     ///
-    /// As [`acquire`](Self::acquire); `Timeout` only when neither the pool nor the server answered within ten seconds.
+    /// As [`acquire`](Self::acquire); `Timeout` only when the pool had no connection within ten seconds.
     ///
     /// # Cancel safety
     ///

@@ -137,8 +137,8 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                 }
             }
             Request::Lost { lease, loss } => core.lose(lease.number, loss),
-            Request::Locate { answer } => drop(spawn_local(async move {
-                let found = twice(async || core.lane.locate().await).await;
+            Request::Locate { anew, answer } => drop(spawn_local(async move {
+                let found = twice(async || core.lane.locate(anew).await).await;
                 let _ = answer.send(found.map_err(|failure| failure.into_error("find the table", None)));
             })),
             Request::Settle { name, answer } => drop(spawn_local(async move {

@@ -39,8 +39,9 @@ pub(crate) enum Request {
         lease: Arc<LeaseState>,
         loss: Loss,
     },
-    /// Finds the table, and what kind of server has it.
+    /// Finds the table, and what kind of server has it; `anew` also when it was found before.
     Locate {
+        anew: bool,
         answer: Answer<Server>,
     },
     /// Rules out the last holder of a lock that is not held any more.

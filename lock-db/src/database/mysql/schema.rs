@@ -33,37 +33,56 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
     'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format', 'innodb_autoinc_lock_mode')";
 
-const COLUMNS: i64 = 13;
+/// The columns that are used.
+const COLUMNS: [&str; 13] = [
+    "id",
+    "lock_name",
+    "lock_kind",
+    "secret_key",
+    "fencing_token",
+    "previous_token",
+    "owner",
+    "create_time",
+    "acquire_time",
+    "expire_time",
+    "ttl_micros",
+    "waiters",
+    "guard_count",
+];
 
-/// Which table it is and how it is made, in one message.
+/// Names of databases are compared as the server does it, which for its own tables is not what their collation says.
 const FIND: &str = "
-SELECT CONVERT(tables.table_schema USING utf8mb4), tables.table_type = 'BASE TABLE',
-    COALESCE(tables.engine, '') = 'InnoDB', COALESCE(tables.create_options, '') LIKE '%partitioned%',
-    (SELECT COUNT(*) FROM information_schema.columns
-        WHERE columns.table_schema = tables.table_schema AND columns.table_name = tables.table_name
-            AND columns.column_name IN ('id', 'lock_name', 'lock_kind', 'secret_key', 'fencing_token', 'previous_token',
-                'owner', 'create_time', 'acquire_time', 'expire_time', 'ttl_micros', 'waiters', 'guard_count')),
-    (SELECT COUNT(*) FROM information_schema.columns
-        WHERE columns.table_schema = tables.table_schema AND columns.table_name = tables.table_name
-            AND columns.column_name = 'lock_name' AND columns.data_type = 'varbinary'),
-    (SELECT COUNT(*) FROM information_schema.statistics
-        WHERE statistics.table_schema = tables.table_schema AND statistics.table_name = tables.table_name
-            AND statistics.index_name = 'distributed_lock_name' AND statistics.non_unique = 0
-            AND (statistics.column_name <> 'lock_name' OR statistics.sub_part IS NOT NULL)),
-    (SELECT COUNT(*) FROM information_schema.statistics
-        WHERE statistics.table_schema = tables.table_schema AND statistics.table_name = tables.table_name
-            AND statistics.index_name = 'distributed_lock_name' AND statistics.non_unique = 0)
+SELECT CONVERT(table_schema USING utf8mb4), table_type = 'BASE TABLE', COALESCE(engine, '') = 'InnoDB',
+    COALESCE(create_options, '') LIKE '%partitioned%'
 FROM information_schema.tables
-WHERE tables.table_schema = COALESCE(?, DATABASE()) AND tables.table_name = 'distributed_lock'";
+WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock'
+    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(COALESCE(?, DATABASE()) AS BINARY))";
+
+const FIND_COLUMNS: &str = "
+SELECT CONVERT(column_name USING utf8mb4), data_type = 'varbinary'
+FROM information_schema.columns
+WHERE table_schema = ? AND table_name = 'distributed_lock'
+    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
+
+/// The columns of the index by which the statements find a name.
+const FIND_INDEX: &str = "
+SELECT CONVERT(column_name USING utf8mb4), non_unique = 0, sub_part IS NULL
+FROM information_schema.statistics
+WHERE table_schema = ? AND table_name = 'distributed_lock' AND index_name = 'distributed_lock_name'
+    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
 
 /// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
 /// then no lock is held. The name counts on the whole server, so it tells the database.
 const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
 const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(?)";
 const CURRENT: &str = "SELECT DATABASE()";
-const HAS_DATABASE: &str = "SELECT COUNT(*) FROM information_schema.schemata WHERE schema_name = ?";
+const HAS_DATABASE: &str = "
+SELECT COUNT(*) FROM information_schema.schemata
+WHERE schema_name = ? AND (@@lower_case_table_names <> 0 OR CAST(schema_name AS BINARY) = CAST(? AS BINARY))";
 const HAS_TABLE: &str = "
-SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = ? AND table_name = ?";
+SELECT COUNT(*) FROM information_schema.tables
+WHERE table_schema = ? AND table_name = ?
+    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
 const CREATE_LEDGER: &str = "
 CREATE TABLE IF NOT EXISTS {ledger} (
     version BIGINT NOT NULL PRIMARY KEY,
@@ -93,7 +112,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
     sqlx::raw_sql(level).execute(&mut *connection).await?;
 
-    let row = sqlx::query(FIND).bind(schema).fetch_optional(connection).await?;
+    let row = sqlx::query(FIND).bind(schema).bind(schema).fetch_optional(connection).await?;
     let Some(row) = row else { return Ok(Found::Nothing) };
     let schema: String = row.try_get(0)?;
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
@@ -106,15 +125,19 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     if row.try_get::<i64, _>(3)? != 0 {
         return unusable("is partitioned");
     }
-    if row.try_get::<i64, _>(4)? < COLUMNS {
+    let query = sqlx::query_as::<_, (String, bool)>(FIND_COLUMNS).bind(&schema).bind(&schema);
+    let columns: HashMap<_, _> = query.fetch_all(&mut *connection).await?.into_iter().collect();
+    if !COLUMNS.iter().all(|column| columns.contains_key(*column)) {
         return Ok(Found::Differs);
     }
-    if row.try_get::<i64, _>(5)? == 0 {
+    if !columns.get("lock_name").is_some_and(|is_binary| *is_binary) {
         return unusable(
             "has a `lock_name` that is not VARBINARY: a collation would make one lock of several names",
         );
     }
-    if row.try_get::<i64, _>(6)? != 0 || row.try_get::<i64, _>(7)? != 1 {
+    let query = sqlx::query_as::<_, (String, bool, bool)>(FIND_INDEX).bind(&schema).bind(&schema);
+    let index = query.fetch_all(connection).await?;
+    if !matches!(&*index, [(column, true, true)] if column == "lock_name") {
         return unusable(
             "has no unique index `distributed_lock_name` on `lock_name` alone: two rows of one name would be two locks",
         );
@@ -179,7 +202,7 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
     let quoted = format!("`{}`", schema.replace('`', "``"));
     let ledger = format!("{quoted}._lock_db_migrations");
     let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
-    let has_database: i64 = sqlx::query_scalar(HAS_DATABASE).bind(schema).fetch_one(&mut *connection).await?;
+    let has_database: i64 = sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
     if has_database == 0 {
         let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
         sqlx::raw_sql(sql).execute(&mut *connection).await?;
@@ -210,7 +233,7 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
 }
 
 async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
-    let tables: i64 = sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).fetch_one(connection).await?;
+    let tables: i64 = sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
     Ok(tables > 0)
 }
 

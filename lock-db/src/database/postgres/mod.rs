@@ -181,6 +181,10 @@ impl LockDatabase for Postgres {
         transaction::lock_row(connection, server, claim, slice).await
     }
 
+    async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
+        transaction::is_here(connection, server).await
+    }
+
     async fn was_its_own(connection: &mut PgConnection, before: &str) -> sqlx::Result<Option<bool>> {
         transaction::was_its_own(connection, before).await.map(Some)
     }

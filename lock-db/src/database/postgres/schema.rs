@@ -3,6 +3,7 @@
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Row};
 
+use super::transaction::DOLLAR_QUOTE;
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
 use crate::schema;
@@ -76,6 +77,9 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     let Some(oid) = row.try_get::<Option<i64>, _>(5)? else { return Ok(Found::Nothing) };
     let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
+    if schema.contains(DOLLAR_QUOTE) {
+        return unusable("is in a schema whose name has in it what lock-db quotes its statements with");
+    }
     match kind {
         "r" => {}
         "p" => return unusable("is partitioned: a row there can't be found again by where it lies"),

@@ -57,7 +57,7 @@ FROM released";
 const LOCK_ROW_AT_ONCE: &str = "
 WITH found AS MATERIALIZED (
     SELECT id, secret_key, fencing_token FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'row' AND current_database() || '/' || tableoid = $4
+    WHERE lock_name = $1 AND lock_kind = 'row'
     FOR UPDATE SKIP LOCKED),
 written AS (
     UPDATE {table} AS held
@@ -65,19 +65,24 @@ written AS (
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.id = found.id
     RETURNING held.fencing_token, found.secret_key)
-SELECT seen.lock_kind, seen.is_here, written.fencing_token, written.secret_key,
+SELECT seen.lock_kind, written.fencing_token, written.secret_key,
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
-FROM (
-    SELECT lock_kind, current_database() || '/' || tableoid = $4 AS is_here FROM {table} WHERE lock_name = $1) AS seen
+FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
 LEFT JOIN written ON true";
+
+/// As `Table::identity` was found. No statement may name a table that is not there: that would end the transaction.
+const IS_HERE: &str = "SELECT COALESCE(current_database() || '/' || to_regclass($1)::oid = $2, false)";
 
 /// The arguments of the block below, which takes none: settings that end with the transaction.
 const TELL: &str = "
-SELECT current_database() || '/' || to_regclass($6)::oid = $7,
+SELECT COALESCE(current_database() || '/' || to_regclass($6)::oid = $7, false),
     set_config('lock_db.name', $1, true), set_config('lock_db.kind', $2, true),
     set_config('lock_db.secret', $3, true), set_config('lock_db.owner', $4, true),
     set_config('lock_db.limit', $5, true)";
+
+/// Around the blocks that the server carries out.
+pub(super) const DOLLAR_QUOTE: &str = "$lock_db$";
 
 /// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row
 /// that turns out to be leased would stay locked, so it happens inside a savepoint; a deadlock and an old snapshot do end
@@ -172,6 +177,9 @@ pub(super) async fn lock_row(
 ) -> sqlx::Result<RowAttempt> {
     // Whether a row that might be leased was free shows only once it is locked: not without a savepoint.
     if slice.is_zero() && claim.kind == Kind::Row {
+        if !claim.is_own && !is_here(connection, server).await? {
+            return Ok(RowAttempt::ForeignTransaction);
+        }
         match lock_at_once(connection, server, claim).await? {
             // Its row has to be made.
             RowAttempt::Missing => {}
@@ -179,6 +187,11 @@ pub(super) async fn lock_row(
         }
     }
     wait_and_lock(connection, server, claim, slice).await
+}
+
+pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
+    let query = sqlx::query_scalar(IS_HERE).bind(server.table.name());
+    query.bind(&*server.table.identity).fetch_one(connection).await
 }
 
 async fn lock_at_once(
@@ -190,18 +203,14 @@ async fn lock_at_once(
         .bind(&*claim.row.name)
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
-        .bind(&*server.table.identity)
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(RowAttempt::Missing) };
-    if !row.try_get::<bool, _>(1)? {
-        return Ok(RowAttempt::ForeignTransaction);
-    }
     if Kind::parse(row.try_get(0)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
-    let Some(fencing_token) = row.try_get(2)? else { return Ok(RowAttempt::Busy) };
-    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(3)? })
+    let Some(fencing_token) = row.try_get(1)? else { return Ok(RowAttempt::Busy) };
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(2)? })
 }
 
 async fn wait_and_lock(
@@ -210,7 +219,7 @@ async fn wait_and_lock(
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
-    let is_here: Option<bool> = sqlx::query_scalar(TELL)
+    let is_here: bool = sqlx::query_scalar(TELL)
         .bind(&*claim.row.name)
         .bind(claim.kind.as_str())
         .bind(claim.secret.as_str())
@@ -220,7 +229,7 @@ async fn wait_and_lock(
         .bind(&*server.table.identity)
         .fetch_one(&mut *connection)
         .await?;
-    if is_here != Some(true) {
+    if !is_here {
         return Ok(RowAttempt::ForeignTransaction);
     }
     let rows = sqlx::raw_sql(server.table.sql(WAIT_AND_LOCK)).fetch_all(&mut *connection).await?;

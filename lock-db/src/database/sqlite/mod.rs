@@ -172,6 +172,10 @@ impl LockDatabase for Sqlite {
         lease::remove_waiter(connection, server, name, secret).await
     }
 
+    async fn is_here(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<bool> {
+        transaction::is_here(connection, server).await
+    }
+
     async fn lock_row(
         connection: &mut SqliteConnection,
         server: &Server,

@@ -124,10 +124,14 @@ pub(super) async fn advice(connection: &mut SqliteConnection) -> sqlx::Result<Ve
 }
 
 pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    if is_up_to_date(connection).await? {
-        return Ok(());
-    }
     sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
+    if !is_up_to_date(connection).await? {
+        apply(connection).await?;
+    }
+    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+}
+
+async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
     sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
     let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
@@ -139,8 +143,7 @@ pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<(
             sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
         }
     }
-    transaction.commit().await?;
-    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    transaction.commit().await
 }
 
 /// Without writing anything, which a file that may only be read would not allow.

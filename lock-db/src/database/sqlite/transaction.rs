@@ -57,11 +57,7 @@ pub(super) async fn lock_row(
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
     refuse_autocommit(connection).await?;
-    let files = sqlx::query(FILES).fetch_all(&mut *connection).await?;
-    let is_here = |file: &SqliteRow| {
-        Ok(file.try_get::<&str, _>(1)? == "main" && file.try_get::<&str, _>(2)? == server.table.identity)
-    };
-    if !files.iter().map(is_here).collect::<sqlx::Result<Vec<_>>>()?.contains(&true) {
+    if !claim.is_own && !is_here(connection, server).await? {
         return Ok(RowAttempt::ForeignTransaction);
     }
     let slice = slice.min(LONGEST_SLICE);
@@ -79,6 +75,14 @@ pub(super) async fn lock_row(
         }
         attempt => attempt,
     }
+}
+
+pub(super) async fn is_here(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<bool> {
+    let files = sqlx::query(FILES).fetch_all(connection).await?;
+    let is_here = |file: &SqliteRow| {
+        Ok(file.try_get::<&str, _>(1)? == "main" && file.try_get::<&str, _>(2)? == server.table.identity)
+    };
+    Ok(files.iter().map(is_here).collect::<sqlx::Result<Vec<_>>>()?.contains(&true))
 }
 
 async fn lock_and_write(

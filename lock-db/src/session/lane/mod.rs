@@ -38,7 +38,7 @@ type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
-    Locate(Reply<Server>),
+    Locate(bool, Reply<Server>),
     Look(Name, Reply<Option<LockRow>>),
     Create(Name, Kind, Reply<bool>),
     GiveNotice(Name, Reply<bool>),
@@ -63,7 +63,7 @@ impl Operation {
     fn is_forgotten(&self) -> bool {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
-            Self::Locate(reply) => reply.is_closed(),
+            Self::Locate(_, reply) => reply.is_closed(),
             Self::Look(_, reply) => reply.is_closed(),
             Self::Probe(_, reply) => reply.is_closed(),
             Self::GiveNotice(_, reply)
@@ -132,9 +132,9 @@ impl Lane {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, Rc::clone(begun), reply)).await
     }
 
-    /// Finds the table, if that was not done yet.
-    pub(super) async fn locate(&self) -> Result<Server, Failure> {
-        self.ask(STATEMENT_LIMIT, Operation::Locate).await
+    /// Finds the table, if that was not done yet, or `anew`.
+    pub(super) async fn locate(&self, anew: bool) -> Result<Server, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Locate(anew, reply)).await
     }
 
     pub(super) async fn look(&self, name: &Name) -> Result<Option<LockRow>, Failure> {

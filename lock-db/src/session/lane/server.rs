@@ -231,7 +231,10 @@ impl<DB: LockDatabase> Worker<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Locate(reply) => {
+            Operation::Locate(anew, reply) => {
+                if let Some(connection) = self.connection.as_mut().filter(|_| anew) {
+                    connection.server = None;
+                }
                 self.answer(reply, async |_, server| Ok(server.clone())).await;
             }
             Operation::Look(name, reply) => {
