@@ -156,14 +156,12 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         schema: Option<&str>,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// What is well, and could be better.
+    /// Does, without effect, what locks do to the table, so that a missing right shows. Answers what works and could be better.
     #[doc(hidden)]
-    fn advice(
-        _connection: &mut Self::Connection,
-        _server: &Server,
-    ) -> impl Future<Output = sqlx::Result<Vec<String>>> + Send {
-        async { Ok(Vec::new()) }
-    }
+    fn check(
+        connection: &mut Self::Connection,
+        server: &Server,
+    ) -> impl Future<Output = sqlx::Result<Vec<String>>> + Send;
 
     /// Reads the row without locking anything.
     #[doc(hidden)]

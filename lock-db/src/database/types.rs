@@ -206,6 +206,8 @@ pub enum RowAttempt {
     Missing,
     /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
     Stale,
+    /// It was found and locked, and writing it had no effect.
+    Unwritten,
     /// The name is used as another kind of lock.
     WrongKind,
     /// A lease holds it. `usable`: the row is let go, and the transaction is as usable as before.

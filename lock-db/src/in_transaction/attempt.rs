@@ -119,6 +119,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     let name = self.name.to_string();
                     return Err(Error::WrongKind { name, wanted: self.kind, found });
                 }
+                Step::Done(RowAttempt::Unwritten) => {
+                    return Err(Failure::not_written::<DB>().into_error(ACTION, Some(self.name)));
+                }
                 Step::Done(RowAttempt::ForeignTransaction) => {
                     // Unless it is the table that was made anew.
                     let before = server.table.identity.clone();

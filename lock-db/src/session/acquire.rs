@@ -254,7 +254,8 @@ impl Attempt {
                 Err(failure) => {
                     let is_gone = failure.fault == Fault::Disconnected;
                     if !is_gone && !failure.passes() {
-                        return Err(failure.into_error(ACTION, self.name()));
+                        let name = self.name_for(&failure).cloned();
+                        return Err(failure.into_error(ACTION, name.as_ref()));
                     }
                     failures += 1;
                     let closed_while_idle = is_gone && failures == 1 && !failure.is_silence();
@@ -513,6 +514,13 @@ impl Attempt {
     /// For messages.
     fn name(&self) -> Option<&Name> {
         self.claims.first().map(|claim| &claim.name)
+    }
+
+    /// The same where it may be about one of several.
+    fn name_for(&self, failure: &Failure) -> Option<&Name> {
+        let mut names = self.claims.iter().map(|claim| &claim.name);
+        let is_odd = |name: &&Name| failure.fault == Fault::Unstorable && !name.is_ascii();
+        names.find(is_odd).or_else(|| self.name())
     }
 
     /// What is left of the time in which it goes on.

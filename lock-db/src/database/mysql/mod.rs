@@ -82,6 +82,10 @@ impl LockDatabase for MySql {
         schema::migrate(connection, schema).await
     }
 
+    async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+        schema::check(connection, server).await
+    }
+
     async fn look(
         connection: &mut MySqlConnection,
         server: &Server,

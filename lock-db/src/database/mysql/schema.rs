@@ -71,6 +71,15 @@ FROM information_schema.statistics
 WHERE table_schema = ? AND table_name = 'distributed_lock' AND index_name = 'distributed_lock_name'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
 
+/// What locks do to the table, to no row.
+const USE: &str = "
+SELECT * FROM {table} WHERE FALSE FOR UPDATE;
+UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
+    acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters,
+    guard_count = guard_count
+WHERE FALSE;
+INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE FALSE";
+
 /// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
 /// then no lock is held. The name counts on the whole server, so it tells the database.
 const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
@@ -112,7 +121,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
     sqlx::raw_sql(level).execute(&mut *connection).await?;
 
-    let row = sqlx::query(FIND).bind(schema).bind(schema).fetch_optional(connection).await?;
+    let row = sqlx::query(FIND).bind(schema).bind(schema).fetch_optional(&mut *connection).await?;
     let Some(row) = row else { return Ok(Found::Nothing) };
     let schema: String = row.try_get(0)?;
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
@@ -174,6 +183,11 @@ fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
         keeps_counter: is_mariadb && has_log && setting("innodb_autoinc_lock_mode") != "2",
         has_gaps: !is_mariadb || logs_statements,
     }
+}
+
+pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    sqlx::raw_sql(server.table.sql(USE)).execute(connection).await?;
+    Ok(Vec::new())
 }
 
 /// When all is applied this only reads, so that an account without the right to create anything may call it.

@@ -282,10 +282,16 @@ async fn lock_and_write(
         SET fencing_token = {fencing_token}, secret_key = CONVERT({secret} USING ascii),
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id} AND lock_name = {name};
-        SET {TAKEN} = RIGHT(CONCAT(COALESCE({TAKEN}, ''), {secret}), {MOST_TAKEN})",
+        SET {TAKEN} = RIGHT(CONCAT(COALESCE({TAKEN}, ''), {secret}), {MOST_TAKEN});
+        SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
+        FROM {table} WHERE id = {id}",
         literal(&claim.owner),
     );
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+    // A trigger may have its own idea of the row.
+    let written = fetch_optional(connection, sql).await?;
+    if !written.map_or(Ok(false), |row| row.try_get(0))? {
+        return Ok(RowAttempt::Unwritten);
+    }
     Ok(RowAttempt::Locked { fencing_token, before })
 }
 

@@ -68,6 +68,10 @@ impl LockDatabase for Postgres {
         schema::migrate(connection, schema).await
     }
 
+    async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+        schema::check(connection, server).await
+    }
+
     async fn look(
         connection: &mut PgConnection,
         server: &Server,

@@ -28,7 +28,8 @@ const COLUMNS: [&str; 12] = [
 const FIND: &str = "
 SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', current_setting('server_encoding'),
     current_database()::text, namespace.nspname::text, class.oid::bigint, class.relkind::text, class.relpersistence::text,
-    class.relispartition, class.relhassubclass, row_security_active(class.oid),
+    class.relispartition, EXISTS (SELECT 1 FROM pg_inherits WHERE class.oid IN (inhparent, inhrelid)),
+    row_security_active(class.oid),
     EXISTS (SELECT 1 FROM pg_rewrite WHERE ev_class = class.oid),
     (SELECT count(*) FROM pg_attribute WHERE attrelid = class.oid AND attname = ANY($2) AND NOT attisdropped),
     EXISTS (
@@ -42,6 +43,14 @@ LEFT JOIN pg_class AS class ON class.oid = asked.oid
 LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace";
 
 const QUOTE: &str = "SELECT quote_ident($1)";
+
+/// What locks do to the table, to no row.
+const USE: &str = "
+SELECT * FROM {table} WHERE false FOR UPDATE;
+UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
+    acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters
+WHERE false;
+INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE false";
 
 /// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
 const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
@@ -119,6 +128,11 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         keeps_counter: false,
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
     }))
+}
+
+pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    sqlx::raw_sql(server.table.sql(USE)).execute(connection).await?;
+    Ok(Vec::new())
 }
 
 /// When all is applied this only reads, so that a role without the right to create anything may call it.

@@ -65,7 +65,7 @@ written AS (
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.id = found.id
     RETURNING held.fencing_token, found.secret_key)
-SELECT seen.lock_kind, written.fencing_token, written.secret_key,
+SELECT seen.lock_kind, written.fencing_token, written.secret_key, EXISTS (SELECT 1 FROM found),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
@@ -135,6 +135,9 @@ BEGIN
             acquire_time = clock_timestamp(), expire_time = released, ttl_micros = 0
         WHERE lease.id = held.id
         RETURNING lease.fencing_token INTO held.previous_token;
+    IF NOT FOUND THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'unwritten';
+    END IF;
     PERFORM set_config('lock_timeout', limit_before, true), set_config('lock_db.outcome', 'locked', true),
         set_config('lock_db.taken',
             concat(current_setting('lock_db.taken', true), current_setting('lock_db.secret')), true),
@@ -209,7 +212,9 @@ async fn lock_at_once(
     if Kind::parse(row.try_get(0)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
-    let Some(fencing_token) = row.try_get(1)? else { return Ok(RowAttempt::Busy) };
+    let Some(fencing_token) = row.try_get(1)? else {
+        return Ok(if row.try_get(3)? { RowAttempt::Unwritten } else { RowAttempt::Busy });
+    };
     Ok(RowAttempt::Locked { fencing_token, before: row.try_get(2)? })
 }
 
@@ -242,6 +247,7 @@ async fn wait_and_lock(
         "busy" => RowAttempt::Busy,
         "kind" => RowAttempt::WrongKind,
         "missing" => RowAttempt::Missing,
+        "unwritten" => RowAttempt::Unwritten,
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
     })

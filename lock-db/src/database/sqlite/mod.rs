@@ -63,8 +63,8 @@ impl LockDatabase for Sqlite {
         schema::migrate(connection).await
     }
 
-    async fn advice(connection: &mut SqliteConnection, _server: &Server) -> sqlx::Result<Vec<String>> {
-        schema::advice(connection).await
+    async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+        schema::check(connection, server).await
     }
 
     async fn look(

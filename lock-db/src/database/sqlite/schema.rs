@@ -23,7 +23,13 @@ SELECT (SELECT file FROM pragma_database_list WHERE name = 'main'),
     EXISTS (
         SELECT 1 FROM pragma_index_list('distributed_lock', 'main') AS list
         WHERE list.\"unique\" AND NOT list.partial
-            AND (SELECT group_concat(name) FROM pragma_index_info(list.name, 'main')) = 'lock_name')";
+            AND (SELECT group_concat(name || ' ' || coll) FROM pragma_index_xinfo(list.name, 'main') WHERE key)
+                = 'lock_name BINARY')";
+
+/// What locks do to the table, to no row.
+const USE: &str = "
+UPDATE {table} SET owner = owner WHERE 0;
+INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE 0";
 
 const JOURNAL_MODE: &str = "SELECT journal_mode FROM pragma_journal_mode";
 
@@ -100,7 +106,8 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
     }
     if !row.try_get::<bool, _>(4)? {
         return Ok(Found::Unusable(
-            "`distributed_lock` has no unique index on `lock_name` alone: two rows of one name would be two locks".into(),
+            "`distributed_lock` has no unique index on `lock_name` alone, compared byte by byte: two rows of one name would be two locks, or one row one \
+             lock of several names".into(),
         ));
     }
     Ok(Found::Table(Server {
@@ -112,7 +119,8 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
     }))
 }
 
-pub(super) async fn advice(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    sqlx::raw_sql(server.table.sql(USE)).execute(&mut *connection).await?;
     let mode: String = sqlx::query_scalar(JOURNAL_MODE).fetch_one(connection).await?;
     if mode == "wal" {
         return Ok(Vec::new());

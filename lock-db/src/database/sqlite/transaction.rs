@@ -92,7 +92,7 @@ async fn lock_and_write(
 ) -> sqlx::Result<RowAttempt> {
     let name = &*claim.row.name;
     let query = sqlx::query(server.table.sql(MAKE_ROW)).bind(name).bind(claim.kind.as_str());
-    let row = query.fetch_one(&mut *connection).await?;
+    let Some(row) = query.fetch_optional(&mut *connection).await? else { return Ok(RowAttempt::Unwritten) };
     if Kind::parse(row.try_get(0)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
@@ -102,13 +102,14 @@ async fn lock_and_write(
     if !row.try_get::<bool, _>(3)? {
         return Ok(RowAttempt::Unsettled { usable: false });
     }
-    let fencing_token = sqlx::query_scalar(server.table.sql(WRITE_ROW))
+    let written = sqlx::query_scalar(server.table.sql(WRITE_ROW))
         .bind(name)
         .bind(claim.secret.as_str())
         .bind(&*claim.owner)
         .bind(clock_micros())
-        .fetch_one(connection)
+        .fetch_optional(connection)
         .await?;
+    let Some(fencing_token) = written else { return Ok(RowAttempt::Unwritten) };
     Ok(RowAttempt::Locked { fencing_token, before: row.try_get(1)? })
 }
 

@@ -328,7 +328,7 @@ impl<DB: LockDatabase> Worker<DB> {
                 if let Some(connection) = &mut self.connection {
                     connection.server = None;
                 }
-                self.answer(reply, async |c, server| DB::advice(c, server).await).await;
+                self.answer(reply, async |c, server| DB::check(c, server).await).await;
             }
         }
     }
