@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
 use lock_tests::{Backend, PostgresServer, TestDatabase, TestServer, eventually, for_each_server};
-use sqlx::Connection;
 
 for_each_server! {
     a_try_does_not_call_a_row_held_that_its_snapshot_does_not_show,

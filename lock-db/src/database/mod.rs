@@ -49,6 +49,11 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const ROW_IS_MADE_IN_TRANSACTION: bool;
 
+    /// Whether a transaction that has locked a row sees all that was committed, and keeps everybody from committing more: there a free
+    /// row need not be settled, and can't be by anybody else once the transaction has written.
+    #[doc(hidden)]
+    const SETTLES_IN_TRANSACTION: bool = false;
+
     /// Whether connections with these options can see the same database at all, and this schema of it.
     #[doc(hidden)]
     fn check_options(

@@ -7,7 +7,7 @@ use sqlx::Connection;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
-use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
+use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server, is_busy};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;
 use crate::name::Name;
@@ -278,12 +278,18 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 let name = self.name.to_string();
                 return Err(Error::WrongKind { name, wanted: self.kind, found: row.kind });
             }
-            if row.is_settled() {
+            if row.is_settled() || (DB::SETTLES_IN_TRANSACTION && row.is_free()) {
                 return Ok(Some(row.id));
             }
             let is_over = row.is_free() || row.notice_is_due();
             if is_over {
-                self.settle().await?;
+                match self.settle().await {
+                    // Perhaps by this very transaction.
+                    Err(Error::Database { source, .. }) if DB::SETTLES_IN_TRANSACTION && is_busy(&source) => {
+                        return Ok(Some(row.id));
+                    }
+                    settled => settled?,
+                }
             }
             let remaining = if is_over { SHORT_PAUSE } else { row.remaining() };
             let left = match self.left() {
@@ -354,7 +360,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 let name = self.name.clone();
                 let committed = self.locks.session().ask(|answer| Request::Look { name, answer });
                 let committed = timeout(QUICK_LOOK, committed).await;
-                committed.is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
+                committed
+                    .is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
             }
         };
         Ok(counts.enter(secret, before, again))

@@ -309,12 +309,7 @@ impl Attempt {
 
     /// Whether a free row could not be had because another transaction has it locked. One that was not, each time that somebody looked,
     /// can't be written at all.
-    async fn is_locked(
-        &mut self,
-        name: &Name,
-        row: LockRow,
-        not_locked: &mut u32,
-    ) -> Result<bool, Error> {
+    async fn is_locked(&mut self, name: &Name, row: LockRow, not_locked: &mut u32) -> Result<bool, Error> {
         match self.core.lane.probe(name).await {
             Ok(Probe::Locked) => {
                 *not_locked = 0;

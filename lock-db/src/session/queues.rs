@@ -256,7 +256,8 @@ impl Queues {
                 Some(_) => waiting.deadline() <= now,
             };
             for (_, waiting) in waiting.extract_if(.., |_, waiting| is_told(waiting)) {
-                let answer = if waiting.wait.is_none() { Ok(None) } else { Err(self.timed_out(&waiting, front)) };
+                let answer =
+                    if waiting.wait.is_none() { Ok(None) } else { Err(self.timed_out(&waiting, front)) };
                 answers.push((waiting, answer));
             }
         }
@@ -319,9 +320,8 @@ impl Queues {
         for Line { waiting, front } in state.names.values_mut() {
             let asks = matches!(front, Front::Asks);
             // Not before it could be known whether the lock is held at all.
-            let is_over = |waiting: &Acquire| {
-                waiting.deadline() <= now && !(asks && now < waiting.first_answer())
-            };
+            let is_over =
+                |waiting: &Acquire| waiting.deadline() <= now && !(asks && now < waiting.first_answer());
             for (_, waiting) in waiting.extract_if(.., |_, waiting| is_over(waiting)) {
                 let error = self.timed_out(&waiting, front);
                 over.push((waiting, error));

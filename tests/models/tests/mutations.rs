@@ -150,7 +150,8 @@ fn a_notice_that_the_holder_does_not_read() {
 /// Also of what was relied on after a look.
 #[test]
 fn a_notice_without_a_margin_for_late_clocks() {
-    let protocol = Protocol { foreign_locks: 1, late_clocks: true, ttl: 3, reliable: 2, ..Protocol::default() };
+    let protocol =
+        Protocol { foreign_locks: 1, late_clocks: true, ttl: 3, reliable: 2, ..Protocol::default() };
     let search = protocol.checker().spawn_bfs().join();
     assert!(search.discovery(property::HOLDERS_HOLD).is_some(), "the whole notice is relied on");
 }

@@ -216,7 +216,8 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
     let quoted = format!("`{}`", schema.replace('`', "``"));
     let ledger = format!("{quoted}._lock_db_migrations");
     let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
-    let has_database: i64 = sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
+    let has_database: i64 =
+        sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
     if has_database == 0 {
         let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
         sqlx::raw_sql(sql).execute(&mut *connection).await?;
@@ -247,7 +248,8 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
 }
 
 async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
-    let tables: i64 = sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
+    let tables: i64 =
+        sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
     Ok(tables > 0)
 }
 

@@ -11,9 +11,7 @@ use super::errors::{
 };
 use super::literal;
 use crate::Kind;
-use crate::database::{
-    Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server,
-};
+use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server};
 
 const UNMARK: &str = "
 SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1), @lock_db_released = NULL";

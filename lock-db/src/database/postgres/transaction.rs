@@ -240,10 +240,7 @@ async fn wait_and_lock(
     let rows = sqlx::raw_sql(server.table.sql(WAIT_AND_LOCK)).fetch_all(&mut *connection).await?;
     let outcome = rows.last().ok_or(sqlx::Error::RowNotFound)?;
     Ok(match outcome.try_get::<&str, _>(0)? {
-        "locked" => RowAttempt::Locked {
-            fencing_token: number(outcome)?,
-            before: outcome.try_get(2)?,
-        },
+        "locked" => RowAttempt::Locked { fencing_token: number(outcome)?, before: outcome.try_get(2)? },
         "busy" => RowAttempt::Busy,
         "kind" => RowAttempt::WrongKind,
         "missing" => RowAttempt::Missing,

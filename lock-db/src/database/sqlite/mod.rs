@@ -24,6 +24,7 @@ impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
     const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+    const SETTLES_IN_TRANSACTION: bool = true;
     /// Some errors end a transaction by themselves; the savepoint is gone then.
     const BEGIN_MARKED: &'static str = "BEGIN; SAVEPOINT lock_db_guard";
     /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
