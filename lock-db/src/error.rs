@@ -155,9 +155,10 @@ pub enum Error {
         reason: String,
     },
 
-    /// The transaction is in another database than the table `distributed_lock` of this `Locks`. Nothing was done in it.
+    /// The transaction is in another database than the table `distributed_lock` of this `Locks`, or its connection has a
+    /// temporary table of that name, which hides the true one (MySQL, MariaDB). Nothing was done in it.
     #[error(
-        "lock `{name}` was asked for in a transaction of another database than that of this `Locks`: begin the transaction on the pool that the `Locks` was made with"
+        "lock `{name}` was asked for in a transaction that does not reach the table `distributed_lock` of this `Locks`: begin it on the pool that the `Locks` was made with, and without a temporary table of that name"
     )]
     ForeignTransaction {
         /// The name of the lock.
@@ -385,6 +386,13 @@ impl Failure {
     pub(crate) fn unusable_table<DB: LockDatabase>(reason: String) -> Self {
         let source = sqlx::Error::Configuration(reason.into());
         Self { fault: Fault::TableUnusable, source, folder: DB::FOLDER }
+    }
+
+    /// What keeps everybody from the table, when no error of the database says so.
+    pub(crate) fn table_locked<DB: LockDatabase>() -> Self {
+        let message = "another transaction has locked the table `distributed_lock` as a whole";
+        let source = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::WouldBlock, message));
+        Self { fault: Fault::Busy, source, folder: DB::FOLDER }
     }
 
     /// A row that is free, is locked by nobody, and still was not written.

@@ -169,7 +169,7 @@ async fn commit<DB: LockDatabase>(
             let _committed = transaction.commit().await;
             return Ok(call);
         }
-        Ok(Guarded::NotOurs | Guarded::Stale) => {
+        Ok(Guarded::NotOurs | Guarded::Stale | Guarded::Elsewhere) => {
             Error::Lost { name: name.to_string(), reason: Loss::TakenOver }
         }
         Ok(Guarded::Ended) => Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded },

@@ -3,12 +3,14 @@
 
 use std::future::Future;
 use std::time::Duration;
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+use std::time::Instant;
 
 pub(crate) use self::fault::{Fault, is_busy, is_disconnected, passes};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
-    Call, Claim, Exchanged, Grant, Guarded, LeaseKey, LockRow, Place, Released, Renewal, Return, RowAttempt,
-    RowClaim, RowKey, Standing, reliable_without_notice,
+    Call, Claim, Exchanged, Grant, Guarded, LeaseKey, LockRow, Place, Released, Renewal, Renewed, Return,
+    RowAttempt, RowClaim, RowKey, Standing, reliable_without_notice,
 };
 pub(crate) use self::waiters::Waiters;
 use crate::Kind;
@@ -71,6 +73,9 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// The same for a guarded transaction.
     #[doc(hidden)]
     const BEGIN_GUARDED: &'static str = Self::BEGIN_MARKED;
+    /// The same for one that is to lock a row first.
+    #[doc(hidden)]
+    const BEGIN_WITH_ROW: &'static str = Self::BEGIN_MARKED;
 
     /// Whether the `commit_…` methods commit, so that nobody knows the outcome when their answer is lost.
     #[doc(hidden)]
@@ -232,13 +237,14 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async { Ok(()) }
     }
 
-    /// Moves the deadlines of these leases forward, in one statement. One answer a lease, in order.
+    /// Moves the deadlines of these leases forward, in one statement. One answer a lease, in order; and when what was not renewed was
+    /// looked at, if that was later than this began.
     #[doc(hidden)]
     fn renew(
         connection: &mut Self::Connection,
         server: &Server,
         leases: &[Renewal],
-    ) -> impl Future<Output = sqlx::Result<Vec<Standing>>> + Send;
+    ) -> impl Future<Output = sqlx::Result<Renewed>> + Send;
 
     /// Frees the lease if it is still ours. `Standing::Ours` means that it was, and is free now.
     #[doc(hidden)]
@@ -463,8 +469,13 @@ fn hexadecimal(text: &str) -> String {
 
 /// Puts what a batch statement found, in whatever order, back into the order of the request. What it did not find is no
 /// longer ours.
-fn in_order(leases: &[Renewal], found: impl IntoIterator<Item = (String, Standing)>) -> Vec<Standing> {
+fn in_order(
+    leases: &[Renewal],
+    found: impl IntoIterator<Item = (String, Standing)>,
+    looked: Option<Instant>,
+) -> Renewed {
     let found: std::collections::HashMap<String, Standing> = found.into_iter().collect();
     let standing = |lease: &Renewal| found.get(lease.secret.as_str()).copied();
-    leases.iter().map(|lease| standing(lease).unwrap_or(Standing::NotOurs)).collect()
+    let standings = leases.iter().map(|lease| standing(lease).unwrap_or(Standing::NotOurs)).collect();
+    Renewed { standings, looked }
 }

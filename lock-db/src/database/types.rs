@@ -1,7 +1,7 @@
 //! What goes to a database and comes back, whichever it is.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 
@@ -138,6 +138,8 @@ pub enum Guarded {
     Stale,
     /// The marked transaction has ended already.
     Ended,
+    /// The transaction has another table of that name before it. Nothing of the lock's was done.
+    Elsewhere,
 }
 
 impl Guarded {
@@ -154,6 +156,15 @@ pub struct Renewal {
     pub secret: Secret,
     pub fencing_token: i64,
     pub ttl: Duration,
+}
+
+/// What became of renewals.
+#[derive(Debug)]
+pub struct Renewed {
+    /// In their order.
+    pub standings: Vec<Standing>,
+    /// From just before what was not renewed was looked at. `None`: as old as the request.
+    pub looked: Option<Instant>,
 }
 
 /// What the row said about a lease of ours.
@@ -202,6 +213,8 @@ pub enum RowAttempt {
     },
     /// Another transaction has it.
     Busy,
+    /// Another transaction has the whole table.
+    TableLocked,
     /// There is no such row, as far as this transaction can see.
     Missing,
     /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
@@ -240,7 +253,7 @@ pub struct LockRow {
 }
 
 /// How long a takeover gives notice, at most. The rest of the time it is a tenth of the TTL.
-const LONGEST_NOTICE: i64 = 300_000;
+const LONGEST_NOTICE: i64 = 1_000_000;
 /// How much further ahead than its TTL a deadline may lie before the clock counts as set back.
 const CLOCK_SLACK: i64 = 2_000_000;
 

@@ -26,6 +26,8 @@ const FIRST_SLICE: Duration = Duration::from_millis(1100);
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.
 const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
+/// How long a takeover gives notice, and no longer.
+const LONGEST_NOTICE: Duration = Duration::from_secs(1);
 /// How long it may take to see whether a transaction has a lock for the second time.
 const QUICK_LOOK: Duration = Duration::from_millis(100);
 /// The longest pause between two looks at a lease that another process holds.
@@ -136,6 +138,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     self.locks.known_rows().remove(self.name);
                     return Err(self.stale(connection).await);
                 }
+                // Told as `Stalled`.
+                Step::Done(RowAttempt::TableLocked) => false,
                 // Another process was quicker, or the transaction may have read what its last holder has changed since.
                 Step::Done(RowAttempt::Stale | RowAttempt::Leased { usable: false }) => {
                     return Err(self.stale(connection).await);
@@ -210,7 +214,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         match found {
             Ok(id) => Ok(id.map(|id| Found { server, id })),
             // The transaction itself keeps the row from being made.
-            Err(Error::Serialization { .. }) => Err(self.stale(connection).await),
+            Err(Error::Serialization { .. }) => {
+                let error = self.stale(connection).await;
+                // So that the next one finds it.
+                let _made = self.ensure_row().await;
+                Err(error)
+            }
             Err(error) => Err(error),
         }
     }
@@ -248,6 +257,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     ) -> Result<Step, Error> {
         let limit = slice + ANSWER_LIMIT;
         let failure = match timeout(limit, DB::lock_row(connection, server, claim, slice)).await {
+            Ok(Ok(RowAttempt::TableLocked)) => return Ok(Step::Stalled(Failure::table_locked::<DB>())),
             Ok(Ok(attempt)) => return Ok(Step::Done(attempt)),
             Ok(Err(error)) => Failure::new::<DB>(error),
             Err(_elapsed) => Failure::no_answer::<DB>(limit),
@@ -264,6 +274,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         &self,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<i64>, Error> {
+        let mut was_settled = false;
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
                 let name = self.name.clone();
@@ -282,7 +293,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 return Ok(Some(row.id));
             }
             let is_over = row.is_free() || row.notice_is_due();
-            if is_over {
+            if is_over && !was_settled {
                 match self.settle().await {
                     // Perhaps by this very transaction.
                     Err(Error::Database { source, .. }) if DB::SETTLES_IN_TRANSACTION && is_busy(&source) => {
@@ -290,7 +301,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     }
                     settled => settled?,
                 }
+                was_settled = true;
+                continue;
             }
+            was_settled = false;
             let remaining = if is_over { SHORT_PAUSE } else { row.remaining() };
             let left = match self.left() {
                 Some(left) => left,
@@ -312,7 +326,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Where the table is.
-    async fn locate(&self) -> Result<Server, Error> {
+    pub(crate) async fn locate(&self) -> Result<Server, Error> {
         match self.locks.location().found() {
             Some(server) => Ok(server),
             None => self.ask(|answer| Request::Locate { answer, anew: false }).await,
@@ -322,7 +336,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Rules out the last holder of a lease that has run out or was released.
     async fn settle(&self) -> Result<(), Error> {
         let name = self.name.clone();
-        self.ask(|answer| Request::Settle { name, answer }).await
+        let limit = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER) + LONGEST_NOTICE;
+        self.ask_within(limit, |answer| Request::Settle { name, answer }).await
     }
 
     /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
@@ -334,8 +349,15 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Asks the session, not much longer than the wait.
     async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Error> {
-        let left = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER);
-        match timeout(left, self.locks.session().ask(request)).await {
+        self.ask_within(self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER), request).await
+    }
+
+    async fn ask_within<T>(
+        &self,
+        limit: Duration,
+        request: impl FnOnce(Answer<T>) -> Request,
+    ) -> Result<T, Error> {
+        match timeout(limit, self.locks.session().ask(request)).await {
             Ok(answer) => answer,
             Err(_elapsed) => {
                 Err(Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name)))

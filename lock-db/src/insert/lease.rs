@@ -246,6 +246,7 @@ impl<DB: LockDatabase> Lease<DB> {
                 self.hold.is_lost(Loss::TakenOver);
                 Err(self.hold.lost(Loss::TakenOver))
             }
+            Ok(Guarded::Elsewhere) => Err(Error::ForeignTransaction { name: name.to_string() }),
             Ok(Guarded::Stale) => {
                 DB::doom(transaction).await;
                 Err(Error::Serialization { name: name.to_string(), source: None })

@@ -211,6 +211,8 @@ async fn take<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     answer: &mut oneshot::Sender<Taken<DB>>,
 ) -> Taken<DB> {
+    // Also whether there can be locks at all, before a connection of the pool is waited for.
+    attempt.locate().await?;
     let queues = attempt.locks.row_queues();
     let turn = match queues.turns.try_enter(attempt.name) {
         Some(turn) => turn,
@@ -343,7 +345,7 @@ async fn begin<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     connection: PoolConnection<DB>,
 ) -> Result<OwnTransaction<DB, Arc<Turn>>, NotBegun> {
-    let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_MARKED));
+    let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_WITH_ROW));
     let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
     match timeout(left, begun).await {
         Ok(Ok(Ok(transaction))) => Ok(transaction),

@@ -87,8 +87,8 @@ struct Attempt {
     may_claim: bool,
     /// Whether the next look comes before the next write.
     looks_first: bool,
-    /// A row that was free when it was looked at last.
-    seen_free: Option<(Name, LockRow)>,
+    /// The rows that were free when they were looked at last.
+    seen_free: Vec<(Name, LockRow)>,
     /// What was in the way last.
     last: Obstacle,
 }
@@ -130,7 +130,7 @@ impl Attempt {
             came_too_late: false,
             may_claim: false,
             looks_first: false,
-            seen_free: None,
+            seen_free: Vec::new(),
             last: Obstacle::Unknown,
         }
     }
@@ -208,19 +208,22 @@ impl Attempt {
                     self.may_claim = !self.pause(notice).await;
                     continue;
                 }
-                Ok(Reply::RowIsBusy(name, row)) => {
+                Ok(Reply::RowIsBusy(rows)) => {
                     busy += 1;
                     if busy == 1 {
                         // By a transaction, or by nobody: that is found out before the end.
-                        (not_locked, self.last) = (0, Obstacle::RowLocked(name.clone(), row.clone()));
+                        not_locked = 0;
                         self.answered.set(false);
+                        if let Some((name, row)) = rows.first().cloned() {
+                            self.last = Obstacle::RowLocked(name, row);
+                        }
                     }
                     if self.wait.is_none()
                         || self.left().is_zero()
                         || busy.is_multiple_of(A_WHILE)
                         || not_locked > 0
                     {
-                        let locked = self.is_locked(&name, row, &mut not_locked).await?;
+                        let locked = self.is_one_locked(rows, &mut not_locked).await?;
                         if locked && self.wait.is_none() {
                             return Ok(None);
                         }
@@ -307,27 +310,36 @@ impl Attempt {
         self.last = Obstacle::Failure(failure);
     }
 
-    /// Whether a free row could not be had because another transaction has it locked. One that was not, each time that somebody looked,
-    /// can't be written at all.
-    async fn is_locked(&mut self, name: &Name, row: LockRow, not_locked: &mut u32) -> Result<bool, Error> {
-        match self.core.lane.probe(name).await {
-            Ok(Probe::Locked) => {
-                *not_locked = 0;
-                self.answered.set(true);
-                self.core.queues.learn(name, Front::IsHeldElsewhere(None));
-                self.last = Obstacle::RowLocked(name.clone(), row);
-                return Ok(true);
-            }
-            Ok(Probe::Free | Probe::Nothing) => {
-                *not_locked += 1;
-                if *not_locked >= OFTEN_ENOUGH {
-                    let failure = (self.core.not_written)();
-                    self.fails(failure.another());
-                    return Err(failure.into_error(ACTION, Some(name)));
+    /// Whether free rows could not be had because another transaction has one of them locked. If none was, each time that somebody
+    /// looked, they can't be written at all.
+    async fn is_one_locked(
+        &mut self,
+        rows: Vec<(Name, LockRow)>,
+        not_locked: &mut u32,
+    ) -> Result<bool, Error> {
+        for (name, row) in rows {
+            match self.core.lane.probe(&name).await {
+                Ok(Probe::Locked) => {
+                    *not_locked = 0;
+                    self.answered.set(true);
+                    self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
+                    self.last = Obstacle::RowLocked(name, row);
+                    return Ok(true);
                 }
+                Ok(Probe::Free | Probe::Nothing) => {}
+                Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => {
+                    self.answered.set(true);
+                    self.fails(failure);
+                    return Ok(false);
+                }
+                Err(failure) => return Err(failure.into_error(ACTION, Some(&name))),
             }
-            Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => self.fails(failure),
-            Err(failure) => return Err(failure.into_error(ACTION, Some(name))),
+        }
+        *not_locked += 1;
+        if *not_locked >= OFTEN_ENOUGH {
+            let failure = (self.core.not_written)();
+            self.fails(failure.another());
+            return Err(failure.into_error(ACTION, self.name()));
         }
         Ok(false)
     }
@@ -365,7 +377,7 @@ impl Attempt {
             return Ok(in_the_way);
         }
         // The second time with the rows that the first time made.
-        let mut free = None;
+        let mut free = Vec::new();
         for _ in 0..2 {
             if let Some(granted) = self.claim().await? {
                 return Ok(Reply::Granted(granted));
@@ -373,14 +385,20 @@ impl Attempt {
             if let Some(in_the_way) = self.look_at_all().await? {
                 return Ok(in_the_way);
             }
-            free = self.seen_free.take().or(free);
+            let seen_free = std::mem::take(&mut self.seen_free);
+            if !seen_free.is_empty() {
+                free = seen_free;
+            }
         }
-        match free {
-            Some((name, row)) => Ok(Reply::RowIsBusy(name, row)),
-            None if self.came_too_late => Err(self.core.lane.no_answer(self.started.elapsed())),
-            // Its row was made, and could not be seen.
-            None => Err((self.core.not_written)()),
+        if !free.is_empty() {
+            return Ok(Reply::RowIsBusy(free));
         }
+        // Else its row was made, and could not be seen.
+        Err(if self.came_too_late {
+            self.core.lane.no_answer(self.started.elapsed())
+        } else {
+            (self.core.not_written)()
+        })
     }
 
     /// The first name that is in the way.
@@ -459,7 +477,7 @@ impl Attempt {
         let mut ahead = 0;
         if let Some(place) = place {
             if is_free && row.waiters.is_empty() {
-                self.seen_free = Some((name, row));
+                self.seen_free.push((name, row));
                 return Ok(None);
             }
             let (listener, place) = (core.calls.listener(), place.as_str());
@@ -487,11 +505,11 @@ impl Attempt {
             }
         }
         if is_free && ahead == 0 && written {
-            self.seen_free = Some((name, row));
+            self.seen_free.push((name, row));
             return Ok(None);
         }
         if !written {
-            return Ok(Some(Reply::RowIsBusy(name, row)));
+            return Ok(Some(Reply::RowIsBusy(vec![(name, row)])));
         }
         if ahead == 0 && row.notice_is_due() {
             // A deadline that lay too far ahead is drawn in: the next look tells how far.
@@ -499,7 +517,7 @@ impl Attempt {
             return Ok(Some(match core.lane.give_notice(&name).await? {
                 true if is_over => Reply::Noticed { name, row },
                 true => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
-                false => Reply::RowIsBusy(name, row),
+                false => Reply::RowIsBusy(vec![(name, row)]),
             }));
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
@@ -583,8 +601,8 @@ enum Reply {
         name: Name,
         row: LockRow,
     },
-    /// It is our turn, or we were to take a place in the queue, but another transaction has the row locked or was quicker.
-    RowIsBusy(Name, LockRow),
+    /// It is our turn, or we were to take a place in the queue, but another transaction has one of these rows locked or was quicker.
+    RowIsBusy(Vec<(Name, LockRow)>),
     /// A transaction has it that is the first to use the name, and has made its row.
     RowIsMade(Name),
     /// The name is used as something else.

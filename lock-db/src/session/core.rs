@@ -420,18 +420,19 @@ impl Held {
         if self.state.is_in_doubt() { pause.min(LOOK_AFTER) } else { pause }
     }
 
-    /// The row was locked by another transaction when it was asked for at `sent`, and told of no takeover. One would have to give notice
+    /// The row was locked by another transaction when it was looked at, not before `looked`, and told of no takeover. One would have to give notice
     /// first, so the lease is good for that long; on a cluster the notice may be on another node.
-    pub(super) fn not_renewed(&mut self, sent: Instant) {
+    pub(super) fn not_renewed(&mut self, looked: Instant) {
         if self.state.key.server.cluster == Cluster::SinglePrimary {
-            let deadline = sent + reliable_without_notice(self.ttl);
+            let deadline = looked + reliable_without_notice(self.ttl);
             if deadline > self.deadline && self.state.extend(deadline) {
                 self.deadline = deadline;
             }
         }
         let now = Instant::now();
         let left = self.deadline.saturating_duration_since(now);
-        self.next_renewal = now + self.pause().min((left / 3).max(SHORTEST_PAUSE));
+        // Several times, so that one answer that is late costs nothing.
+        self.next_renewal = now + self.pause().min((left / 6).max(SHORTEST_PAUSE));
     }
 
     /// `false`: too late, its holder was told already that it is over.

@@ -8,7 +8,7 @@ use tokio::select;
 
 use super::baton;
 use super::core::{Core, Held};
-use crate::database::{Fault, Renewal, Standing};
+use crate::database::{Fault, Renewal, Renewed, Standing};
 use crate::error::Loss;
 
 /// How many leases travel in one statement.
@@ -67,7 +67,7 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     // One with a short TTL can't wait for the end of the slice; after that slice it need not.
     let lane = if baton::is_in_the_way(core) { &core.lane } else { &core.renewals };
     match lane.renew(leases, limit).await {
-        Ok((standings, sent)) => {
+        Ok((Renewed { standings, looked }, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {
                 match standing {
                     Standing::Ours | Standing::StillOurs => {
@@ -78,7 +78,7 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
                     // Locked by another transaction, and still ours: asked again soon.
                     Standing::Busy => {
                         if let Some(held) = core.leases.borrow_mut().get_mut(key) {
-                            held.not_renewed(sent);
+                            held.not_renewed(looked.unwrap_or(sent));
                         }
                     }
                     // It has to be renewed before the notice is over.

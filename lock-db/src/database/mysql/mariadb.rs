@@ -22,7 +22,7 @@ use sqlx::{MySql, Row};
 use super::lease::granted;
 use super::together::still_ours;
 use crate::database::{
-    Claim, Grant, Place, Renewal, Return, Server, Standing, as_json, in_order, outcome_unknown,
+    Claim, Grant, Place, Renewal, Renewed, Return, Server, Standing, as_json, in_order, outcome_unknown,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -95,12 +95,12 @@ INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT id, lock_name,
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)),
         TIMESTAMPADD(MICROSECOND, ABS(ttl_micros), SYSDATE(6)),
-        GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)))),
+        GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 1000000), SYSDATE(6)))),
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)), ttl_micros, 0)
 FROM {table} AS due FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
     AND ((ttl_micros > 0
-            AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 300000), SYSDATE(6)))
+            AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 1000000), SYSDATE(6)))
         OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
 LIMIT 1
 FOR UPDATE SKIP LOCKED
@@ -317,21 +317,23 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Vec<Standing>> {
+) -> sqlx::Result<Renewed> {
     let json = as_json(leases);
     let renewed = insert(server, RENEW).bind(&json).fetch_all(&mut *connection).await?;
     let renewed: Vec<String> = renewed.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    let mut found = Vec::with_capacity(leases.len());
+    let (mut found, mut looked) = (Vec::with_capacity(leases.len()), None);
     if renewed.len() < leases.len() {
+        let (still_ours, since) = still_ours(connection, server, &json).await?;
+        looked = Some(since);
         // Whether one was renewed was told above.
-        for (secret, standing) in still_ours(connection, server, &json).await? {
+        for (secret, standing) in still_ours {
             let standing = if standing == Standing::StillOurs { Standing::Busy } else { standing };
             found.push((secret, standing));
         }
     }
     // Those that were renewed last: they count.
     found.extend(renewed.into_iter().map(|secret| (secret, Standing::Ours)));
-    Ok(in_order(leases, found))
+    Ok(in_order(leases, found, looked))
 }
 
 /// The rows that were written, and those of ours that were passed over.

@@ -19,7 +19,7 @@ use sqlx::{MySql, Pool};
 
 use super::{
     Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
-    Renewal, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
+    Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -134,7 +134,7 @@ impl LockDatabase for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Vec<Standing>> {
+    ) -> sqlx::Result<Renewed> {
         together::renew(connection, server, leases).await
     }
 

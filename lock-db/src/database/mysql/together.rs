@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use std::time::Instant;
+
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::errors::{UNKNOWN_STATEMENT, number};
 use super::{literal, mariadb};
 use crate::database::{
-    Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, as_json,
+    Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Renewed, Return, Server, Standing, as_json,
     hexadecimal, in_order,
 };
 use crate::limits::micros;
@@ -105,31 +107,33 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Vec<Standing>> {
+) -> sqlx::Result<Renewed> {
     if server.is_mariadb {
         return mariadb::renew(connection, server, leases).await;
     }
     let json = as_json(leases);
     let renewed = sqlx::query(server.table.sql(RENEW)).bind(&json).execute(&mut *connection).await?;
     if usize::try_from(renewed.rows_affected()) == Ok(leases.len()) {
-        return Ok(vec![Standing::Ours; leases.len()]);
+        return Ok(Renewed { standings: vec![Standing::Ours; leases.len()], looked: None });
     }
-    let found = still_ours(connection, server, &json).await?;
+    let (found, looked) = still_ours(connection, server, &json).await?;
     // One that was asked for alone was not renewed, or it would have been counted.
     let is_alone = leases.len() == 1;
     let found = found.into_iter().map(|(secret, standing)| {
         (secret, if is_alone && standing == Standing::StillOurs { Standing::Busy } else { standing })
     });
-    Ok(in_order(leases, found))
+    Ok(in_order(leases, found, Some(looked)))
 }
 
-/// In a transaction of its own, because what spreads reads over replicas must not answer it by an old one.
+/// In a transaction of its own, because what spreads reads over replicas must not answer it by an old one. Answers when it was read,
+/// too.
 pub(super) async fn still_ours(
     connection: &mut MySqlConnection,
     server: &Server,
     json: &str,
-) -> sqlx::Result<Vec<(String, Standing)>> {
+) -> sqlx::Result<(Vec<(String, Standing)>, Instant)> {
     let mut transaction = connection.begin().await?;
+    let looked = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(&mut *transaction).await?;
     transaction.commit().await?;
     let standing = |row: &MySqlRow| {
@@ -140,7 +144,7 @@ pub(super) async fn still_ours(
         };
         Ok((row.try_get(0)?, standing))
     };
-    rows.iter().map(standing).collect()
+    Ok((rows.iter().map(standing).collect::<sqlx::Result<_>>()?, looked))
 }
 
 pub(super) async fn exchange(

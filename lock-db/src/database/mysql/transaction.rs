@@ -30,6 +30,9 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 const TAKEN: &str = "@lock_db_taken";
 const MOST_TAKEN: usize = 64 * 32;
 
+/// What a table takes that is locked by nobody.
+const QUICK: Duration = Duration::from_millis(100);
+
 /// What a try may take that waits for nobody.
 const LONGEST_TRY: Duration = Duration::from_secs(2);
 
@@ -40,7 +43,7 @@ pub(super) async fn lock_row(
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
     let attempt = match lock_and_write(connection, server, claim, slice).await {
-        Err(error) if is_locked(connection, server, &error, slice).await? => Ok(RowAttempt::Busy),
+        Err(error) if is_locked(connection, server, &error).await? => Ok(RowAttempt::Busy),
         attempt => attempt,
     };
     let fault = attempt.as_ref().err().map(MySql::classify);
@@ -53,32 +56,23 @@ pub(super) async fn lock_row(
 }
 
 /// Whether an error says that another transaction has the row. What keeps everybody from the whole table (a lock for a backup, an
-/// ALTER) answers the same on MariaDB, and for a try looks like a row that takes too long on MySQL.
+/// ALTER) answers the same. So the table is asked for once more: for a row that there is not.
 async fn is_locked(
     connection: &mut MySqlConnection,
     server: &Server,
     error: &sqlx::Error,
-    slice: Duration,
 ) -> sqlx::Result<bool> {
     match number(error) {
-        Some(ROW_IS_LOCKED) => Ok(true),
-        Some(LOCK_WAIT_TIMEOUT) if slice.is_zero() && server.is_mariadb => {
-            // There is no such row, but the table has to be had for it.
-            let sql = format!(
-                "SET STATEMENT lock_wait_timeout = 0 FOR
-                SELECT id FROM {} WHERE id = -1 FOR UPDATE",
-                server.table.name()
-            );
-            match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
-                Ok(_) => Ok(true),
-                Err(error) if number(&error) == Some(LOCK_WAIT_TIMEOUT) => Ok(false),
-                Err(error) => Err(error),
-            }
-        }
-        // The table was had before, or the row would not have been found locked without a slice.
-        Some(LOCK_WAIT_TIMEOUT) => Ok(!slice.is_zero()),
-        Some(number) if TOOK_TOO_LONG.contains(&number) => Ok(!slice.is_zero()),
-        _ => Ok(false),
+        Some(ROW_IS_LOCKED) => return Ok(true),
+        Some(LOCK_WAIT_TIMEOUT) => {}
+        Some(number) if TOOK_TOO_LONG.contains(&number) => {}
+        _ => return Ok(false),
+    }
+    let sql = format!("{} id FROM {} WHERE id = -1 FOR UPDATE", select_within(QUICK), server.table.name());
+    match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
+        Ok(_) => Ok(true),
+        Err(error) if MySql::classify(&error) == Fault::Busy => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -126,7 +120,8 @@ pub(super) async fn guard(
 ) -> sqlx::Result<Guarded> {
     // First, as the row is seen that this writes itself. A snapshot is fixed by it, but no older than what follows.
     let sees_grant = format!(
-        "SELECT fencing_token = {} FROM {} WHERE id = {}",
+        "{}; SELECT fencing_token = {} FROM {} WHERE id = {}",
+        show(&lease.server),
         lease.fencing_token,
         lease.server.table.name(),
         lease.row.id
@@ -151,6 +146,10 @@ pub(super) async fn guard(
 
 /// By what the plain read found, which comes first, and the locking one or the write, which counts last.
 fn guarded(rows: &[MySqlRow]) -> sqlx::Result<Guarded> {
+    let [shown, rows @ ..] = rows else { return Ok(Guarded::NotOurs) };
+    if is_temporary(shown)? {
+        return Ok(Guarded::Elsewhere);
+    }
     let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Guarded::NotOurs) };
     let is_ours = last.try_get::<i64, _>(0)? > 0;
     // Without a row there is only the count.
@@ -229,14 +228,22 @@ async fn lock_and_write(
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
     let (id, table) = (claim.row.id, server.table.name());
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
+    let show = if claim.is_own { String::new() } else { format!("{};", show(server)) };
     let sql = format!(
-        "{IN_TRANSACTION}; {} lock_name, lock_kind, secret_key, fencing_token,
+        "{IN_TRANSACTION}; {show} {} lock_name, lock_kind, secret_key, fencing_token,
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time), ttl_micros,
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
         FROM {table} WHERE id = {id} FOR UPDATE {no_wait}",
         select_within(limit)
     );
-    let Some(row) = fetch_optional(connection, sql).await? else { return Ok(RowAttempt::Missing) };
+    let mut rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await?.into_iter();
+    if !claim.is_own
+        && let Some(shown) = rows.next()
+        && is_temporary(&shown)?
+    {
+        return Ok(RowAttempt::ForeignTransaction);
+    }
+    let Some(row) = rows.next() else { return Ok(RowAttempt::Missing) };
     if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
         return Ok(RowAttempt::Missing);
     }
@@ -280,7 +287,7 @@ async fn lock_and_write(
         SET fencing_token = {fencing_token}, secret_key = CONVERT({secret} USING ascii),
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id} AND lock_name = {name};
-        SET {TAKEN} = RIGHT(CONCAT(COALESCE({TAKEN}, ''), {secret}), {MOST_TAKEN});
+        SET {TAKEN} = IF({TAKEN} IS NULL, {secret}, RIGHT(CONCAT({TAKEN}, {secret}), {MOST_TAKEN}));
         SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
         FROM {table} WHERE id = {id}",
         literal(&claim.owner),
@@ -304,6 +311,15 @@ fn select_within(limit: Duration) -> String {
         limit / 1000,
         limit % 1000
     )
+}
+
+/// Before other statements in the caller's session: a temporary table hides the one that is meant, also by its full name.
+fn show(server: &Server) -> String {
+    format!("SHOW CREATE TABLE {}", server.table.name())
+}
+
+fn is_temporary(shown: &MySqlRow) -> sqlx::Result<bool> {
+    Ok(shown.try_get::<&str, _>(1)?.starts_with("CREATE TEMPORARY"))
 }
 
 /// The one row, read to the end of the answer: what is left over of it would meet the next statement.

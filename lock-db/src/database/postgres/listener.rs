@@ -41,11 +41,16 @@ pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
 /// Hears what is sent to this listener from now on. Not through a pooler that may give the connection to another client for its next
 /// transaction: that one would be sent our notifications, and most clients fail then.
 pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
-    let is_direct: bool = sqlx::query_scalar(IS_DIRECT).fetch_one(connection(listening).await?).await?;
+    let is_direct = is_direct(connection(listening).await?).await?;
     if is_direct {
         listening.listen(&channel(listener)).await?;
     }
     Ok(is_direct)
+}
+
+/// Whether the connection leads to a session of its own, as far as that can be told.
+pub(super) async fn is_direct(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await
 }
 
 pub(super) async fn call(connection: &mut PgConnection, calls: &[Call]) -> sqlx::Result<()> {

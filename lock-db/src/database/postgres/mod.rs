@@ -18,7 +18,7 @@ use sqlx::{Pool, Postgres};
 
 use super::{
     Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe,
-    Released, Renewal, Return, RowAttempt, RowClaim, Server, Standing,
+    Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -28,12 +28,13 @@ impl LockDatabase for Postgres {
     /// After an error the server itself refuses all but a rollback. The mark tells a transaction that its owner's own COMMIT or
     /// ROLLBACK has ended: it goes with the transaction.
     const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";
+    const BEGIN_WITH_ROW: &'static str = transaction::BEGIN_AND_LIMIT;
     const COMMITS_WITH_CHECK: bool = true;
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
-    async fn prepare(_connection: &mut PgConnection) -> sqlx::Result<()> {
-        Ok(())
+    async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
+        schema::prepare(connection).await
     }
 
     async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
@@ -113,7 +114,7 @@ impl LockDatabase for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Vec<Standing>> {
+    ) -> sqlx::Result<Renewed> {
         together::renew(connection, server, leases).await
     }
 

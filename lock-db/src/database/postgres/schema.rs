@@ -3,10 +3,15 @@
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Row};
 
+use super::listener::is_direct;
 use super::transaction::DOLLAR_QUOTE;
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
 use crate::schema;
+
+/// What is given up here after five seconds is to end on the server, too: else each such statement would keep a session there, as long as
+/// somebody has the table locked.
+const LIMIT: &str = "SET lock_timeout = '2s'; SET statement_timeout = '5s'";
 
 /// The columns that are used.
 const COLUMNS: [&str; 12] = [
@@ -56,7 +61,8 @@ INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {tab
 const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
 /// Whatever the default of the database: what others have applied while this one waited has to be seen.
 const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
-const LIMIT_MIGRATION_WAIT: &str = "SET LOCAL lock_timeout = '60s'";
+const LIMIT_MIGRATION: &str = "
+SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '0', true)";
 const HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = $1)";
 const WORK_IN_SCHEMA: &str = "SELECT set_config('search_path', $1, true)";
 const HAS_TABLE: &str = "SELECT to_regclass($1) IS NOT NULL";
@@ -67,6 +73,14 @@ CREATE TABLE IF NOT EXISTS _lock_db_migrations (
 const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
+
+/// Behind a pooler nothing is set: others would be given the connection with it.
+pub(super) async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
+    if is_direct(connection).await? {
+        sqlx::raw_sql(LIMIT).execute(connection).await?;
+    }
+    Ok(())
+}
 
 pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
     let name = match schema {
@@ -138,7 +152,7 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sql
 /// When all is applied this only reads, so that a role without the right to create anything may call it.
 pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
     let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
-    sqlx::query(LIMIT_MIGRATION_WAIT).execute(&mut *transaction).await?;
+    sqlx::query(LIMIT_MIGRATION).execute(&mut *transaction).await?;
     sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
     if let Some(schema) = schema {
         let quoted = quoted(&mut transaction, schema).await?;

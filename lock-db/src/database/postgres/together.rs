@@ -5,11 +5,13 @@
 
 use std::collections::{HashMap, HashSet};
 
+use std::time::Instant;
+
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Postgres, Row};
 
 use crate::database::{
-    Call, Claim, Exchanged, Grant, LockDatabase, Place, Renewal, Return, Server, Standing, in_order,
+    Call, Claim, Exchanged, Grant, LockDatabase, Place, Renewal, Renewed, Return, Server, Standing, in_order,
     outcome_unknown,
 };
 use crate::limits::micros;
@@ -111,7 +113,7 @@ pub(super) async fn renew(
     connection: &mut PgConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Vec<Standing>> {
+) -> sqlx::Result<Renewed> {
     let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
     let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
     let tokens: Vec<i64> = leases.iter().map(|lease| lease.fencing_token).collect();
@@ -123,9 +125,10 @@ pub(super) async fn renew(
         .bind(ttls)
         .fetch_all(&mut *connection)
         .await?;
-    let mut found = Vec::with_capacity(leases.len());
+    let (mut found, mut looked) = (Vec::with_capacity(leases.len()), None);
     if renewed.len() < leases.len() {
         let mut transaction = connection.begin_with(Postgres::BEGIN_SHORT).await?;
+        looked = Some(Instant::now());
         let query = sqlx::query(server.table.sql(STILL_OURS)).bind(&ids).bind(&secrets).bind(&tokens);
         for row in query.fetch_all(&mut *transaction).await? {
             let standing = if row.try_get(1)? { Standing::Challenged } else { Standing::Busy };
@@ -135,7 +138,7 @@ pub(super) async fn renew(
     }
     // Those that were renewed last: they count.
     found.extend(renewed.into_iter().map(|secret| (secret, Standing::Ours)));
-    Ok(in_order(leases, found))
+    Ok(in_order(leases, found, looked))
 }
 
 pub(super) async fn exchange(

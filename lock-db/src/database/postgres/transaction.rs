@@ -7,7 +7,7 @@ use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row};
 
-use super::errors::{DIVISION_BY_ZERO, LOGARITHM_OF_ZERO, code};
+use super::errors::{DIVISION_BY_ZERO, LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code};
 use crate::Kind;
 use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
 
@@ -52,8 +52,15 @@ released AS (
 SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', fencing_token::text, true)
 FROM released";
 
-/// Written, not only locked: a later transaction with an older snapshot then fails instead of reading old data. Answers the kind of
-/// the row as this statement sees it, and what was there before if it was locked.
+/// Begins a transaction whose first statement is to be `LOCK_ROW_AT_ONCE`, which waits for the table no longer than that: it can't set
+/// a limit for itself, as the table is locked when it is parsed.
+pub(super) const BEGIN_AND_LIMIT: &str = "
+BEGIN;
+SELECT set_config('lock_db.mark', '1', true), set_config('lock_db.limit_before', current_setting('lock_timeout'), true),
+    set_config('lock_timeout', '2s', true)";
+
+/// In a transaction of our own. Written, not only locked: a later transaction with an older snapshot then fails instead of reading
+/// old data. Answers the kind of the row as this statement sees it, and what was there before if it was locked.
 const LOCK_ROW_AT_ONCE: &str = "
 WITH found AS MATERIALIZED (
     SELECT id, secret_key, fencing_token FROM {table}
@@ -66,6 +73,7 @@ written AS (
     FROM found WHERE held.id = found.id
     RETURNING held.fencing_token, found.secret_key)
 SELECT seen.lock_kind, written.fencing_token, written.secret_key, EXISTS (SELECT 1 FROM found),
+    set_config('lock_timeout', current_setting('lock_db.limit_before'), true),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
@@ -100,12 +108,17 @@ pub(super) const DOLLAR_QUOTE: &str = "$lock_db$";
 const WAIT_AND_LOCK: &str = "
 DO $lock_db$
 DECLARE
-    limit_before text := current_setting('lock_timeout');
+    limit_before text :=
+        COALESCE(NULLIF(current_setting('lock_db.limit_before', true), ''), current_setting('lock_timeout'));
+    has_table boolean := false;
     third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
     slice integer := current_setting('lock_db.limit');
     released CONSTANT timestamptz := '1970-01-01 00:00:00+00';
     held record;
 BEGIN
+    PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 200), NULLIF(third, 0)) || 'ms', true);
+    LOCK TABLE {table} IN ROW EXCLUSIVE MODE;
+    has_table := true;
     PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 1), NULLIF(third, 0)) || 'ms', true);
     FOR attempt IN 1..2 LOOP
         IF slice = 0 THEN
@@ -144,7 +157,8 @@ BEGIN
         set_config('lock_db.token', held.previous_token::text, true),
         set_config('lock_db.last_secret', held.secret_key, true);
 EXCEPTION
-    WHEN lock_not_available THEN PERFORM set_config('lock_db.outcome', 'busy', true);
+    WHEN lock_not_available THEN
+        PERFORM set_config('lock_db.outcome', CASE WHEN has_table THEN 'busy' ELSE 'no table' END, true);
     WHEN SQLSTATE 'LDB01' THEN PERFORM set_config('lock_db.outcome', SQLERRM, true);
 END $lock_db$;
 SELECT current_setting('lock_db.outcome'), current_setting('lock_db.token', true),
@@ -178,15 +192,17 @@ pub(super) async fn lock_row(
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
-    // Whether a row that might be leased was free shows only once it is locked: not without a savepoint.
-    if slice.is_zero() && claim.kind == Kind::Row {
-        if !claim.is_own && !is_here(connection, server).await? {
-            return Ok(RowAttempt::ForeignTransaction);
-        }
-        match lock_at_once(connection, server, claim).await? {
+    if slice.is_zero() && claim.is_own {
+        match lock_at_once(connection, server, claim).await {
             // Its row has to be made.
-            RowAttempt::Missing => {}
-            attempt => return Ok(attempt),
+            Ok(RowAttempt::Missing) => {}
+            // Nothing has been done in it, so it can begin anew.
+            Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
+                sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
+                sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await?;
+                return Ok(RowAttempt::TableLocked);
+            }
+            attempt => return attempt,
         }
     }
     wait_and_lock(connection, server, claim, slice).await
@@ -242,6 +258,7 @@ async fn wait_and_lock(
     Ok(match outcome.try_get::<&str, _>(0)? {
         "locked" => RowAttempt::Locked { fencing_token: number(outcome)?, before: outcome.try_get(2)? },
         "busy" => RowAttempt::Busy,
+        "no table" => RowAttempt::TableLocked,
         "kind" => RowAttempt::WrongKind,
         "missing" => RowAttempt::Missing,
         "unwritten" => RowAttempt::Unwritten,

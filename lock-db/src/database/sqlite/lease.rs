@@ -1,14 +1,16 @@
 //! Leases, on private connections.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sqlx::sqlite::{SqliteConnection, SqliteQueryResult, SqliteRow};
 use sqlx::{Connection, Row, Sqlite};
 
+use super::schema::PREPARE;
+use super::transaction::busy_timeout;
 use crate::Kind;
 use crate::database::{
-    Claim, Exchanged, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Return, Server, Standing, as_json,
-    in_order,
+    Claim, Exchanged, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Renewed, Return, Server, Standing,
+    as_json, in_order, reliable_without_notice,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -91,7 +93,7 @@ FROM (
         FROM {table} WHERE lock_name = ?1 AND secret_key = ?2)) AS until
 WHERE distributed_lock.id = until.id";
 
-/// A tenth of the TTL, 0.3 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// A tenth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
 /// the same.
 const GIVE_NOTICE: &str = "
 UPDATE {table}
@@ -102,7 +104,8 @@ FROM (
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000, abs(ttl_micros) / 1000 % 1000)) AS after_ttl,
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
-            printf('+0.%03d seconds', min(ttl_micros / 10, 300000) / 1000)) AS after_notice,
+            printf('+%d.%03d seconds', min(ttl_micros / 10, 1000000) / 1000000, min(ttl_micros / 10, 1000000) / 1000 % 1000))
+            AS after_notice,
         expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000 + 2, abs(ttl_micros) / 1000 % 1000)) AS is_too_far
     FROM {table}
@@ -211,24 +214,31 @@ pub(super) async fn renew(
     connection: &mut SqliteConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Vec<Standing>> {
+) -> sqlx::Result<Renewed> {
     let json = as_json(leases);
+    // What a look is worth is soon over, where the TTL is short.
+    let worth = leases.iter().map(|lease| reliable_without_notice(lease.ttl)).min().unwrap_or_default();
+    let wait = i64::try_from((worth / 4).as_millis()).unwrap_or(0);
+    sqlx::raw_sql(busy_timeout(wait)).execute(&mut *connection).await?;
     let renewed = sqlx::query_scalar(server.table.sql(RENEW)).bind(&json).fetch_all(&mut *connection).await;
+    sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
     let busy = match renewed {
         Ok(renewed) => {
             let renewed: Vec<String> = renewed;
-            return Ok(in_order(leases, renewed.into_iter().map(|secret| (secret, Standing::Ours))));
+            let renewed = renewed.into_iter().map(|secret| (secret, Standing::Ours));
+            return Ok(in_order(leases, renewed, None));
         }
         Err(error) if Sqlite::classify(&error) == Fault::Busy => error,
         Err(error) => return Err(error),
     };
+    let looked = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(connection).await;
     let standing = |row: &SqliteRow| {
         let standing = if row.try_get(1)? { Standing::Challenged } else { Standing::Busy };
         Ok((row.try_get(0)?, standing))
     };
     let ours: sqlx::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(standing).collect();
-    Ok(in_order(leases, ours?))
+    Ok(in_order(leases, ours?, Some(looked)))
 }
 
 pub(super) async fn release(

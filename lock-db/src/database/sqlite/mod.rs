@@ -15,7 +15,7 @@ use sqlx::{Pool, Sqlite};
 
 use super::{
     Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
-    Renewal, Return, RowAttempt, RowClaim, Server, Standing,
+    Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::secret::Secret;
 use crate::{Error, Kind};
@@ -114,7 +114,7 @@ impl LockDatabase for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Vec<Standing>> {
+    ) -> sqlx::Result<Renewed> {
         lease::renew(connection, server, leases).await
     }
 

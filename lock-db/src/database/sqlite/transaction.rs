@@ -217,6 +217,6 @@ impl Drop for LimitedWait<'_> {
 }
 
 /// A pragma takes no parameters.
-fn busy_timeout(milliseconds: i64) -> AssertSqlSafe<String> {
+pub(super) fn busy_timeout(milliseconds: i64) -> AssertSqlSafe<String> {
     AssertSqlSafe(format!("PRAGMA busy_timeout = {milliseconds}"))
 }

@@ -19,8 +19,8 @@ use self::server::Worker;
 use super::calls::Calls;
 use crate::Kind;
 use crate::database::{
-    Call, Claim, Cluster, Grant, Location, LockDatabase, LockRow, Place, Probe, Renewal, Return, Server,
-    Standing,
+    Call, Claim, Cluster, Grant, Location, LockDatabase, LockRow, Place, Probe, Renewal, Renewed, Return,
+    Server, Standing,
 };
 use crate::error::Failure;
 use crate::name::Name;
@@ -51,7 +51,7 @@ enum Operation {
     Call(Call),
     TakeBaton(i64, Reply<bool>),
     GiveBaton(i64),
-    Renew(Vec<Renewal>, Duration, Reply<(Vec<Standing>, Instant)>),
+    Renew(Vec<Renewal>, Duration, Reply<(Renewed, Instant)>),
     /// `true`: in a statement of its own.
     Release(Return, Duration, bool, Reply<Standing>),
     Migrate(Reply<()>),
@@ -219,7 +219,7 @@ impl Lane {
         &self,
         leases: Vec<Renewal>,
         limit: Duration,
-    ) -> Result<(Vec<Standing>, Instant), Failure> {
+    ) -> Result<(Renewed, Instant), Failure> {
         self.ask(limit, |reply| Operation::Renew(leases, limit, reply)).await
     }
 

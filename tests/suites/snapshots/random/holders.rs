@@ -303,6 +303,10 @@ impl<T: TestDatabase> Stage<'_, T> {
                 return Some(held);
             }
             Ok(None) | Err(Error::Timeout { .. }) => actor.note("… is taken"),
+            // Perhaps: it may be any writer.
+            Err(error @ Error::Database { .. }) if T::NAME == "sqlite" && error.is_retryable() => {
+                actor.note("… can't be had");
+            }
             // Its transaction was the victim of others that it met on the way.
             Err(error @ (Error::Deadlock { .. } | Error::Serialization { .. })) => {
                 actor.note(format!("… {error:?}"));
