@@ -252,7 +252,7 @@ pub struct LockRow {
     pub waiters: String,
 }
 
-/// How long a takeover gives notice, at most. The rest of the time it is a tenth of the TTL.
+/// How long a takeover gives notice, at most. The rest of the time it is a fifth of the TTL.
 const LONGEST_NOTICE: i64 = 1_000_000;
 /// How much further ahead than its TTL a deadline may lie before the clock counts as set back.
 const CLOCK_SLACK: i64 = 2_000_000;
@@ -322,7 +322,7 @@ impl LockRow {
 
 /// For a TTL in microseconds. The statements `GIVE_NOTICE` say the same.
 fn notice(ttl: i64) -> i64 {
-    (ttl / 10).min(LONGEST_NOTICE)
+    (ttl / 5).min(LONGEST_NOTICE)
 }
 
 /// How long a holder may rely on a row that has just been read, was locked by another transaction, and told of no notice.

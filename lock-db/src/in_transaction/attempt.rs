@@ -7,6 +7,7 @@ use sqlx::Connection;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
+use crate::bounds::{self, ANSWER_LIMIT};
 use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server, is_busy};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;
@@ -22,8 +23,6 @@ const SLICE: Duration = Duration::from_millis(950);
 /// The first one is longer than the second after which PostgreSQL looks for a deadlock. Of those who wait for each other
 /// the last one to come finds it.
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
-/// How much longer than its slice a statement may take before the server counts as gone.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long a question to the session may take when the caller's wait is shorter.
 const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
 /// How long a takeover gives notice, and no longer.
@@ -180,7 +179,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 }
                 let mut holder = None;
                 if held_by {
-                    holder = DB::look(connection, &server, self.name).await.ok().flatten();
+                    let look = DB::look(connection, &server, self.name);
+                    holder = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
                 }
                 return Err(self.timed_out(WaitingFor::Lock, holder));
             }
@@ -241,8 +241,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         connection: &mut DB::Connection,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<i64>, Error> {
-        let outside = DB::waits_outside(connection).await;
-        match outside.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))? {
+        let outside = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::waits_outside(connection)).await;
+        match outside.map_err(|failure| failure.into_error(ACTION, Some(self.name)))? {
             true => self.wait_for_lease(may_wait).await,
             false => Ok(Some(0)),
         }
@@ -256,11 +256,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         slice: Duration,
     ) -> Result<Step, Error> {
         let limit = slice + ANSWER_LIMIT;
-        let failure = match timeout(limit, DB::lock_row(connection, server, claim, slice)).await {
-            Ok(Ok(RowAttempt::TableLocked)) => return Ok(Step::Stalled(Failure::table_locked::<DB>())),
-            Ok(Ok(attempt)) => return Ok(Step::Done(attempt)),
-            Ok(Err(error)) => Failure::new::<DB>(error),
-            Err(_elapsed) => Failure::no_answer::<DB>(limit),
+        let asked = DB::lock_row(connection, server, claim, slice);
+        let failure = match bounds::answer::<DB, _>(limit, asked).await {
+            Ok(RowAttempt::TableLocked) => return Ok(Step::Stalled(Failure::table_locked::<DB>())),
+            Ok(attempt) => return Ok(Step::Done(attempt)),
+            Err(failure) => failure,
         };
         if failure.is_busy() {
             return Ok(Step::Stalled(failure));
@@ -277,8 +277,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let mut was_settled = false;
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
-                let name = self.name.clone();
-                match self.ask(|answer| Request::Look { name, answer }).await? {
+                match self.look().await? {
                     Some(row) => row,
                     None => return Ok(Some(0)),
                 }
@@ -333,6 +332,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
+    /// The row, as the session sees it.
+    pub(crate) async fn look(&self) -> Result<Option<LockRow>, Error> {
+        let name = self.name.clone();
+        self.ask(|answer| Request::Look { name, answer }).await
+    }
+
     /// Rules out the last holder of a lease that has run out or was released.
     async fn settle(&self) -> Result<(), Error> {
         let name = self.name.clone();
@@ -373,8 +378,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !counts.knows(before) {
             return Ok(counts.enter(secret, before, false));
         }
-        let again = DB::was_its_own(connection, before).await;
-        let again = again.map_err(|error| Failure::new::<DB>(error).into_error(ACTION, Some(self.name)))?;
+        let again = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::was_its_own(connection, before)).await;
+        let again = again.map_err(|failure| failure.into_error(ACTION, Some(self.name)))?;
         let again = match again {
             Some(again) => again,
             // Others see it when the transaction that wrote it has committed, and don't when it is ours.
@@ -396,7 +401,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// The transaction can only be rolled back.
     async fn stale(&self, connection: &mut DB::Connection) -> Error {
-        DB::doom(connection).await;
+        bounds::doom::<DB>(connection).await;
         Error::Serialization { name: self.name.to_string(), source: None }
     }
 

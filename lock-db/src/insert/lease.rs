@@ -10,8 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::{GuardedTransaction, release_quietly};
+use crate::bounds::{self, ANSWER_LIMIT};
 use crate::database::{Call, Fault, Guarded, LockDatabase};
-use crate::error::{Failure, Loss, WaitingFor};
+use crate::error::{Loss, WaitingFor};
 use crate::name::Name;
 use crate::reentry::Held;
 use crate::session::{LeaseState, Queues, Request};
@@ -221,47 +222,46 @@ impl<DB: LockDatabase> Lease<DB> {
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
         if let Err(refused) = self.hold.refuse_after_unknown_commit().and(self.hold.refuse_after_loss()) {
-            DB::doom(transaction).await;
+            bounds::doom::<DB>(transaction).await;
             return Err(refused);
         }
         // How the caller's transaction ends is not told here.
         self.hold.lease.is_verified();
         let key = &self.hold.lease.key;
         let name = &key.row.name;
-        match DB::guard(transaction, key, release).await {
+        let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
+        match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
-            Ok(Guarded::NotOurs) => {
-                let is_foreign = matches!(DB::is_here(transaction, &key.server).await, Ok(false));
+            Ok(found @ (Guarded::NotOurs | Guarded::Elsewhere)) => {
+                let is_foreign = found == Guarded::Elsewhere || self.is_foreign(transaction).await;
                 if !is_foreign {
-                    DB::doom(transaction).await;
+                    bounds::doom::<DB>(transaction).await;
                 }
                 let is_still_ours = self.is_still_ours().await;
                 if is_foreign && is_still_ours {
                     return Err(Error::ForeignTransaction { name: name.to_string() });
                 }
-                DB::doom(transaction).await;
+                bounds::doom::<DB>(transaction).await;
                 if is_still_ours {
                     return Err(Error::Serialization { name: name.to_string(), source: None });
                 }
                 self.hold.is_lost(Loss::TakenOver);
                 Err(self.hold.lost(Loss::TakenOver))
             }
-            Ok(Guarded::Elsewhere) => Err(Error::ForeignTransaction { name: name.to_string() }),
             Ok(Guarded::Stale) => {
-                DB::doom(transaction).await;
+                bounds::doom::<DB>(transaction).await;
                 Err(Error::Serialization { name: name.to_string(), source: None })
             }
             Ok(Guarded::Ended) => {
-                DB::doom(transaction).await;
+                bounds::doom::<DB>(transaction).await;
                 Err(self.hold.lost(Loss::TransactionEnded))
             }
-            Err(error) => {
-                let failure = Failure::new::<DB>(error);
+            Err(failure) => {
                 if failure.fault == Fault::TableMissing && self.is_still_ours().await {
                     return Err(Error::ForeignTransaction { name: name.to_string() });
                 }
                 if failure.ends_transaction() {
-                    DB::doom(transaction).await;
+                    bounds::doom::<DB>(transaction).await;
                 }
                 if failure.fault == Fault::Busy {
                     return Err(Error::Timeout {
@@ -274,6 +274,11 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(failure.into_error("verify the lock", Some(name)))
             }
         }
+    }
+
+    async fn is_foreign(&self, transaction: &mut DB::Connection) -> bool {
+        let is_here = DB::is_here(transaction, &self.hold.lease.key.server);
+        matches!(bounds::answer::<DB, _>(ANSWER_LIMIT, is_here).await, Ok(false))
     }
 
     /// Whether the row is ours, as others see it: not the transaction of the caller, which may look at an older table.

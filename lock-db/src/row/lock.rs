@@ -11,7 +11,7 @@ use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument;
 
 use super::RowGuard;
-use crate::connecting::telling_why;
+use crate::connecting::{PATIENCE, is_lent_out, refusal};
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
@@ -162,9 +162,17 @@ impl<DB: LockDatabase> RowLock<DB> {
         let (locks, own_name) = (self.locks.clone(), name.clone());
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
-            let taken = take(&attempt, &mut answer).await;
-            // An answer that comes too late is a dropped guard, which rolls back.
-            let _ = answer.send(taken);
+            let (guard, of_guard) = match take(&attempt, &mut answer).await {
+                Ok(Some(Taken { guard, turn, fencing_token })) => (Ok(Some(guard)), Some((turn, fencing_token))),
+                Ok(None) => (Ok(None), None),
+                Err(error) => (Err(error), None),
+            };
+            // An answer that comes too late is a dropped guard, which rolls back, and holds nothing for those behind it.
+            if answer.send(guard).is_ok()
+                && let Some((turn, fencing_token)) = of_guard
+            {
+                turn.learn(Known::Held(Some(Box::new(held_here(&attempt, fencing_token)))));
+            }
         };
         runtime.spawn(task.in_current_span());
         let attempt = Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started };
@@ -181,6 +189,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// known of the lock in this process.
     async fn over(&self) -> Error {
         sleep_until((self.started + self.wait.unwrap_or(LONGEST_TRY)).into()).await;
+        self.gives_up().await
+    }
+
+    async fn gives_up(&self) -> Error {
         let in_the_way = |known: &Known| match known {
             Known::Held(held_by) => Some(Error::Timeout {
                 name: self.name.to_string(),
@@ -199,7 +211,13 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 }
 
-type Taken<DB> = Result<Option<RowGuard<DB>>, Error>;
+type Answer<DB> = oneshot::Sender<Result<Option<RowGuard<DB>>, Error>>;
+
+struct Taken<DB: LockDatabase> {
+    guard: RowGuard<DB>,
+    turn: Arc<Turn>,
+    fencing_token: i64,
+}
 
 /// Begins a transaction and locks the row in it; again with another connection when one turns out to be broken.
 ///
@@ -209,8 +227,8 @@ type Taken<DB> = Result<Option<RowGuard<DB>>, Error>;
 /// again.
 async fn take<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
-    answer: &mut oneshot::Sender<Taken<DB>>,
-) -> Taken<DB> {
+    answer: &mut Answer<DB>,
+) -> Result<Option<Taken<DB>>, Error> {
     // Also whether there can be locks at all, before a connection of the pool is waited for.
     attempt.locate().await?;
     let queues = attempt.locks.row_queues();
@@ -252,9 +270,9 @@ async fn take<DB: LockDatabase>(
                             return Err(Error::Closed);
                         };
                         let (name, fencing_token) = (attempt.name.clone(), locked.fencing_token);
-                        turn.learn(Known::Held(Some(Box::new(held_here(attempt, fencing_token)))));
                         let condition = Condition::Row { name, fencing_token, server };
-                        return Ok(Some(RowGuard::new(transaction, condition, counted)));
+                        let guard = RowGuard::new(transaction, condition, counted);
+                        return Ok(Some(Taken { guard, turn, fencing_token }));
                     }
                     Ok(None) => None,
                     Err(error) => Some(error),
@@ -299,7 +317,7 @@ async fn take<DB: LockDatabase>(
 /// Waits in a queue of this process as long as the caller does. `None`: the caller has gone.
 async fn in_time<DB: LockDatabase, T>(
     attempt: &Attempt<'_, DB>,
-    answer: &mut oneshot::Sender<Taken<DB>>,
+    answer: &mut Answer<DB>,
     queue: impl Future<Output = T>,
 ) -> Result<Option<T>, Error> {
     select! {
@@ -320,24 +338,45 @@ enum NotBegun {
 async fn connect<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     turn: &Turn,
-    answer: &mut oneshot::Sender<Taken<DB>>,
+    answer: &mut Answer<DB>,
 ) -> Result<Option<PoolConnection<DB>>, NotBegun> {
     let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
-    let pool = attempt.locks.pool();
-    if pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections() {
-        turn.learn(Known::NoConnection);
-    }
     let connected = select! {
         biased;
         () = answer.closed() => return Ok(None),
-        connected = timeout(left, telling_why(pool, pool.acquire())) => connected,
+        connected = timeout(left, attempt.locks.pool().acquire()) => connected,
+        error = finds_out_why(attempt, turn) => Ok(Err(error)),
     };
     match connected {
-        Ok(Ok(connection)) => Ok(Some(connection)),
-        Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => {
-            Err(NotBegun::Error(attempt.timed_out(WaitingFor::Connection, None)))
+        Ok(Ok(connection)) => {
+            turn.learn(Known::Nothing);
+            Ok(Some(connection))
         }
+        Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => Err(NotBegun::Error(attempt.gives_up().await)),
         Ok(Err(error)) => Err(NotBegun::Failure(Failure::new::<DB>(error))),
+    }
+}
+
+/// What keeps the pool from giving a connection. A pool whose connections are all lent looks like one that can't make any, so the
+/// session is asked whether the database answers. Resolves when it refuses.
+async fn finds_out_why<DB: LockDatabase>(attempt: &Attempt<'_, DB>, turn: &Turn) -> sqlx::Error {
+    let pool = attempt.locks.pool();
+    let mut pause = PATIENCE;
+    if is_lent_out(pool)
+        && let Some(left) = attempt.left()
+    {
+        pause = pause.min(left / 2);
+    }
+    loop {
+        sleep(pause).await;
+        if !is_lent_out(pool) {
+            return refusal(pool).await;
+        }
+        turn.learn(match attempt.look().await {
+            Err(Error::Database { source, .. }) => Known::Failure(Failure::new::<DB>(source)),
+            _ => Known::NoConnection,
+        });
+        pause = FIRST_ANSWER;
     }
 }
 

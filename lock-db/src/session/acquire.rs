@@ -379,8 +379,15 @@ impl Attempt {
         // The second time with the rows that the first time made.
         let mut free = Vec::new();
         for _ in 0..2 {
-            if let Some(granted) = self.claim().await? {
-                return Ok(Reply::Granted(granted));
+            match self.claim().await {
+                Ok(Some(granted)) => return Ok(Reply::Granted(granted)),
+                Ok(None) => {}
+                // Who keeps us from writing keeps nobody from reading that there is a holder.
+                Err(failure) if failure.is_busy() => {
+                    let in_the_way = self.look_at_all().await.ok().flatten();
+                    return in_the_way.ok_or(failure);
+                }
+                Err(failure) => return Err(failure),
             }
             if let Some(in_the_way) = self.look_at_all().await? {
                 return Ok(in_the_way);
@@ -490,9 +497,10 @@ impl Attempt {
                 self.bell = Some(core.calls.stand(&name, row.id));
                 core.listen();
             }
+            let mut wrote = Ok(true);
             if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
                 ahead = waiters.len();
-                written = core.lane.stand(&name, core.place()).await?;
+                wrote = core.lane.stand(&name, core.place()).await;
             } else {
                 let took_place = waits && waiters.stand(place, now, listener);
                 // A try has no place: it comes after all who have one.
@@ -500,9 +508,17 @@ impl Attempt {
                 // Those in front whose place is over have to go, or the row knows nothing of us.
                 let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
                 if took_place || (is_free && ahead == 0 && !is_known) {
-                    written = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await?;
+                    wrote = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await;
                 }
             }
+            written = match wrote {
+                // It is held, whether or not there is a place for us.
+                Err(failure) if failure.is_busy() && !remaining.is_zero() => {
+                    let position = u32::try_from(ahead).unwrap_or(u32::MAX);
+                    return Ok(Some(Reply::InTheWay { name, row, remaining, position }));
+                }
+                wrote => wrote?,
+            };
         }
         if is_free && ahead == 0 && written {
             self.seen_free.push((name, row));

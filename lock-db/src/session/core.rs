@@ -190,6 +190,8 @@ pub(super) struct Core {
     pub(super) calls: Rc<Calls>,
     pub(super) baton: Baton,
     pub(super) is_renewing: Cell<bool>,
+    /// Why the last renewal failed, if it did.
+    pub(super) not_renewed: RefCell<Option<String>>,
     pub(super) queues: Arc<Queues>,
     /// How many attempts are under way.
     pub(super) contenders: Cell<u32>,
@@ -231,6 +233,7 @@ impl Core {
             calls,
             baton: Baton::default(),
             is_renewing: Cell::default(),
+            not_renewed: RefCell::default(),
             queues,
             contenders: Cell::new(0),
             leases: RefCell::default(),
@@ -280,6 +283,10 @@ impl Core {
             match loss {
                 Loss::Closed | Loss::Released => {
                     tracing::debug!(lock = %name, fencing_token, "lock ended: {loss}");
+                }
+                Loss::NotRenewed if self.not_renewed.borrow().is_some() => {
+                    let cause = self.not_renewed.borrow().clone().unwrap_or_default();
+                    tracing::warn!(lock = %name, fencing_token, cause, "lock lost: {loss}");
                 }
                 _ => tracing::warn!(lock = %name, fencing_token, "lock lost: {loss}"),
             }

@@ -66,7 +66,14 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
     // One with a short TTL can't wait for the end of the slice; after that slice it need not.
     let lane = if baton::is_in_the_way(core) { &core.lane } else { &core.renewals };
-    match lane.renew(leases, limit).await {
+    let mut renewed = lane.renew(leases, limit).await;
+    // A server that lets this process have no second connection: a limit of its account, say.
+    if matches!(&renewed, Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence()) {
+        let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
+        renewed = core.lane.renew(leases, limit).await;
+    }
+    core.not_renewed.replace(renewed.as_ref().err().map(|failure| failure.source.to_string()));
+    match renewed {
         Ok((Renewed { standings, looked }, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {
                 match standing {

@@ -82,16 +82,16 @@ SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, 
     lease.ttl_micros = IF(unlocked.moment > UTC_TIMESTAMP(6), -?, 0),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
 
-/// A tenth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
 /// the same. By the clock at the moment when the row is locked: the statement may have waited for the table.
 const GIVE_NOTICE: &str = "
 UPDATE (
-    SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 1000000), SYSDATE(6)) AS notice,
+    SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
         expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
     FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
         AND ((ttl_micros > 0
-                AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 10, 1000000), SYSDATE(6)))
+                AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
             OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS due

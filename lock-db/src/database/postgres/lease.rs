@@ -34,7 +34,7 @@ WITH bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '5ms', true), set_config('synchronous_commit', 'off', true))
 INSERT INTO {table} (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = $1)
-ON CONFLICT DO NOTHING";
+ON CONFLICT (lock_name) DO NOTHING";
 
 const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
 
@@ -110,7 +110,7 @@ FROM (
         FOR UPDATE SKIP LOCKED) AS unlocked) AS until
 WHERE lease.id = until.id";
 
-/// A tenth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
 /// the same.
 const GIVE_NOTICE: &str = "
 UPDATE {table} AS lease
@@ -119,7 +119,7 @@ SET expire_time = CASE WHEN due.is_too_far
         ELSE GREATEST(lease.expire_time, clock_timestamp() + due.notice) END,
     ttl_micros = CASE WHEN due.is_too_far THEN lease.ttl_micros ELSE 0 END
 FROM (
-    SELECT id, LEAST(ttl_micros / 10, 1000000) * interval '1 microsecond' AS notice,
+    SELECT id, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
         expire_time > clock_timestamp() + (abs(ttl_micros) + 2000000) * interval '1 microsecond' AS is_too_far
     FROM {table}
     WHERE lock_name = $1 AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00+00'

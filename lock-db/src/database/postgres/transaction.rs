@@ -330,6 +330,9 @@ pub(super) async fn guard(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
+    if !is_here(connection, &lease.server).await? {
+        return Ok(Guarded::Elsewhere);
+    }
     let limit = format!("{}ms", Postgres::GUARD_LIMIT.as_millis());
     let query = sqlx::query(lease.server.table.sql(if release { GUARD_AND_RELEASE } else { GUARD }))
         .bind(&*lease.row.name)

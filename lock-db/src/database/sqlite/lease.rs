@@ -93,7 +93,7 @@ FROM (
         FROM {table} WHERE lock_name = ?1 AND secret_key = ?2)) AS until
 WHERE distributed_lock.id = until.id";
 
-/// A tenth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
+/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
 /// the same.
 const GIVE_NOTICE: &str = "
 UPDATE {table}
@@ -104,7 +104,7 @@ FROM (
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000, abs(ttl_micros) / 1000 % 1000)) AS after_ttl,
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
-            printf('+%d.%03d seconds', min(ttl_micros / 10, 1000000) / 1000000, min(ttl_micros / 10, 1000000) / 1000 % 1000))
+            printf('+%d.%03d seconds', min(ttl_micros / 5, 1000000) / 1000000, min(ttl_micros / 5, 1000000) / 1000 % 1000))
             AS after_notice,
         expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000 + 2, abs(ttl_micros) / 1000 % 1000)) AS is_too_far
