@@ -242,10 +242,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<i64>, Error> {
         let outside = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::waits_outside(connection)).await;
-        match outside.map_err(|failure| failure.into_error(ACTION, Some(self.name)))? {
-            true => self.wait_for_lease(may_wait).await,
-            false => Ok(Some(0)),
+        if outside.map_err(|failure| failure.into_error(ACTION, Some(self.name)))? {
+            return self.wait_for_lease(may_wait).await;
         }
+        Ok(Some(0))
     }
 
     async fn step(
@@ -380,16 +380,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
         let again = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::was_its_own(connection, before)).await;
         let again = again.map_err(|failure| failure.into_error(ACTION, Some(self.name)))?;
-        let again = match again {
-            Some(again) => again,
+        let again = if let Some(again) = again {
+            again
+        } else {
             // Others see it when the transaction that wrote it has committed, and don't when it is ours.
-            None => {
-                let name = self.name.clone();
-                let committed = self.locks.session().ask(|answer| Request::Look { name, answer });
-                let committed = timeout(QUICK_LOOK, committed).await;
-                committed
-                    .is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
-            }
+            let name = self.name.clone();
+            let committed = self.locks.session().ask(|answer| Request::Look { name, answer });
+            let committed = timeout(QUICK_LOOK, committed).await;
+            committed.is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
         };
         Ok(counts.enter(secret, before, again))
     }

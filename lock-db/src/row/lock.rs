@@ -163,7 +163,9 @@ impl<DB: LockDatabase> RowLock<DB> {
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
             let (guard, of_guard) = match take(&attempt, &mut answer).await {
-                Ok(Some(Taken { guard, turn, fencing_token })) => (Ok(Some(guard)), Some((turn, fencing_token))),
+                Ok(Some(Taken { guard, turn, fencing_token })) => {
+                    (Ok(Some(guard)), Some((turn, fencing_token)))
+                }
                 Ok(None) => (Ok(None), None),
                 Err(error) => (Err(error), None),
             };

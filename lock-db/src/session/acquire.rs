@@ -1,5 +1,8 @@
 //! Taking a lease from the database, by the one of this process whose turn it is, until its wait is over.
 
+mod ask;
+mod obstacle;
+
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -8,13 +11,15 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{sleep, sleep_until};
 
+use self::ask::Reply;
+use self::obstacle::Obstacle;
 use super::baton;
-use super::core::{Core, Granted, deadline};
+use super::core::{Core, Granted};
 use super::queues::{Front, Turn};
 use super::release;
 use super::request::Acquire;
-use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, Probe, RowKey, Waiters};
-use crate::error::{Failure, WaitingFor};
+use crate::database::{Claim, Fault, LockRow};
+use crate::error::Failure;
 use crate::insert::Hold;
 use crate::jitter::jitter;
 use crate::limits::FIRST_ANSWER;
@@ -91,20 +96,29 @@ struct Attempt {
     seen_free: Vec<(Name, LockRow)>,
     /// What was in the way last.
     last: Obstacle,
+    met: Met,
 }
 
-/// What keeps the lock from us, as far as the database has told.
-enum Obstacle {
-    /// It has not told anything.
-    Unknown,
-    /// A holder, or those who are to have it before us.
-    Held(Name, LockRow),
-    /// Another transaction that has the row locked.
-    RowLocked(Name, LockRow),
-    /// One that has made the row.
-    Transaction(Name),
-    /// The database itself.
-    Failure(Failure),
+/// How often what was met, in a row.
+#[derive(Default)]
+struct Met {
+    failures: u32,
+    /// A free row that could not be written.
+    busy: u32,
+    /// ... and was not locked when somebody looked.
+    not_locked: u32,
+    /// A row that another transaction was making.
+    made: u32,
+    /// The nearest place to the front at which a baton came out of turn.
+    nearest: u32,
+}
+
+/// What comes after an answer.
+enum Next {
+    /// It was not free, and this is a try.
+    Nothing,
+    AtOnce,
+    After(Duration),
 }
 
 impl Attempt {
@@ -132,6 +146,7 @@ impl Attempt {
             looks_first: false,
             seen_free: Vec::new(),
             last: Obstacle::Unknown,
+            met: Met { nearest: u32::MAX, ..Met::default() },
         }
     }
 
@@ -164,17 +179,14 @@ impl Attempt {
 
     /// Asks the database until it grants the leases. `None`: a try, and one was not free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
-        let (mut failures, mut busy, mut not_locked, mut made) = (0_u32, 0_u32, 0_u32, 0_u32);
-        let mut nearest = u32::MAX;
         loop {
             let reply = self.ask().await;
             let is_silence = matches!(&reply, Err(failure) if failure.is_silence());
             if !is_silence && !matches!(reply, Ok(Reply::RowIsBusy(..))) {
                 self.answered.set(true);
             }
-            let mut at_most = Duration::MAX;
             self.looks_first = true;
-            let pause = match reply {
+            let next = match reply {
                 Ok(Reply::Granted(granted)) => {
                     // The place is gone with the grant.
                     for claim in &self.claims {
@@ -183,99 +195,28 @@ impl Attempt {
                     return Ok(Some(granted));
                 }
                 Ok(Reply::InTheWay { name, row, remaining, position }) => {
-                    (failures, busy) = (0, 0);
-                    self.is_held_by(name, row);
-                    if self.wait.is_none() {
-                        return Ok(None);
-                    }
-                    self.wait_for_baton(position, &mut nearest);
-                    // Never later than the holder's deadline.
-                    if !remaining.is_zero() {
-                        at_most = remaining;
-                    }
-                    let pause = if position == 0 {
-                        self.turn_came.elapsed() / LOOKS
-                    } else {
-                        SHORTEST_PAUSE * position.saturating_add(1)
-                    };
-                    pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(self.in_a_crowd())
+                    self.after_a_look(name, row, remaining, position)
                 }
                 Ok(Reply::Noticed { name, row }) => {
-                    (failures, busy) = (0, 0);
+                    (self.met.failures, self.met.busy) = (0, 0);
                     let notice = row.notice();
                     // It may still be renewed until then.
                     self.last = Obstacle::Held(name, row);
                     self.may_claim = !self.pause(notice).await;
-                    continue;
+                    Next::AtOnce
                 }
-                Ok(Reply::RowIsBusy(rows)) => {
-                    busy += 1;
-                    if busy == 1 {
-                        // By a transaction, or by nobody: that is found out before the end.
-                        not_locked = 0;
-                        self.answered.set(false);
-                        if let Some((name, row)) = rows.first().cloned() {
-                            self.last = Obstacle::RowLocked(name, row);
-                        }
-                    }
-                    if self.wait.is_none()
-                        || self.left().is_zero()
-                        || busy.is_multiple_of(A_WHILE)
-                        || not_locked > 0
-                    {
-                        let locked = self.is_one_locked(rows, &mut not_locked).await?;
-                        if locked && self.wait.is_none() {
-                            return Ok(None);
-                        }
-                    }
-                    if busy < A_WHILE {
-                        (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
-                    } else {
-                        LONGEST_PAUSE.max(self.in_a_crowd())
-                    }
-                }
-                Ok(Reply::RowIsMade(name)) => {
-                    made += 1;
-                    // Else it may be another process that only makes the row.
-                    if made >= NO_MOMENT {
-                        self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
-                        if self.wait.is_none() {
-                            return Ok(None);
-                        }
-                    }
-                    self.last = Obstacle::Transaction(name);
-                    if made < NO_MOMENT {
-                        SHORTEST_PAUSE
-                    } else {
-                        LONGEST_PAUSE.max(PER_CREATION * self.core.contenders.get())
-                    }
-                }
+                Ok(Reply::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
+                Ok(Reply::RowIsMade(name)) => self.after_a_row_that_is_made(name),
                 Ok(Reply::WrongKind(name, found)) => {
                     let name = name.to_string();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
-                Err(failure) => {
-                    let is_gone = failure.fault == Fault::Disconnected;
-                    if !is_gone && !failure.passes() {
-                        let name = self.name_for(&failure).cloned();
-                        return Err(failure.into_error(ACTION, name.as_ref()));
-                    }
-                    failures += 1;
-                    let closed_while_idle = is_gone && failures == 1 && !failure.is_silence();
-                    self.fails(failure);
-                    // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
-                    if closed_while_idle {
-                        continue;
-                    }
-                    if self.wait.is_none() && (is_silence || self.started.elapsed() > TRY_PATIENCE) {
-                        return Err(self.timed_out());
-                    }
-                    if is_gone {
-                        LONGEST_PAUSE
-                    } else {
-                        SHORTEST_PAUSE.max(self.turn_came.elapsed() / LOOKS).min(LONGEST_PAUSE)
-                    }
-                }
+                Err(failure) => self.after_a_failure(failure)?,
+            };
+            let pause = match next {
+                Next::Nothing => return Ok(None),
+                Next::AtOnce => continue,
+                Next::After(pause) => pause,
             };
             let is_over = self.left().is_zero() && self.answered.get();
             if is_over || (self.wait.is_none() && self.started.elapsed() > TRY_PATIENCE) {
@@ -283,8 +224,88 @@ impl Attempt {
             }
             // Once more at our own deadline.
             let left = self.left().max(ROW_IS_BUSY);
-            self.may_claim = self.pause(jitter(pause).min(at_most).min(left)).await;
+            self.may_claim = self.pause(pause.min(left)).await;
         }
+    }
+
+    fn after_a_look(&mut self, name: Name, row: LockRow, remaining: Duration, position: u32) -> Next {
+        (self.met.failures, self.met.busy) = (0, 0);
+        self.is_held_by(name, row);
+        if self.wait.is_none() {
+            return Next::Nothing;
+        }
+        self.wait_for_baton(position);
+        let pause = if position == 0 {
+            self.turn_came.elapsed() / LOOKS
+        } else {
+            SHORTEST_PAUSE * position.saturating_add(1)
+        };
+        let pause = jitter(pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE).max(self.in_a_crowd()));
+        // Never later than the holder's deadline.
+        Next::After(if remaining.is_zero() { pause } else { pause.min(remaining) })
+    }
+
+    async fn after_a_locked_row(&mut self, rows: Vec<(Name, LockRow)>) -> Result<Next, Error> {
+        self.met.busy += 1;
+        let busy = self.met.busy;
+        if busy == 1 {
+            // By a transaction, or by nobody: that is found out before the end.
+            self.met.not_locked = 0;
+            self.answered.set(false);
+            if let Some((name, row)) = rows.first().cloned() {
+                self.last = Obstacle::RowLocked(name, row);
+            }
+        }
+        let is_time = self.wait.is_none() || self.left().is_zero() || busy.is_multiple_of(A_WHILE);
+        if (is_time || self.met.not_locked > 0) && self.is_one_locked(rows).await? && self.wait.is_none() {
+            return Ok(Next::Nothing);
+        }
+        Ok(Next::After(jitter(if busy < A_WHILE {
+            (ROW_IS_BUSY * 2_u32.saturating_pow(busy)).min(SHORTEST_PAUSE)
+        } else {
+            LONGEST_PAUSE.max(self.in_a_crowd())
+        })))
+    }
+
+    fn after_a_row_that_is_made(&mut self, name: Name) -> Next {
+        self.met.made += 1;
+        // Else it may be another process that only makes the row.
+        let is_a_transaction = self.met.made >= NO_MOMENT;
+        if is_a_transaction {
+            self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
+            if self.wait.is_none() {
+                return Next::Nothing;
+            }
+        }
+        self.last = Obstacle::Transaction(name);
+        Next::After(jitter(if is_a_transaction {
+            LONGEST_PAUSE.max(PER_CREATION * self.core.contenders.get())
+        } else {
+            SHORTEST_PAUSE
+        }))
+    }
+
+    fn after_a_failure(&mut self, failure: Failure) -> Result<Next, Error> {
+        let (is_gone, is_silence) = (failure.fault == Fault::Disconnected, failure.is_silence());
+        if !is_gone && !failure.passes() {
+            let name = self.name_for(&failure).cloned();
+            return Err(failure.into_error(ACTION, name.as_ref()));
+        }
+        self.met.failures += 1;
+        let closed_while_idle = is_gone && self.met.failures == 1 && !is_silence;
+        self.fails(failure);
+        // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
+        if closed_while_idle {
+            return Ok(Next::AtOnce);
+        }
+        if self.wait.is_none() && (is_silence || self.started.elapsed() > TRY_PATIENCE) {
+            return Err(self.timed_out());
+        }
+        Ok(Next::After(jitter(if is_gone {
+            LONGEST_PAUSE
+        } else {
+            SHORTEST_PAUSE.max(self.turn_came.elapsed() / LOOKS).min(LONGEST_PAUSE)
+        })))
     }
 
     /// Waits, or less when it is our turn: `true`.
@@ -296,280 +317,31 @@ impl Attempt {
         }
     }
 
-    /// Notes who is in the way, for this caller and for those that wait behind it.
-    fn is_held_by(&mut self, name: Name, row: LockRow) {
-        let info = Box::new(row.clone().into_info(&name));
-        self.core.queues.learn(&name, Front::IsHeldElsewhere(Some(info)));
-        self.last = Obstacle::Held(name, row);
-    }
-
-    fn fails(&mut self, failure: Failure) {
-        for claim in &self.claims {
-            self.core.queues.learn(&claim.name, Front::Fails(failure.another()));
-        }
-        self.last = Obstacle::Failure(failure);
-    }
-
-    /// Whether free rows could not be had because another transaction has one of them locked. If none was, each time that somebody
-    /// looked, they can't be written at all.
-    async fn is_one_locked(
-        &mut self,
-        rows: Vec<(Name, LockRow)>,
-        not_locked: &mut u32,
-    ) -> Result<bool, Error> {
-        for (name, row) in rows {
-            match self.core.lane.probe(&name).await {
-                Ok(Probe::Locked) => {
-                    *not_locked = 0;
-                    self.answered.set(true);
-                    self.core.queues.learn(&name, Front::IsHeldElsewhere(None));
-                    self.last = Obstacle::RowLocked(name, row);
-                    return Ok(true);
-                }
-                Ok(Probe::Free | Probe::Nothing) => {}
-                Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => {
-                    self.answered.set(true);
-                    self.fails(failure);
-                    return Ok(false);
-                }
-                Err(failure) => return Err(failure.into_error(ACTION, Some(&name))),
-            }
-        }
-        *not_locked += 1;
-        if *not_locked >= OFTEN_ENOUGH {
-            let failure = (self.core.not_written)();
-            self.fails(failure.another());
-            return Err(failure.into_error(ACTION, self.name()));
-        }
-        Ok(false)
-    }
-
     fn in_a_crowd(&self) -> Duration {
         (PER_CONTENDER * self.core.contenders.get()).min(LONGEST_PAUSE_IN_A_CROWD)
     }
 
     /// Waits for the baton at our place in the queue. One that comes out of turn goes to the next, and we wait for it again, if
     /// the queue has moved since the last time. Else whoever is first does not wait for it, so it would come back at once.
-    fn wait_for_baton(&self, position: u32, nearest: &mut u32) {
+    fn wait_for_baton(&mut self, position: u32) {
         let [Claim { name, .. }] = &*self.claims else { return };
         let (Some(_), Obstacle::Held(_, row)) = (&self.bell, &self.last) else { return };
         let out_of_turn = position > 0 && self.core.baton.is_ours(name);
         if out_of_turn {
             baton::give(&self.core, name);
         }
-        if position > 0 && position >= *nearest {
+        if position > 0 && position >= self.met.nearest {
             return;
         }
         if out_of_turn {
-            *nearest = position;
+            self.met.nearest = position;
         }
         baton::wait(&self.core, name, row.id);
-    }
-
-    /// One attempt. Unless it is the first one it looks before it writes: a plain read costs the database next to nothing.
-    async fn ask(&mut self) -> Result<Reply, Failure> {
-        let may_claim = std::mem::take(&mut self.may_claim);
-        let looks_first = self.looks_first || (self.bell.is_some() && self.wait.is_some());
-        if looks_first
-            && !may_claim
-            && let Some(in_the_way) = self.look_at_all().await?
-        {
-            return Ok(in_the_way);
-        }
-        // The second time with the rows that the first time made.
-        let mut free = Vec::new();
-        for _ in 0..2 {
-            match self.claim().await {
-                Ok(Some(granted)) => return Ok(Reply::Granted(granted)),
-                Ok(None) => {}
-                // Who keeps us from writing keeps nobody from reading that there is a holder.
-                Err(failure) if failure.is_busy() => {
-                    let in_the_way = self.look_at_all().await.ok().flatten();
-                    return in_the_way.ok_or(failure);
-                }
-                Err(failure) => return Err(failure),
-            }
-            if let Some(in_the_way) = self.look_at_all().await? {
-                return Ok(in_the_way);
-            }
-            let seen_free = std::mem::take(&mut self.seen_free);
-            if !seen_free.is_empty() {
-                free = seen_free;
-            }
-        }
-        if !free.is_empty() {
-            return Ok(Reply::RowIsBusy(free));
-        }
-        // Else its row was made, and could not be seen.
-        Err(if self.came_too_late {
-            self.core.lane.no_answer(self.started.elapsed())
-        } else {
-            (self.core.not_written)()
-        })
-    }
-
-    /// The first name that is in the way.
-    async fn look_at_all(&mut self) -> Result<Option<Reply>, Failure> {
-        for position in 0..self.claims.len() {
-            if let Some(in_the_way) = self.look(position).await? {
-                return Ok(Some(in_the_way));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Sends the claims to the database.
-    async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
-        // What an earlier attempt may have got is not settled by what this one does not get.
-        let unsettled_before = self.unsettled.get();
-        let (grants, server, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
-        {
-            Err(failure) if failure.fault != Fault::Disconnected => {
-                self.unsettled.set(unsettled_before);
-                return Err(failure);
-            }
-            answer => answer?,
-        };
-        let Some(grants) = grants else {
-            self.unsettled.set(unsettled_before);
-            return Ok(None);
-        };
-        // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.
-        if self.claims.iter().any(|claim| Instant::now() >= deadline(sent, claim.ttl)) {
-            self.came_too_late = true;
-            return Ok(None);
-        }
-        let hand_off = self.core.queues.hand_off();
-        let granted = self.claims.iter().zip(grants).map(|(claim, grant)| {
-            let Grant { id, fencing_token, numbers, others_wait } = grant;
-            let Claim { name, secret, ttl, .. } = claim.clone();
-            // Whoever has nobody behind him has the number that stands in the row.
-            // In a new row there was no grant before: in a row that was cleaned away there may have been, a moment ago.
-            let is_new_row = numbers == fencing_token;
-            let may_hand_on = !is_new_row && self.core.queues.somebody_waits(&name);
-            let most = if may_hand_on { hand_off.most_turns() } else { 1 };
-            let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
-            let server = server.clone();
-            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, ttl, server };
-            let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
-            Granted { key, numbers, turns, others_wait, ttl, sent }
-        });
-        Ok(Some(granted.collect()))
-    }
-
-    /// Looks whether a name is in the way, and makes its row when there is none. Who waits takes a place in the queue.
-    async fn look(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
-        let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
-            return Ok(None);
-        };
-        let core = Rc::clone(&self.core);
-        let Some(row) = core.lane.look(&name).await? else {
-            let made = core.lane.create(&name, Kind::Insert).await?;
-            return Ok((!made).then_some(Reply::RowIsMade(name)));
-        };
-        if row.kind != Kind::Insert {
-            return Ok(Some(Reply::WrongKind(name, row.kind)));
-        }
-        if self.claims.iter().any(|claim| claim.secret.as_str() == row.secret_key) {
-            // By a request whose answer was lost.
-            return Ok(None);
-        }
-        let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
-        if !remaining.is_zero() {
-            // Whatever becomes of a place in the queue.
-            self.answered.set(true);
-            self.is_held_by(name.clone(), row.clone());
-        }
-        let mut written = true;
-        let mut ahead = 0;
-        if let Some(place) = place {
-            if is_free && row.waiters.is_empty() {
-                self.seen_free.push((name, row));
-                return Ok(None);
-            }
-            let (listener, place) = (core.calls.listener(), place.as_str());
-            let mut waiters = Waiters::parse(&row.waiters, now);
-            let all_last = waiters.text().len() == row.waiters.len();
-            // A place on another node would be a write in the way of the holder's guarded transactions.
-            let may_stand = core.lane.cluster() == Cluster::SinglePrimary;
-            let waits = may_stand && self.wait.is_some() && !self.left().is_zero();
-            if waits {
-                self.bell = Some(core.calls.stand(&name, row.id));
-                core.listen();
-            }
-            let mut wrote = Ok(true);
-            if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
-                ahead = waiters.len();
-                wrote = core.lane.stand(&name, core.place()).await;
-            } else {
-                let took_place = waits && waiters.stand(place, now, listener);
-                // A try has no place: it comes after all who have one.
-                ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
-                // Those in front whose place is over have to go, or the row knows nothing of us.
-                let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
-                if took_place || (is_free && ahead == 0 && !is_known) {
-                    wrote = core.lane.set_waiters(&name, &row.waiters, waiters.text()).await;
-                }
-            }
-            written = match wrote {
-                // It is held, whether or not there is a place for us.
-                Err(failure) if failure.is_busy() && !remaining.is_zero() => {
-                    let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-                    return Ok(Some(Reply::InTheWay { name, row, remaining, position }));
-                }
-                wrote => wrote?,
-            };
-        }
-        if is_free && ahead == 0 && written {
-            self.seen_free.push((name, row));
-            return Ok(None);
-        }
-        if !written {
-            return Ok(Some(Reply::RowIsBusy(vec![(name, row)])));
-        }
-        if ahead == 0 && row.notice_is_due() {
-            // A deadline that lay too far ahead is drawn in: the next look tells how far.
-            let is_over = row.remaining().is_zero();
-            return Ok(Some(match core.lane.give_notice(&name).await? {
-                true if is_over => Reply::Noticed { name, row },
-                true => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
-                false => Reply::RowIsBusy(vec![(name, row)]),
-            }));
-        }
-        let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-        Ok(Some(Reply::InTheWay { name, row, remaining, position }))
-    }
-
-    /// For messages.
-    fn name(&self) -> Option<&Name> {
-        self.claims.first().map(|claim| &claim.name)
-    }
-
-    /// The same where it may be about one of several.
-    fn name_for(&self, failure: &Failure) -> Option<&Name> {
-        let mut names = self.claims.iter().map(|claim| &claim.name);
-        let is_odd = |name: &&Name| failure.fault == Fault::Unstorable && !name.is_ascii();
-        names.find(is_odd).or_else(|| self.name())
     }
 
     /// What is left of the time in which it goes on.
     fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
-    }
-
-    /// A database that was away to the end is worth more words than the wait.
-    fn timed_out(&mut self) -> Error {
-        let waited = self.started.elapsed();
-        let (name, row) = match std::mem::replace(&mut self.last, Obstacle::Unknown) {
-            Obstacle::Held(name, row) | Obstacle::RowLocked(name, row) => (name, Some(row)),
-            Obstacle::Transaction(name) => (name, None),
-            Obstacle::Failure(failure) => return failure.into_error(ACTION, self.name()),
-            Obstacle::Unknown => {
-                return self.core.lane.no_answer(waited).into_error(ACTION, self.name());
-            }
-        };
-        let held_by = row.map(|row| Box::new(row.into_info(&name)));
-        Error::Timeout { name: name.to_string(), waited, waiting_for: WaitingFor::Lock, held_by }
     }
 }
 
@@ -601,26 +373,4 @@ async fn rings(bell: Option<&Notify>) {
         Some(bell) => bell.notified().await,
         None => std::future::pending().await,
     }
-}
-
-enum Reply {
-    Granted(Vec<Granted>),
-    /// Another process has it, for so long at least; zero when that is not known. So many are to have it before us.
-    InTheWay {
-        name: Name,
-        row: LockRow,
-        remaining: Duration,
-        position: u32,
-    },
-    /// Its holder was given notice: it is free after that time, unless it is renewed.
-    Noticed {
-        name: Name,
-        row: LockRow,
-    },
-    /// It is our turn, or we were to take a place in the queue, but another transaction has one of these rows locked or was quicker.
-    RowIsBusy(Vec<(Name, LockRow)>),
-    /// A transaction has it that is the first to use the name, and has made its row.
-    RowIsMade(Name),
-    /// The name is used as something else.
-    WrongKind(Name, Kind),
 }

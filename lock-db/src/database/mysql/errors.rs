@@ -60,13 +60,14 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         // Cannot convert string, incorrect string value
         Some(3988 | 1366) => Fault::Unstorable,
         // access denied for the user or to the database, no such database, host not allowed, account locked (MySQL, MariaDB),
-        // password expired (three forms), authentication plugin
-        Some(1045 | 1044 | 1049 | 1130 | 3118 | 4151 | 1820 | 1862 | 3878 | 1251 | 1524) => Fault::Refused,
-        // no right to the table, a column, what a statement does, or a routine
-        Some(1142 | 1143 | 1227 | 1370) => Fault::Refused,
-        // Read-only for good: the session's transactions, by `transaction_read_only`; the server, by `innodb_read_only` or
+        // password expired (three forms), authentication plugin;
+        // no right to the table, a column, what a statement does, or a routine;
+        // read-only for good: the session's transactions, by `transaction_read_only`; the server, by `innodb_read_only` or
         // `innodb_force_recovery` (two forms).
-        Some(1792 | 1836 | 1036) => Fault::Refused,
+        Some(
+            1045 | 1044 | 1049 | 1130 | 3118 | 4151 | 1820 | 1862 | 3878 | 1251 | 1524 | 1142 | 1143 | 1227
+            | 1370 | 1792 | 1836 | 1036,
+        ) => Fault::Refused,
         // too many connections: of the server, of the account (two forms); offline mode; shutdown; killed; idle for too long;
         // node not ready; `read_only`: a server that is no primary any more, where a new connection may lead to the one that is. And
         // a node of Galera that was cut off from the others during a commit, which they may have carried out.

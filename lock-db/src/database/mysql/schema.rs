@@ -192,16 +192,13 @@ pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> 
 
 /// When all is applied this only reads, so that an account without the right to create anything may call it.
 pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
-    let schema = match schema {
-        Some(schema) => schema.to_owned(),
-        None => {
-            let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
-            current.ok_or_else(|| {
-                sqlx::Error::Configuration(
-                    "the pool's URL names no database, and the builder no `schema`".into(),
-                )
-            })?
-        }
+    let schema = if let Some(schema) = schema {
+        schema.to_owned()
+    } else {
+        let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
+        current.ok_or_else(|| {
+            sqlx::Error::Configuration("the pool's URL names no database, and the builder no `schema`".into())
+        })?
     };
     let lock = format!("lock_db:{}", digest(&schema));
     let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).bind(&lock).fetch_one(&mut *connection).await?;

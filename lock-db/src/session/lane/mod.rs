@@ -39,14 +39,7 @@ type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Locate(bool, Reply<Server>),
-    Look(Name, Reply<Option<LockRow>>),
-    Create(Name, Kind, Reply<bool>),
-    GiveNotice(Name, Reply<bool>),
-    Settle(Name, Reply<bool>),
-    Probe(Name, Reply<Probe>),
-    Stand(Name, Place, Reply<bool>),
-    SetWaiters(Name, String, String, Reply<bool>),
-    RemoveWaiter(Name, Secret, Reply<()>),
+    OnRow(Name, OnRow),
     Listen(Reply<()>),
     Call(Call),
     TakeBaton(i64, Reply<bool>),
@@ -58,28 +51,45 @@ enum Operation {
     Check(Reply<Vec<String>>),
 }
 
+/// What is asked about one row, or done to it, in a statement of its own.
+enum OnRow {
+    Look(Reply<Option<LockRow>>),
+    Create(Kind, Reply<bool>),
+    GiveNotice(Reply<bool>),
+    Settle(Reply<bool>),
+    Probe(Reply<Probe>),
+    Stand(Place, Reply<bool>),
+    SetWaiters(String, String, Reply<bool>),
+    RemoveWaiter(Secret, Reply<()>),
+}
+
+impl OnRow {
+    fn is_forgotten(&self) -> bool {
+        match self {
+            Self::Look(reply) => reply.is_closed(),
+            Self::Probe(reply) => reply.is_closed(),
+            Self::Create(_, reply)
+            | Self::GiveNotice(reply)
+            | Self::Settle(reply)
+            | Self::Stand(_, reply)
+            | Self::SetWaiters(_, _, reply) => reply.is_closed(),
+            Self::RemoveWaiter(..) => false,
+        }
+    }
+}
+
 impl Operation {
     /// Whether nobody waits for the answer any more. A release is carried out all the same.
     fn is_forgotten(&self) -> bool {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Locate(_, reply) => reply.is_closed(),
-            Self::Look(_, reply) => reply.is_closed(),
-            Self::Probe(_, reply) => reply.is_closed(),
-            Self::GiveNotice(_, reply)
-            | Self::Settle(_, reply)
-            | Self::Stand(_, _, reply)
-            | Self::SetWaiters(_, _, _, reply)
-            | Self::TakeBaton(_, reply) => reply.is_closed(),
-            Self::Create(_, _, reply) => reply.is_closed(),
+            Self::OnRow(_, operation) => operation.is_forgotten(),
+            Self::TakeBaton(_, reply) => reply.is_closed(),
             Self::Listen(reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
-            Self::Release(..)
-            | Self::RemoveWaiter(..)
-            | Self::GiveBaton(_)
-            | Self::Call(_)
-            | Self::Migrate(_) => false,
+            Self::Release(..) | Self::GiveBaton(_) | Self::Call(_) | Self::Migrate(_) => false,
         }
     }
 }
@@ -138,32 +148,32 @@ impl Lane {
     }
 
     pub(super) async fn look(&self, name: &Name) -> Result<Option<LockRow>, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Look(name.clone(), reply)).await
+        self.on_row(name, OnRow::Look).await
     }
 
     /// `false`: an open transaction has made the row.
     pub(super) async fn create(&self, name: &Name, kind: Kind) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Create(name.clone(), kind, reply)).await
+        self.on_row(name, |reply| OnRow::Create(kind, reply)).await
     }
 
     /// Gives notice to the holder of a lease that has run out.
     pub(super) async fn give_notice(&self, name: &Name) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::GiveNotice(name.clone(), reply)).await
+        self.on_row(name, OnRow::GiveNotice).await
     }
 
     /// Makes sure that nothing of the last holder of a free lock can be committed any more.
     pub(super) async fn settle(&self, name: &Name) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Settle(name.clone(), reply)).await
+        self.on_row(name, OnRow::Settle).await
     }
 
     /// Whether another transaction has the row locked.
     pub(super) async fn probe(&self, name: &Name) -> Result<Probe, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Probe(name.clone(), reply)).await
+        self.on_row(name, OnRow::Probe).await
     }
 
     /// Takes a place at the end of the queue of a name.
     pub(super) async fn stand(&self, name: &Name, place: Place) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Stand(name.clone(), place, reply)).await
+        self.on_row(name, |reply| OnRow::Stand(place, reply)).await
     }
 
     /// Writes the queue of a name, if it is still the one that was read.
@@ -173,15 +183,12 @@ impl Lane {
         before: &str,
         after: String,
     ) -> Result<bool, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| {
-            Operation::SetWaiters(name.clone(), before.to_owned(), after, reply)
-        })
-        .await
+        self.on_row(name, |reply| OnRow::SetWaiters(before.to_owned(), after, reply)).await
     }
 
     /// Leaves the queue of a name.
     pub(super) async fn remove_waiter(&self, name: &Name, secret: &Secret) -> Result<(), Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveWaiter(name.clone(), secret.clone(), reply)).await
+        self.on_row(name, |reply| OnRow::RemoveWaiter(secret.clone(), reply)).await
     }
 
     /// Makes sure that the database can call, if it ever does.
@@ -243,6 +250,10 @@ impl Lane {
     /// Finds the table anew, and answers what could be better.
     pub(super) async fn check(&self) -> Result<Vec<String>, Failure> {
         self.ask(STATEMENT_LIMIT, Operation::Check).await
+    }
+
+    async fn on_row<T>(&self, name: &Name, operation: impl FnOnce(Reply<T>) -> OnRow) -> Result<T, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::OnRow(name.clone(), operation(reply))).await
     }
 
     /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.

@@ -11,7 +11,7 @@ use tokio::select;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::{Acquired, MIGRATION_LIMIT, Operation, Reply, STATEMENT_LIMIT};
+use super::{Acquired, MIGRATION_LIMIT, OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::connecting::telling_why;
 use crate::database::{Call, Claim, Fault, Found, Grant, Location, LockDatabase, Return, Server, Standing};
 use crate::error::Failure;
@@ -163,6 +163,20 @@ impl<DB: LockDatabase> Worker<DB> {
         Ok(())
     }
 
+    async fn listen_in_time(&mut self, reply: Reply<()>) {
+        let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
+            Ok(listening) => listening.map_err(Failure::new::<DB>),
+            Err(_elapsed) => {
+                self.deaf_until = Some(Instant::now() + DEAF_FOR);
+                Err(Failure::no_answer::<DB>(STATEMENT_LIMIT))
+            }
+        };
+        if matches!(answer, Err(Failure { fault: Fault::Disconnected, .. })) {
+            self.give_up_connection();
+        }
+        let _ = reply.send(answer);
+    }
+
     fn give_up_connection(&mut self) {
         if self.connection.take().is_some() {
             self.calls.end();
@@ -237,34 +251,8 @@ impl<DB: LockDatabase> Worker<DB> {
                 }
                 self.answer(reply, async |_, server| Ok(server.clone())).await;
             }
-            Operation::Look(name, reply) => {
-                self.answer(reply, async |c, server| DB::look(c, server, &name).await).await;
-            }
-            Operation::Create(name, kind, reply) => {
-                self.answer(reply, async |c, server| DB::create(c, server, &name, kind).await).await;
-            }
-            Operation::GiveNotice(name, reply) => {
-                self.answer(reply, async |c, server| DB::give_notice(c, server, &name).await).await;
-            }
-            Operation::Settle(name, reply) => {
-                self.answer(reply, async |c, server| DB::settle(c, server, &name).await).await;
-            }
-            Operation::Probe(name, reply) => {
-                self.answer(reply, async |c, server| DB::probe(c, server, &name).await).await;
-            }
-            Operation::Listen(reply) => {
-                let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
-                    Ok(listening) => listening.map_err(Failure::new::<DB>),
-                    Err(_elapsed) => {
-                        self.deaf_until = Some(Instant::now() + DEAF_FOR);
-                        Err(Failure::no_answer::<DB>(STATEMENT_LIMIT))
-                    }
-                };
-                if matches!(answer, Err(Failure { fault: Fault::Disconnected, .. })) {
-                    self.give_up_connection();
-                }
-                let _ = reply.send(answer);
-            }
+            Operation::OnRow(name, operation) => self.on_row(&name, operation).await,
+            Operation::Listen(reply) => self.listen_in_time(reply).await,
             Operation::Call(call) => self.call(&[call]).await,
             Operation::TakeBaton(row, reply) => {
                 let answer = self
@@ -275,19 +263,6 @@ impl<DB: LockDatabase> Worker<DB> {
                 }
             }
             Operation::GiveBaton(row) => self.give_baton(row).await,
-            Operation::Stand(name, place, reply) => {
-                self.answer(reply, async |c, server| DB::stand(c, server, &name, &place).await).await;
-            }
-            Operation::SetWaiters(name, before, after, reply) => {
-                self.answer(reply, async |c, server| {
-                    DB::set_waiters(c, server, &name, &before, &after).await
-                })
-                .await;
-            }
-            Operation::RemoveWaiter(name, secret, reply) => {
-                self.answer(reply, async |c, server| DB::remove_waiter(c, server, &name, &secret).await)
-                    .await;
-            }
             Operation::Renew(leases, limit, reply) => {
                 let answer = self
                     .on_connection(limit, async |connection, server| {
@@ -329,6 +304,36 @@ impl<DB: LockDatabase> Worker<DB> {
                     connection.server = None;
                 }
                 self.answer(reply, async |c, server| DB::check(c, server).await).await;
+            }
+        }
+    }
+
+    async fn on_row(&mut self, name: &Name, operation: OnRow) {
+        match operation {
+            OnRow::Look(reply) => {
+                self.answer(reply, async |c, server| DB::look(c, server, name).await).await;
+            }
+            OnRow::Create(kind, reply) => {
+                self.answer(reply, async |c, server| DB::create(c, server, name, kind).await).await;
+            }
+            OnRow::GiveNotice(reply) => {
+                self.answer(reply, async |c, server| DB::give_notice(c, server, name).await).await;
+            }
+            OnRow::Settle(reply) => {
+                self.answer(reply, async |c, server| DB::settle(c, server, name).await).await;
+            }
+            OnRow::Probe(reply) => {
+                self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
+            }
+            OnRow::Stand(place, reply) => {
+                self.answer(reply, async |c, server| DB::stand(c, server, name, &place).await).await;
+            }
+            OnRow::SetWaiters(before, after, reply) => {
+                self.answer(reply, async |c, server| DB::set_waiters(c, server, name, &before, &after).await)
+                    .await;
+            }
+            OnRow::RemoveWaiter(secret, reply) => {
+                self.answer(reply, async |c, server| DB::remove_waiter(c, server, name, &secret).await).await;
             }
         }
     }
