@@ -27,11 +27,13 @@ for_each_database! {
     what_is_kept_for_some_time_is_not_handed_on,
     a_committed_transaction_is_no_obstacle,
     a_verified_transaction_is,
+    an_older_transaction_is_refused,
     a_lease_that_is_over_is_not_handed_on,
     closing_answers_who_waits,
     tokens_grow_over_hands_and_processes;
 
     on servers:
+    an_older_transaction_that_sees_each_commit_is_not,
     no_message_is_needed,
     a_commit_without_an_answer_is_an_obstacle,
 }
@@ -212,6 +214,74 @@ async fn a_verified_transaction_is<T: TestDatabase>(database: &T) {
     transaction.commit().await.unwrap();
     let next = timeout(PATIENCE, next).await.unwrap().unwrap();
     assert!(!was_handed_on(&secret, &next));
+}
+
+/// The holder before has changed something since the transaction read it, and the row of the lease has not changed in between.
+async fn an_older_transaction_is_refused<T: TestDatabase>(database: &T) {
+    let locks = locks(database).await;
+    let pool = database.pool(2).await;
+    database.run("CREATE TABLE counters (n BIGINT)").await;
+    if T::NAME == "sqlite" {
+        database.run("PRAGMA journal_mode = WAL").await;
+    }
+    let (held, mut waiting) = held_before(&locks, 1).await;
+    let secret = held.secret_key().to_owned();
+    let mut older = begin::<T>(&pool, "REPEATABLE READ").await;
+    assert_eq!(count::<T>(&mut older).await, 0);
+    let mut changing = held.begin().await.unwrap();
+    T::Database::run(&mut changing, "INSERT INTO counters VALUES (1)").await.unwrap();
+    changing.commit().await.unwrap();
+    drop(held);
+    let next = timeout(PATIENCE, waiting.remove(0)).await.unwrap().unwrap();
+    assert!(was_handed_on(&secret, &next));
+
+    let refused = next.verify_in(&mut older).await.unwrap_err();
+    assert!(matches!(refused, Error::Serialization { .. }), "{refused:?}");
+    drop(older);
+    assert!(next.is_held());
+    // Run again it is one that began under the lease.
+    let mut newer = begin::<T>(&pool, "REPEATABLE READ").await;
+    assert_eq!(count::<T>(&mut newer).await, 1);
+    next.verify_in(&mut newer).await.unwrap();
+    newer.commit().await.unwrap();
+    next.release().await.unwrap();
+
+    // From now on the database tells one holder from the next, so that nobody is refused without need.
+    let (held, mut waiting) = held_before(&locks, 1).await;
+    let secret = held.secret_key().to_owned();
+    drop(held);
+    let next = timeout(PATIENCE, waiting.remove(0)).await.unwrap().unwrap();
+    assert!(!was_handed_on(&secret, &next));
+}
+
+async fn an_older_transaction_that_sees_each_commit_is_not<T: TestServer>(database: &T) {
+    let locks = locks(database).await;
+    let pool = database.pool(2).await;
+    database.run("CREATE TABLE counters (n BIGINT)").await;
+    let (held, mut waiting) = held_before(&locks, 1).await;
+    let mut older = begin::<T>(&pool, "READ COMMITTED").await;
+    assert_eq!(count::<T>(&mut older).await, 0);
+    drop(held);
+    let next = timeout(PATIENCE, waiting.remove(0)).await.unwrap().unwrap();
+    next.verify_in(&mut older).await.unwrap();
+    older.commit().await.unwrap();
+}
+
+async fn begin<T: TestDatabase>(
+    pool: &sqlx::Pool<T::Database>,
+    level: &str,
+) -> sqlx::Transaction<'static, T::Database> {
+    let begin = match T::NAME {
+        "sqlite" => "BEGIN".to_owned(),
+        "postgres" => format!("BEGIN ISOLATION LEVEL {level}"),
+        _ => format!("SET TRANSACTION ISOLATION LEVEL {level}; START TRANSACTION"),
+    };
+    pool.begin_with(sqlx::AssertSqlSafe(begin)).await.unwrap()
+}
+
+async fn count<T: TestDatabase>(connection: &mut <T::Database as sqlx::Database>::Connection) -> i64 {
+    let count = T::Database::find_number(connection, "SELECT COUNT(*) FROM counters").await;
+    count.unwrap().expect("a count is there")
 }
 
 async fn a_lease_that_is_over_is_not_handed_on<T: TestDatabase>(database: &T) {

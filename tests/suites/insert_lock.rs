@@ -165,6 +165,8 @@ async fn the_row_says_who_holds_it<T: TestDatabase>(database: &T) {
 async fn a_wait_ends_in_time<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let _held = locks.insert_lock("a").acquire().await.unwrap();
+    // A database that has not answered yet has longer than the wait.
+    assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
     // Behind another process, behind our own, and behind a queue.
     for locks in [&other, &locks] {
         let started = Instant::now();

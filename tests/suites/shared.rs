@@ -263,7 +263,7 @@ async fn several_leases_are_released_together<T: TestDatabase>(database: &T) {
     })
     .await;
     let leases =
-        locks.insert_locks(["a", "b"]).wait(PATIENCE).ttl(Duration::from_secs(3)).acquire().await.unwrap();
+        locks.insert_locks(["a", "b"]).wait(PATIENCE).ttl(Duration::from_secs(6)).acquire().await.unwrap();
     database.run("UPDATE distributed_lock SET secret_key = 'somebody else' WHERE lock_name = 'b'").await;
     leases.lost().await;
     assert!(!leases.is_held());

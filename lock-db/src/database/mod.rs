@@ -219,6 +219,17 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
+    /// Makes the row of a lease tell that it went to another holder, to transactions whose snapshot is not older: see
+    /// [`LeaseKey::mark`]. `false`: it is not ours, or another transaction has the row locked. Where old snapshots can't write
+    /// there is nothing to do.
+    #[doc(hidden)]
+    fn mark(
+        _connection: &mut Self::Connection,
+        _lease: &LeaseKey,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
+
     /// Whether another transaction has the row of a name locked: by trying to lock it, without waiting.
     #[doc(hidden)]
     fn probe(

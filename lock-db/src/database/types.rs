@@ -117,6 +117,9 @@ pub struct LeaseKey {
     pub secret: Secret,
     /// Beside the secret, which a late copy of the request for the lease may bring back long after others have had it.
     pub fencing_token: i64,
+    /// What `previous_token` has to be at least in the snapshot of a transaction that this lease guards: zero, or the number of a holder
+    /// that got the lease by hand. What that one can see of the row is otherwise the same before and after.
+    pub mark: i64,
     pub ttl: Duration,
     /// By which it was granted.
     pub server: Server,

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
-use crate::database::{Call, Fault, Guarded, LockDatabase};
+use crate::database::{Call, Fault, Guarded, LeaseKey, LockDatabase};
 use crate::error::{Loss, WaitingFor};
 use crate::name::Name;
 use crate::reentry::Held;
@@ -156,7 +156,8 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// [`Error::Lost`] when somebody else has the lock, or when an earlier transaction of the lease may still be committed:
     /// the transaction must be rolled back, and except on SQLite can't be committed any more. [`Error::Serialization`] likewise when
-    /// the transaction sees the database as it was before the lease was granted; and, as [`Error::Deadlock`], when the database
+    /// the transaction sees the database as it was before the lease was granted (a lease that came from another caller of this process: the first
+    /// time, in REPEATABLE READ and above, also when it does not); and, as [`Error::Deadlock`], when the database
     /// ended the transaction. [`Error::NotInTransaction`], [`Error::Database`].
     ///
     /// # Cancel safety
@@ -227,7 +228,7 @@ impl<DB: LockDatabase> Lease<DB> {
         }
         // How the caller's transaction ends is not told here.
         self.hold.lease.is_verified();
-        let key = &self.hold.lease.key;
+        let key = &self.marked_key().await?;
         let name = &key.row.name;
         let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
         match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
@@ -274,6 +275,21 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(failure.into_error("verify the lock", Some(name)))
             }
         }
+    }
+
+    /// A lease that went from hand to hand has left nothing in its row by which a snapshot could be told that is older than that. So
+    /// the row is marked, which all transactions see that begin from now on; this one too, if it has no snapshot yet.
+    async fn marked_key(&self) -> Result<LeaseKey, Error> {
+        let hold = &self.hold;
+        let key = LeaseKey { mark: hold.mark, ..hold.lease.key.clone() };
+        if !hold.is_marked.load(Ordering::SeqCst) {
+            // Else it would be refused each time that it goes from hand to hand.
+            hold.queues.hand_on_no_more(hold.name());
+            let lease = key.clone();
+            self.locks.session().ask(|answer| Request::Mark { lease, answer }).await?;
+            hold.is_marked.store(true, Ordering::SeqCst);
+        }
+        Ok(key)
     }
 
     async fn is_foreign(&self, transaction: &mut DB::Connection) -> bool {
@@ -342,6 +358,9 @@ pub(crate) struct Hold {
     /// Also keeps the session alive.
     session: mpsc::UnboundedSender<Request>,
     released: AtomicBool,
+    /// See [`LeaseKey::mark`], and whether the row has it.
+    mark: i64,
+    is_marked: AtomicBool,
     /// How many of its owners are guarded transactions, which are no handles.
     transactions: AtomicUsize,
 }
@@ -354,8 +373,16 @@ impl Hold {
         queues: Arc<Queues>,
     ) -> Self {
         let fencing_token = lease.last_fencing_token();
-        let (released, transactions) = (AtomicBool::new(false), AtomicUsize::new(0));
-        Self { lease, fencing_token, queues, session, released, transactions }
+        Self {
+            lease,
+            fencing_token,
+            queues,
+            session,
+            released: AtomicBool::new(false),
+            mark: 0,
+            is_marked: AtomicBool::new(true),
+            transactions: AtomicUsize::new(0),
+        }
     }
 
     /// See [`LeaseState::may_be_handed_on`].
@@ -365,12 +392,15 @@ impl Hold {
 
     /// Of the next holder of the same lease.
     pub(crate) fn successor(&self) -> Self {
+        let fencing_token = self.lease.next_fencing_token();
         Self {
             lease: Arc::clone(&self.lease),
-            fencing_token: self.lease.next_fencing_token(),
+            fencing_token,
             queues: Arc::clone(&self.queues),
             session: self.session.clone(),
             released: AtomicBool::new(false),
+            mark: fencing_token,
+            is_marked: AtomicBool::new(false),
             transactions: AtomicUsize::new(0),
         }
     }

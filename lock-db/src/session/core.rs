@@ -38,6 +38,8 @@ const FINISH_LIMIT: Duration = Duration::from_secs(10);
 /// How long a plain read is tried while somebody is in the way, and how often.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
+/// For a statement on a private connection that an open transaction of the caller waits for.
+const MARK_PATIENCE: Duration = Duration::from_secs(1);
 /// How soon the end of a transaction that has released a lease is noticed.
 const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// Between two renewals of a lease whose row is locked by another transaction.
@@ -144,6 +146,9 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             Request::Settle { name, answer } => drop(spawn_local(async move {
                 let settled = core.settle(&name).await;
                 let _ = answer.send(settled.map_err(|failure| failure.into_error("take over", Some(&name))));
+            })),
+            Request::Mark { lease, answer } => drop(spawn_local(async move {
+                let _ = answer.send(core.mark(lease).await);
             })),
             Request::EnsureRow { name, kind, answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.ensure_row(&name, kind).await);
@@ -369,6 +374,23 @@ impl Core {
             self.lane.settle(name).await?;
         }
         Ok(())
+    }
+
+    /// While other transactions have the row locked, guarded ones of the same lease say, it is tried again.
+    async fn mark(&self, lease: LeaseKey) -> Result<(), Error> {
+        let name = lease.row.name.clone();
+        let started = Instant::now();
+        loop {
+            let may_wait = started.elapsed() < MARK_PATIENCE;
+            match twice(async || self.lane.mark(lease.clone()).await).await {
+                Ok(false) if may_wait => {}
+                Err(failure) if may_wait && failure.passes() => {}
+                // It is not ours any more, or locked for long: what the guard finds tells.
+                Ok(_) => return Ok(()),
+                Err(failure) => return Err(failure.into_error("verify the lock", Some(&name))),
+            }
+            sleep(PAUSE).await;
+        }
     }
 
     /// Wakes up the process that is next, after a transaction has released a lock.

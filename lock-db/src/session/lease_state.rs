@@ -349,6 +349,7 @@ mod tests {
             row: RowKey { name: "a".into(), id: 1 },
             secret: Secret::generate().unwrap(),
             fencing_token: 1,
+            mark: 0,
             ttl: TTL,
             server: Server::for_tests(),
         };

@@ -4,8 +4,8 @@
 //! What is given back goes to the next of them by the hand of whoever gives it back, without the session's thread: the
 //! lease itself while it may be handed on, else the turn to ask for it. So these queues are shared by all threads.
 
-use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,6 +21,9 @@ use crate::name::Name;
 use crate::secret::Secret;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
 use crate::{Error, LockInfo};
+
+/// Names without number are a pattern of their own (`order:{id}`), so what is known of them is bounded.
+const MOST_NOT_HANDED_ON: usize = 10_000;
 
 /// How far a lease goes from hand to hand before other processes get their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +68,8 @@ pub(super) struct Reports {
 struct State {
     /// An entry for each name whose turn is taken.
     names: HashMap<Name, Line>,
+    /// Those whose leases go from holder to holder by the database.
+    not_handed_on: HashSet<Name>,
     /// No wait is over before then.
     next_deadline: Option<Instant>,
     closed: bool,
@@ -201,6 +206,15 @@ impl Queues {
         self.state().names.contains_key(name)
     }
 
+    /// The leases of a name go by the database from now on.
+    pub(crate) fn hand_on_no_more(&self, name: &Name) {
+        let mut state = self.state();
+        if state.not_handed_on.len() >= MOST_NOT_HANDED_ON {
+            state.not_handed_on.clear();
+        }
+        state.not_handed_on.insert(name.clone());
+    }
+
     /// Gives a lease that its holder is done with to the next waiter. `false`: it has to be released.
     pub(crate) fn hand_on(&self, hold: &Hold) -> bool {
         while hold.may_be_handed_on(self.hand_off.time) {
@@ -218,7 +232,7 @@ impl Queues {
     fn first_waiter_for(&self, hold: &Hold) -> Option<Acquire> {
         let mut gone = Vec::new();
         let mut state = self.state();
-        if state.closed {
+        if state.closed || state.not_handed_on.contains(hold.name()) {
             return None;
         }
         let line = &mut state.names.get_mut(hold.name())?.waiting;

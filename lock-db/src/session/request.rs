@@ -7,7 +7,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::queues::Turn;
 
-use crate::database::{Call, Claim, LockRow, Server};
+use crate::database::{Call, Claim, LeaseKey, LockRow, Server};
 use crate::error::Loss;
 use crate::insert::Hold;
 use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
@@ -47,6 +47,11 @@ pub(crate) enum Request {
     /// Rules out the last holder of a lock that is not held any more.
     Settle {
         name: Name,
+        answer: Answer<()>,
+    },
+    /// Makes the row of a lease tell transactions that it went to another holder: see `LeaseKey::mark`.
+    Mark {
+        lease: LeaseKey,
         answer: Answer<()>,
     },
     /// Makes sure that the row of a name is there and of this kind. Answers it, and whether it was missing.

@@ -8,7 +8,9 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, number};
 use super::mariadb;
 use crate::Kind;
-use crate::database::{Claim, Grant, LockRow, Place, Probe, Return, Server, Standing, outcome_unknown};
+use crate::database::{
+    Claim, Grant, LeaseKey, LockRow, Place, Probe, Return, Server, Standing, outcome_unknown,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -109,6 +111,11 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS free
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
 SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
+
+/// Counts as written also when it is already so, as sqlx asks for the rows that were found.
+const MARK: &str = "
+UPDATE {table} SET previous_token = GREATEST(previous_token, ?)
+WHERE id = ? AND lock_name = ? AND secret_key = ? AND fencing_token = ?";
 
 /// By the index and without waiting.
 const PROBE: &str =
@@ -246,6 +253,19 @@ pub(super) async fn settle(
     }
     let settled = sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes()).execute(connection).await?;
     Ok(settled.rows_affected() > 0)
+}
+
+/// Waits for the row no longer than any statement here.
+pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+    let marked = sqlx::query(lease.server.table.sql(MARK))
+        .bind(lease.mark)
+        .bind(lease.row.id)
+        .bind(lease.row.name.as_bytes())
+        .bind(lease.secret.as_str())
+        .bind(lease.fencing_token)
+        .execute(connection)
+        .await?;
+    Ok(marked.rows_affected() > 0)
 }
 
 /// A row only: what keeps the whole table from being written has been met before this, by the statement that did not get the row.

@@ -126,6 +126,10 @@ impl LockDatabase for MySql {
         lease::settle(connection, server, name).await
     }
 
+    async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+        lease::mark(connection, lease).await
+    }
+
     async fn probe(connection: &mut MySqlConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
         lease::probe(connection, server, name).await
     }

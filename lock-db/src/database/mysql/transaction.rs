@@ -120,9 +120,10 @@ pub(super) async fn guard(
 ) -> sqlx::Result<Guarded> {
     // First, as the row is seen that this writes itself. A snapshot is fixed by it, but no older than what follows.
     let sees_grant = format!(
-        "{}; SELECT fencing_token = {} FROM {} WHERE id = {}",
+        "{}; SELECT fencing_token = {} AND previous_token >= {} FROM {} WHERE id = {}",
         show(&lease.server),
         lease.fencing_token,
+        lease.mark,
         lease.server.table.name(),
         lease.row.id
     );

@@ -12,7 +12,9 @@ use sqlx::postgres::PgConnection;
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use crate::Kind;
-use crate::database::{Call, Claim, Grant, LockRow, Place, Probe, Released, Return, Server, Standing};
+use crate::database::{
+    Call, Claim, Grant, LeaseKey, LockRow, Place, Probe, Released, Return, Server, Standing,
+};
 use crate::limits::micros;
 use crate::secret::Secret;
 
@@ -137,6 +139,14 @@ WHERE lease.id = (
         AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
     FOR UPDATE SKIP LOCKED)";
 
+const MARK: &str = "
+UPDATE {table} AS lease
+SET previous_token = GREATEST(lease.previous_token, $4)
+WHERE lease.id = (
+    SELECT id FROM {table}
+    WHERE lock_name = $1 AND secret_key = $2 AND fencing_token = $3
+    FOR NO KEY UPDATE SKIP LOCKED)";
+
 /// Row level security and missing rights would hide the row; a lock makes it fail.
 const PROBE: &str = "SELECT 1 FROM {table} WHERE lock_name = $1 FOR UPDATE NOWAIT";
 
@@ -245,6 +255,12 @@ pub(super) async fn give_notice(
 pub(super) async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
     let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
     Ok(settled.rows_affected() > 0)
+}
+
+pub(super) async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+    let query = sqlx::query(lease.server.table.sql(MARK)).bind(&*lease.row.name).bind(lease.secret.as_str());
+    let marked = query.bind(lease.fencing_token).bind(lease.mark).execute(connection).await?;
+    Ok(marked.rows_affected() > 0)
 }
 
 pub(super) async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {

@@ -106,6 +106,10 @@ impl LockDatabase for Postgres {
         lease::settle(connection, server, name).await
     }
 
+    async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+        lease::mark(connection, lease).await
+    }
+
     async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
         lease::probe(connection, server, name).await
     }

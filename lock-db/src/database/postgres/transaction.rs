@@ -27,7 +27,7 @@ SELECT set_config('lock_timeout', before, true),
     set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM (
     SELECT bound.before, bound.idle FROM bound, {table} AS lease
-    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
+    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4 AND lease.previous_token >= $6
         AND (lease.expire_time > '1970-01-01 00:00:00+00'
             OR current_setting('lock_db.released', true) = lease.fencing_token::text)
     FOR KEY SHARE OF lease) AS guarded";
@@ -340,7 +340,8 @@ pub(super) async fn guard(
         .bind(limit)
         .bind(lease.fencing_token);
     let idle = i64::try_from(lease.ttl.as_millis()).unwrap_or(i64::MAX);
-    let query = if release { query } else { query.bind(idle) };
+    // A release writes the row, which an old snapshot does not let it.
+    let query = if release { query } else { query.bind(idle).bind(lease.mark) };
     Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
 }
 

@@ -117,7 +117,7 @@ impl Attempt {
             let most = if may_hand_on { hand_off.most_turns() } else { 1 };
             let numbers = u32::try_from(numbers).unwrap_or(u32::MAX).clamp(1, most);
             let server = server.clone();
-            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, ttl, server };
+            let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, mark: 0, ttl, server };
             let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
             Granted { key, numbers, turns, others_wait, ttl, sent }
         });

@@ -19,8 +19,8 @@ use self::server::Worker;
 use super::calls::Calls;
 use crate::Kind;
 use crate::database::{
-    Call, Claim, Cluster, Grant, Location, LockDatabase, LockRow, Place, Probe, Renewal, Renewed, Return,
-    Server, Standing,
+    Call, Claim, Cluster, Grant, LeaseKey, Location, LockDatabase, LockRow, Place, Probe, Renewal, Renewed,
+    Return, Server, Standing,
 };
 use crate::error::Failure;
 use crate::name::Name;
@@ -40,6 +40,7 @@ enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Locate(bool, Reply<Server>),
     OnRow(Name, OnRow),
+    Mark(LeaseKey, Reply<bool>),
     Listen(Reply<()>),
     Call(Call),
     TakeBaton(i64, Reply<bool>),
@@ -85,7 +86,7 @@ impl Operation {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Locate(_, reply) => reply.is_closed(),
             Self::OnRow(_, operation) => operation.is_forgotten(),
-            Self::TakeBaton(_, reply) => reply.is_closed(),
+            Self::TakeBaton(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Listen(reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
@@ -169,6 +170,11 @@ impl Lane {
     /// Whether another transaction has the row locked.
     pub(super) async fn probe(&self, name: &Name) -> Result<Probe, Failure> {
         self.on_row(name, OnRow::Probe).await
+    }
+
+    /// Makes the row tell that its lease went from hand to hand.
+    pub(super) async fn mark(&self, lease: LeaseKey) -> Result<bool, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Mark(lease, reply)).await
     }
 
     /// Takes a place at the end of the queue of a name.

@@ -252,6 +252,9 @@ impl<DB: LockDatabase> Worker<DB> {
                 self.answer(reply, async |_, server| Ok(server.clone())).await;
             }
             Operation::OnRow(name, operation) => self.on_row(&name, operation).await,
+            Operation::Mark(lease, reply) => {
+                self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
+            }
             Operation::Listen(reply) => self.listen_in_time(reply).await,
             Operation::Call(call) => self.call(&[call]).await,
             Operation::TakeBaton(row, reply) => {

@@ -166,6 +166,7 @@ impl Core {
             row: RowKey { name: claim.name.clone(), id: 1 },
             secret: claim.secret.clone(),
             fencing_token,
+            mark: 0,
             ttl: claim.ttl,
             server: Server::for_tests(),
         };
