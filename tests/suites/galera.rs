@@ -85,9 +85,10 @@ impl Node {
         self.locks.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire().await.unwrap()
     }
 
+    /// Its notice is over as well.
     async fn expire(&self, name: &str) {
         let past = format!(
-            "UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name = '{name}'"
+            "UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00', ttl_micros = 0 WHERE lock_name = '{name}'"
         );
         assert_eq!(self.run(&past).await, 1);
     }
