@@ -13,6 +13,7 @@
     missing_docs
 )]
 
+mod at_end;
 mod cases;
 mod database;
 mod eventually;
@@ -25,6 +26,7 @@ mod random;
 mod servers;
 mod sqlite;
 
+pub use at_end::AtEnd;
 pub use cases::{CaseRuntime, long_run, rounds, run_case};
 pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
 pub use eventually::eventually;

@@ -1,0 +1,15 @@
+//! All statements of a `Locks` mean the same table: whatever `search_path`, current database or temporary tables the
+//! connections have, in the schema that the builder names, and with a prefix in front of all names.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+/// In the folder of this name.
+mod one_table {
+    mod callers;
+    mod other_databases;
+    mod place;
+    mod pools;
+    mod prefixes;
+    mod schemas;
+    mod temporary;
+}
