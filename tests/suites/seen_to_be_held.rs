@@ -1,0 +1,54 @@
+//! "Held" is said only of a lock that was seen to be held: `Error::Timeout`, `None` from a try, and a function that is
+//! skipped. All other answers are errors with a cause. What passes is waited for, and what does not pass fails at once.
+//!
+//! Each case makes every kind of request: leases and row locks, one or several, in a transaction of their own or of the
+//! caller, by a call or by the attribute with `skip`; with short waits and as tries.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+/// In the folder of this name.
+mod seen_to_be_held {
+    pub mod free;
+    pub mod held;
+    pub mod requests;
+}
+
+use lock_tests::for_each_database;
+
+use seen_to_be_held::free::{
+    a_database_that_was_never_there, a_stall_is_waited_out, a_table_that_is_locked_as_a_whole,
+    a_table_that_was_locked_before_the_process_came, another_writer_is_waited_for, behind_another_caller,
+    leases_while_another_transaction_writes, leases_while_the_database_is_away,
+};
+use seen_to_be_held::held::{
+    a_lease_of_another_process, a_lease_of_this_process, a_lock_in_a_transaction, a_row_lock,
+    a_row_lock_of_this_process, one_of_several_leases, those_who_came_before,
+};
+
+for_each_database! {
+    a_lease_of_another_process,
+    a_lease_of_this_process,
+    one_of_several_leases,
+    those_who_came_before,
+    a_row_lock_of_this_process,
+    ;
+    on servers:
+    a_row_lock,
+    a_lock_in_a_transaction,
+    leases_while_the_database_is_away,
+    a_database_that_was_never_there,
+    behind_another_caller,
+    a_table_that_is_locked_as_a_whole,
+    a_table_that_was_locked_before_the_process_came,
+    a_stall_is_waited_out,
+}
+
+/// There whoever writes keeps all others from writing.
+mod one_writer {
+    use super::*;
+
+    lock_tests::__tests_on! { sqlite SqliteFile
+        leases_while_another_transaction_writes,
+        another_writer_is_waited_for
+    }
+}
