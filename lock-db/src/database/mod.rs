@@ -480,6 +480,7 @@ fn hexadecimal(text: &str) -> String {
 
 /// Puts what a batch statement found, in whatever order, back into the order of the request. What it did not find is no
 /// longer ours.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
 fn in_order(
     leases: &[Renewal],
     found: impl IntoIterator<Item = (String, Standing)>,
