@@ -145,6 +145,7 @@ pub enum Guarded {
     Elsewhere,
 }
 
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 impl Guarded {
     pub(super) fn when(ours: bool) -> Self {
         if ours { Self::Ours } else { Self::NotOurs }
