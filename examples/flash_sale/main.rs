@@ -123,7 +123,11 @@ async fn start_on<DB: Store>(url: &str, arguments: &Arguments) -> anyhow::Result
                 eprintln!("Made the table `distributed_lock` (and `_lock_db_migrations`), which will stay");
             }
         }
-        checked => checked?,
+        checked => {
+            for warning in checked?.warnings() {
+                eprintln!("{warning}");
+            }
+        }
     }
     // Two of these in one database would take each other's tables away: a lock's job.
     let exit = locks

@@ -25,6 +25,8 @@ const SLICE: Duration = Duration::from_millis(950);
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
 /// How long a question to the session may take when the caller's wait is shorter.
 const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
+/// How long the table may be looked for while a transaction of the caller is open.
+const LOCATE_LIMIT: Duration = Duration::from_secs(3);
 /// How long a takeover gives notice, and no longer.
 const LONGEST_NOTICE: Duration = Duration::from_secs(1);
 /// How long it may take to see whether a transaction has a lock for the second time.
@@ -206,7 +208,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
         }
-        let server = self.locate().await?;
+        let server = self.locate_for_transaction().await?;
         let found = match self.kind {
             Kind::Row => self.find_row().await.map(Some),
             Kind::Insert => self.find_lease(connection, may_wait).await,
@@ -321,6 +323,15 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 return Ok(None);
             }
             sleep(jitter(PAUSE).min(remaining).min(left)).await;
+        }
+    }
+
+    /// The same while a transaction is open. It gives up before the session does: a pooler may have no connection for the session as
+    /// long as transactions like this one have them all.
+    async fn locate_for_transaction(&self) -> Result<Server, Error> {
+        match self.locks.location().found() {
+            Some(server) => Ok(server),
+            None => self.ask_within(LOCATE_LIMIT, |answer| Request::Locate { answer, anew: false }).await,
         }
     }
 

@@ -198,14 +198,24 @@ pub(super) async fn lock_row(
             Ok(RowAttempt::Missing) => {}
             // Nothing has been done in it, so it can begin anew.
             Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
-                sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
-                sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await?;
+                begin_anew(connection).await?;
                 return Ok(RowAttempt::TableLocked);
             }
             attempt => return attempt,
         }
     }
-    wait_and_lock(connection, server, claim, slice).await
+    let attempt = wait_and_lock(connection, server, claim, slice).await?;
+    if claim.is_own && attempt == RowAttempt::Busy {
+        // The holder may wait for the end of all transactions: CREATE INDEX CONCURRENTLY does.
+        begin_anew(connection).await?;
+    }
+    Ok(attempt)
+}
+
+/// A transaction of our own in which nothing was done that has to stay.
+async fn begin_anew(connection: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
+    sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await.map(drop)
 }
 
 pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
