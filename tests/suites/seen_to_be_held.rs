@@ -8,8 +8,11 @@
 
 /// In the folder of this name.
 mod seen_to_be_held {
+    pub mod accounts;
     pub mod free;
     pub mod held;
+    pub mod passing;
+    pub mod refusals;
     pub mod requests;
 }
 
@@ -23,6 +26,13 @@ use seen_to_be_held::free::{
 use seen_to_be_held::held::{
     a_lease_of_another_process, a_lease_of_this_process, a_lock_in_a_transaction, a_row_lock,
     a_row_lock_of_this_process, one_of_several_leases, those_who_came_before,
+};
+use seen_to_be_held::passing::{
+    a_server_that_does_not_wait_is_not_asked_without_pause, statement_timeouts,
+    statements_that_are_cancelled, too_many_connections_of_an_account,
+};
+use seen_to_be_held::refusals::{
+    a_file_that_can_not_be_written, a_role_that_may_not_log_in, missing_rights, what_does_not_pass,
 };
 
 for_each_database! {
@@ -41,6 +51,13 @@ for_each_database! {
     a_table_that_is_locked_as_a_whole,
     a_table_that_was_locked_before_the_process_came,
     a_stall_is_waited_out,
+    what_does_not_pass,
+    missing_rights,
+    a_role_that_may_not_log_in,
+    too_many_connections_of_an_account,
+    statement_timeouts,
+    statements_that_are_cancelled,
+    a_server_that_does_not_wait_is_not_asked_without_pause,
 }
 
 /// There whoever writes keeps all others from writing.
@@ -49,6 +66,7 @@ mod one_writer {
 
     lock_tests::__tests_on! { sqlite SqliteFile
         leases_while_another_transaction_writes,
-        another_writer_is_waited_for
+        another_writer_is_waited_for,
+        a_file_that_can_not_be_written
     }
 }

@@ -207,7 +207,7 @@ pub async fn behind_another_caller<T: TestServer>(database: &T) {
 // ------------------------------------------------------------------------------- the table locked as a whole
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stall {
+pub enum Stall {
     /// Nobody else reads or writes the table: an ALTER, VACUUM FULL, `LOCK TABLES … WRITE`.
     Everything,
     /// Nobody else writes it: CREATE INDEX, `LOCK TABLES … READ`, a backup.
@@ -221,13 +221,13 @@ impl Stall {
 }
 
 /// A session that keeps the others from the table, until it ends.
-struct Stalling<T: TestServer> {
+pub struct Stalling<T: TestServer> {
     session: <T::Database as sqlx::Database>::Connection,
     alter: Option<JoinHandle<()>>,
 }
 
 impl<T: TestServer> Stalling<T> {
-    async fn begin(database: &T, stall: Stall) -> Self {
+    pub async fn begin(database: &T, stall: Stall) -> Self {
         let mut session = database.connection().await;
         let sql = match stall {
             Stall::Everything if T::NAME == "postgres" => {
@@ -251,7 +251,7 @@ impl<T: TestServer> Stalling<T> {
         Self { session, alter }
     }
 
-    async fn end(mut self) {
+    pub async fn end(mut self) {
         let sql = if T::NAME == "postgres" { "ROLLBACK" } else { "UNLOCK TABLES; ROLLBACK" };
         T::Database::run(&mut self.session, sql).await.unwrap();
         if let Some(alter) = self.alter {

@@ -162,6 +162,14 @@ impl Answers {
         wrong.map(|wrong| format!("{circumstances}: {wrong}")).collect()
     }
 
+    /// That asking again is of no use.
+    #[must_use]
+    pub fn not_refused(&self, circumstances: &str) -> Vec<String> {
+        let is_refused = |answer: &Answer| matches!(answer, Answer::Failed(error @ Error::Database { .. }) if !error.is_retryable());
+        let wrong = self.0.iter().filter(|(_, answer)| !is_refused(answer));
+        wrong.map(|(request, answer)| format!("{circumstances}: {request:?}: {answer:?}")).collect()
+    }
+
     #[must_use]
     pub fn not_taken(&self, circumstances: &str) -> Vec<String> {
         let wrong = self.0.iter().filter(|(_, answer)| !matches!(answer, Answer::Taken));
@@ -204,6 +212,10 @@ impl<DB: Backend> Requests<DB> {
             let locks = self.locks.clone();
             answers.spawn(async move {
                 let answer = timeout(PATIENCE, request.ask(&locks, &name, transaction.as_mut())).await;
+                if let Some(transaction) = transaction {
+                    // So that it is in nobody's way, unless the database is away.
+                    let _ended = timeout(Duration::from_secs(1), transaction.rollback()).await;
+                }
                 (request, answer.unwrap_or_else(|_| panic!("{request:?} hangs")))
             });
         }
