@@ -19,9 +19,8 @@ mod seen_to_be_held {
 use lock_tests::for_each_database;
 
 use seen_to_be_held::free::{
-    a_database_that_was_never_there, a_stall_is_waited_out, a_table_that_is_locked_as_a_whole,
-    a_table_that_was_locked_before_the_process_came, another_writer_is_waited_for, behind_another_caller,
-    leases_while_another_transaction_writes, leases_while_the_database_is_away,
+    a_database_that_was_never_there, a_table_that_is_locked_as_a_whole, another_writer_is_waited_for,
+    behind_another_caller, leases_while_another_transaction_writes, leases_while_the_database_is_away,
 };
 use seen_to_be_held::held::{
     a_lease_of_another_process, a_lease_of_this_process, a_lock_in_a_transaction, a_row_lock,
@@ -49,8 +48,6 @@ for_each_database! {
     a_database_that_was_never_there,
     behind_another_caller,
     a_table_that_is_locked_as_a_whole,
-    a_table_that_was_locked_before_the_process_came,
-    a_stall_is_waited_out,
     what_does_not_pass,
     missing_rights,
     a_role_that_may_not_log_in,

@@ -168,40 +168,52 @@ pub async fn a_database_that_was_never_there<T: TestServer>(database: &T) {
 /// All ask for one name, behind a caller with a long wait, who knows no more than they do.
 pub async fn behind_another_caller<T: TestServer>(database: &T) {
     let near = database.locks().await;
-    for kind in [Kind::Insert, Kind::Row] {
-        let requests: Vec<Request> = Request::all(&SHORT_WAITS)
-            .into_iter()
-            .filter(|request| !request.way.is_in_transaction() && request.way.kind() == kind)
-            .collect();
-        let one = async |outage: Outage| {
-            let circumstances = format!("{outage:?} {kind}");
-            let name = || format!("first {circumstances}");
-            let far = Far::new(database);
-            take_and_release::<T>(&far.locks, kind, &name()).await;
-            outage.begin(&far.proxy);
-            let first = match kind {
-                Kind::Row => {
-                    let acquiring = far.locks.row_lock(name()).wait(PATIENCE).acquire();
-                    tokio::spawn(async move { acquiring.await?.rollback().await })
-                }
-                _ => {
-                    let acquiring = far.locks.insert_lock(name()).wait(PATIENCE).acquire();
-                    tokio::spawn(async move { acquiring.await?.release().await })
-                }
-            };
-            tokio::task::yield_now().await;
-            let asking = Requests::prepare(&far.locks, &far.pool, &requests, |_| name()).await;
-            let wrong = asking.ask().await.not_unknown(&circumstances);
-            far.proxy.cut();
-            Outage::end(&far.proxy);
-            first.await.unwrap().expect("it goes on until the database is back");
-            take_and_release::<T>(&near, kind, &name()).await;
-            wrong
-        };
-        let [silent, dumb, refused, swallowed] = Outage::ALL.map(one);
-        let (silent, dumb, refused, swallowed) = tokio::join!(silent, dumb, refused, swallowed);
-        assert_none(&[silent, dumb, refused, swallowed].concat());
+    let mut wrong = Vec::new();
+    for outage in [Outage::Silent, Outage::Refused] {
+        let (leases, row_locks) = tokio::join!(
+            behind_another(database, &near, Kind::Insert, outage),
+            behind_another(database, &near, Kind::Row, outage),
+        );
+        wrong.extend([leases, row_locks].concat());
     }
+    assert_none(&wrong);
+}
+
+async fn behind_another<T: TestServer>(
+    database: &T,
+    near: &Locks<T::Database>,
+    kind: Kind,
+    outage: Outage,
+) -> Vec<String> {
+    let requests: Vec<Request> = Request::all(&SHORT_WAITS)
+        .into_iter()
+        .filter(|request| !request.way.is_in_transaction() && request.way.kind() == kind)
+        // It goes on for ten seconds.
+        .filter(|request| *request != Request { way: Way::Row, wait: None })
+        .collect();
+    let circumstances = format!("{outage:?}, {kind}");
+    let name = || format!("behind another: {circumstances}");
+    let far = Far::new(database);
+    take_and_release::<T>(&far.locks, kind, &name()).await;
+    outage.begin(&far.proxy);
+    let first = match kind {
+        Kind::Row => {
+            let acquiring = far.locks.row_lock(name()).wait(PATIENCE).acquire();
+            tokio::spawn(async move { acquiring.await?.rollback().await })
+        }
+        _ => {
+            let acquiring = far.locks.insert_lock(name()).wait(PATIENCE).acquire();
+            tokio::spawn(async move { acquiring.await?.release().await })
+        }
+    };
+    tokio::task::yield_now().await;
+    let asking = Requests::prepare(&far.locks, &far.pool, &requests, |_| name()).await;
+    let wrong = asking.ask().await.not_unknown(&circumstances);
+    far.proxy.cut();
+    Outage::end(&far.proxy);
+    first.await.unwrap().expect("it goes on until the database is back");
+    take_and_release::<T>(near, kind, &name()).await;
+    wrong
 }
 
 // ------------------------------------------------------------------------------- the table locked as a whole
@@ -260,66 +272,38 @@ impl<T: TestServer> Stalling<T> {
     }
 }
 
+/// For a process that has used the table before, and for one that comes while it is locked. One that waits for long enough gets
+/// the lock.
 pub async fn a_table_that_is_locked_as_a_whole<T: TestServer>(database: &T) {
-    let (near, pool) = (database.locks().await, database.pool(40).await);
+    let (near, pool) = (database.locks().await, database.pool(60).await);
     let locks = Locks::new(pool.clone());
     take_and_release::<T>(&locks, Kind::Insert, "before").await;
     let requests = Request::all(&SHORT_WAITS);
+    let long: Vec<Request> = Request::all(&[PATIENCE])
+        .into_iter()
+        .filter(|request| request.wait.is_some() && !request.way.is_in_transaction())
+        .collect();
     let mut wrong = Vec::new();
     for stall in Stall::ALL {
         let circumstances = format!("{stall:?}");
         use_some::<T>(&near, &requests, &circumstances).await;
         let name = |request| name_of(&circumstances, request);
         let asking = Requests::prepare(&locks, &pool, &requests, name).await;
+        let waiting = Requests::prepare(&locks, &pool, &long, name).await;
+        let new = Locks::new(pool.clone());
+        let new_asking = Requests::prepare(&new, &pool, &Request::all(&[Duration::ZERO]), |request| {
+            format!("new process, {}", name(request))
+        })
+        .await;
         let stalling = Stalling::begin(database, stall).await;
-        wrong.extend(asking.ask().await.not_unknown(&circumstances));
+        let waiting = tokio::spawn(waiting.ask());
+        let (asked, new_asked) = tokio::join!(asking.ask(), new_asking.ask());
+        wrong.extend(asked.not_unknown(&circumstances));
+        wrong.extend(new_asked.not_unknown(&format!("{circumstances}, a new process")));
         stalling.end().await;
+        wrong.extend(waiting.await.unwrap().not_taken(&circumstances));
         assert_all_free::<T>(&near, &requests, &circumstances).await;
         assert_all_free::<T>(&locks, &requests, &circumstances).await;
-    }
-    assert_none(&wrong);
-}
-
-/// Also by a process that comes while it is locked.
-pub async fn a_table_that_was_locked_before_the_process_came<T: TestServer>(database: &T) {
-    let near = database.locks().await;
-    let requests = Request::all(&[Duration::ZERO]);
-    let mut wrong = Vec::new();
-    for stall in [Stall::Everything, Stall::AlterBehindReader] {
-        let circumstances = format!("{stall:?}");
-        let stalling = Stalling::begin(database, stall).await;
-        let pool = database.pool(20).await;
-        let locks = Locks::new(pool.clone());
-        let name = |request| name_of(&circumstances, request);
-        let asking = Requests::prepare(&locks, &pool, &requests, name).await;
-        wrong.extend(asking.ask().await.not_unknown(&circumstances));
-        stalling.end().await;
-        assert_all_free::<T>(&near, &requests, &circumstances).await;
-        assert_all_free::<T>(&locks, &requests, &circumstances).await;
-    }
-    assert_none(&wrong);
-}
-
-/// With a wait that is long enough the stall is waited out.
-pub async fn a_stall_is_waited_out<T: TestServer>(database: &T) {
-    let pool = database.pool(20).await;
-    let locks = lock_tests::migrated(Locks::new(pool.clone())).await;
-    let requests: Vec<Request> =
-        Request::all(&[PATIENCE]).into_iter().filter(|request| request.wait.is_some()).collect();
-    let mut wrong = Vec::new();
-    for stall in Stall::ALL {
-        let circumstances = format!("{stall:?}");
-        let name = |request| name_of(&circumstances, request);
-        let asking = Requests::prepare(&locks, &pool, &requests, name).await;
-        let stalling = Stalling::begin(database, stall).await;
-        let waiting = database.activity().await.waiting;
-        let asked = tokio::spawn(asking.ask());
-        eventually(PATIENCE, async || database.activity().await.waiting > waiting).await;
-        // For longer than any statement of ours may wait on the server.
-        tokio::time::sleep(Duration::from_millis(2500)).await;
-        assert!(!asked.is_finished(), "{circumstances}");
-        stalling.end().await;
-        wrong.extend(asked.await.unwrap().not_taken(&circumstances));
     }
     assert_none(&wrong);
 }

@@ -163,9 +163,9 @@ async fn cancel_all_that_wait<T: TestServer>(
 
 /// `innodb_lock_wait_timeout = 0` is known to MariaDB.
 pub async fn a_server_that_does_not_wait_is_not_asked_without_pause<T: TestServer>(database: &T) {
-    const WAIT: Duration = Duration::from_secs(1);
+    const WAIT: Duration = Duration::from_millis(700);
     /// What a request sends in this time when it pauses; without pauses there are thousands.
-    const FEW: usize = 200;
+    const FEW: usize = 150;
     let near = database.locks().await;
     let setting = match T::NAME {
         "postgres" => "SET lock_timeout = '1ms'",
