@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lock_db::{Kind, Locks};
+use lock_db::{Error, Kind, Locks};
 use lock_tests::{Backend, Direction, TestServer, connection, eventually};
 use sqlx::pool::PoolOptions;
 use sqlx::{Connection, Pool};
@@ -103,7 +103,9 @@ async fn short_statements<T: TestServer>(database: &T, kind: Kind) {
         stalling.end().await;
         wrong.extend(asked.await.unwrap().not_taken("long wait"));
         assert_none(&wrong);
-        releasing.await.unwrap().unwrap();
+        // On a busy machine all this takes longer than a release waits for its answer. It goes on all the same.
+        let released = releasing.await.unwrap();
+        assert!(matches!(released, Ok(()) | Err(Error::Database { .. })), "{released:?}");
         for name in ["released", "dropped"] {
             near.insert_lock(name).wait(PATIENCE).acquire().await.expect(name).release().await.unwrap();
         }
