@@ -111,7 +111,7 @@ async fn free_locks_are_not_called_held<T: TestServer>(database: &T) {
             tokio::join!(
                 locks.row_lock("row").try_acquire(),
                 locks.row_lock("row in time").wait(SHORT).acquire(),
-                locks.row_lock("new row").try_acquire(),
+                locks.row_lock("new row").wait(SHORT).acquire(),
             )
         };
         let ((tried, waited, several, skipped, new), (row_tried, row, new_row)) = tokio::join!(leases, rows);
