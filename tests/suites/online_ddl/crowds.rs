@@ -112,7 +112,7 @@ async fn alter_beside<T: TestServer>(database: &T, way: Way) {
     while let Some(task) = tasks.join_next().await {
         task.unwrap();
     }
-    let errors = crowd.errors.lock().unwrap();
+    let errors = std::mem::take(&mut *crowd.errors.lock().unwrap());
     assert!(errors.is_empty(), "{way:?}: {errors:#?}");
     assert!(lease.is_held(), "{way:?}: the lease beside them was lost");
     lease.begin().await.unwrap().commit().await.unwrap();
