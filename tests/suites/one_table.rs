@@ -6,6 +6,7 @@
 /// In the folder of this name.
 mod one_table {
     mod callers;
+    mod not_held_up;
     mod other_databases;
     mod place;
     mod pools;

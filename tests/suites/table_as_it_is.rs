@@ -9,6 +9,7 @@ mod table_as_it_is {
     mod asking;
     mod encodings;
     mod modes;
+    mod not_held_up;
     mod on_mysql;
     mod on_postgres;
     mod on_sqlite;

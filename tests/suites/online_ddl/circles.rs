@@ -15,13 +15,13 @@ for_each_server! {
     the_end_of_the_transaction,
 }
 
-const WAIT: Duration = Duration::from_mins(5);
+pub const WAIT: Duration = Duration::from_mins(5);
 /// Far shorter than the wait.
-const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// What the transaction asks for while the DDL waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub enum Step {
     NewRowLock,
     KnownRowLock,
     NewInsertLock,
@@ -57,6 +57,11 @@ async fn the_end_of_the_transaction<T: TestServer>(database: &T) {
 }
 
 async fn alter_while<T: TestServer>(database: &T, step: Step) {
+    alter_while_asking(database, step).await;
+}
+
+/// Answers whether it was refused.
+pub async fn alter_while_asking<T: TestServer>(database: &T, step: Step) -> bool {
     let pool = database.pool(4).await;
     let locks = lock_tests::migrated(Locks::new(pool.clone())).await;
     let lease = locks.insert_lock("lease").ttl(Duration::from_mins(5)).acquire().await.unwrap();
@@ -133,10 +138,11 @@ async fn alter_while<T: TestServer>(database: &T, step: Step) {
     locks.close().await;
     other.close().await;
     drop(pool);
+    is_refused
 }
 
 /// `CREATE INDEX CONCURRENTLY` waits for all transactions that may have looked at any table before it.
-mod concurrent_indexes {
+pub mod concurrent_indexes {
     use super::*;
 
     lock_tests::__tests_on!(postgres PostgresServer an_index_made_concurrently_under_a_lease);
@@ -158,7 +164,7 @@ mod concurrent_indexes {
         waiter.await.unwrap().unwrap();
     }
 
-    async fn make_index(database: &PostgresServer) {
+    pub async fn make_index(database: &PostgresServer) {
         database.run("CREATE TABLE business (id BIGINT)").await;
         let mut admin = database.connection().await;
         let made = sqlx::raw_sql("CREATE INDEX CONCURRENTLY ids ON business (id)").execute(&mut admin);

@@ -1,0 +1,56 @@
+//! What the library does not hold up yet.
+
+use std::time::Instant;
+
+use lock_db::Locks;
+use lock_tests::{Backend, PostgresServer, TestDatabase, TestServer, connection, eventually};
+
+use super::circles::concurrent_indexes::make_index;
+use super::circles::{LIMIT, Step, WAIT, alter_while_asking};
+
+lock_tests::__tests_on!(postgres PostgresServer an_index_made_concurrently_under_a_row_lock);
+lock_tests::__tests_on!(mariadb MariaDbServer
+    a_transaction_gets_another_lock_while_ddl_waits_for_it,
+    a_try_of_a_new_row_lock_ends_soon
+);
+lock_tests::__tests_on!(mysql MySqlServer
+    a_transaction_gets_another_lock_while_ddl_waits_for_it,
+    a_try_of_a_new_row_lock_ends_soon
+);
+
+/// It asks for a row on a private connection, which stands behind the DDL, which waits for the transaction: 1205 after two
+/// seconds and more.
+async fn a_transaction_gets_another_lock_while_ddl_waits_for_it<T: TestServer>(database: &T) {
+    let mut refused = Vec::new();
+    for step in [Step::NewRowLock, Step::KnownRowLock, Step::NewInsertLock, Step::KnownInsertLock] {
+        if alter_while_asking(database, step).await {
+            refused.push(step);
+        }
+    }
+    assert!(refused.is_empty(), "refused although nobody has them: {refused:?}");
+}
+
+/// The page says a second more. It takes ten.
+async fn a_try_of_a_new_row_lock_ends_soon<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    locks.row_lock("used").acquire().await.unwrap().commit().await.unwrap();
+    let mut backup = connection::<T::Database>(database.url()).await;
+    T::Database::run(&mut backup, "FLUSH TABLES distributed_lock WITH READ LOCK").await.unwrap();
+    let started = Instant::now();
+    assert!(locks.row_lock("new").try_acquire().await.is_err());
+    let took = started.elapsed();
+    T::Database::run(&mut backup, "UNLOCK TABLES").await.unwrap();
+    assert!(took < std::time::Duration::from_secs(6), "{took:?}");
+}
+
+async fn an_index_made_concurrently_under_a_row_lock(database: &PostgresServer) {
+    let locks = database.locks().await;
+    let guard = locks.row_lock("deploy").acquire().await.unwrap();
+    let other = Locks::new(database.pool(2).await);
+    let waiter =
+        tokio::spawn(async move { other.row_lock("deploy").wait(WAIT).acquire().await?.commit().await });
+    eventually(LIMIT, async || database.activity().await.waiting > 0).await;
+    make_index(database).await;
+    guard.commit().await.unwrap();
+    waiter.await.unwrap().unwrap();
+}
