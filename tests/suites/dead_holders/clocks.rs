@@ -1,0 +1,118 @@
+//! The server's clock was ahead, and is corrected: what it wrote before lies in the far future.
+
+use std::time::{Duration, Instant};
+
+use lock_db::Locks;
+use lock_tests::{Backend, Parent, Process, TestDatabase, eventually, pool};
+
+/// Less than the day by which the clock was ahead.
+const PATIENCE: Duration = Duration::from_secs(20);
+const TTL: Duration = Duration::from_secs(2);
+
+/// Holds a lease until it is killed.
+pub async fn hold_a_lease<DB: Backend>(mut parent: Parent) {
+    let locks = Locks::new(pool::<DB>(parent.url(), 2).await);
+    let _lease = locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
+    parent.say("held");
+    parent.hear().await;
+}
+
+/// As the rows are when the clock has been set back by so much.
+async fn set_back<T: TestDatabase>(database: &T, seconds: u32) {
+    let later = |column: &str| match T::NAME {
+        "postgres" => format!("{column} + interval '{seconds} s'"),
+        "sqlite" => format!("strftime('%Y-%m-%d %H:%M:%f000', {column}, '+{seconds} seconds')"),
+        _ => format!("{column} + INTERVAL {seconds} SECOND"),
+    };
+    let sql = format!(
+        "UPDATE distributed_lock SET acquire_time = {}, expire_time = {} WHERE expire_time > '2000-01-01'",
+        later("acquire_time"),
+        later("expire_time")
+    );
+    assert_eq!(database.run(&sql).await, 1);
+}
+
+const DAY: u32 = 24 * 60 * 60;
+
+async fn dead_holder<T: TestDatabase>(database: &T) {
+    let mut holder = Process::spawn("hold_a_lease", database.url(), [""; 0]);
+    holder.expect("held").await;
+    holder.kill();
+}
+
+pub async fn a_holder_that_is_killed<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    dead_holder(database).await;
+    set_back(database, DAY).await;
+    let asked = Instant::now();
+    let taken = locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
+    // Nobody knows that the holder is dead.
+    assert!(asked.elapsed() >= TTL, "{:?}", asked.elapsed());
+    taken.release().await.unwrap();
+}
+
+/// Those that do not wait find it free after a while, too.
+pub async fn a_killed_holder_and_tries<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    dead_holder(database).await;
+    set_back(database, DAY).await;
+    eventually(PATIENCE, async || {
+        locks.insert_lock("a").try_acquire().await.is_ok_and(|taken| taken.is_some())
+    })
+    .await;
+}
+
+pub async fn a_killed_holder_and_several_names<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    dead_holder(database).await;
+    set_back(database, DAY).await;
+    let taken = locks.insert_locks(["0", "a", "b"]).wait(PATIENCE).acquire().await.unwrap();
+    taken.release().await.unwrap();
+}
+
+/// It keeps its lease, and its next renewal corrects the deadline.
+pub async fn a_holder_that_lives<T: TestDatabase>(database: &T) {
+    let (locks, other) = (database.locks().await, database.locks().await);
+    let lease = locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
+    set_back(database, DAY).await;
+    let waiting = tokio::spawn(other.insert_lock("a").wait(PATIENCE).acquire());
+    let soon = match T::NAME {
+        "postgres" => "clock_timestamp() + interval '1 hour'",
+        "sqlite" => "datetime('now', '+1 hour')",
+        _ => "UTC_TIMESTAMP(6) + INTERVAL 1 HOUR",
+    };
+    let corrected =
+        format!("SELECT COUNT(*) FROM distributed_lock WHERE lock_name = 'a' AND expire_time < {soon}");
+    eventually(PATIENCE, async || database.number(&corrected).await == 1).await;
+    // For longer than whoever waits may have to.
+    let watched = Instant::now();
+    while watched.elapsed() < 2 * TTL {
+        assert!(lease.is_held());
+        assert!(!waiting.is_finished());
+        tokio::time::sleep(TTL / 10).await;
+    }
+    lease.release().await.unwrap();
+    waiting.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// The process that kept the lock has released it, so nobody renews anything.
+pub async fn a_lock_that_is_kept_for_a_while<T: TestDatabase>(database: &T) {
+    let (locks, other) = (database.locks().await, database.locks().await);
+    for waits in [true, false] {
+        keep_for_a_while(database, &locks).await;
+        if waits {
+            other.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+        } else {
+            eventually(PATIENCE, async || {
+                other.insert_lock("a").try_acquire().await.is_ok_and(|taken| taken.is_some())
+            })
+            .await;
+        }
+    }
+}
+
+async fn keep_for_a_while<T: TestDatabase>(database: &T, locks: &Locks<T::Database>) {
+    let lease = locks.insert_lock("a").at_least(TTL).wait(PATIENCE).acquire().await.unwrap();
+    lease.release().await.unwrap();
+    set_back(database, DAY).await;
+}
