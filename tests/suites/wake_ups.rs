@@ -1,0 +1,236 @@
+//! PostgreSQL notifies the process that is next. A notification only shortens a sleep: when it fails or hangs, the release or
+//! the commit that it follows is done all the same and at once, and the next process finds the lock free by itself.
+//!
+//! `pg_notify` is a function of each database, so a test can replace it in its own.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::time::Duration;
+
+use lock_db::{Error, Lease, Locks};
+use lock_tests::{Backend, PostgresServer, TestDatabase, eventually};
+use sqlx::{PgPool, Postgres};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+lock_tests::__tests_on! { postgres PostgresServer
+    a_notification_that_fails,
+    a_notification_that_hangs,
+    a_notification_without_the_right_to_it,
+    many_releases_beside_notifications_that_hang
+}
+
+/// In which the next process finds by itself that the lock is free.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Far less than a notification hangs, and more than a busy machine takes.
+const SOON: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_mins(10);
+
+const FAILS: &str = "RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'";
+const HANGS: &str = "PERFORM pg_sleep(60)";
+
+async fn replace_notify(database: &PostgresServer, body: &str) {
+    let sql = format!(
+        "CREATE OR REPLACE FUNCTION pg_catalog.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS
+        $$ BEGIN {body}; END $$"
+    );
+    database.run(&sql).await;
+}
+
+/// How a lock becomes free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Release,
+    Drop,
+    CommitAndRelease,
+    ReleaseIn,
+    CommitThenRelease,
+    AtLeast,
+    Several,
+    Close,
+}
+
+const ENDS: [End; 8] = [
+    End::Release,
+    End::Drop,
+    End::CommitAndRelease,
+    End::ReleaseIn,
+    End::CommitThenRelease,
+    End::AtLeast,
+    End::Several,
+    End::Close,
+];
+
+impl End {
+    /// How many rows of work it commits.
+    fn work(self) -> i64 {
+        i64::from(matches!(self, Self::CommitAndRelease | Self::ReleaseIn | Self::CommitThenRelease))
+    }
+}
+
+async fn write(connection: &mut sqlx::PgConnection) {
+    Postgres::run(connection, "INSERT INTO work VALUES (1)").await.unwrap();
+}
+
+/// A holder of the lock, and how it gives it back.
+async fn hold_and_end(
+    locks: &Locks<Postgres>,
+    pool: &PgPool,
+    name: &str,
+    end: End,
+    waits: impl AsyncFnOnce() -> Waiting,
+) -> (Result<(), Error>, Waiting) {
+    if end == End::Several {
+        let leases = locks.insert_locks([name, "another"]).ttl(LONG).acquire().await.unwrap();
+        let waiting = waits().await;
+        return (in_time(end, leases.release()).await, waiting);
+    }
+    let at_least = if end == End::AtLeast { Duration::from_millis(200) } else { Duration::ZERO };
+    let lease = locks.insert_lock(name).ttl(LONG).at_least(at_least).acquire().await.unwrap();
+    let waiting = waits().await;
+    let ending = async {
+        match end {
+            End::Release | End::AtLeast | End::Several => lease.release().await,
+            End::Drop => {
+                drop(lease);
+                Ok(())
+            }
+            End::CommitAndRelease => {
+                let mut transaction = lease.begin().await?;
+                write(&mut transaction).await;
+                lease.commit_and_release(transaction).await
+            }
+            End::ReleaseIn => {
+                let mut transaction = pool.begin().await.unwrap();
+                write(&mut transaction).await;
+                lease.release_in(&mut transaction).await?;
+                transaction.commit().await.expect("the caller's own COMMIT");
+                Ok(())
+            }
+            End::CommitThenRelease => {
+                let mut transaction = lease.begin().await?;
+                write(&mut transaction).await;
+                transaction.commit().await?;
+                lease.release().await
+            }
+            End::Close => {
+                locks.close().await;
+                drop(lease);
+                Ok(())
+            }
+        }
+    };
+    (in_time(end, ending).await, waiting)
+}
+
+async fn in_time<V>(end: End, ending: impl Future<Output = V>) -> V {
+    timeout(SOON, ending).await.unwrap_or_else(|_| panic!("{end:?} was held up"))
+}
+
+type Waiting = JoinHandle<Result<Lease<Postgres>, Error>>;
+
+/// Waits in another process, and stands in the queue.
+async fn wait_for(database: &PostgresServer, other: &Locks<Postgres>, name: &str) -> Waiting {
+    let waiting = tokio::spawn(other.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire());
+    let stands = format!("SELECT length(waiters) FROM distributed_lock WHERE lock_name = '{name}'");
+    // With its channel.
+    let channel = format!("SELECT substr(waiters, 49, 8) FROM distributed_lock WHERE lock_name = '{name}'");
+    eventually(PATIENCE, async || {
+        database.number(&stands).await > 0 && database.text(&channel).await != "00000000"
+    })
+    .await;
+    waiting
+}
+
+async fn each_end(database: &PostgresServer, locks: impl AsyncFn() -> (Locks<Postgres>, PgPool)) {
+    let (other, _) = locks().await;
+    for end in ENDS {
+        // A process of its own, so that nothing of one hangs in the way of the next.
+        let (holder, pool) = locks().await;
+        let before = database.number("SELECT COUNT(*) FROM work").await;
+        let name = format!("{end:?}");
+        let waits = async || wait_for(database, &other, &name).await;
+        let (ended, waiting) = hold_and_end(&holder, &pool, &name, end, waits).await;
+        ended.unwrap_or_else(|error| panic!("{end:?}: {error}"));
+        let work = database.number("SELECT COUNT(*) FROM work").await - before;
+        assert_eq!(work, end.work(), "{end:?}");
+        let next = waiting.await.unwrap().unwrap_or_else(|error| panic!("{end:?}: {error}"));
+        in_time(end, next.release()).await.unwrap();
+        if end != End::Close {
+            // And the process goes on.
+            let again = in_time(end, holder.insert_lock("again").wait(SOON).acquire()).await;
+            in_time(end, again.unwrap().release()).await.unwrap();
+        }
+    }
+}
+
+async fn with_notify(database: &PostgresServer, body: &str) {
+    database.run("CREATE TABLE work (n INT)").await;
+    drop(database.locks().await);
+    replace_notify(database, body).await;
+    let locks = async || {
+        let pool = database.pool(3).await;
+        (Locks::new(pool.clone()), pool)
+    };
+    each_end(database, locks).await;
+}
+
+async fn a_notification_that_fails(database: &PostgresServer) {
+    with_notify(database, FAILS).await;
+}
+
+async fn a_notification_that_hangs(database: &PostgresServer) {
+    with_notify(database, HANGS).await;
+}
+
+/// Taken from everybody.
+async fn a_notification_without_the_right_to_it(database: &PostgresServer) {
+    database.run("CREATE TABLE work (n INT)").await;
+    drop(database.locks().await);
+    let role = database.text("SELECT current_database()").await.replace("lock_db_test", "role");
+    let make = format!(
+        "REVOKE EXECUTE ON FUNCTION pg_notify(text, text) FROM PUBLIC; CREATE ROLE {role};
+        GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}"
+    );
+    database.run(&make).await;
+    let become_it = format!("SET ROLE {role}");
+    let locks = async || {
+        let become_it = become_it.clone();
+        let options =
+            sqlx::pool::PoolOptions::new().max_connections(3).after_connect(move |connection, _| {
+                let become_it = become_it.clone();
+                Box::pin(async move { Postgres::run(connection, &become_it).await.map(drop) })
+            });
+        let pool = options.connect(database.url()).await.unwrap();
+        (Locks::new(pool.clone()), pool)
+    };
+    let tried =
+        futures_util::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(each_end(database, locks)));
+    let tried = tried.await;
+    database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    if let Err(panic) = tried {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Of one process, which goes on with everything else meanwhile.
+async fn many_releases_beside_notifications_that_hang(database: &PostgresServer) {
+    const NAMES: usize = 20;
+    const TTL: Duration = Duration::from_secs(3);
+    let (locks, other) = (database.locks().await, database.locks().await);
+    replace_notify(database, HANGS).await;
+    let renewed = locks.insert_lock("renewed").ttl(TTL).acquire().await.unwrap();
+    let mut waiting = Vec::new();
+    for number in 0..NAMES {
+        let name = number.to_string();
+        let held = locks.insert_lock(&name).ttl(LONG).acquire().await.unwrap();
+        let next = wait_for(database, &other, &name).await;
+        timeout(SOON, held.release()).await.expect("a release was held up").unwrap();
+        waiting.push(next);
+    }
+    for next in waiting {
+        timeout(SOON, next.await.unwrap().unwrap().release()).await.expect("it was held up").unwrap();
+    }
+    assert!(renewed.is_held());
+    timeout(SOON, renewed.release()).await.expect("it was held up").unwrap();
+}
