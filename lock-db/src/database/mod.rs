@@ -333,6 +333,18 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async { Ok(true) }
     }
 
+    /// The row of a name, looked for in the caller's transaction itself, and made there when there is none: where that is not done by
+    /// `lock_row`, and private connections can't. `None`: another transaction is making it, or it can't be found so.
+    #[doc(hidden)]
+    fn find_row(
+        _connection: &mut Self::Connection,
+        _server: &Server,
+        _name: &str,
+        _kind: Kind,
+    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send {
+        async { Ok(None) }
+    }
+
     /// Locks the row of a free lock in the transaction that is open on the connection, and writes it, waiting no longer than `slice`
     /// (zero: not at all). After `Stale`, a deadlock or a serialization failure the transaction can only be rolled back,
     /// whatever its owner sends; after everything else but a broken connection it is as usable as before.

@@ -193,8 +193,12 @@ pub struct RowClaim {
     pub kind: Kind,
     pub owner: Arc<str>,
     pub secret: Secret,
+    /// When the row was made, by which it is told from one of another server: where its id is used.
+    pub created: i64,
     /// Whether lock-db itself began the transaction, which therefore is in the right database.
     pub is_own: bool,
+    /// Whether nobody waits for it.
+    pub is_try: bool,
 }
 
 /// Which row to lock.

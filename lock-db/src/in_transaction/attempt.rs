@@ -7,6 +7,7 @@ use sqlx::Connection;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
+use super::known_rows::KnownRow;
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server, is_busy};
 use crate::error::{Failure, WaitingFor};
@@ -29,6 +30,8 @@ const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
 const LOCATE_LIMIT: Duration = Duration::from_secs(3);
 /// How long a takeover gives notice, and no longer.
 const LONGEST_NOTICE: Duration = Duration::from_secs(1);
+/// How long a private connection may look for a row before the caller's transaction looks itself.
+const ROW_LIMIT: Duration = Duration::from_millis(500);
 /// How long it may take to see whether a transaction has a lock for the second time.
 const QUICK_LOOK: Duration = Duration::from_millis(100);
 /// The longest pause between two looks at a lease that another process holds.
@@ -71,7 +74,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.to_string() });
         }
-        self.find(transaction, &mut |_| true).await
+        self.find(transaction, false, &mut |_| true).await
     }
 
     pub(super) async fn lock_found(
@@ -92,7 +95,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         connection: &mut DB::Connection,
         mut may_wait: impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        let Some(found) = self.find(connection, &mut may_wait).await? else { return Ok(None) };
+        let Some(found) = self.find(connection, true, &mut may_wait).await? else { return Ok(None) };
         self.lock_row(connection, found, true, &mut may_wait).await
     }
 
@@ -105,11 +108,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         is_own: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        let Found { mut server, id } = found;
+        let Found { mut server, row: KnownRow { id, created } } = found;
         let secret = Secret::generate()?;
         let owner = Arc::clone(self.locks.owner());
         let row = RowKey { name: self.name.clone(), id };
-        let claim = RowClaim { row, kind: self.kind, owner, secret, is_own };
+        let is_try = self.wait.is_none();
+        let mut claim = RowClaim { row, kind: self.kind, owner, secret, created, is_own, is_try };
         let (mut slice, mut stalled) = (Duration::ZERO, None);
         loop {
             let asked = Instant::now();
@@ -126,17 +130,20 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     return Err(Failure::not_written::<DB>().into_error(ACTION, Some(self.name)));
                 }
                 Step::Done(RowAttempt::ForeignTransaction) => {
-                    // Unless it is the table that was made anew.
+                    // Unless it is the table or the row that was made anew.
                     let before = server.table.identity.clone();
                     server = self.ask(|answer| Request::Locate { answer, anew: true }).await?;
-                    if server.table.identity != before {
-                        continue;
+                    let is_same_row = self.is_same_row(&mut claim).await?;
+                    if is_same_row && server.table.identity == before {
+                        return Err(Error::ForeignTransaction { name: self.name.to_string() });
                     }
-                    return Err(Error::ForeignTransaction { name: self.name.to_string() });
+                    continue;
                 }
                 Step::Done(RowAttempt::Missing) => {
-                    // Cleaned away since it was seen last; or this transaction does not see what was made after it began.
-                    self.locks.known_rows().remove(self.name);
+                    // Cleaned away since it was seen last. What is there for others is there for a read that locks, too.
+                    if self.is_same_row(&mut claim).await? {
+                        return Err(Error::ForeignTransaction { name: self.name.to_string() });
+                    }
                     return Err(self.stale(connection).await);
                 }
                 // Told as `Stalled`.
@@ -203,6 +210,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn find(
         &self,
         connection: &mut DB::Connection,
+        is_own: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Found>, Error> {
         if self.locks.session().is_closed() {
@@ -210,11 +218,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
         let server = self.locate_for_transaction().await?;
         let found = match self.kind {
-            Kind::Row => self.find_row().await.map(Some),
-            Kind::Insert => self.find_lease(connection, may_wait).await,
+            Kind::Row => self.find_row(connection, &server, is_own).await.map(Some),
+            Kind::Insert => self.find_lease(connection, &server, may_wait).await,
         };
         match found {
-            Ok(id) => Ok(id.map(|id| Found { server, id })),
+            Ok(row) => Ok(row.map(|row| Found { server, row })),
             // The transaction itself keeps the row from being made.
             Err(Error::Serialization { .. }) => {
                 let error = self.stale(connection).await;
@@ -226,28 +234,79 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    async fn find_row(&self) -> Result<i64, Error> {
+    async fn find_row(
+        &self,
+        connection: &mut DB::Connection,
+        server: &Server,
+        is_own: bool,
+    ) -> Result<KnownRow, Error> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
-            return Ok(0);
+            return Ok(NO_ROW);
         }
-        if let Some(id) = self.locks.known_rows().get(self.name) {
-            return Ok(id);
+        if let Some(row) = self.locks.known_rows().get(self.name) {
+            return Ok(row);
         }
-        let (row, _) = self.ensure_row().await?;
-        self.locks.known_rows().insert(self.name.clone(), row.id);
-        Ok(row.id)
+        if !is_own {
+            return Ok(known(&self.ensure_row_for(connection, server).await?));
+        }
+        let row = known(&self.ensure_row().await?.0);
+        self.locks.known_rows().insert(self.name.clone(), row);
+        Ok(row)
+    }
+
+    /// The row of a name for a caller's transaction, which may have locks already, and keep an ALTER waiting that keeps private
+    /// connections from the table. Then the transaction finds or makes the row itself.
+    async fn ensure_row_for(
+        &self,
+        connection: &mut DB::Connection,
+        server: &Server,
+    ) -> Result<LockRow, Error> {
+        let ensured = self.ensure_row();
+        let mut ensured = std::pin::pin!(ensured);
+        let error = match timeout(ROW_LIMIT, &mut ensured).await {
+            Ok(Ok((row, _))) => {
+                self.locks.known_rows().insert(self.name.clone(), known(&row));
+                return Ok(row);
+            }
+            Ok(Err(error @ Error::Database { .. })) if error.is_retryable() => Some(error),
+            Ok(Err(error)) => return Err(error),
+            Err(_elapsed) => None,
+        };
+        let found = DB::find_row(connection, server, self.name, self.kind);
+        match bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
+            Ok(Some(row)) => return Ok(row),
+            Err(failure) if !failure.is_busy() => return Err(failure.into_error(ACTION, Some(self.name))),
+            _ => {}
+        }
+        match error {
+            Some(error) => Err(error),
+            None => ensured.await.map(|(row, _)| row),
+        }
+    }
+
+    /// Looks once more for the row that could not be locked. Whether it is still the one that was meant.
+    async fn is_same_row(&self, claim: &mut RowClaim) -> Result<bool, Error> {
+        if DB::ROW_IS_MADE_IN_TRANSACTION {
+            return Ok(true);
+        }
+        self.locks.known_rows().remove(self.name);
+        let before = (claim.row.id, claim.created);
+        let row = self.ensure_row().await?.0;
+        (claim.row.id, claim.created) = (row.id, row.created);
+        Ok(before == (row.id, row.created))
     }
 
     async fn find_lease(
         &self,
         connection: &mut DB::Connection,
+        server: &Server,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<i64>, Error> {
+    ) -> Result<Option<KnownRow>, Error> {
         let outside = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::waits_outside(connection)).await;
         if outside.map_err(|failure| failure.into_error(ACTION, Some(self.name)))? {
-            return self.wait_for_lease(may_wait).await;
+            return self.wait_for_lease(connection, server, may_wait).await;
         }
-        Ok(Some(0))
+        Ok(Some(NO_ROW))
     }
 
     async fn step(
@@ -274,31 +333,33 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// as in `lock`.
     async fn wait_for_lease(
         &self,
+        connection: &mut DB::Connection,
+        server: &Server,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<i64>, Error> {
+    ) -> Result<Option<KnownRow>, Error> {
         let mut was_settled = false;
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
                 match self.look().await? {
                     Some(row) => row,
-                    None => return Ok(Some(0)),
+                    None => return Ok(Some(NO_ROW)),
                 }
             } else {
-                self.ensure_row().await?.0
+                self.ensure_row_for(connection, server).await?
             };
             if row.kind != Kind::Insert {
                 let name = self.name.to_string();
                 return Err(Error::WrongKind { name, wanted: self.kind, found: row.kind });
             }
             if row.is_settled() || (DB::SETTLES_IN_TRANSACTION && row.is_free()) {
-                return Ok(Some(row.id));
+                return Ok(Some(known(&row)));
             }
             let is_over = row.is_free() || row.notice_is_due();
             if is_over && !was_settled {
                 match self.settle().await {
                     // Perhaps by this very transaction.
                     Err(Error::Database { source, .. }) if DB::SETTLES_IN_TRANSACTION && is_busy(&source) => {
-                        return Ok(Some(row.id));
+                        return Ok(Some(known(&row)));
                     }
                     settled => settled?,
                 }
@@ -427,7 +488,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 /// The row that is to be locked, as far as it is known.
 pub(super) struct Found {
     server: Server,
-    id: i64,
+    row: KnownRow,
+}
+
+/// Where the transaction makes it.
+const NO_ROW: KnownRow = KnownRow { id: 0, created: 0 };
+
+const fn known(row: &LockRow) -> KnownRow {
+    KnownRow { id: row.id, created: row.created }
 }
 
 /// What came of one statement.

@@ -11,24 +11,31 @@ const MOST: usize = 10_000;
 /// Only a hint: a row that was cleaned away meanwhile is found to be missing, and made again.
 #[derive(Debug, Default)]
 pub(crate) struct KnownRows {
-    ids: Mutex<HashMap<Name, i64>>,
+    rows: Mutex<HashMap<Name, KnownRow>>,
+}
+
+/// What tells a row from any other, also from one in a database of the same name on another server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KnownRow {
+    pub(super) id: i64,
+    /// In microseconds since 1970.
+    pub(super) created: i64,
 }
 
 impl KnownRows {
-    /// The id of a name's row.
-    pub(super) fn get(&self, name: &str) -> Option<i64> {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
+    pub(super) fn get(&self, name: &str) -> Option<KnownRow> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
     }
 
     pub(super) fn remove(&self, name: &str) {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 
-    pub(super) fn insert(&self, name: Name, id: i64) {
-        let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
-        if ids.len() >= MOST {
-            ids.clear();
+    pub(super) fn insert(&self, name: Name, row: KnownRow) {
+        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        if rows.len() >= MOST {
+            rows.clear();
         }
-        ids.insert(name, id);
+        rows.insert(name, row);
     }
 }

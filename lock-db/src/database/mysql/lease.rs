@@ -14,13 +14,20 @@ use crate::database::{
 use crate::limits::micros;
 use crate::secret::Secret;
 
-const LOOK: &str = "
-SELECT id, lock_kind, secret_key, owner, fencing_token,
+macro_rules! columns {
+    () => {
+        "id, lock_kind, secret_key, owner, fencing_token,
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
-       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), ttl_micros, waiters
-FROM {table} WHERE lock_name = ?";
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), ttl_micros, waiters"
+    };
+}
+
+/// Of which `lock_row` makes a row.
+pub(super) const COLUMNS: &str = columns!();
+
+const LOOK: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?");
 
 /// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
 /// tell the two cases apart on a connection of sqlx.
@@ -162,7 +169,7 @@ pub(super) async fn look(
     row.as_ref().map(lock_row).transpose()
 }
 
-fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
+pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
     Ok(LockRow {
         id: row.try_get(0)?,
         kind: Kind::parse(row.try_get(1)?),

@@ -197,6 +197,15 @@ impl LockDatabase for MySql {
         lease::remove_waiter(connection, server, name, secret).await
     }
 
+    async fn find_row(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        name: &str,
+        kind: Kind,
+    ) -> sqlx::Result<Option<LockRow>> {
+        transaction::find_row(connection, server, name, kind).await
+    }
+
     async fn lock_row(
         connection: &mut MySqlConnection,
         server: &Server,

@@ -7,11 +7,13 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::errors::{
-    LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
+    DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
 };
-use super::literal;
+use super::{lease, literal};
 use crate::Kind;
-use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server};
+use crate::database::{
+    Cluster, Fault, Guarded, LeaseKey, LockDatabase, LockRow, RowAttempt, RowClaim, Server,
+};
 
 const UNMARK: &str = "
 SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1), @lock_db_released = NULL";
@@ -229,24 +231,27 @@ async fn lock_and_write(
     // No plain SELECT before the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
     let (id, table) = (claim.row.id, server.table.name());
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
-    let show = if claim.is_own { String::new() } else { format!("{};", show(server)) };
     let sql = format!(
-        "{IN_TRANSACTION}; {show} {} lock_name, lock_kind, secret_key, fencing_token,
+        "{IN_TRANSACTION}; {}; {} lock_name, lock_kind, secret_key, fencing_token,
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time), ttl_micros,
-            TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
+            TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)),
+            TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time)
         FROM {table} WHERE id = {id} FOR UPDATE {no_wait}",
+        show(server),
         select_within(limit)
     );
     let mut rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await?.into_iter();
-    if !claim.is_own
-        && let Some(shown) = rows.next()
-        && is_temporary(&shown)?
-    {
+    let Some(shown) = rows.next() else { return Ok(RowAttempt::Missing) };
+    if is_temporary(&shown)? {
         return Ok(RowAttempt::ForeignTransaction);
     }
     let Some(row) = rows.next() else { return Ok(RowAttempt::Missing) };
     if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
         return Ok(RowAttempt::Missing);
+    }
+    // A database of the same name on another server.
+    if row.try_get::<i64, _>(7)? != claim.created {
+        return Ok(RowAttempt::ForeignTransaction);
     }
     if Kind::parse(row.try_get(1)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
@@ -299,6 +304,34 @@ async fn lock_and_write(
         return Ok(RowAttempt::Unwritten);
     }
     Ok(RowAttempt::Locked { fencing_token, before })
+}
+
+/// By a plain read first, whose limit is one for the table as well: a row that a lease holds is not to be locked. It fixes the snapshot of a
+/// transaction that has none yet.
+pub(super) async fn find_row(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> sqlx::Result<Option<LockRow>> {
+    let (table, name) = (server.table.name(), literal(name));
+    let look = format!("{} {} FROM {table} WHERE lock_name = {name}", select_within(QUICK), lease::COLUMNS);
+    if let Some(row) = fetch_optional(connection, look.clone()).await? {
+        return lease::lock_row(&row).map(Some);
+    }
+    // Fails while another transaction makes it.
+    let make = format!(
+        "{} id FROM {table} WHERE lock_name = {name} FOR UPDATE NOWAIT;
+        INSERT INTO {table} (lock_name, lock_kind) VALUES ({name}, '{}')",
+        select_within(QUICK),
+        kind.as_str()
+    );
+    match sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut *connection).await {
+        // By somebody who was quicker, after this transaction's snapshot.
+        Err(error) if number(&error) == Some(DUPLICATE_KEY) => return Ok(None),
+        made => made?,
+    };
+    fetch_optional(connection, look).await?.as_ref().map(lease::lock_row).transpose()
 }
 
 /// The beginning of a SELECT that the server ends when it takes longer. Each server reads its own form of the limit and takes

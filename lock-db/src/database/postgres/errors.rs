@@ -17,6 +17,12 @@ pub(super) fn code(error: &sqlx::Error) -> Option<&str> {
     Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.code())
 }
 
+/// Of those that say `LOCK_NOT_AVAILABLE`: whether it was waited for, and not NOWAIT. Their texts are in the server's language.
+pub(super) fn is_timeout(error: &sqlx::Error) -> bool {
+    let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    error.and_then(PgDatabaseError::routine) == Some("ProcessInterrupts")
+}
+
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
     if crate::error::is_connection_failure(error) {
         return Fault::Disconnected;

@@ -7,7 +7,7 @@ use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row};
 
-use super::errors::{DIVISION_BY_ZERO, LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code};
+use super::errors::{DIVISION_BY_ZERO, LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout};
 use crate::Kind;
 use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
 
@@ -60,24 +60,39 @@ SELECT set_config('lock_db.mark', '1', true), set_config('lock_db.limit_before',
     set_config('lock_timeout', '2s', true)";
 
 /// In a transaction of our own. Written, not only locked: a later transaction with an older snapshot then fails instead of reading
-/// old data. Answers the kind of the row as this statement sees it, and what was there before if it was locked.
-const LOCK_ROW_AT_ONCE: &str = "
+/// old data. Answers the kind of the row as this statement sees it, and what was there before if it was locked and written.
+macro_rules! lock_row_at_once {
+    ($if_locked:literal) => {
+        concat!(
+            "
 WITH found AS MATERIALIZED (
     SELECT id, secret_key, fencing_token FROM {table}
     WHERE lock_name = $1 AND lock_kind = 'row'
-    FOR UPDATE SKIP LOCKED),
+    FOR UPDATE ",
+            $if_locked,
+            "),
 written AS (
     UPDATE {table} AS held
     SET fencing_token = GREATEST(found.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.id = found.id
-    RETURNING held.fencing_token, found.secret_key)
+    RETURNING held.fencing_token, held.secret_key AS now, found.secret_key)
 SELECT seen.lock_kind, written.fencing_token, written.secret_key, EXISTS (SELECT 1 FROM found),
     set_config('lock_timeout', current_setting('lock_db.limit_before'), true),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
-LEFT JOIN written ON true";
+LEFT JOIN written ON written.now = $2"
+        )
+    };
+}
+
+/// For who waits, and goes on in the transaction.
+const LOCK_ROW_AT_ONCE: &str = lock_row_at_once!("SKIP LOCKED");
+
+/// For a try, which is to tell a row that is locked from one that it may not lock (row level security that came later). The first ends the
+/// transaction.
+const LOCK_ROW_OR_FAIL: &str = lock_row_at_once!("NOWAIT");
 
 /// As `Table::identity` was found. No statement may name a table that is not there: that would end the transaction.
 const IS_HERE: &str = "SELECT COALESCE(current_database() || '/' || to_regclass($1)::oid = $2, false)";
@@ -115,6 +130,7 @@ DECLARE
     slice integer := current_setting('lock_db.limit');
     released CONSTANT timestamptz := '1970-01-01 00:00:00+00';
     held record;
+    is_written boolean;
 BEGIN
     PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 200), NULLIF(third, 0)) || 'ms', true);
     LOCK TABLE {table} IN ROW EXCLUSIVE MODE;
@@ -132,7 +148,7 @@ BEGIN
             ON CONFLICT (lock_name) DO NOTHING;
     END LOOP;
     IF held.id IS NULL THEN
-        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'missing';
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'unwritten';
     ELSIF held.lock_kind <> current_setting('lock_db.kind') THEN
         RAISE SQLSTATE 'LDB01' USING MESSAGE = 'kind';
     ELSIF held.expire_time > clock_timestamp() THEN
@@ -147,8 +163,9 @@ BEGIN
             secret_key = current_setting('lock_db.secret'), owner = current_setting('lock_db.owner'),
             acquire_time = clock_timestamp(), expire_time = released, ttl_micros = 0
         WHERE lease.id = held.id
-        RETURNING lease.fencing_token INTO held.previous_token;
-    IF NOT FOUND THEN
+        RETURNING lease.fencing_token, lease.secret_key = current_setting('lock_db.secret')
+        INTO held.previous_token, is_written;
+    IF is_written IS NOT TRUE THEN
         RAISE SQLSTATE 'LDB01' USING MESSAGE = 'unwritten';
     END IF;
     PERFORM set_config('lock_timeout', limit_before, true), set_config('lock_db.outcome', 'locked', true),
@@ -199,7 +216,8 @@ pub(super) async fn lock_row(
             // Nothing has been done in it, so it can begin anew.
             Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
                 begin_anew(connection).await?;
-                return Ok(RowAttempt::TableLocked);
+                let is_table = !claim.is_try || is_timeout(&error);
+                return Ok(if is_table { RowAttempt::TableLocked } else { RowAttempt::Busy });
             }
             attempt => return attempt,
         }
@@ -228,7 +246,7 @@ async fn lock_at_once(
     server: &Server,
     claim: &RowClaim,
 ) -> sqlx::Result<RowAttempt> {
-    let row = sqlx::query(server.table.sql(LOCK_ROW_AT_ONCE))
+    let row = sqlx::query(server.table.sql(if claim.is_try { LOCK_ROW_OR_FAIL } else { LOCK_ROW_AT_ONCE }))
         .bind(&*claim.row.name)
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
@@ -239,7 +257,8 @@ async fn lock_at_once(
         return Ok(RowAttempt::WrongKind);
     }
     let Some(fencing_token) = row.try_get(1)? else {
-        return Ok(if row.try_get(3)? { RowAttempt::Unwritten } else { RowAttempt::Busy });
+        let could_be_locked = claim.is_try || row.try_get(3)?;
+        return Ok(if could_be_locked { RowAttempt::Unwritten } else { RowAttempt::Busy });
     };
     Ok(RowAttempt::Locked { fencing_token, before: row.try_get(2)? })
 }
@@ -270,7 +289,6 @@ async fn wait_and_lock(
         "busy" => RowAttempt::Busy,
         "no table" => RowAttempt::TableLocked,
         "kind" => RowAttempt::WrongKind,
-        "missing" => RowAttempt::Missing,
         "unwritten" => RowAttempt::Unwritten,
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
