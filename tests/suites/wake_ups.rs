@@ -1,7 +1,7 @@
-//! PostgreSQL notifies the process that is next. A notification only shortens a sleep: when it fails or hangs, the release or
+//! PostgreSQL notifies the process that is next. A notification only shortens a sleep: when it fails or waits, the release or
 //! the commit that it follows is done all the same and at once, and the next process finds the lock free by itself.
 //!
-//! `pg_notify` is a function of each database, so a test can replace it in its own.
+//! Each database has its own entry for the function `pg_notify`, so a test can put another one in its place.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -15,26 +15,34 @@ use tokio::time::timeout;
 
 lock_tests::__tests_on! { postgres PostgresServer
     a_notification_that_fails,
-    a_notification_that_hangs,
+    a_notification_that_waits,
     a_notification_without_the_right_to_it,
-    many_releases_beside_notifications_that_hang
+    many_releases_beside_notifications_that_wait
 }
 
 /// In which the next process finds by itself that the lock is free.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Far less than a notification hangs, and more than a busy machine takes.
+/// Far less than a notification waits, and more than a busy machine takes.
 const SOON: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_mins(10);
 
 const FAILS: &str = "RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'";
-const HANGS: &str = "PERFORM pg_sleep(60)";
+/// As one does behind another transaction that notifies and waits for its disk or a standby: all of a server share a lock.
+const WAITS: &str = "PERFORM pg_advisory_xact_lock(4711)";
 
 async fn replace_notify(database: &PostgresServer, body: &str) {
     let sql = format!(
-        "CREATE OR REPLACE FUNCTION pg_catalog.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS
-        $$ BEGIN {body}; END $$"
+        "ALTER FUNCTION pg_catalog.pg_notify(text, text) RENAME TO pg_notify_before;
+        CREATE FUNCTION pg_catalog.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM nextval('notified'); {body}; END $$"
     );
+    database.run("CREATE SEQUENCE notified").await;
     database.run(&sql).await;
+}
+
+/// How often it was called.
+async fn notified(database: &PostgresServer) -> i64 {
+    database.number("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM notified").await
 }
 
 /// How a lock becomes free.
@@ -173,14 +181,18 @@ async fn with_notify(database: &PostgresServer, body: &str) {
         (Locks::new(pool.clone()), pool)
     };
     each_end(database, locks).await;
+    let calls = notified(database).await;
+    let ends = i64::try_from(ENDS.len()).unwrap();
+    assert!(calls >= ends / 2, "of {ends} releases only {calls} have notified anybody");
 }
 
 async fn a_notification_that_fails(database: &PostgresServer) {
     with_notify(database, FAILS).await;
 }
 
-async fn a_notification_that_hangs(database: &PostgresServer) {
-    with_notify(database, HANGS).await;
+async fn a_notification_that_waits(database: &PostgresServer) {
+    database.run("SELECT pg_advisory_lock(4711)").await;
+    with_notify(database, WAITS).await;
 }
 
 /// Taken from everybody.
@@ -202,6 +214,11 @@ async fn a_notification_without_the_right_to_it(database: &PostgresServer) {
                 Box::pin(async move { Postgres::run(connection, &become_it).await.map(drop) })
             });
         let pool = options.connect(database.url()).await.unwrap();
+        let mut connection = pool.acquire().await.unwrap();
+        Postgres::run(&mut connection, "SELECT pg_notify('a', 'b')")
+            .await
+            .expect_err("it has no right to it");
+        drop(connection);
         (Locks::new(pool.clone()), pool)
     };
     let tried =
@@ -214,11 +231,12 @@ async fn a_notification_without_the_right_to_it(database: &PostgresServer) {
 }
 
 /// Of one process, which goes on with everything else meanwhile.
-async fn many_releases_beside_notifications_that_hang(database: &PostgresServer) {
+async fn many_releases_beside_notifications_that_wait(database: &PostgresServer) {
     const NAMES: usize = 20;
     const TTL: Duration = Duration::from_secs(3);
     let (locks, other) = (database.locks().await, database.locks().await);
-    replace_notify(database, HANGS).await;
+    database.run("SELECT pg_advisory_lock(4711)").await;
+    replace_notify(database, WAITS).await;
     let renewed = locks.insert_lock("renewed").ttl(TTL).acquire().await.unwrap();
     let mut waiting = Vec::new();
     for number in 0..NAMES {
@@ -231,6 +249,7 @@ async fn many_releases_beside_notifications_that_hang(database: &PostgresServer)
     for next in waiting {
         timeout(SOON, next.await.unwrap().unwrap().release()).await.expect("it was held up").unwrap();
     }
+    assert!(notified(database).await > 0);
     assert!(renewed.is_held());
     timeout(SOON, renewed.release()).await.expect("it was held up").unwrap();
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 const PATIENCE: Duration = Duration::from_secs(30);
 const TTL: Duration = Duration::from_secs(2);
 /// For which renewals are kept off.
-const MUCH_LONGER: Duration = Duration::from_secs(5);
+const MUCH_LONGER: Duration = Duration::from_secs(4);
 
 async fn assert_stays_held<DB: lock_db::LockDatabase>(
     lease: &Lease<DB>,
@@ -71,9 +71,9 @@ pub async fn by_a_clean_up<T: TestDatabase>(database: &T) {
     }
 }
 
-/// As people do who look into the table by hand.
+/// As people do who look into the table by hand. On InnoDB a clean-up does the same.
 pub async fn by_a_look_that_locks<T: TestDatabase>(database: &T) {
-    if T::NAME != "sqlite" {
+    if T::NAME == "postgres" {
         by_a_statement(database, "SELECT id FROM distributed_lock FOR UPDATE").await;
     }
 }
@@ -179,11 +179,12 @@ pub async fn by_a_verified_transaction<T: TestDatabase>(database: &T) {
 
 /// An import that goes on and on.
 pub async fn by_another_writer<T: TestDatabase>(database: &T) {
+    if T::NAME != "sqlite" {
+        return; // There it is in nobody's way.
+    }
     database.run("CREATE TABLE work (n INT)").await;
     for journal in ["DELETE", "WAL"] {
-        if T::NAME == "sqlite" {
-            database.run(&format!("PRAGMA journal_mode = {journal}")).await;
-        }
+        database.run(&format!("PRAGMA journal_mode = {journal}")).await;
         let (locks, other) = (database.locks().await, database.locks().await);
         let lease = locks.insert_lock("a").ttl(TTL).wait(PATIENCE).acquire().await.unwrap();
         let waiting = wait_for(&other);
@@ -194,8 +195,5 @@ pub async fn by_another_writer<T: TestDatabase>(database: &T) {
         T::Database::run(&mut connection, "COMMIT").await.unwrap();
         assert_is_renewed(database, &lease, journal).await;
         hand_over::<T>(lease, waiting).await;
-        if T::NAME != "sqlite" {
-            return;
-        }
     }
 }
