@@ -19,8 +19,11 @@ mod seen_to_be_held {
 use lock_tests::for_each_database;
 
 use seen_to_be_held::free::{
-    a_database_that_was_never_there, a_table_that_is_locked_as_a_whole, another_writer_is_waited_for,
-    behind_another_caller, leases_while_another_transaction_writes, leases_while_the_database_is_away,
+    a_database_that_was_never_there, a_locked_table_is_waited_for_in_a_transaction,
+    a_table_that_is_locked_as_a_whole, another_writer_is_waited_for, behind_another_caller,
+    leases_while_another_transaction_writes, leases_while_the_database_is_away,
+    locks_in_transactions_while_another_transaction_writes, locks_in_transactions_while_the_database_is_away,
+    row_locks_while_another_transaction_writes, row_locks_while_the_database_is_away,
 };
 use seen_to_be_held::held::{
     a_lease_of_another_process, a_lease_of_this_process, a_lock_in_a_transaction, a_row_lock,
@@ -28,10 +31,13 @@ use seen_to_be_held::held::{
 };
 use seen_to_be_held::passing::{
     a_server_that_does_not_wait_is_not_asked_without_pause, statement_timeouts,
-    statements_that_are_cancelled, too_many_connections_of_an_account,
+    statement_timeouts_for_row_locks, statements_that_are_cancelled, too_many_connections_of_an_account,
+    too_many_connections_of_an_account_for_row_locks,
 };
 use seen_to_be_held::refusals::{
-    a_file_that_can_not_be_written, a_role_that_may_not_log_in, missing_rights, what_does_not_pass,
+    a_file_that_can_not_be_written, a_file_that_can_not_be_written_for_several, a_role_that_may_not_log_in,
+    a_role_that_may_not_log_in_for_several, missing_rights, missing_rights_for_several, what_does_not_pass,
+    what_does_not_pass_for_several,
 };
 
 for_each_database! {
@@ -45,14 +51,22 @@ for_each_database! {
     a_row_lock,
     a_lock_in_a_transaction,
     leases_while_the_database_is_away,
+    row_locks_while_the_database_is_away,
+    locks_in_transactions_while_the_database_is_away,
     a_database_that_was_never_there,
     behind_another_caller,
     a_table_that_is_locked_as_a_whole,
+    a_locked_table_is_waited_for_in_a_transaction,
     what_does_not_pass,
+    what_does_not_pass_for_several,
     missing_rights,
+    missing_rights_for_several,
     a_role_that_may_not_log_in,
+    a_role_that_may_not_log_in_for_several,
     too_many_connections_of_an_account,
+    too_many_connections_of_an_account_for_row_locks,
     statement_timeouts,
+    statement_timeouts_for_row_locks,
     statements_that_are_cancelled,
     a_server_that_does_not_wait_is_not_asked_without_pause,
 }
@@ -63,7 +77,10 @@ mod one_writer {
 
     lock_tests::__tests_on! { sqlite SqliteFile
         leases_while_another_transaction_writes,
+        row_locks_while_another_transaction_writes,
+        locks_in_transactions_while_another_transaction_writes,
         another_writer_is_waited_for,
-        a_file_that_can_not_be_written
+        a_file_that_can_not_be_written,
+        a_file_that_can_not_be_written_for_several
     }
 }

@@ -62,6 +62,15 @@ pub async fn a_killed_holder_and_tries<T: TestDatabase>(database: &T) {
     .await;
 }
 
+pub async fn a_killed_holder_and_transactions<T: TestDatabase>(database: &T) {
+    let (locks, pool) = (database.locks().await, database.pool(2).await);
+    dead_holder(database).await;
+    set_back(database, DAY).await;
+    let mut transaction = pool.begin().await.unwrap();
+    locks.insert_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
+    transaction.commit().await.unwrap();
+}
+
 pub async fn a_killed_holder_and_several_names<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     dead_holder(database).await;
@@ -109,6 +118,14 @@ pub async fn a_lock_that_is_kept_for_a_while<T: TestDatabase>(database: &T) {
             .await;
         }
     }
+}
+
+pub async fn a_kept_lock_and_transactions<T: TestDatabase>(database: &T) {
+    let (locks, other, pool) = (database.locks().await, database.locks().await, database.pool(1).await);
+    keep_for_a_while(database, &locks).await;
+    let mut transaction = pool.begin().await.unwrap();
+    other.insert_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
+    transaction.commit().await.unwrap();
 }
 
 async fn keep_for_a_while<T: TestDatabase>(database: &T, locks: &Locks<T::Database>) {

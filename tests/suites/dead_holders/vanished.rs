@@ -130,6 +130,10 @@ pub async fn after_verify_in(database: &PostgresServer) {
     in_a_transaction_that_stays_open(database, false).await;
 }
 
+pub async fn after_release_in(database: &PostgresServer) {
+    in_a_transaction_that_stays_open(database, true).await;
+}
+
 async fn limit(connection: &mut sqlx::PgConnection) -> i64 {
     let sql = "SELECT setting::BIGINT FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'";
     Postgres::find_number(connection, sql).await.unwrap().unwrap()

@@ -26,6 +26,11 @@ fn row_locks() -> Vec<Request> {
     Request::all(&SHORT_WAITS).into_iter().filter(is_row_lock).collect()
 }
 
+fn locks_in_transactions() -> Vec<Request> {
+    let is_in_transaction = |request: &Request| request.way.is_in_transaction();
+    Request::all(&SHORT_WAITS).into_iter().filter(is_in_transaction).collect()
+}
+
 fn name_of(circumstances: &str, request: Request) -> String {
     format!("{circumstances}: {request:?}")
 }
@@ -141,6 +146,14 @@ async fn while_the_database_is_away<T: TestServer>(database: &T, requests: &[Req
 
 pub async fn leases_while_the_database_is_away<T: TestServer>(database: &T) {
     while_the_database_is_away(database, &leases()).await;
+}
+
+pub async fn row_locks_while_the_database_is_away<T: TestServer>(database: &T) {
+    while_the_database_is_away(database, &row_locks()).await;
+}
+
+pub async fn locks_in_transactions_while_the_database_is_away<T: TestServer>(database: &T) {
+    while_the_database_is_away(database, &locks_in_transactions()).await;
 }
 
 /// One that has no connection yet.
@@ -308,6 +321,28 @@ pub async fn a_table_that_is_locked_as_a_whole<T: TestServer>(database: &T) {
     assert_none(&wrong);
 }
 
+pub async fn a_locked_table_is_waited_for_in_a_transaction<T: TestServer>(database: &T) {
+    let pool = database.pool(60).await;
+    let locks = lock_tests::migrated(Locks::new(pool.clone())).await;
+    let requests: Vec<Request> = Request::all(&[PATIENCE])
+        .into_iter()
+        .filter(|request| request.wait.is_some() && request.way.is_in_transaction())
+        .collect();
+    let mut wrong = Vec::new();
+    for stall in Stall::ALL {
+        let circumstances = format!("{stall:?}");
+        let name = |request| name_of(&circumstances, request);
+        let asking = Requests::prepare(&locks, &pool, &requests, name).await;
+        let stalling = Stalling::begin(database, stall).await;
+        let asked = tokio::spawn(asking.ask());
+        // For longer than a statement of ours waits on the server.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        stalling.end().await;
+        wrong.extend(asked.await.unwrap().not_taken(&circumstances));
+    }
+    assert_none(&wrong);
+}
+
 // ---------------------------------------------------------------------------------- SQLite: somebody writes
 
 /// It is not known whether that is a holder.
@@ -338,6 +373,16 @@ async fn while_another_transaction_writes<T: TestDatabase<Database = Sqlite>>(
 
 pub async fn leases_while_another_transaction_writes<T: TestDatabase<Database = Sqlite>>(database: &T) {
     while_another_transaction_writes(database, &leases()).await;
+}
+
+pub async fn row_locks_while_another_transaction_writes<T: TestDatabase<Database = Sqlite>>(database: &T) {
+    while_another_transaction_writes(database, &row_locks()).await;
+}
+
+pub async fn locks_in_transactions_while_another_transaction_writes<T: TestDatabase<Database = Sqlite>>(
+    database: &T,
+) {
+    while_another_transaction_writes(database, &locks_in_transactions()).await;
 }
 
 /// And with a wait that is long enough, the lock is taken when it ends.

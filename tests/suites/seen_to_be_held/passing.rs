@@ -119,8 +119,16 @@ pub async fn too_many_connections_of_an_account<T: TestServer>(database: &T) {
     too_many_connections(database, Kind::Insert).await;
 }
 
+pub async fn too_many_connections_of_an_account_for_row_locks<T: TestServer>(database: &T) {
+    too_many_connections(database, Kind::Row).await;
+}
+
 pub async fn statement_timeouts<T: TestServer>(database: &T) {
     short_statements(database, Kind::Insert).await;
+}
+
+pub async fn statement_timeouts_for_row_locks<T: TestServer>(database: &T) {
+    short_statements(database, Kind::Row).await;
 }
 
 /// As an administrator does who sees statements that wait.

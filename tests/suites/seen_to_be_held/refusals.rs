@@ -150,14 +150,30 @@ pub async fn what_does_not_pass<T: TestServer>(database: &T) {
     what_does_not_pass_for(database, How::OneByOne).await;
 }
 
+pub async fn what_does_not_pass_for_several<T: TestServer>(database: &T) {
+    what_does_not_pass_for(database, How::Together).await;
+}
+
 pub async fn missing_rights<T: TestServer>(database: &T) {
     missing_rights_for(database, How::OneByOne).await;
+}
+
+pub async fn missing_rights_for_several<T: TestServer>(database: &T) {
+    missing_rights_for(database, How::Together).await;
 }
 
 pub async fn a_role_that_may_not_log_in<T: TestServer>(database: &T) {
     a_role_that_may_not_log_in_for(database, How::OneByOne).await;
 }
 
+pub async fn a_role_that_may_not_log_in_for_several<T: TestServer>(database: &T) {
+    a_role_that_may_not_log_in_for(database, How::Together).await;
+}
+
 pub async fn a_file_that_can_not_be_written<T: TestDatabase>(database: &T) {
     a_file_that_can_not_be_written_for(database, How::OneByOne).await;
+}
+
+pub async fn a_file_that_can_not_be_written_for_several<T: TestDatabase>(database: &T) {
+    a_file_that_can_not_be_written_for(database, How::Together).await;
 }
