@@ -370,7 +370,11 @@ impl Failure {
 
     /// Whether the server did not answer at all.
     pub(crate) fn is_silence(&self) -> bool {
-        matches!(&self.source, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
+        Self::is_silent(&self.source)
+    }
+
+    pub(crate) fn is_silent(source: &sqlx::Error) -> bool {
+        matches!(source, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
     }
 
     pub(crate) fn table_missing<DB: LockDatabase>() -> Self {
@@ -463,12 +467,16 @@ impl Failure {
     }
 }
 
-/// An error with the same text.
+/// An error with the same text, and retryable if that is.
 fn another_source(source: &sqlx::Error) -> sqlx::Error {
-    sqlx::Error::Io(match source {
-        sqlx::Error::Io(error) => std::io::Error::new(error.kind(), error.to_string()),
-        error => std::io::Error::other(error.to_string()),
-    })
+    match source {
+        sqlx::Error::Io(error) => sqlx::Error::Io(std::io::Error::new(error.kind(), error.to_string())),
+        source if database::passes(source) || database::is_busy(source) => {
+            sqlx::Error::Io(std::io::Error::other(source.to_string()))
+        }
+        sqlx::Error::Configuration(reason) => sqlx::Error::Configuration(reason.to_string().into()),
+        source => sqlx::Error::Configuration(source.to_string().into()),
+    }
 }
 
 /// Failures of the way to the database, as sqlx reports them whatever the database.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Connection;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
@@ -115,6 +116,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let is_try = self.wait.is_none();
         let mut claim = RowClaim { row, kind: self.kind, owner, secret, created, is_own, is_try };
         let (mut slice, mut stalled) = (Duration::ZERO, None);
+        let mut last_settled = Instant::now();
         loop {
             let asked = Instant::now();
             let held_by = match self.step(connection, &server, &claim, slice).await? {
@@ -166,7 +168,15 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     }
                     true
                 }
-                Step::Done(RowAttempt::Leased { usable: true }) => true,
+                Step::Done(RowAttempt::Leased { usable: true }) => {
+                    // The clock may have been set back since; nothing here waits for what the session does about it.
+                    if last_settled.elapsed() > SHORTEST_ANSWER {
+                        last_settled = Instant::now();
+                        let (answer, _nobody_waits) = oneshot::channel();
+                        self.locks.session().tell(Request::Settle { name: self.name.clone(), answer });
+                    }
+                    true
+                }
                 Step::Done(RowAttempt::Busy) => {
                     stalled = None;
                     false
@@ -176,11 +186,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     false
                 }
             };
-            let Some(left) = self.left() else {
-                return match stalled {
-                    None => Ok(None),
-                    Some(failure) => Err(failure.into_error(ACTION, Some(self.name))),
-                };
+            // A try goes on for a while before something that is no holder.
+            let left = match (self.left(), &stalled) {
+                (Some(left), _) => left,
+                (None, Some(_)) => SHORTEST_ANSWER.saturating_sub(self.started.elapsed()),
+                (None, None) => return Ok(None),
             };
             if left.is_zero() {
                 if let Some(failure) = stalled {
@@ -406,8 +416,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// The row, as the session sees it.
     pub(crate) async fn look(&self) -> Result<Option<LockRow>, Error> {
-        let name = self.name.clone();
-        self.ask(|answer| Request::Look { name, answer }).await
+        self.ask(|answer| Request::Look { name: self.name.clone(), answer }).await
     }
 
     /// Rules out the last holder of a lease that has run out or was released.
@@ -420,13 +429,23 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
     /// caller's transaction, where others would wait for it with locks that end in deadlocks. Answers the row and whether it was missing.
     async fn ensure_row(&self) -> Result<(LockRow, bool), Error> {
-        let name = self.name.clone();
-        self.ask(|answer| Request::EnsureRow { name, kind: self.kind, answer }).await
+        self.ask(|answer| Request::EnsureRow { name: self.name.clone(), kind: self.kind, answer }).await
     }
 
-    /// Asks the session, not much longer than the wait.
-    async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Error> {
-        self.ask_within(self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER), request).await
+    /// Asks the session, not much longer than the wait, and again while something is in the way that passes.
+    async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
+        loop {
+            let limit = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER);
+            let answer = self.ask_within(limit, &request).await;
+            let left = self.left().unwrap_or_else(|| SHORTEST_ANSWER.saturating_sub(self.started.elapsed()));
+            match answer {
+                Err(error @ Error::Database { .. }) if error.is_retryable() && !left.is_zero() => {
+                    tracing::debug!(lock = %self.name, %error, "asked again");
+                }
+                answer => return answer,
+            }
+            sleep(jitter(PAUSE).min(left)).await;
+        }
     }
 
     async fn ask_within<T>(

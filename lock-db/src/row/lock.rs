@@ -302,14 +302,15 @@ async fn take<DB: LockDatabase>(
         // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
         let again = match &error {
             Error::Database { source, .. } => {
-                matches!(DB::classify(source), Fault::Disconnected | Fault::Passing)
+                matches!(DB::classify(source), Fault::Disconnected | Fault::Passing | Fault::Busy)
             }
             Error::Serialization { .. } | Error::Deadlock { .. } => true,
             _ => false,
         };
         broken += 1;
         let in_time = attempt.wait.is_some_and(|wait| attempt.started.elapsed() < wait);
-        if !again || answer.is_closed() || (!in_time && broken > 1) {
+        let is_silence = matches!(&error, Error::Database { source, .. } if Failure::is_silent(source));
+        if !again || answer.is_closed() || (!in_time && (broken > 1 || is_silence)) {
             return Err(error);
         }
         sleep(PAUSE).await;

@@ -341,7 +341,7 @@ impl Core {
     /// Answers the row, and whether it was missing.
     async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<(LockRow, bool), Error> {
         let failed = |failure: Failure| failure.into_error("make the row", Some(name));
-        let mut missing = false;
+        let (mut missing, mut in_the_way) = (false, None);
         loop {
             let row = patiently(async || self.lane.look(name).await).await.map_err(failed)?;
             if let Some(row) = row {
@@ -351,14 +351,16 @@ impl Core {
                 return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found: row.kind });
             }
             if missing {
-                // Some transaction, perhaps the caller's own, has locked the place where the row belongs.
-                return Err(Error::Serialization { name: name.to_string(), source: None });
+                // Some transaction, perhaps the caller's own, has locked the place where the row belongs, or the whole table.
+                let stale = || Error::Serialization { name: name.to_string(), source: None };
+                return Err(in_the_way.map_or_else(stale, failed));
             }
             missing = true;
             match twice(async || self.lane.create(name, kind).await).await {
-                Err(failure) if !failure.passes() => return Err(failed(failure)),
-                // Made, or in the way of another process that makes it: the next look tells.
-                _ => {}
+                // In the way of another process that makes it, perhaps: the next look tells.
+                Err(failure) if failure.passes() => in_the_way = Some(failure),
+                Err(failure) => return Err(failed(failure)),
+                Ok(_) => {}
             }
         }
     }

@@ -27,8 +27,10 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
     if crate::error::is_connection_failure(error) {
         return Fault::Disconnected;
     }
-    if matches!(error, sqlx::Error::Configuration(_)) {
-        return Fault::Refused;
+    match error {
+        sqlx::Error::BeginFailed => return Fault::TransactionEnded,
+        sqlx::Error::Configuration(_) => return Fault::Refused,
+        _ => {}
     }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>())
     else {

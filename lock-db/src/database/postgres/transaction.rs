@@ -22,7 +22,8 @@ use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClai
 const GUARD: &str = "
 WITH bound AS MATERIALIZED (
     SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true),
-        (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle)
+        (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle,
+        ln(COALESCE(current_setting('lock_db.here', true) = '1', false)::integer))
 SELECT set_config('lock_timeout', before, true),
     set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM (
@@ -35,7 +36,9 @@ FROM (
 /// The row is settled only when no other transaction guards by this lease: such a one could still be committed.
 const GUARD_AND_RELEASE: &str = "
 WITH bound AS MATERIALIZED (
-    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true)),
+    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true),
+        (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle,
+        ln(COALESCE(current_setting('lock_db.here', true) = '1', false)::integer)),
 alone AS MATERIALIZED (
     SELECT lease.id FROM {table} AS lease
     WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
@@ -48,8 +51,9 @@ released AS (
     WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
         AND (lease.expire_time > '1970-01-01 00:00:00+00'
             OR current_setting('lock_db.released', true) = lease.fencing_token::text)
-    RETURNING bound.before, lease.fencing_token)
-SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', fencing_token::text, true)
+    RETURNING bound.before, bound.idle, lease.fencing_token)
+SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', fencing_token::text, true),
+    set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM released";
 
 /// Begins a transaction whose first statement is to be `LOCK_ROW_AT_ONCE`, which waits for the table no longer than that: it can't set
@@ -95,7 +99,9 @@ const LOCK_ROW_AT_ONCE: &str = lock_row_at_once!("SKIP LOCKED");
 const LOCK_ROW_OR_FAIL: &str = lock_row_at_once!("NOWAIT");
 
 /// As `Table::identity` was found. No statement may name a table that is not there: that would end the transaction.
-const IS_HERE: &str = "SELECT COALESCE(current_database() || '/' || to_regclass($1)::oid = $2, false)";
+/// The setting ends with the transaction: when it is gone at the next statement, none was open.
+const IS_HERE: &str = "
+SELECT COALESCE(current_database() || '/' || to_regclass($1)::oid = $2, false), set_config('lock_db.here', '1', true)";
 
 /// The arguments of the block below, which takes none: settings that end with the transaction.
 const TELL: &str = "
@@ -127,11 +133,14 @@ DECLARE
         COALESCE(NULLIF(current_setting('lock_db.limit_before', true), ''), current_setting('lock_timeout'));
     has_table boolean := false;
     third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
-    slice integer := current_setting('lock_db.limit');
+    slice integer := COALESCE(NULLIF(current_setting('lock_db.limit', true), ''), '-1');
     released CONSTANT timestamptz := '1970-01-01 00:00:00+00';
     held record;
     is_written boolean;
 BEGIN
+    IF slice < 0 THEN
+        RAISE SQLSTATE 'LDB01' USING MESSAGE = 'ended';
+    END IF;
     PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 200), NULLIF(third, 0)) || 'ms', true);
     LOCK TABLE {table} IN ROW EXCLUSIVE MODE;
     has_table := true;
@@ -290,6 +299,8 @@ async fn wait_and_lock(
         "no table" => RowAttempt::TableLocked,
         "kind" => RowAttempt::WrongKind,
         "unwritten" => RowAttempt::Unwritten,
+        // What the first message has set is gone.
+        "ended" => return Err(sqlx::Error::BeginFailed),
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
     })
@@ -369,8 +380,12 @@ pub(super) async fn guard(
         .bind(lease.fencing_token);
     let idle = i64::try_from(lease.ttl.as_millis()).unwrap_or(i64::MAX);
     // A release writes the row, which an old snapshot does not let it.
-    let query = if release { query } else { query.bind(idle).bind(lease.mark) };
-    Ok(Guarded::when(query.fetch_optional(connection).await?.is_some()))
+    let query = query.bind(idle);
+    let query = if release { query } else { query.bind(lease.mark) };
+    match query.fetch_optional(connection).await {
+        Err(error) if code(&error) == Some(LOGARITHM_OF_ZERO) => Ok(Guarded::Ended),
+        found => Ok(Guarded::when(found?.is_some())),
+    }
 }
 
 pub(super) async fn doom(connection: &mut PgConnection) {

@@ -71,7 +71,13 @@ pub(super) async fn lock_row(
         // writer from its commit without a WAL.
         Err(error) if Sqlite::classify(&error) == Fault::Busy => {
             let did_not_wait = slice >= SHORTEST_SLICE && waited < slice / 2;
-            Ok(if did_not_wait { RowAttempt::Stale } else { RowAttempt::Busy })
+            match claim.kind {
+                _ if did_not_wait => Ok(RowAttempt::Stale),
+                // Which is the write lock.
+                Kind::Row => Ok(RowAttempt::Busy),
+                // Which may be free.
+                Kind::Insert => Err(error),
+            }
         }
         attempt => attempt,
     }
