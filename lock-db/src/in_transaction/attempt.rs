@@ -123,11 +123,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 Step::Done(RowAttempt::Locked { fencing_token, before }) => {
                     return Ok(Some(Locked { fencing_token, secret: claim.secret, before }));
                 }
-                Step::Done(RowAttempt::WrongKind) => {
-                    let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
-                    let name = self.name.to_string();
-                    return Err(Error::WrongKind { name, wanted: self.kind, found });
-                }
+                Step::Done(RowAttempt::WrongKind) => return Err(self.wrong_kind()),
                 Step::Done(RowAttempt::Unwritten) => {
                     return Err(Failure::not_written::<DB>().into_error(ACTION, Some(self.name)));
                 }
@@ -138,6 +134,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     let is_same_row = self.is_same_row(&mut claim).await?;
                     if is_same_row && server.table.identity == before {
                         return Err(Error::ForeignTransaction { name: self.name.to_string() });
+                    }
+                    if claim.row.id == 0 && !DB::ROW_IS_MADE_IN_TRANSACTION {
+                        return Err(self.stale(connection).await);
                     }
                     continue;
                 }
@@ -294,16 +293,17 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// Looks once more for the row that could not be locked. Whether it is still the one that was meant.
+    /// Looks once more for the row that could not be locked, and makes none: the transaction may have locked the place where it belongs.
+    /// Whether it is still the one that was meant.
     async fn is_same_row(&self, claim: &mut RowClaim) -> Result<bool, Error> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
             return Ok(true);
         }
         self.locks.known_rows().remove(self.name);
-        let before = (claim.row.id, claim.created);
-        let row = self.ensure_row().await?.0;
+        let before = KnownRow { id: claim.row.id, created: claim.created };
+        let row = self.look().await?.map_or(NO_ROW, |row| known(&row));
         (claim.row.id, claim.created) = (row.id, row.created);
-        Ok(before == (row.id, row.created))
+        Ok(row == before)
     }
 
     async fn find_lease(
@@ -486,6 +486,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// What is left of the wait; `None` for a try.
     pub(crate) fn left(&self) -> Option<Duration> {
         self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
+    }
+
+    fn wrong_kind(&self) -> Error {
+        let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
+        Error::WrongKind { name: self.name.to_string(), wanted: self.kind, found }
     }
 
     /// The transaction can only be rolled back.

@@ -11,7 +11,6 @@ lock_tests::__tests_on!(postgres PostgresServer
     guards_in_a_database_without_the_table_are_refused
 );
 lock_tests::__tests_on!(mariadb MariaDbServer
-    a_guard_never_looks_at_a_temporary_table,
     temporary_tables_of_all_connections_make_no_second_holder
 );
 lock_tests::__tests_on!(mysql MySqlServer

@@ -89,13 +89,15 @@ pub(super) async fn commit_guarded(
     release: bool,
 ) -> sqlx::Result<Guarded> {
     let is_ours = is_ours(lease);
-    // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode.
+    let (id, table) = (lease.row.id, lease.server.table.name());
+    // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode. And MySQL can't name a
+    // temporary table twice in a statement; MariaDB can, and takes this for a comment.
     let guard = match write(lease, release) {
         Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
         None => format!(
-            "{} EXP(1000 * (COUNT(*) <> 1)) FROM {} WHERE {is_ours} LOCK IN SHARE MODE;",
+            "{} EXP(1000 * (COUNT(*) <> 1)) FROM {table} WHERE {is_ours}
+            /*!80000 AND EXISTS (SELECT 1 FROM {table} AS again WHERE again.id = {id}) */ LOCK IN SHARE MODE;",
             select_within(MySql::GUARD_LIMIT),
-            lease.server.table.name()
         ),
     };
     commit_marked(connection, guard).await
