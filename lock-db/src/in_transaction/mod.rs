@@ -3,6 +3,7 @@
 
 mod attempt;
 mod counts;
+mod find;
 mod held;
 mod known_rows;
 mod several;
