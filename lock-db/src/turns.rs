@@ -75,6 +75,14 @@ impl Turns {
         }
     }
 
+    /// The holder of the lock, if it is in this process and has it in a transaction of its own.
+    pub(crate) fn holder(&self, name: &Name) -> Option<Box<LockInfo>> {
+        match &self.names().get(name)?.known {
+            Known::Held(holder) => holder.clone(),
+            _ => None,
+        }
+    }
+
     /// The turn, if no other caller has it or waits for it.
     pub(crate) fn try_enter(self: &Arc<Self>, name: &Name) -> Option<Turn> {
         let queue = self.queue(name);

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use lock_db::{LockDatabase, Locks};
+use lock_db::{Error, LockDatabase, Locks};
 use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Pool, Postgres, Row, Sqlite};
 
@@ -170,4 +170,15 @@ pub async fn pool<DB: Backend>(url: &str, max_connections: u32) -> Pool<DB> {
 pub async fn migrated<DB: Backend>(locks: Locks<DB>) -> Locks<DB> {
     locks.migrate().await.expect("makes the table");
     locks
+}
+
+/// Whether a try was told that somebody else has the lock. On SQLite nobody can tell a transaction that has a lock from any other that
+/// writes, except in the process that has it.
+#[track_caller]
+pub fn is_taken<T: TestDatabase, G>(answer: Result<Option<G>, Error>) -> bool {
+    match answer {
+        Ok(granted) => granted.is_none(),
+        Err(error @ Error::Database { .. }) if T::NAME == "sqlite" && error.is_retryable() => true,
+        Err(error) => panic!("{error:?}"),
+    }
 }

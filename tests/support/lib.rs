@@ -28,7 +28,7 @@ mod sqlite;
 
 pub use at_end::AtEnd;
 pub use cases::{CaseRuntime, long_run, rounds, run_case};
-pub use database::{Activity, Backend, TestDatabase, TestServer, connection, migrated, pool};
+pub use database::{Activity, Backend, TestDatabase, TestServer, connection, is_taken, migrated, pool};
 pub use eventually::eventually;
 pub use network::Network;
 pub use pgbouncer::{PgBouncer, PoolMode};

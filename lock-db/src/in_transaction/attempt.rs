@@ -17,7 +17,7 @@ use crate::jitter::jitter;
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::session::Request;
-use crate::{Error, Kind, Locks};
+use crate::{Error, Kind, LockInfo, Locks};
 
 /// How long one statement may wait on the server: a caller who has gone is noticed in between. Half of what is promised, as
 /// PostgreSQL counts it once for the turn in the queue, and once more for the holder; and less than the second after which
@@ -176,7 +176,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     false
                 }
                 Step::Stalled(failure) => {
-                    stalled = Some(failure);
+                    // On SQLite a holder keeps everybody from writing.
+                    stalled = self.holder_here().is_none().then_some(failure);
                     false
                 }
             };
@@ -190,10 +191,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 if let Some(failure) = stalled {
                     return Err(failure.into_error(ACTION, Some(self.name)));
                 }
-                let mut holder = None;
+                let mut holder = self.holder_here();
                 if held_by {
                     let look = DB::look(connection, &server, self.name);
-                    holder = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
+                    let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
+                    holder = row.and_then(|row| self.info(row));
                 }
                 return Err(self.timed_out(WaitingFor::Lock, holder));
             }
@@ -256,6 +258,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
     }
 
+    /// The holder of the row lock, if it is in this process and has a transaction of lock-db's own.
+    fn holder_here(&self) -> Option<Box<LockInfo>> {
+        if self.kind == Kind::Row { self.locks.row_queues().turns.holder(self.name) } else { None }
+    }
+
     fn wrong_kind(&self) -> Error {
         let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
         Error::WrongKind { name: self.name.to_string(), wanted: self.kind, found }
@@ -267,13 +274,13 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         Error::Serialization { name: self.name.to_string(), source: None }
     }
 
-    pub(crate) fn timed_out(&self, waiting_for: WaitingFor, held_by: Option<LockRow>) -> Error {
-        Error::Timeout {
-            name: self.name.to_string(),
-            waited: self.started.elapsed(),
-            waiting_for,
-            held_by: held_by.map(|row| Box::new(row.into_info(self.name))),
-        }
+    pub(crate) fn timed_out(&self, waiting_for: WaitingFor, held_by: Option<Box<LockInfo>>) -> Error {
+        let (name, waited) = (self.name.to_string(), self.started.elapsed());
+        Error::Timeout { name, waited, waiting_for, held_by }
+    }
+
+    pub(super) fn info(&self, row: LockRow) -> Option<Box<LockInfo>> {
+        Some(Box::new(row.into_info(self.name)))
     }
 }
 

@@ -155,7 +155,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// # Errors
     ///
     /// [`Error::Lost`] when somebody else has the lock, or when an earlier transaction of the lease may still be committed:
-    /// the transaction must be rolled back, and except on SQLite can't be committed any more. [`Error::Serialization`] likewise when
+    /// the transaction must be rolled back, and can't be committed any more. [`Error::Serialization`] likewise when
     /// the transaction sees the database as it was before the lease was granted (a lease that came from another caller of this process: the first
     /// time, in REPEATABLE READ and above, also when it does not); and, as [`Error::Deadlock`], when the database
     /// ended the transaction. [`Error::NotInTransaction`], [`Error::Database`].

@@ -9,7 +9,7 @@ use crate::turns::Turns;
 /// For row locks with a transaction of their own.
 #[derive(Debug)]
 pub(crate) struct RowQueues {
-    pub(super) turns: Arc<Turns>,
+    pub(crate) turns: Arc<Turns>,
     /// One permit for each connection on which somebody may wait in the database.
     pub(super) waiters: Semaphore,
 }

@@ -175,12 +175,6 @@ impl Answers {
         let wrong = self.0.iter().filter(|(_, answer)| !matches!(answer, Answer::Taken));
         wrong.map(|(request, answer)| format!("{circumstances}: {request:?}: {answer:?}")).collect()
     }
-
-    #[must_use]
-    pub fn taken(&self, circumstances: &str) -> Vec<String> {
-        let wrong = self.0.iter().filter(|(_, answer)| matches!(answer, Answer::Taken));
-        wrong.map(|(request, answer)| format!("{circumstances}: {request:?}: {answer:?}")).collect()
-    }
 }
 
 /// Shows all that is wrong.

@@ -211,8 +211,9 @@ impl LockDatabase for Sqlite {
         transaction::guard(connection, lease, release).await
     }
 
-    /// SQLite has no way to refuse a commit beforehand.
-    async fn doom(_connection: &mut SqliteConnection) {}
+    async fn doom(connection: &mut SqliteConnection) {
+        transaction::doom(connection).await;
+    }
 
     async fn reopen(connection: &mut SqliteConnection) {
         transaction::reopen(connection).await;

@@ -27,6 +27,15 @@ const GUARD_AND_RELEASE: &str = "
 UPDATE {table} SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0
 WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
 
+/// Ends the transaction, so that what it has read keeps nobody from a commit, and begins one that can't be committed: for a row that refers
+/// to none, which is looked for at the COMMIT. All of it goes with the rollback.
+const DOOM: &str = "
+BEGIN;
+CREATE TEMP TABLE lock_db_roll_this_transaction_back (
+    id INTEGER PRIMARY KEY,
+    other INTEGER REFERENCES lock_db_roll_this_transaction_back (id) DEFERRABLE INITIALLY DEFERRED);
+INSERT INTO temp.lock_db_roll_this_transaction_back VALUES (1, 2)";
+
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// The first statement is a write, whatever it finds: a write is what takes the write lock.
@@ -71,13 +80,8 @@ pub(super) async fn lock_row(
         // writer from its commit without a WAL.
         Err(error) if Sqlite::classify(&error) == Fault::Busy => {
             let did_not_wait = slice >= SHORTEST_SLICE && waited < slice / 2;
-            match claim.kind {
-                _ if did_not_wait => Ok(RowAttempt::Stale),
-                // Which is the write lock.
-                Kind::Row => Ok(RowAttempt::Busy),
-                // Which may be free.
-                Kind::Insert => Err(error),
-            }
+            // It is not known whether by the lock's holder.
+            if did_not_wait { Ok(RowAttempt::Stale) } else { Err(error) }
         }
         attempt => attempt,
     }
@@ -162,6 +166,17 @@ async fn ask(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool)
 /// a transaction, for ever.
 pub(super) async fn reopen(connection: &mut SqliteConnection) {
     let _open_anyway = sqlx::raw_sql("BEGIN").execute(connection).await;
+}
+
+/// Only where foreign keys are enforced, as sqlx has it unless it is told otherwise: else what was written afterwards would be committed,
+/// without the snapshot that has kept it from being written.
+pub(super) async fn doom(connection: &mut SqliteConnection) {
+    let enforced = sqlx::query_scalar("PRAGMA foreign_keys").fetch_one(&mut *connection).await;
+    if matches!(enforced, Ok(true)) {
+        // An error when it has ended already.
+        let _ended = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
+        let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
+    }
 }
 
 /// `false`: the marked transaction has ended. Its mark is gone after this.
