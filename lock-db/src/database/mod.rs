@@ -16,6 +16,8 @@ pub(crate) use self::waiters::Waiters;
 use crate::Kind;
 use crate::secret::Secret;
 
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+mod columns;
 mod fault;
 #[cfg(feature = "mysql")]
 mod mysql;

@@ -7,8 +7,10 @@ use sqlx::mysql::MySqlConnection;
 use sqlx::{AssertSqlSafe, Row};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
+use crate::database::columns::{COLUMNS, Compared, Content, compare, length_of};
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
+use crate::name::MAX_BYTES;
 use crate::schema;
 
 /// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
@@ -33,22 +35,8 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
     'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format', 'innodb_autoinc_lock_mode')";
 
-/// The columns that are used.
-const COLUMNS: [&str; 13] = [
-    "id",
-    "lock_name",
-    "lock_kind",
-    "secret_key",
-    "fencing_token",
-    "previous_token",
-    "owner",
-    "create_time",
-    "acquire_time",
-    "expire_time",
-    "ttl_micros",
-    "waiters",
-    "guard_count",
-];
+/// What only this table has.
+const GUARD_COUNT: (&str, Content) = ("guard_count", Content::Integer);
 
 /// Names of databases are compared as the server does it, which for its own tables is not what their collation says.
 const FIND: &str = "
@@ -58,8 +46,10 @@ FROM information_schema.tables
 WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(COALESCE(?, DATABASE()) AS BINARY))";
 
+/// With their types, as `varchar(255) CHARACTER SET latin1`.
 const FIND_COLUMNS: &str = "
-SELECT CONVERT(column_name USING utf8mb4), data_type = 'varbinary'
+SELECT CONVERT(column_name USING utf8mb4),
+    CONVERT(CONCAT(column_type, COALESCE(CONCAT(' CHARACTER SET ', character_set_name), '')) USING utf8mb4)
 FROM information_schema.columns
 WHERE table_schema = ? AND table_name = 'distributed_lock'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
@@ -134,15 +124,12 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     if row.try_get::<i64, _>(3)? != 0 {
         return unusable("is partitioned");
     }
-    let query = sqlx::query_as::<_, (String, bool)>(FIND_COLUMNS).bind(&schema).bind(&schema);
+    let query = sqlx::query_as::<_, (String, String)>(FIND_COLUMNS).bind(&schema).bind(&schema);
     let columns: HashMap<_, _> = query.fetch_all(&mut *connection).await?.into_iter().collect();
-    if !COLUMNS.iter().all(|column| columns.contains_key(*column)) {
-        return Ok(Found::Differs);
-    }
-    if !columns.get("lock_name").is_some_and(|is_binary| *is_binary) {
-        return unusable(
-            "has a `lock_name` that is not VARBINARY: a collation would make one lock of several names",
-        );
+    match compare(COLUMNS.into_iter().chain([GUARD_COUNT]), &columns, needed) {
+        Compared::Fit => {}
+        Compared::Missing => return Ok(Found::Differs),
+        Compared::Unfit(reason) => return unusable(&reason),
     }
     let query = sqlx::query_as::<_, (String, bool, bool)>(FIND_INDEX).bind(&schema).bind(&schema);
     let index = query.fetch_all(connection).await?;
@@ -158,6 +145,43 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         keeps_counter: kind.keeps_counter,
         is_ascii_only: false,
     }))
+}
+
+/// What a column needs if this type, as `FIND_COLUMNS` tells it, does not do. CHAR does not: some
+/// SQL modes fill it up with blanks. MariaDB, and MySQL before 8.0.19, show integers with a width.
+fn needed(content: Content, kind: &str) -> Option<String> {
+    let (fits, needed) = match content {
+        Content::Id | Content::Integer => {
+            let fits = kind == "bigint" || length_of(kind, "bigint").is_some() && kind.ends_with(')');
+            (fits, "BIGINT with a sign".to_owned())
+        }
+        Content::Name => (
+            length_of(kind, "varbinary").is_some_and(|length| length >= MAX_BYTES),
+            format!("VARBINARY({MAX_BYTES}): a collation would make one lock of several names"),
+        ),
+        Content::Ascii(longest) => (
+            holds(kind, longest) && !has_wide_characters(kind),
+            format!("VARCHAR({longest}) at least, in a character set like ascii or utf8mb4"),
+        ),
+        Content::Label(longest) => (holds(kind, longest), format!("VARCHAR({longest}) at least")),
+        Content::Time => (kind == "datetime(6)", "DATETIME(6)".to_owned()),
+    };
+    (!fits).then_some(needed)
+}
+
+fn holds(kind: &str, longest: usize) -> bool {
+    let (kind, _) = kind.split_once(' ').unwrap_or((kind, ""));
+    matches!(kind, "text" | "mediumtext" | "longtext")
+        || length_of(kind, "varchar").is_some_and(|length| length >= longest)
+}
+
+/// Whether ASCII is stored as something else than ASCII: a digest would be another one.
+fn has_wide_characters(kind: &str) -> bool {
+    matches!(character_set(kind), "ucs2" | "utf16" | "utf16le" | "utf32")
+}
+
+fn character_set(kind: &str) -> &str {
+    kind.rsplit_once(" CHARACTER SET ").map_or("", |(_, set)| set)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,6 +291,50 @@ mod tests {
     fn of(settings: &[(&str, &'static str)]) -> KindOfServer {
         let settings: HashMap<_, _> = settings.iter().copied().collect();
         kind_of_server(|setting| settings.get(setting).copied().unwrap_or_default())
+    }
+
+    #[test]
+    fn types_that_hold_as_much_are_as_good() {
+        let fits = |content, kind| needed(content, kind).is_none();
+        for (content, good, bad) in [
+            (
+                Content::Id,
+                &["bigint", "bigint(20)"][..],
+                &["int", "bigint unsigned", "bigint(20) unsigned"][..],
+            ),
+            (
+                Content::Integer,
+                &["bigint", "bigint(20)"],
+                &["int(11)", "decimal(30,0)", "bigint(20) unsigned zerofill", "double"],
+            ),
+            (
+                Content::Name,
+                &["varbinary(255)", "varbinary(300)"],
+                &["varbinary(254)", "binary(255)", "varchar(255) CHARACTER SET utf8mb4", "blob"],
+            ),
+            (
+                Content::Ascii(32),
+                &[
+                    "varchar(32) CHARACTER SET ascii",
+                    "varchar(40) CHARACTER SET latin1",
+                    "text CHARACTER SET utf8mb4",
+                ],
+                &[
+                    "varchar(31) CHARACTER SET ascii",
+                    "char(32) CHARACTER SET ascii",
+                    "varchar(32) CHARACTER SET utf16",
+                ],
+            ),
+            (
+                Content::Label(255),
+                &["varchar(255) CHARACTER SET ascii", "varchar(255) CHARACTER SET utf32"],
+                &["varchar(5) CHARACTER SET utf8mb4", "tinytext CHARACTER SET utf8mb4", "varbinary(255)"],
+            ),
+            (Content::Time, &["datetime(6)"], &["datetime", "datetime(3)", "timestamp(6)", "date"]),
+        ] {
+            assert!(good.iter().all(|kind| fits(content, kind)), "{content:?}");
+            assert!(!bad.iter().any(|kind| fits(content, kind)), "{content:?}");
+        }
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! Finding the table, and making it.
 
+use std::collections::HashMap;
+
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Row};
 
 use super::listener::is_direct;
 use super::transaction::DOLLAR_QUOTE;
+use crate::database::columns::{COLUMNS, Compared, Content, compare, length_of};
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
 use crate::schema;
@@ -13,22 +16,6 @@ use crate::schema;
 /// somebody has the table locked.
 const LIMIT: &str = "SET lock_timeout = '2s'; SET statement_timeout = '5s'";
 
-/// The columns that are used.
-const COLUMNS: [&str; 12] = [
-    "id",
-    "lock_name",
-    "lock_kind",
-    "secret_key",
-    "fencing_token",
-    "previous_token",
-    "owner",
-    "create_time",
-    "acquire_time",
-    "expire_time",
-    "ttl_micros",
-    "waiters",
-];
-
 /// What has to be known before the table is trusted, in one message. `$1` is the name, quoted as in SQL.
 const FIND: &str = "
 SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', current_setting('server_encoding'),
@@ -36,7 +23,9 @@ SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', cur
     class.relispartition, EXISTS (SELECT 1 FROM pg_inherits WHERE class.oid IN (inhparent, inhrelid)),
     row_security_active(class.oid),
     EXISTS (SELECT 1 FROM pg_rewrite WHERE ev_class = class.oid),
-    (SELECT count(*) FROM pg_attribute WHERE attrelid = class.oid AND attname = ANY($2) AND NOT attisdropped),
+    ARRAY(
+        SELECT attname::text || ' ' || format_type(atttypid, atttypmod) FROM pg_attribute
+        WHERE attrelid = class.oid AND attnum > 0 AND NOT attisdropped),
     EXISTS (
         SELECT 1 FROM pg_index
         JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] AND attname = 'lock_name'
@@ -87,7 +76,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         Some(schema) => format!("{}.distributed_lock", quoted(connection, schema).await?),
         None => "distributed_lock".to_owned(),
     };
-    let row = sqlx::query(FIND).bind(name).bind(&COLUMNS[..]).fetch_one(connection).await?;
+    let row = sqlx::query(FIND).bind(name).fetch_one(connection).await?;
     if row.try_get(0)? {
         let standby = std::io::Error::other("the server is a standby, which only reads");
         return Err(sqlx::Error::Io(standby));
@@ -125,8 +114,10 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     if row.try_get(11)? {
         return unusable("has rewrite rules, so that statements do something else than they say");
     }
-    if row.try_get::<i64, _>(12)? < i64::try_from(COLUMNS.len()).unwrap_or(i64::MAX) {
-        return Ok(Found::Differs);
+    match compare(COLUMNS.into_iter(), &declared(&row.try_get::<Vec<_>, _>(12)?), needed) {
+        Compared::Fit => {}
+        Compared::Missing => return Ok(Found::Differs),
+        Compared::Unfit(reason) => return unusable(&reason),
     }
     if !row.try_get::<bool, _>(13)? {
         return unusable(
@@ -142,6 +133,32 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         keeps_counter: false,
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
     }))
+}
+
+/// Columns and their types, of `name type` each. A name with a blank in it is none of ours.
+fn declared(columns: &[String]) -> HashMap<String, String> {
+    let parts = columns.iter().filter_map(|column| column.split_once(' '));
+    parts.map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect()
+}
+
+/// What a column needs if this type, as `format_type` names it, does not do. CHAR does not: it is
+/// filled up with blanks.
+fn needed(content: Content, kind: &str) -> Option<String> {
+    let (fits, needed) = match content {
+        Content::Id | Content::Integer => (kind == "bigint", "BIGINT".to_owned()),
+        // As text, or the index is not used.
+        Content::Name => (kind == "text", "TEXT".to_owned()),
+        Content::Ascii(longest) | Content::Label(longest) => {
+            let is_long_enough = length_of(kind, "character varying").is_some_and(|length| length >= longest);
+            let fits = matches!(kind, "text" | "character varying") || is_long_enough;
+            (fits, format!("TEXT, or VARCHAR({longest}) at least"))
+        }
+        Content::Time => {
+            let fits = matches!(kind, "timestamp with time zone" | "timestamp(6) with time zone");
+            (fits, "TIMESTAMPTZ(6)".to_owned())
+        }
+    };
+    (!fits).then_some(needed)
 }
 
 pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
@@ -186,4 +203,32 @@ async fn has_table(connection: &mut PgConnection, name: &str) -> sqlx::Result<bo
 
 async fn quoted(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
     sqlx::query_scalar(QUOTE).bind(name).fetch_one(connection).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_that_hold_as_much_are_as_good() {
+        let fits = |content, kind| needed(content, kind).is_none();
+        for (content, good, bad) in [
+            (Content::Id, &["bigint"][..], &["integer", "numeric", "text"][..]),
+            (Content::Integer, &["bigint"], &["integer", "numeric", "numeric(20,0)", "double precision"]),
+            (Content::Name, &["text"], &["character varying", "character(255)", "bytea", "citext"]),
+            (
+                Content::Ascii(32),
+                &["text", "character varying", "character varying(32)", "character varying(40)"],
+                &["character varying(31)", "character(32)", "bytea", "uuid"],
+            ),
+            (
+                Content::Time,
+                &["timestamp with time zone", "timestamp(6) with time zone"],
+                &["timestamp(3) with time zone", "timestamp without time zone", "date"],
+            ),
+        ] {
+            assert!(good.iter().all(|kind| fits(content, kind)), "{content:?}");
+            assert!(!bad.iter().any(|kind| fits(content, kind)), "{content:?}");
+        }
+    }
 }

@@ -1,9 +1,12 @@
 //! Finding the table, and making it.
 
+use std::collections::HashMap;
+
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Connection, Row};
 
 use crate::Error;
+use crate::database::columns::{COLUMNS, Compared, Content, compare};
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
 use crate::schema;
@@ -11,15 +14,11 @@ use crate::schema;
 /// How long a private connection waits for another writer before it answers "busy". And a schema is a file of its own here.
 pub(super) const PREPARE: &str = "PRAGMA busy_timeout = 100";
 
-const COLUMNS: i64 = 12;
-
 const FIND: &str = "
 SELECT (SELECT file FROM pragma_database_list WHERE name = 'main'),
     (SELECT locking_mode FROM pragma_locking_mode),
     (SELECT type FROM main.sqlite_schema WHERE name = 'distributed_lock' AND type IN ('table', 'view')),
-    (SELECT count(*) FROM pragma_table_info('distributed_lock', 'main') WHERE name IN ('id', 'lock_name', 'lock_kind',
-        'secret_key', 'fencing_token', 'previous_token', 'owner', 'create_time', 'acquire_time', 'expire_time',
-        'ttl_micros', 'waiters')),
+    (SELECT group_concat(name || ' ' || type, char(10)) FROM pragma_table_info('distributed_lock', 'main')),
     EXISTS (
         SELECT 1 FROM pragma_index_list('distributed_lock', 'main') AS list
         WHERE list.\"unique\" AND NOT list.partial
@@ -101,8 +100,10 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
             ));
         }
     }
-    if row.try_get::<i64, _>(3)? < COLUMNS {
-        return Ok(Found::Differs);
+    match compare(COLUMNS.into_iter(), &declared(row.try_get(3)?), needed) {
+        Compared::Fit => {}
+        Compared::Missing => return Ok(Found::Differs),
+        Compared::Unfit(reason) => return Ok(Found::Unusable(format!("`distributed_lock` {reason}"))),
     }
     if !row.try_get::<bool, _>(4)? {
         return Ok(Found::Unusable(
@@ -117,6 +118,28 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
         keeps_counter: false,
         is_ascii_only: false,
     }))
+}
+
+/// Columns and their types, a line of `name type` each. A name with a blank in it is none of ours.
+fn declared(columns: &str) -> HashMap<String, String> {
+    let parts = columns.lines().filter_map(|column| column.split_once(' '));
+    parts.map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect()
+}
+
+/// What a column needs if this type does not do. A type is a hint only, but one for numbers turns a
+/// name or a secret of digits into a number, and one for text or floating point changes numbers.
+fn needed(content: Content, kind: &str) -> Option<String> {
+    let kind = kind.to_ascii_uppercase();
+    let says = |parts: &[&str]| parts.iter().any(|part| kind.contains(part));
+    let is_text = says(&["CHAR", "CLOB", "TEXT"]) && !says(&["INT"]);
+    let (fits, needed) = match content {
+        // Any other type is not filled in by itself.
+        Content::Id => (kind == "INTEGER", "INTEGER PRIMARY KEY"),
+        Content::Integer => (says(&["INT"]), "INTEGER"),
+        Content::Name | Content::Ascii(_) | Content::Label(_) => (is_text, "TEXT"),
+        Content::Time => (is_text || says(&["DATE", "TIME"]), "TEXT"),
+    };
+    (!fits).then(|| needed.to_owned())
 }
 
 pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
@@ -194,6 +217,21 @@ mod tests {
         assert!(check_options(&"sqlite://data.db".parse().unwrap(), None).is_ok());
         assert!(check_options(&"sqlite://data.db".parse().unwrap(), Some("main")).is_ok());
         assert!(check_options(&"sqlite://data.db".parse().unwrap(), Some("locks")).is_err());
+    }
+
+    #[test]
+    fn types_that_keep_what_is_written_are_as_good() {
+        let fits = |content, kind| needed(content, kind).is_none();
+        for (content, good, bad) in [
+            (Content::Id, &["INTEGER", "integer"][..], &["BIGINT", "INT", "TEXT"][..]),
+            (Content::Integer, &["INTEGER", "BIGINT"], &["TEXT", "REAL", "DOUBLE PRECISION", ""]),
+            (Content::Name, &["TEXT", "VARCHAR(255)"], &["NUMERIC", "INTEGER", "BLOB"]),
+            (Content::Ascii(32), &["TEXT", "CHAR(8)"], &["NUMERIC", "POINT_TEXT"]),
+            (Content::Time, &["TEXT", "DATETIME", "TIMESTAMP"], &["INTEGER", "REAL"]),
+        ] {
+            assert!(good.iter().all(|kind| fits(content, kind)), "{content:?}");
+            assert!(!bad.iter().any(|kind| fits(content, kind)), "{content:?}");
+        }
     }
 
     #[test]
