@@ -1,6 +1,6 @@
 //! What kind of server a connection leads to, and how its table is named there.
 
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "mysql"))]
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,11 +16,12 @@ pub struct Server {
     pub is_mariadb: bool,
     /// Whether an insert that commits by itself keeps the counter of its table until a binary log is on disk.
     pub keeps_counter: bool,
-    /// Whether text outside of ASCII can't be stored: the database has an encoding of its own.
+    /// Whether an owner outside of ASCII can't be stored, because of the encoding of the database or the
+    /// character set of the column.
     pub is_ascii_only: bool,
 }
 
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "mysql"))]
 impl Server {
     /// An owner as it can be stored: what tells people who has a lock is not to keep anybody from having it.
     pub fn storable<'a>(&self, owner: &'a str) -> Cow<'a, str> {

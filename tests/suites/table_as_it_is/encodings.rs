@@ -1,4 +1,4 @@
-//! Databases with an encoding of their own, which can't store every label or name.
+//! Databases and columns with an encoding of their own, which can't store every label or name.
 
 use lock_db::{Error, Kind, LockDatabase, Locks};
 use lock_tests::{AtEnd, PostgresServer, TestDatabase, TestServer, migrated, pool};
@@ -13,10 +13,12 @@ lock_tests::__tests_on!(postgres PostgresServer
     databases_without_an_encoding
 );
 lock_tests::__tests_on!(mariadb MariaDbServer
-    databases_with_another_character_set
+    databases_with_another_character_set,
+    owners_in_another_character_set
 );
 lock_tests::__tests_on!(mysql MySqlServer
-    databases_with_another_character_set
+    databases_with_another_character_set,
+    owners_in_another_character_set
 );
 
 /// A second database, with an encoding. Dropped with what is answered besides a pool.
@@ -98,6 +100,37 @@ async fn databases_with_another_character_set<T: TestServer>(database: &T) {
         let pool = database.pool(4).await;
         excludes(&pool, "größe in € 🦀").await;
         database.run("DROP TABLE distributed_lock, _lock_db_migrations").await;
+    }
+}
+
+/// A table that somebody has converted.
+async fn owners_in_another_character_set<T: TestServer>(database: &T) {
+    let pool = database.pool(4).await;
+    migrated(Locks::new(pool.clone())).await.close().await;
+    for (charset, label) in [
+        ("latin1", "gr??e in ? ?"),
+        ("utf8mb3", "gr??e in ? ?"),
+        ("ascii", "gr??e in ? ?"),
+        ("ucs2", "gr??e in ? ?"),
+        ("utf16", "größe in € 🦀"),
+        ("utf8mb4", "größe in € 🦀"),
+    ] {
+        let column = format!("VARCHAR(255) CHARACTER SET {charset}");
+        database
+            .run(&format!("ALTER TABLE distributed_lock MODIFY owner {column} NOT NULL DEFAULT ''"))
+            .await;
+        excludes(&pool, &format!("größe in {charset}")).await;
+        let locks = Locks::builder(pool.clone()).label("größe in € 🦀").build();
+        let lease = locks.insert_lock("told").acquire().await.unwrap();
+        let owner = locks.info("told").await.unwrap().unwrap().owner;
+        assert!(owner.ends_with(&format!("/{label}")), "{charset}: {owner}");
+        lease.release().await.unwrap();
+        let mut transaction = pool.begin().await.unwrap();
+        locks.row_lock("told: row").acquire_in(&mut transaction).await.unwrap();
+        transaction.commit().await.unwrap();
+        let owner = locks.info("told: row").await.unwrap().unwrap().owner;
+        assert!(owner.ends_with(&format!("/{label}")), "{charset}: {owner}");
+        locks.close().await;
     }
 }
 

@@ -219,7 +219,7 @@ pub(super) async fn acquire(
         .bind(place.is_empty())
         .bind(place)
         .bind(secret)
-        .bind(&*claim.owner)
+        .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
         .bind(micros(claim.ttl))
         .execute(&mut *connection)

@@ -233,7 +233,7 @@ pub(super) async fn acquire(
 ) -> sqlx::Result<Option<Grant>> {
     let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
-    let query = insert(server, ACQUIRE).bind(secret).bind(&*claim.owner).bind(ttl).bind(ttl);
+    let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
     let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
     // To the end of the answer, as in `wrote`.
     let rows = query.fetch_all(connection).await?;

@@ -212,7 +212,12 @@ impl LockDatabase for MySql {
         claim: &RowClaim,
         slice: Duration,
     ) -> sqlx::Result<RowAttempt> {
-        transaction::lock_row(connection, server, claim, slice).await
+        let owner = server.storable(&claim.owner);
+        if *owner == *claim.owner {
+            return transaction::lock_row(connection, server, claim, slice).await;
+        }
+        let claim = RowClaim { owner: owner.into(), ..claim.clone() };
+        transaction::lock_row(connection, server, &claim, slice).await
     }
 
     async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> sqlx::Result<Option<bool>> {

@@ -143,7 +143,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         cluster: kind.cluster,
         is_mariadb: kind.is_mariadb,
         keeps_counter: kind.keeps_counter,
-        is_ascii_only: false,
+        is_ascii_only: !columns.get("owner").is_some_and(|kind| has_all_characters(kind)),
     }))
 }
 
@@ -178,6 +178,11 @@ fn holds(kind: &str, longest: usize) -> bool {
 /// Whether ASCII is stored as something else than ASCII: a digest would be another one.
 fn has_wide_characters(kind: &str) -> bool {
     matches!(character_set(kind), "ucs2" | "utf16" | "utf16le" | "utf32")
+}
+
+/// Whether every text can be stored as it is.
+fn has_all_characters(kind: &str) -> bool {
+    matches!(character_set(kind), "utf8mb4" | "utf16" | "utf16le" | "utf32" | "gb18030")
 }
 
 fn character_set(kind: &str) -> &str {
@@ -335,6 +340,15 @@ mod tests {
             assert!(good.iter().all(|kind| fits(content, kind)), "{content:?}");
             assert!(!bad.iter().any(|kind| fits(content, kind)), "{content:?}");
         }
+    }
+
+    #[test]
+    fn character_sets_that_lack_characters_are_told_by_the_type() {
+        assert!(has_all_characters("varchar(255) CHARACTER SET utf8mb4"));
+        for set in ["latin1", "ascii", "utf8mb3", "utf8", "ucs2"] {
+            assert!(!has_all_characters(&format!("varchar(255) CHARACTER SET {set}")), "{set}");
+        }
+        assert!(!has_all_characters("varbinary(255)"));
     }
 
     #[test]

@@ -154,13 +154,13 @@ pub(super) async fn exchange(
     claims: &[Claim],
 ) -> sqlx::Result<Exchanged> {
     let asked = exchange_as_json(returns, claims);
-    let owner = claims.first().map_or("", |claim| &*claim.owner);
+    let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
     let rows = if server.is_mariadb {
-        mariadb::exchange(connection, server, &asked, owner, &listener, returns).await
+        mariadb::exchange(connection, server, &asked, &owner, &listener, returns).await
     } else {
-        in_transaction(connection, server, &asked, owner, &listener).await
+        in_transaction(connection, server, &asked, &owner, &listener).await
     };
     let rows = match rows {
         // One by one, the error is told to those whose it is.
