@@ -6,8 +6,8 @@
 /// In the folder of this name.
 mod one_table {
     mod callers;
-    mod not_held_up;
     mod other_databases;
+    mod other_tables;
     mod place;
     mod pools;
     mod prefixes;

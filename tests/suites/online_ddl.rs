@@ -8,5 +8,5 @@ mod online_ddl {
     mod circles;
     mod crowds;
     mod locked_tables;
-    mod not_held_up;
+    mod second_locks;
 }

@@ -7,10 +7,10 @@
 /// In the folder of this name.
 mod table_as_it_is {
     mod asking;
+    mod changed_in_use;
     mod column_types;
     mod encodings;
     mod modes;
-    mod not_held_up;
     mod on_mysql;
     mod on_postgres;
     mod on_sqlite;

@@ -195,7 +195,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 if held_by {
                     let look = DB::look(connection, &server, self.name);
                     let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
-                    holder = row.map(|row| self.info(row));
+                    holder = row.map(|row| Box::new(self.info(row)));
                 }
                 return Err(self.timed_out(WaitingFor::Lock, holder));
             }
@@ -279,8 +279,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         Error::Timeout { name, waited, waiting_for, held_by }
     }
 
-    pub(super) fn info(&self, row: LockRow) -> Box<LockInfo> {
-        Box::new(row.into_info(self.name))
+    pub(super) fn info(&self, row: LockRow) -> LockInfo {
+        row.into_info(self.name)
     }
 }
 

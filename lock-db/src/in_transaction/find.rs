@@ -187,7 +187,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if left.is_zero() {
                 return match self.wait {
                     None => Ok(None),
-                    Some(_) => Err(self.timed_out(WaitingFor::Lock, Some(self.info(row)))),
+                    Some(_) => Err(self.timed_out(WaitingFor::Lock, Some(Box::new(self.info(row))))),
                 };
             }
             if !may_wait(None) {

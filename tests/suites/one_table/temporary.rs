@@ -1,16 +1,24 @@
-//! A temporary table of the same name on connections of the application.
+//! A temporary table of the same name on connections of the application, or on all of the pool.
 
-use lock_db::{Kind, Locks};
+use lock_db::{Error, Kind, Locks};
 use lock_tests::{Backend, PostgresServer, TestDatabase};
 use sqlx::Connection;
+use sqlx::pool::PoolOptions;
 
-use super::place::{ALL_ASKS, BOTH_KINDS, ask_in, is_free};
+use super::place::{ALL_ASKS, Ask, BOTH_KINDS, ask_in, is_free};
 
 lock_tests::__tests_on!(postgres PostgresServer
     a_temporary_table_does_not_matter,
     a_temporary_table_made_in_a_guarded_transaction_does_not_matter
 );
+lock_tests::__tests_on!(mariadb MariaDbServer
+    temporary_tables_of_all_connections_are_refused
+);
+lock_tests::__tests_on!(mysql MySqlServer
+    temporary_tables_of_all_connections_are_refused
+);
 
+const SHADOW_ON_MYSQL: &str = "CREATE TEMPORARY TABLE distributed_lock LIKE shape";
 const SHADOW: &str = "CREATE TEMPORARY TABLE distributed_lock (LIKE distributed_lock INCLUDING ALL)";
 
 async fn a_temporary_table_does_not_matter(database: &PostgresServer) {
@@ -43,4 +51,29 @@ async fn a_temporary_table_made_in_a_guarded_transaction_does_not_matter(databas
     sqlx::raw_sql(SHADOW).execute(&mut *transaction).await.unwrap();
     lease.commit_and_release(transaction).await.unwrap();
     assert!(is_free(&other, Kind::Insert, "lease").await);
+}
+
+/// By a hook, which the connections of the locks run as well.
+async fn temporary_tables_of_all_connections_are_refused<T: TestDatabase>(database: &T) {
+    let other = database.locks().await;
+    database.run("CREATE TABLE shape LIKE distributed_lock").await;
+    let options = PoolOptions::new().max_connections(4).after_connect(|connection, _| {
+        Box::pin(async move { T::Database::run(connection, SHADOW_ON_MYSQL).await.map(drop) })
+    });
+    let pool = options.connect(database.url()).await.unwrap();
+    let locks: Locks<T::Database> = Locks::new(pool.clone());
+    let refused =
+        |error: Error| matches!(&error, Error::UnsupportedTable { reason } if reason.contains("temporary"));
+    assert!(locks.check().await.is_err_and(refused));
+    assert!(locks.insert_lock("lease").try_acquire().await.is_err_and(refused));
+    assert!(is_free(&other, Kind::Insert, "lease").await);
+    assert!(locks.row_lock("row").try_acquire().await.is_err_and(refused));
+    assert!(is_free(&other, Kind::Row, "row").await);
+    for kind in BOTH_KINDS {
+        let name = format!("{kind:?} in a transaction");
+        let mut transaction = pool.begin().await.unwrap();
+        let asked = ask_in(&locks, kind, &name, Ask::Acquire, &mut transaction).await;
+        assert!(asked.is_err_and(refused), "{kind:?}");
+        assert!(is_free(&other, kind, &name).await, "{kind:?}");
+    }
 }

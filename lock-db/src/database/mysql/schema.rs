@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use sha2::Digest;
-use sqlx::mysql::MySqlConnection;
+use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Row};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
@@ -24,11 +24,11 @@ SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION
     SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'";
 
 /// SERIALIZABLE would make a lock of each plain read in a transaction, READ UNCOMMITTED a lie.
-const LEVEL: &str = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+const LEVEL: &str = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; {statement}";
 
 /// MariaDB's claims are inserts, and in REPEATABLE READ those ask for the gap before a row that is locked already, behind all who wait
 /// for the row. A log of statements knows no isolation without gaps.
-const LEVEL_WITHOUT_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
+const LEVEL_WITHOUT_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; {statement}";
 
 const SERVER_SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
@@ -38,13 +38,17 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
 /// What only this table has.
 const GUARD_COUNT: (&str, Content) = ("guard_count", Content::Integer);
 
-/// Names of databases are compared as the server does it, which for its own tables is not what their collation says.
+/// Names of databases are compared as the server does it, which for its own tables is not what their
+/// collation says. MariaDB has temporary tables there from 11.2 on.
 const FIND: &str = "
 SELECT CONVERT(table_schema USING utf8mb4), table_type = 'BASE TABLE', COALESCE(engine, '') = 'InnoDB',
     COALESCE(create_options, '') LIKE '%partitioned%'
 FROM information_schema.tables
-WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock'
+WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock' AND table_type <> 'TEMPORARY'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(COALESCE(?, DATABASE()) AS BINARY))";
+
+/// What statements on this connection mean, which is a temporary table if there is one.
+const SHOW: &str = "SHOW CREATE TABLE {table}";
 
 /// With their types, as `varchar(255) CHARACTER SET latin1`.
 const FIND_COLUMNS: &str = "
@@ -108,9 +112,6 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         ));
     }
     let kind = kind_of_server(setting);
-    let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
-    sqlx::raw_sql(level).execute(&mut *connection).await?;
-
     let row = sqlx::query(FIND).bind(schema).bind(schema).fetch_optional(&mut *connection).await?;
     let Some(row) = row else { return Ok(Found::Nothing) };
     let schema: String = row.try_get(0)?;
@@ -123,6 +124,16 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     }
     if row.try_get::<i64, _>(3)? != 0 {
         return unusable("is partitioned");
+    }
+    let table = Table::new(&schema, '`', String::new());
+    // In one message with the level, to save one.
+    let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
+    let shown = sqlx::raw_sql(table.sql_in(level, SHOW)).fetch_all(&mut *connection).await?;
+    if shown.last().is_some_and(is_temporary) {
+        return unusable(
+            "is hidden by a temporary table of the same name on each new connection: do not create it in \
+             `after_connect` or `before_acquire` of the pool, nor by `init_connect` of the server",
+        );
     }
     let query = sqlx::query_as::<_, (String, String)>(FIND_COLUMNS).bind(&schema).bind(&schema);
     let columns: HashMap<_, _> = query.fetch_all(&mut *connection).await?.into_iter().collect();
@@ -139,12 +150,16 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         );
     }
     Ok(Found::Table(Server {
-        table: Table::new(&schema, '`', String::new()).into(),
+        table: table.into(),
         cluster: kind.cluster,
         is_mariadb: kind.is_mariadb,
         keeps_counter: kind.keeps_counter,
         is_ascii_only: !columns.get("owner").is_some_and(|kind| has_all_characters(kind)),
     }))
+}
+
+fn is_temporary(shown: &MySqlRow) -> bool {
+    shown.try_get::<&str, _>(1).is_ok_and(|statement| statement.starts_with("CREATE TEMPORARY"))
 }
 
 /// What a column needs if this type, as `FIND_COLUMNS` tells it, does not do. CHAR does not: some

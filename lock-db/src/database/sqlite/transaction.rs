@@ -175,7 +175,11 @@ pub(super) async fn doom(connection: &mut SqliteConnection) {
     if matches!(enforced, Ok(true)) {
         // An error when it has ended already.
         let _ended = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
-        let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
+        // The savepoints of its handles, which they end one by one.
+        let depth = <Sqlite as Database>::TransactionManager::get_transaction_depth(connection);
+        let savepoints = (1..depth).map(|number| format!("; SAVEPOINT _sqlx_savepoint_{number}"));
+        let doom = format!("{DOOM}{}", savepoints.collect::<String>());
+        let _doomed = sqlx::raw_sql(AssertSqlSafe(doom)).execute(connection).await;
     }
 }
 

@@ -164,6 +164,11 @@ impl<DB: Backend> Reader<DB> {
                 }
                 Outcome::Refused
             }
+            // Somebody writes, and it is not known whether that is the holder.
+            Err(error @ Error::Database { .. }) if DB::NAME == "SQLite" && error.is_retryable() => {
+                drop(transaction.rollback().await);
+                Outcome::Refused
+            }
             Err(error) => {
                 problems.push(format!("{error:?}"));
                 drop(transaction.rollback().await);

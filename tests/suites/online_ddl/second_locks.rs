@@ -1,4 +1,4 @@
-//! What the library does not hold up yet.
+//! What waits for a transaction that has a lock, while that asks for another lock or holds it for longer.
 
 use std::time::Instant;
 
@@ -18,8 +18,7 @@ lock_tests::__tests_on!(mysql MySqlServer
     a_try_of_a_new_row_lock_ends_soon
 );
 
-/// It asks for a row on a private connection, which stands behind the DDL, which waits for the transaction: 1205 after two
-/// seconds and more.
+/// A private connection would stand behind the DDL, which waits for the transaction.
 async fn a_transaction_gets_another_lock_while_ddl_waits_for_it<T: TestServer>(database: &T) {
     let mut refused = Vec::new();
     for step in [Step::NewRowLock, Step::KnownRowLock, Step::NewInsertLock, Step::KnownInsertLock] {
@@ -30,7 +29,6 @@ async fn a_transaction_gets_another_lock_while_ddl_waits_for_it<T: TestServer>(d
     assert!(refused.is_empty(), "refused although nobody has them: {refused:?}");
 }
 
-/// The page says a second more. It takes ten.
 async fn a_try_of_a_new_row_lock_ends_soon<T: TestServer>(database: &T) {
     let locks = database.locks().await;
     locks.row_lock("used").acquire().await.unwrap().commit().await.unwrap();

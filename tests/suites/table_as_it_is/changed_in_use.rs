@@ -1,4 +1,4 @@
-//! What the library does not hold up yet.
+//! What is done to a table that is in use: by replication, policies and triggers.
 
 use lock_db::{Error, Locks};
 use lock_tests::{PostgresServer, TestDatabase, pool};

@@ -1,8 +1,7 @@
-//! What the library does not hold up yet.
+//! Guards and transactions that meet another table than that of the locks: on another server, in a database without it, or a temporary one.
 
 use lock_db::{Kind, Locks};
 use lock_tests::{AtEnd, Backend, MariaDbServer, MySqlServer, TestDatabase, migrated, pool};
-use sqlx::pool::PoolOptions;
 
 use super::other_databases::guards_in_a_database_without_the_table_are_refused;
 use super::place::{Ask, BOTH_KINDS, ask_in, is_free};
@@ -10,13 +9,9 @@ use super::place::{Ask, BOTH_KINDS, ask_in, is_free};
 lock_tests::__tests_on!(postgres PostgresServer
     guards_in_a_database_without_the_table_are_refused
 );
-lock_tests::__tests_on!(mariadb MariaDbServer
-    temporary_tables_of_all_connections_make_no_second_holder
-);
 lock_tests::__tests_on!(mysql MySqlServer
     a_transaction_on_another_server_is_refused,
-    a_guard_never_looks_at_a_temporary_table,
-    temporary_tables_of_all_connections_make_no_second_holder
+    a_guard_never_looks_at_a_temporary_table
 );
 
 const SHADOW_ON_MYSQL: &str = "CREATE TEMPORARY TABLE distributed_lock LIKE shape";
@@ -40,29 +35,6 @@ async fn a_guard_never_looks_at_a_temporary_table<T: TestDatabase>(database: &T)
     let committed = transaction.commit().await;
     assert!(committed.is_err(), "committed under a lease that another has");
     assert_eq!(database.number("SELECT COUNT(*) FROM business").await, 0);
-}
-
-/// By a hook, which the connections of the locks run as well.
-async fn temporary_tables_of_all_connections_make_no_second_holder<T: TestDatabase>(database: &T) {
-    let other = database.locks().await;
-    database.run("CREATE TABLE shape LIKE distributed_lock").await;
-    let options = PoolOptions::new().max_connections(4).after_connect(|connection, _| {
-        Box::pin(async move { T::Database::run(connection, SHADOW_ON_MYSQL).await.map(drop) })
-    });
-    let pool = options.connect(database.url()).await.unwrap();
-    let locks: Locks<T::Database> = Locks::new(pool.clone());
-    let granted = locks.insert_lock("lease").try_acquire().await;
-    let is_granted = matches!(granted, Ok(Some(_)));
-    assert!(!is_granted || !is_free(&other, Kind::Insert, "lease").await, "two holders of a lease");
-    let granted = locks.row_lock("row").try_acquire().await;
-    let is_granted = matches!(granted, Ok(Some(_)));
-    assert!(!is_granted || !is_free(&other, Kind::Row, "row").await, "two holders of a row lock");
-    for kind in BOTH_KINDS {
-        let name = format!("{kind:?} in a transaction");
-        let mut transaction = pool.begin().await.unwrap();
-        let granted = ask_in(&locks, kind, &name, Ask::Acquire, &mut transaction).await;
-        assert!(granted.is_err() || !is_free(&other, kind, &name).await, "two holders of {name}");
-    }
 }
 
 /// With a database of the same name, as a copy for tests or another region has it.
