@@ -6,7 +6,7 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{AssertSqlSafe, Database, Row, Sqlite, TransactionManager};
+use sqlx::{AssertSqlSafe, Row, Sqlite};
 
 use super::lease::clock_micros;
 use crate::Kind;
@@ -173,12 +173,19 @@ pub(super) async fn reopen(connection: &mut SqliteConnection) {
 pub(super) async fn doom(connection: &mut SqliteConnection) {
     let enforced = sqlx::query_scalar("PRAGMA foreign_keys").fetch_one(&mut *connection).await;
     if matches!(enforced, Ok(true)) {
+        // Those of nested handles of sqlx, which end them one by one.
+        let mut savepoints = String::new();
+        for number in 1.. {
+            let savepoint = format!("SAVEPOINT _sqlx_savepoint_{number}");
+            let found = sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK TO {savepoint}")));
+            if found.execute(&mut *connection).await.is_err() {
+                break;
+            }
+            savepoints = format!("{savepoints}; {savepoint}");
+        }
         // An error when it has ended already.
         let _ended = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
-        // The savepoints of its handles, which they end one by one.
-        let depth = <Sqlite as Database>::TransactionManager::get_transaction_depth(connection);
-        let savepoints = (1..depth).map(|number| format!("; SAVEPOINT _sqlx_savepoint_{number}"));
-        let doom = format!("{DOOM}{}", savepoints.collect::<String>());
+        let doom = format!("{DOOM}{savepoints}");
         let _doomed = sqlx::raw_sql(AssertSqlSafe(doom)).execute(connection).await;
     }
 }
