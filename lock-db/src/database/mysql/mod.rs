@@ -14,8 +14,8 @@ mod transaction;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use sqlx::mysql::MySqlConnection;
-use sqlx::{MySql, Pool};
+use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::{MySql, Pool, Row};
 
 use super::{
     Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
@@ -265,6 +265,11 @@ impl LockDatabase for MySql {
     fn classify(error: &sqlx::Error) -> Fault {
         errors::classify(error)
     }
+}
+
+/// Of what `SHOW CREATE TABLE` answers.
+fn is_temporary(shown: &MySqlRow) -> bool {
+    shown.try_get::<&str, _>(1).is_ok_and(|statement| statement.starts_with("CREATE TEMPORARY"))
 }
 
 /// A text as a literal of hexadecimal digits, which is a binary string to the server.

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 
 use sha2::Digest;
-use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::mysql::MySqlConnection;
 use sqlx::{AssertSqlSafe, Row};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
+use super::is_temporary;
 use crate::database::columns::{COLUMNS, Compared, Content, compare, length_of};
 use crate::database::server::Table;
 use crate::database::{Cluster, Found, Server};
@@ -156,10 +157,6 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         keeps_counter: kind.keeps_counter,
         is_ascii_only: !columns.get("owner").is_some_and(|kind| has_all_characters(kind)),
     }))
-}
-
-fn is_temporary(shown: &MySqlRow) -> bool {
-    shown.try_get::<&str, _>(1).is_ok_and(|statement| statement.starts_with("CREATE TEMPORARY"))
 }
 
 /// What a column needs if this type, as `FIND_COLUMNS` tells it, does not do. CHAR does not: some

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, MySql, Row};
 use super::errors::{
     DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
 };
-use super::{lease, literal};
+use super::{is_temporary, lease, literal};
 use crate::Kind;
 use crate::database::{
     Cluster, Fault, Guarded, LeaseKey, LockDatabase, LockRow, RowAttempt, RowClaim, Server,
@@ -152,7 +152,7 @@ pub(super) async fn guard(
 /// By what the plain read found, which comes first, and the locking one or the write, which counts last.
 fn guarded(rows: &[MySqlRow]) -> sqlx::Result<Guarded> {
     let [shown, rows @ ..] = rows else { return Ok(Guarded::NotOurs) };
-    if is_temporary(shown)? {
+    if is_temporary(shown) {
         return Ok(Guarded::Elsewhere);
     }
     let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Guarded::NotOurs) };
@@ -244,7 +244,7 @@ async fn lock_and_write(
     );
     let mut rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await?.into_iter();
     let Some(shown) = rows.next() else { return Ok(RowAttempt::Missing) };
-    if is_temporary(&shown)? {
+    if is_temporary(&shown) {
         return Ok(RowAttempt::ForeignTransaction);
     }
     let Some(row) = rows.next() else { return Ok(RowAttempt::Missing) };
@@ -352,10 +352,6 @@ fn select_within(limit: Duration) -> String {
 /// Before other statements in the caller's session: a temporary table hides the one that is meant, also by its full name.
 fn show(server: &Server) -> String {
     format!("SHOW CREATE TABLE {}", server.table.name())
-}
-
-fn is_temporary(shown: &MySqlRow) -> sqlx::Result<bool> {
-    Ok(shown.try_get::<&str, _>(1)?.starts_with("CREATE TEMPORARY"))
 }
 
 /// The one row, read to the end of the answer: what is left over of it would meet the next statement.
