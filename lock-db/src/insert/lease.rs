@@ -1,23 +1,18 @@
 //! The guard of an insert lock.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::Connection;
-use tokio::select;
-use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
+use super::hold::{Hold, KeptByTransaction};
 use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
-use crate::database::{Call, Fault, Guarded, LeaseKey, LockDatabase};
+use crate::database::{Fault, Guarded, LockDatabase};
 use crate::error::{Loss, WaitingFor};
-use crate::name::Name;
-use crate::reentry::Held;
-use crate::session::{LeaseState, Queues, Request};
-use crate::sync::{AtomicBool, AtomicUsize};
-use crate::{Error, Kind, Locks};
+use crate::session::Request;
+use crate::{Error, Locks};
 
 /// How long the database is asked whether a lease is lost that a transaction did not find.
 const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
@@ -83,7 +78,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// for each nested call of [`run`](crate::InsertLock::run) or of an annotated function that is inside.
     #[must_use]
     pub fn hold_count(&self) -> usize {
-        Arc::strong_count(&self.hold).saturating_sub(self.hold.transactions.load(Ordering::SeqCst))
+        self.hold.handles()
     }
 
     /// Resolves when the lock is lost: it was not renewed in time, somebody else has it, or the `Locks` was closed.
@@ -228,7 +223,7 @@ impl<DB: LockDatabase> Lease<DB> {
         }
         // How the caller's transaction ends is not told here.
         self.hold.lease.is_verified();
-        let key = &self.marked_key().await?;
+        let key = &self.hold.marked_key().await?;
         let name = &key.row.name;
         let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
         match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
@@ -275,21 +270,6 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(failure.into_error("verify the lock", Some(name)))
             }
         }
-    }
-
-    /// A lease that went from hand to hand has left nothing in its row by which a snapshot could be told that is older than that. So
-    /// the row is marked, which all transactions see that begin from now on; this one too, if it has no snapshot yet.
-    async fn marked_key(&self) -> Result<LeaseKey, Error> {
-        let hold = &self.hold;
-        let key = LeaseKey { mark: hold.mark, ..hold.lease.key.clone() };
-        if !hold.is_marked.load(Ordering::SeqCst) {
-            // Else it would be refused each time that it goes from hand to hand.
-            hold.queues.hand_on_no_more(hold.name());
-            let lease = key.clone();
-            self.locks.session().ask(|answer| Request::Mark { lease, answer }).await?;
-            hold.is_marked.store(true, Ordering::SeqCst);
-        }
-        Ok(key)
     }
 
     async fn is_foreign(&self, transaction: &mut DB::Connection) -> bool {
@@ -346,231 +326,5 @@ impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {
             .field("is_held", &self.is_held())
             .field("hold_count", &self.hold_count())
             .finish_non_exhaustive()
-    }
-}
-
-/// What keeps a lease: the last owner of this releases it.
-pub(crate) struct Hold {
-    pub(crate) lease: Arc<LeaseState>,
-    pub(crate) fencing_token: i64,
-    /// Who waits in this process.
-    queues: Arc<Queues>,
-    /// Also keeps the session alive.
-    session: mpsc::UnboundedSender<Request>,
-    released: AtomicBool,
-    /// See [`LeaseKey::mark`], and whether the row has it.
-    mark: i64,
-    is_marked: AtomicBool,
-    /// How many of its owners are guarded transactions, which are no handles.
-    transactions: AtomicUsize,
-}
-
-impl Hold {
-    /// The first one of a lease.
-    pub(crate) fn new(
-        lease: Arc<LeaseState>,
-        session: mpsc::UnboundedSender<Request>,
-        queues: Arc<Queues>,
-    ) -> Self {
-        let fencing_token = lease.last_fencing_token();
-        Self {
-            lease,
-            fencing_token,
-            queues,
-            session,
-            released: AtomicBool::new(false),
-            mark: 0,
-            is_marked: AtomicBool::new(true),
-            transactions: AtomicUsize::new(0),
-        }
-    }
-
-    /// See [`LeaseState::may_be_handed_on`].
-    pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
-        self.lease.may_be_handed_on(time)
-    }
-
-    /// Of the next holder of the same lease.
-    pub(crate) fn successor(&self) -> Self {
-        let fencing_token = self.lease.next_fencing_token();
-        Self {
-            lease: Arc::clone(&self.lease),
-            fencing_token,
-            queues: Arc::clone(&self.queues),
-            session: self.session.clone(),
-            released: AtomicBool::new(false),
-            mark: fencing_token,
-            is_marked: AtomicBool::new(false),
-            transactions: AtomicUsize::new(0),
-        }
-    }
-
-    /// Another one holds the lease.
-    pub(crate) fn forget(self) {
-        self.released.store(true, Ordering::SeqCst);
-    }
-
-    pub(crate) fn name(&self) -> &Name {
-        &self.lease.key.row.name
-    }
-
-    pub(crate) fn ttl(&self) -> Duration {
-        self.lease.ttl
-    }
-
-    /// See [`InsertLock::at_least`](crate::InsertLock::at_least).
-    pub(crate) fn keep_for(&self, at_least: Duration) {
-        self.lease.keep_for(at_least);
-    }
-
-    /// Fails when the lease is lost.
-    pub(super) fn check(&self) -> Result<(), Error> {
-        self.lease.loss().map_or(Ok(()), |reason| Err(self.lost(reason)))
-    }
-
-    /// See [`Loss::CommitUnknown`].
-    pub(super) fn refuse_after_unknown_commit(&self) -> Result<(), Error> {
-        if self.lease.has_unknown_commit() { Err(self.lost(Loss::CommitUnknown)) } else { Ok(()) }
-    }
-
-    /// What the database was said to have decided stays decided. A deadline that has passed is no such thing: it is the database that says
-    /// whether another process has the lock by now.
-    fn refuse_after_loss(&self) -> Result<(), Error> {
-        match self.lease.told_loss() {
-            Some(reason @ (Loss::TakenOver | Loss::Released)) => Err(self.lost(reason)),
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn lost(&self, reason: Loss) -> Error {
-        Error::Lost { name: self.lease.name().to_string(), reason }
-    }
-
-    /// Gives up one handle, and releases with the last one.
-    pub(crate) async fn give_up(self: Arc<Self>) -> Result<(), Error> {
-        if Arc::strong_count(&self) > 1 {
-            self.check()?;
-        }
-        match Arc::into_inner(self) {
-            Some(hold) => hold.release().await,
-            None => Ok(()),
-        }
-    }
-
-    /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands; not when the work
-    /// itself has released it, with the commit of a transaction.
-    pub(crate) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        let mut work = std::pin::pin!(work);
-        let output = select! {
-            biased;
-            output = &mut work => output,
-            reason = self.lease.lost() => match reason {
-                Loss::Released => work.await,
-                reason => return Err(self.lost(reason)),
-            },
-        };
-        match self.lease.loss() {
-            None | Some(Loss::Released) => Ok(output),
-            // Work that blocked the runtime, or was paused together with it, may finish after the lease did.
-            Some(reason) => Err(self.lost(reason)),
-        }
-    }
-
-    async fn release(self) -> Result<(), Error> {
-        if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
-            return Ok(());
-        }
-        let (answer, answered) = oneshot::channel();
-        let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
-        self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
-        answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
-    }
-
-    /// The database has said that the lease is gone: this holder is told at once, and so is everything that waits for that.
-    pub(crate) fn is_lost(&self, loss: Loss) {
-        self.lease.ends(loss);
-        let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease), loss });
-    }
-
-    /// From now on until the database tells, nobody knows whether a transaction has released it. The watchdog asks as soon
-    /// as this is dropped.
-    pub(super) fn doubt(hold: KeptByTransaction) -> InDoubt {
-        hold.lease.doubt_begins();
-        InDoubt(hold)
-    }
-
-    /// A transaction that has committed released it.
-    pub(crate) fn was_released(&self, call: Option<Call>) {
-        self.released.store(true, Ordering::SeqCst);
-        // In this order: what the next one asks for comes to the session after the end of this one.
-        let _session_may_be_gone =
-            self.session.send(Request::Released { lease: Arc::clone(&self.lease), call });
-        self.lease.pass_turn();
-    }
-}
-
-/// A statement that releases the lease with its transaction is under way.
-pub(super) struct InDoubt(KeptByTransaction);
-
-impl Drop for InDoubt {
-    fn drop(&mut self) {
-        self.0.lease.doubt_can_be_settled();
-        let _session_may_be_gone =
-            self.0.session.send(Request::ReleasedIn { lease: Arc::clone(&self.0.lease) });
-    }
-}
-
-impl Held for Hold {
-    const KIND: Kind = Kind::Insert;
-
-    fn check(&self) -> Result<(), Error> {
-        Self::check(self)
-    }
-
-    fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
-        Some(self.lease.loss_told())
-    }
-}
-
-/// What a guarded transaction keeps of a lease, so that nobody gets the lock before it has ended.
-pub(super) struct KeptByTransaction(Arc<Hold>);
-
-impl KeptByTransaction {
-    pub(super) fn new(hold: &Arc<Hold>) -> Self {
-        hold.transactions.fetch_add(1, Ordering::SeqCst);
-        Self(Arc::clone(hold))
-    }
-
-    pub(super) fn is(&self, hold: &Arc<Hold>) -> bool {
-        Arc::ptr_eq(&self.0, hold)
-    }
-}
-
-impl Clone for KeptByTransaction {
-    fn clone(&self) -> Self {
-        Self::new(&self.0)
-    }
-}
-
-impl std::ops::Deref for KeptByTransaction {
-    type Target = Hold;
-
-    fn deref(&self) -> &Hold {
-        &self.0
-    }
-}
-
-impl Drop for KeptByTransaction {
-    fn drop(&mut self) {
-        self.0.transactions.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        if !self.released.load(Ordering::SeqCst) && !self.queues.hand_on(self) {
-            // Fails only when the session is gone, which has released it.
-            let _ = self.session.send(Request::Release { lease: Arc::clone(&self.lease), answer: None });
-        }
     }
 }

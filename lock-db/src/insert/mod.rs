@@ -1,13 +1,14 @@
 //! The insert lock: a lease, kept by a row of `distributed_lock`.
 
 mod guarded;
+mod hold;
 mod lease;
 mod lock;
 mod locks;
 
 pub use self::guarded::GuardedTransaction;
-pub(crate) use self::lease::Hold;
-use self::lease::KeptByTransaction;
+pub(crate) use self::hold::Hold;
+use self::hold::KeptByTransaction;
 pub use self::lease::Lease;
 pub use self::lock::InsertLock;
 pub(crate) use self::lock::release_quietly;
