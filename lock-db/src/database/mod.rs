@@ -94,6 +94,17 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         schema: Option<&str>,
     ) -> impl Future<Output = sqlx::Result<Found>> + Send;
 
+    /// The table, looked for on a connection of the application, where it can be no other one than a private connection made like those of
+    /// the pool would find. `None`: that can't be told.
+    #[doc(hidden)]
+    fn find_only_table(
+        _connection: &mut Self::Connection,
+        _pool: &sqlx::Pool<Self>,
+        _schema: Option<&str>,
+    ) -> impl Future<Output = sqlx::Result<Option<Server>>> + Send {
+        async { Ok(None) }
+    }
+
     /// A private connection on which the server can call us.
     #[doc(hidden)]
     type Listening: Send;

@@ -45,7 +45,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if self.locks.session().is_closed() {
             return Err(Error::Closed);
         }
-        let server = self.locate_for_transaction().await?;
+        let server = self.locate_for_transaction(connection).await?;
         let found = match self.kind {
             Kind::Row => self.find_row(connection, &server, is_own).await.map(Some),
             Kind::Insert => self.find_lease(connection, &server, may_wait).await,
@@ -197,12 +197,23 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// The same while a transaction is open. It gives up before the session does: a pooler may have no connection for the session as
-    /// long as transactions like this one have them all.
-    async fn locate_for_transaction(&self) -> Result<Server, Error> {
-        match self.locks.location().found() {
-            Some(server) => Ok(server),
-            None => self.ask_within(LOCATE_LIMIT, |answer| Request::Locate { answer, anew: false }).await,
+    /// The same while a transaction is open. A pooler may have no connection for the session as long as transactions like this one have
+    /// them all: so this one looks itself where that comes to the same, and gives up before the session does.
+    async fn locate_for_transaction(&self, connection: &mut DB::Connection) -> Result<Server, Error> {
+        if let Some(server) = self.locks.location().found() {
+            return Ok(server);
+        }
+        let located = self.ask_within(LOCATE_LIMIT, |answer| Request::Locate { answer, anew: false });
+        let mut located = std::pin::pin!(located);
+        if let Ok(located) = timeout(ROW_LIMIT, &mut located).await {
+            return located;
+        }
+        let schema = self.locks.location().schema();
+        let found = DB::find_only_table(connection, self.locks.pool(), schema.as_deref());
+        match bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
+            Ok(Some(server)) => Ok(server),
+            Ok(None) => located.await,
+            Err(failure) => Err(failure.into_error("find the table", Some(self.name))),
         }
     }
 

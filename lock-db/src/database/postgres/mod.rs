@@ -41,6 +41,16 @@ impl LockDatabase for Postgres {
         schema::find(connection, schema).await
     }
 
+    async fn find_only_table(
+        connection: &mut PgConnection,
+        pool: &Pool<Postgres>,
+        schema: Option<&str>,
+    ) -> sqlx::Result<Option<Server>> {
+        let options = pool.connect_options();
+        let database = options.get_database().unwrap_or(options.get_username());
+        schema::find_only(connection, database, schema).await
+    }
+
     type Listening = PgListener;
 
     const CALLS: bool = true;

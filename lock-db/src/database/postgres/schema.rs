@@ -36,6 +36,11 @@ FROM (SELECT to_regclass($1) AS oid) AS asked
 LEFT JOIN pg_class AS class ON class.oid = asked.oid
 LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace";
 
+const SCHEMAS_WITH_TABLE: &str = "
+SELECT namespace.nspname::text FROM pg_class AS class
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE class.relname = 'distributed_lock' AND current_database() = $1";
+
 const QUOTE: &str = "SELECT quote_ident($1)";
 
 /// What locks do to the table, to no row.
@@ -69,6 +74,25 @@ pub(super) async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
         sqlx::raw_sql(LIMIT).execute(connection).await?;
     }
     Ok(())
+}
+
+/// When the database has one table of this name in all, no `search_path` makes it another one.
+pub(super) async fn find_only(
+    connection: &mut PgConnection,
+    database: &str,
+    schema: Option<&str>,
+) -> sqlx::Result<Option<Server>> {
+    let schemas: Vec<String> =
+        sqlx::query_scalar(SCHEMAS_WITH_TABLE).bind(database).fetch_all(&mut *connection).await?;
+    let found = match (schema, &*schemas) {
+        (Some(schema), found) if found.iter().any(|found| found == schema) => schema,
+        (None, [only]) => only,
+        _ => return Ok(None),
+    };
+    match find(connection, Some(found)).await? {
+        Found::Table(server) => Ok(Some(server)),
+        _ => Ok(None),
+    }
 }
 
 pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
