@@ -34,7 +34,8 @@ const ACTION: &str = "take the row lock";
 /// transaction ends. Waiters queue in the database, which wakes them in order.
 ///
 /// SQLite has no row locks: there this takes the write lock of the whole database, as `BEGIN IMMEDIATE` does, so all
-/// row locks exclude one another and every other writer.
+/// row locks exclude one another and every other writer. While somebody writes it is not known whether that is a holder,
+/// unless this `Locks` has the lock itself: the answer is a retryable [`Error::Database`] then.
 #[derive(Debug)]
 #[must_use = "this only describes a lock; call `acquire` or `acquire_in`"]
 pub struct RowLock<DB: LockDatabase> {

@@ -1,14 +1,14 @@
 //! Row locks: in a transaction of their own, and in one of the caller.
 
 use lock_db::{Locks, distributed_lock};
-use lock_tests::{SqliteFile, TestDatabase};
+use lock_tests::{SqliteFile, TestDatabase, is_taken};
 use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 
 use crate::Answer;
 use crate::methods::{Dynamic, Shop};
 
 pub(crate) async fn is_row_locked(locks: &Locks<Sqlite>, name: &str) -> bool {
-    locks.row_lock(name).try_acquire().await.expect("the lock can be asked for").is_none()
+    is_taken::<SqliteFile, _>(locks.row_lock(name).try_acquire().await)
 }
 
 pub(crate) async fn insert(connection: &mut SqliteConnection, number: i64) {
