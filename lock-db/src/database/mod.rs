@@ -346,14 +346,19 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         async { Ok(true) }
     }
 
-    /// The row of a name, looked for in the caller's transaction itself, and made there when there is none: where that is not done by
-    /// `lock_row`, and private connections can't. `None`: another transaction is making it, or it can't be found so.
+    /// Whether the transaction has worked with the table, and so keeps it from being altered: while an ALTER waits for that, private
+    /// connections can't reach the table, so the transaction must not wait for them. Where there is no such thing: no.
+    #[doc(hidden)]
+    fn has_used_table(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(false) }
+    }
+
+    /// The row of a name, as such a transaction sees it, where private connections have to look for it in front of `lock_row`.
     #[doc(hidden)]
     fn find_row(
         _connection: &mut Self::Connection,
         _server: &Server,
         _name: &str,
-        _kind: Kind,
     ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send {
         async { Ok(None) }
     }

@@ -295,7 +295,7 @@ impl LockRow {
     /// the holder has a moment in which to renew.
     pub(crate) fn notice_is_due(&self) -> bool {
         let is_over = self.ttl > 0 && self.expires != 0 && self.remaining <= notice(self.ttl);
-        is_over || (self.ttl != 0 && self.remaining > self.ttl.abs() + CLOCK_SLACK)
+        is_over || (self.expires != 0 && self.remaining > self.ttl.abs() + CLOCK_SLACK)
     }
 
     /// How long a takeover gives notice, when that is due.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Connection;
-use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
@@ -125,8 +124,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 Step::Done(RowAttempt::ForeignTransaction) => {
                     // Unless it is the table or the row that was made anew.
                     let before = server.table.identity.clone();
-                    server = self.ask(|answer| Request::Locate { answer, anew: true }).await?;
-                    let is_same_row = self.is_same_row(&mut claim).await?;
+                    let locate = |answer| Request::Locate { answer, anew: true };
+                    server = self.ask_for(connection, locate).await?;
+                    let is_same_row = self.is_same_row(connection, &mut claim).await?;
                     if is_same_row && server.table.identity == before {
                         return Err(Error::ForeignTransaction { name: self.name.to_string() });
                     }
@@ -137,7 +137,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 }
                 Step::Done(RowAttempt::Missing) => {
                     // Cleaned away since it was seen last. What is there for others is there for a read that locks, too.
-                    if self.is_same_row(&mut claim).await? {
+                    if self.is_same_row(connection, &mut claim).await? {
                         return Err(Error::ForeignTransaction { name: self.name.to_string() });
                     }
                     return Err(self.stale(connection).await);
@@ -155,7 +155,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                         let _settled = self.settle().await;
                         return Err(error);
                     }
-                    self.settle().await?;
+                    self.settle_for(connection).await?;
                     if self.wait.is_none() && self.started.elapsed() < SHORTEST_ANSWER {
                         sleep(SHORT_PAUSE).await;
                         continue;
@@ -163,11 +163,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     true
                 }
                 Step::Done(RowAttempt::Leased { usable: true }) => {
-                    // The clock may have been set back since; nothing here waits for what the session does about it.
+                    // The clock may have been set back since; and where its holder can't reach the table because of this transaction,
+                    // the session can't either.
                     if last_settled.elapsed() > SHORTEST_ANSWER {
+                        self.settle_for(connection).await?;
                         last_settled = Instant::now();
-                        let (answer, _nobody_waits) = oneshot::channel();
-                        self.locks.session().tell(Request::Settle { name: self.name.clone(), answer });
                     }
                     true
                 }
@@ -227,6 +227,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         };
         if failure.is_busy() {
             return Ok(Step::Stalled(failure));
+        }
+        if failure.ends_transaction() {
+            bounds::doom::<DB>(connection).await;
         }
         Err(failure.into_error(ACTION, Some(self.name)))
     }

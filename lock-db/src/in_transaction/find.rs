@@ -17,8 +17,12 @@ use crate::{Error, Kind};
 const LOCATE_LIMIT: Duration = Duration::from_secs(3);
 /// How long a takeover gives notice, and no longer.
 const LONGEST_NOTICE: Duration = Duration::from_secs(1);
-/// How long a private connection may look for a row before the caller's transaction looks itself.
-const ROW_LIMIT: Duration = Duration::from_millis(500);
+/// How long the session may look for the table before the caller's transaction looks itself.
+const FIND_LIMIT: Duration = Duration::from_millis(500);
+/// How long the session has for the first answer to an open transaction: longer than a private connection waits for the table.
+const SESSION_LIMIT: Duration = Duration::from_secs(3);
+/// How long a try asks it.
+const TRY_LIMIT: Duration = Duration::from_secs(3);
 
 /// The row that is to be locked, as far as it is known.
 pub(super) struct Found {
@@ -84,44 +88,48 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// The row of a name for a caller's transaction, which may have locks already, and keep an ALTER waiting that keeps private
-    /// connections from the table. Then the transaction finds or makes the row itself.
+    /// connections from the table. Then the transaction looks itself.
     async fn ensure_row_for(
         &self,
         connection: &mut DB::Connection,
         server: &Server,
     ) -> Result<LockRow, Error> {
-        let ensured = self.ensure_row();
-        let mut ensured = std::pin::pin!(ensured);
-        let error = match timeout(ROW_LIMIT, &mut ensured).await {
-            Ok(Ok((row, _))) => {
+        let ensured = self.ask_for(connection, |answer| Request::EnsureRow {
+            name: self.name.clone(),
+            kind: self.kind,
+            answer,
+        });
+        let error = match ensured.await {
+            Ok((row, _)) => {
                 self.locks.known_rows().insert(self.name.clone(), known(&row));
                 return Ok(row);
             }
-            Ok(Err(error @ Error::Database { .. })) if error.is_retryable() => Some(error),
-            Ok(Err(error)) => return Err(error),
-            Err(_elapsed) => None,
+            Err(error @ Error::Database { .. }) if error.is_retryable() => error,
+            Err(error) => return Err(error),
         };
-        let found = DB::find_row(connection, server, self.name, self.kind);
-        match bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
-            Ok(Some(row)) => return Ok(row),
-            Err(failure) if !failure.is_busy() => return Err(failure.into_error(ACTION, Some(self.name))),
-            _ => {}
+        let has_used_table = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
+        if matches!(has_used_table, Ok(true)) {
+            let found = DB::find_row(connection, server, self.name);
+            if let Ok(Some(row)) = bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
+                return Ok(row);
+            }
         }
-        match error {
-            Some(error) => Err(error),
-            None => ensured.await.map(|(row, _)| row),
-        }
+        Err(error)
     }
 
     /// Looks once more for the row that could not be locked, and makes none: the transaction may have locked the place where it belongs.
     /// Whether it is still the one that was meant.
-    pub(super) async fn is_same_row(&self, claim: &mut RowClaim) -> Result<bool, Error> {
+    pub(super) async fn is_same_row(
+        &self,
+        connection: &mut DB::Connection,
+        claim: &mut RowClaim,
+    ) -> Result<bool, Error> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
             return Ok(true);
         }
         self.locks.known_rows().remove(self.name);
         let before = KnownRow { id: claim.row.id, created: claim.created };
-        let row = self.look().await?.map_or(NO_ROW, |row| known(&row));
+        let row = self.look_for(connection).await?.map_or(NO_ROW, |row| known(&row));
         (claim.row.id, claim.created) = (row.id, row.created);
         Ok(row == before)
     }
@@ -150,7 +158,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let mut was_settled = false;
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
-                match self.look().await? {
+                match self.look_for(connection).await? {
                     Some(row) => row,
                     None => return Ok(Some(NO_ROW)),
                 }
@@ -166,7 +174,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             }
             let is_over = row.is_free() || row.notice_is_due();
             if is_over && !was_settled {
-                match self.settle().await {
+                match self.settle_for(connection).await {
                     // Perhaps by this very transaction.
                     Err(Error::Database { source, .. }) if DB::SETTLES_IN_TRANSACTION && is_busy(&source) => {
                         return Ok(Some(known(&row)));
@@ -205,7 +213,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
         let located = self.ask_within(LOCATE_LIMIT, |answer| Request::Locate { answer, anew: false });
         let mut located = std::pin::pin!(located);
-        if let Ok(located) = timeout(ROW_LIMIT, &mut located).await {
+        if let Ok(located) = timeout(FIND_LIMIT, &mut located).await {
             return located;
         }
         let schema = self.locks.location().schema();
@@ -230,11 +238,41 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         self.ask(|answer| Request::Look { name: self.name.clone(), answer }).await
     }
 
+    /// The same for a transaction that is open.
+    async fn look_for(&self, connection: &mut DB::Connection) -> Result<Option<LockRow>, Error> {
+        self.ask_for(connection, |answer| Request::Look { name: self.name.clone(), answer }).await
+    }
+
     /// Rules out the last holder of a lease that has run out or was released.
     pub(super) async fn settle(&self) -> Result<(), Error> {
         let name = self.name.clone();
         let limit = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER) + LONGEST_NOTICE;
         self.ask_within(limit, |answer| Request::Settle { name, answer }).await
+    }
+
+    /// The same for a transaction that is open and is to go on.
+    pub(super) async fn settle_for(&self, connection: &mut DB::Connection) -> Result<(), Error> {
+        self.ask_for(connection, |answer| Request::Settle { name: self.name.clone(), answer }).await
+    }
+
+    /// As `ask`, for a transaction of the caller: when it may be what keeps the session from the table, it does not ask again, so that its
+    /// owner rolls it back.
+    pub(super) async fn ask_for<T>(
+        &self,
+        connection: &mut DB::Connection,
+        request: impl Fn(Answer<T>) -> Request,
+    ) -> Result<T, Error> {
+        let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT);
+        match self.ask_within(limit, &request).await {
+            Err(error @ Error::Database { .. }) if error.is_retryable() => {
+                let used = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
+                if !matches!(used, Ok(false)) {
+                    return Err(error);
+                }
+            }
+            answer => return answer,
+        }
+        self.ask(request).await
     }
 
     /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
@@ -246,7 +284,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Asks the session, not much longer than the wait, and again while something is in the way that passes.
     pub(super) async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
         loop {
-            let limit = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER);
+            let limit = self.left().unwrap_or(TRY_LIMIT).max(SHORTEST_ANSWER);
             let answer = self.ask_within(limit, &request).await;
             let left = self.left().unwrap_or_else(|| SHORTEST_ANSWER.saturating_sub(self.started.elapsed()));
             match answer {

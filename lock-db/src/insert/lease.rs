@@ -10,7 +10,7 @@ use super::hold::{Hold, KeptByTransaction};
 use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::database::{Fault, Guarded, LockDatabase};
-use crate::error::{Loss, WaitingFor};
+use crate::error::{Failure, Loss, WaitingFor};
 use crate::session::Request;
 use crate::{Error, Locks};
 
@@ -234,11 +234,11 @@ impl<DB: LockDatabase> Lease<DB> {
                     bounds::doom::<DB>(transaction).await;
                 }
                 let is_still_ours = self.is_still_ours().await;
-                if is_foreign && is_still_ours {
+                if is_foreign && matches!(is_still_ours, Ok(true)) {
                     return Err(Error::ForeignTransaction { name: name.to_string() });
                 }
                 bounds::doom::<DB>(transaction).await;
-                if is_still_ours {
+                if is_still_ours? {
                     return Err(Error::Serialization { name: name.to_string(), source: None });
                 }
                 self.hold.is_lost(Loss::TakenOver);
@@ -253,7 +253,7 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(self.hold.lost(Loss::TransactionEnded))
             }
             Err(failure) => {
-                if failure.fault == Fault::TableMissing && self.is_still_ours().await {
+                if failure.fault == Fault::TableMissing && matches!(self.is_still_ours().await, Ok(true)) {
                     return Err(Error::ForeignTransaction { name: name.to_string() });
                 }
                 if failure.ends_transaction() {
@@ -277,15 +277,17 @@ impl<DB: LockDatabase> Lease<DB> {
         matches!(bounds::answer::<DB, _>(ANSWER_LIMIT, is_here).await, Ok(false))
     }
 
-    /// Whether the row is ours, as others see it: not the transaction of the caller, which may look at an older table.
-    async fn is_still_ours(&self) -> bool {
+    /// Whether the row is ours, as others see it: not the transaction of the caller, which may look at an older table. An error is no
+    /// answer: the lease goes on then.
+    async fn is_still_ours(&self) -> Result<bool, Error> {
         let key = &self.hold.lease.key;
         let name = key.row.name.clone();
         let asked = self.locks.session().ask(|answer| Request::Look { name, answer });
-        let row = timeout(CONFIRM_LIMIT, asked).await;
-        row.is_ok_and(|row| {
-            row.is_ok_and(|row| row.is_some_and(|row| row.is_of(&key.secret, key.fencing_token)))
-        })
+        let Ok(row) = timeout(CONFIRM_LIMIT, asked).await else {
+            let failure = Failure::no_answer::<DB>(CONFIRM_LIMIT);
+            return Err(failure.into_error("verify the lock", Some(&key.row.name)));
+        };
+        Ok(row?.is_some_and(|row| row.is_of(&key.secret, key.fencing_token)))
     }
 
     fn refuse_without_transaction(&self, connection: &mut DB::Connection) -> Result<(), Error> {

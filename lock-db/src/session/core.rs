@@ -38,6 +38,8 @@ const FINISH_LIMIT: Duration = Duration::from_secs(10);
 /// How long a plain read is tried while somebody is in the way, and how often.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
+/// What took so long has waited on the server.
+const A_WAIT: Duration = Duration::from_secs(1);
 /// For a statement on a private connection that an open transaction of the caller waits for.
 const MARK_PATIENCE: Duration = Duration::from_secs(1);
 /// How soon the end of a transaction that has released a lease is noticed.
@@ -488,8 +490,9 @@ pub(super) async fn twice<T>(operation: impl AsyncFn() -> Result<T, Failure>) ->
 async fn patiently<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
     let started = Instant::now();
     loop {
+        let asked = Instant::now();
         match twice(&operation).await {
-            Err(failure) if failure.passes() && started.elapsed() < PATIENCE => {
+            Err(failure) if failure.passes() && started.elapsed() < PATIENCE && asked.elapsed() < A_WAIT => {
                 sleep(PAUSE).await;
             }
             answer => return answer,

@@ -100,13 +100,6 @@ impl Session {
         answered.await.unwrap_or(Err(Error::Closed))
     }
 
-    /// Something that nobody waits for.
-    pub(crate) fn tell(&self, request: Request) {
-        if let Ok(way) = self.way() {
-            let _session_may_be_gone = way.requests.send(request);
-        }
-    }
-
     fn way(&self) -> Result<Way, Error> {
         let mut state = self.lock();
         match &*state {

@@ -18,7 +18,8 @@ lock_tests::__tests_on!(mysql MySqlServer
     a_try_of_a_new_row_lock_ends_soon
 );
 
-/// A private connection would stand behind the DDL, which waits for the transaction.
+/// A private connection stands behind the DDL, which waits for the transaction. A row that is there, the transaction finds by itself; for
+/// one that has to be made it is refused, so that its rollback lets the DDL through.
 async fn a_transaction_gets_another_lock_while_ddl_waits_for_it<T: TestServer>(database: &T) {
     let mut refused = Vec::new();
     for step in [Step::NewRowLock, Step::KnownRowLock, Step::NewInsertLock, Step::KnownInsertLock] {
@@ -26,7 +27,8 @@ async fn a_transaction_gets_another_lock_while_ddl_waits_for_it<T: TestServer>(d
             refused.push(step);
         }
     }
-    assert!(refused.is_empty(), "refused although nobody has them: {refused:?}");
+    let has_no_row = |step: &Step| matches!(step, Step::NewRowLock | Step::NewInsertLock);
+    assert!(refused.iter().all(has_no_row), "refused although nobody has them: {refused:?}");
 }
 
 async fn a_try_of_a_new_row_lock_ends_soon<T: TestServer>(database: &T) {

@@ -50,8 +50,8 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         // deadlock, which is also what certification answers, and the two other forms of that in group replication
         Some(DEADLOCK | 3101) => Fault::Deadlock,
         Some(COMMIT_FAILED) if says(error, "149") => Fault::Deadlock,
-        // MariaDB: record has changed since last read
-        Some(1020) => Fault::Serialization,
+        // MariaDB: record has changed since last read; the table was altered since the snapshot
+        Some(1020 | 1412) => Fault::Serialization,
         Some(1146) => Fault::TableMissing,
         // a column, an index
         Some(1054 | 1176) => Fault::TableDiffers,

@@ -98,7 +98,7 @@ UPDATE (
     SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
         expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
     FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
+    WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
         AND ((ttl_micros > 0
                 AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
             OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
@@ -106,7 +106,7 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS due
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = due.id
 SET lease.expire_time = IF(due.is_too_far,
-        TIMESTAMPADD(MICROSECOND, ABS(due.last_ttl), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
+        TIMESTAMPADD(MICROSECOND, GREATEST(ABS(due.last_ttl), 1000000), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
     lease.ttl_micros = IF(due.is_too_far, due.last_ttl, 0)";
 
 const SETTLE: &str = "

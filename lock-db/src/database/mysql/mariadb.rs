@@ -94,11 +94,11 @@ const GIVE_NOTICE: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT id, lock_name,
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)),
-        TIMESTAMPADD(MICROSECOND, ABS(ttl_micros), SYSDATE(6)),
+        TIMESTAMPADD(MICROSECOND, GREATEST(ABS(ttl_micros), 1000000), SYSDATE(6)),
         GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))),
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)), ttl_micros, 0)
 FROM {table} AS due FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00'
+WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
     AND ((ttl_micros > 0
             AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
         OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))

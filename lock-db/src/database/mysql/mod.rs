@@ -32,7 +32,7 @@ impl LockDatabase for MySql {
     /// It would commit by itself; so it is refused, except what comes right after a deadlock (measured on MariaDB 10.11
     /// and MySQL 9.7), and that belongs to a transaction which nobody commits. The savepoint is gone as well then.
     const BEGIN_MARKED: &'static str = "
-        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit; SET SESSION autocommit = 0;
+        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit, @lock_db_released = NULL; SET SESSION autocommit = 0;
         SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
     const COMMITS_WITH_CHECK: bool = true;
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
@@ -197,13 +197,16 @@ impl LockDatabase for MySql {
         lease::remove_waiter(connection, server, name, secret).await
     }
 
+    async fn has_used_table(connection: &mut MySqlConnection) -> sqlx::Result<bool> {
+        transaction::has_used_table(connection).await
+    }
+
     async fn find_row(
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-        kind: Kind,
     ) -> sqlx::Result<Option<LockRow>> {
-        transaction::find_row(connection, server, name, kind).await
+        transaction::find_row(connection, server, name).await
     }
 
     async fn lock_row(

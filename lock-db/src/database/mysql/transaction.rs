@@ -7,7 +7,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, MySql, Row};
 
 use super::errors::{
-    DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
+    LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
 };
 use super::{is_temporary, lease, literal};
 use crate::Kind;
@@ -28,6 +28,15 @@ const IN_TRANSACTION: &str = "SAVEPOINT lock_db_here; RELEASE SAVEPOINT lock_db_
 /// statement by statement. In a read-only transaction it fails instead, until the handle is rolled back.
 const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 
+/// Stands in a transaction that has worked with the table.
+const USED: &str = "lock_db_used";
+
+/// With the fencing token of a lease that the transaction has released.
+const RELEASED: &str = "lock_db_released_";
+
+/// In a transaction of ours, which begins without this.
+const RELEASED_IN_MARKED: &str = "OR @lock_db_released <=> fencing_token";
+
 /// The secrets of the locks that transactions on this connection have taken last, one behind the other.
 const TAKEN: &str = "@lock_db_taken";
 const MOST_TAKEN: usize = 64 * 32;
@@ -36,7 +45,7 @@ const MOST_TAKEN: usize = 64 * 32;
 const QUICK: Duration = Duration::from_secs(1);
 
 /// What a try may take that waits for nobody.
-const LONGEST_TRY: Duration = Duration::from_secs(2);
+const LONGEST_TRY: Duration = Duration::from_secs(1);
 
 pub(super) async fn lock_row(
     connection: &mut MySqlConnection,
@@ -88,11 +97,11 @@ pub(super) async fn commit_guarded(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
-    let is_ours = is_ours(lease);
+    let is_ours = is_ours(lease, RELEASED_IN_MARKED);
     let (id, table) = (lease.row.id, lease.server.table.name());
     // An error is what keeps the server from reading on: a number that is too large, whatever the SQL mode. And MySQL can't name a
     // temporary table twice in a statement; MariaDB can, and takes this for a comment.
-    let guard = match write(lease, release) {
+    let guard = match write(lease, release, RELEASED_IN_MARKED) {
         Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
         None => format!(
             "{} EXP(1000 * (COUNT(*) <> 1)) FROM {table} WHERE {is_ours}
@@ -116,37 +125,73 @@ pub(super) async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()>
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
-/// In one message, whatever it takes.
+/// A lease that this very transaction has released guards it all the same.
 pub(super) async fn guard(
+    connection: &mut MySqlConnection,
+    lease: &LeaseKey,
+    release: bool,
+) -> sqlx::Result<Guarded> {
+    match guard_held(connection, lease, release).await? {
+        Guarded::NotOurs => guard_released(connection, lease).await,
+        guarded => Ok(guarded),
+    }
+}
+
+/// In one message, whatever it takes.
+async fn guard_held(
     connection: &mut MySqlConnection,
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
     // First, as the row is seen that this writes itself. A snapshot is fixed by it, but no older than what follows.
     let sees_grant = format!(
-        "{}; SELECT fencing_token = {} AND previous_token >= {} FROM {} WHERE id = {}",
+        "{}; {} fencing_token = {} AND previous_token >= {} FROM {} WHERE id = {}",
         show(&lease.server),
+        select_within(MySql::GUARD_LIMIT),
         lease.fencing_token,
         lease.mark,
         lease.server.table.name(),
         lease.row.id
     );
-    if let Some(write) = write(lease, release) {
+    if let Some(write) = write(lease, release, "") {
         let note = if release {
-            format!("; SET @lock_db_released = {}", lease.fencing_token)
+            format!(
+                "; SET @lock_db_released = {token}; SAVEPOINT {RELEASED}{token}",
+                token = lease.fencing_token
+            )
         } else {
             String::new()
         };
-        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){note}");
+        let sql =
+            format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){note}; SAVEPOINT {USED}");
         return guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?);
     }
     let sql = format!(
-        "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
+        "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE; SAVEPOINT {USED}",
         select_within(MySql::GUARD_LIMIT),
         lease.server.table.name(),
-        is_ours(lease)
+        is_ours(lease, "")
     );
     guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?)
+}
+
+/// Whether this transaction has released it, by a savepoint that ends with the transaction.
+async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<Guarded> {
+    let savepoint = format!("SAVEPOINT {RELEASED}{}", lease.fencing_token);
+    let sql = format!(
+        "RELEASE {savepoint}; {savepoint}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
+        select_within(MySql::GUARD_LIMIT),
+        lease.server.table.name(),
+        is_ours(lease, "OR TRUE")
+    );
+    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
+        Ok(rows) => {
+            let count = rows.last().map_or(Ok(0), |row| row.try_get::<i64, _>(0))?;
+            Ok(if count > 0 { Guarded::Ours } else { Guarded::NotOurs })
+        }
+        Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::NotOurs),
+        Err(error) => Err(error),
+    }
 }
 
 /// By what the plain read found, which comes first, and the locking one or the write, which counts last.
@@ -187,7 +232,7 @@ pub(super) async fn doom(connection: &mut MySqlConnection) {
 }
 
 /// The guard that has to be a write: to release, and where a lock reaches no further than its own node.
-fn write(lease: &LeaseKey, release: bool) -> Option<String> {
+fn write(lease: &LeaseKey, release: bool, or_released: &str) -> Option<String> {
     let set = match (release, lease.server.cluster) {
         (true, _) => "expire_time = '1970-01-01 00:00:00', ttl_micros = 0, guard_count = guard_count + 1",
         (false, Cluster::MultiPrimary) => "guard_count = guard_count + 1",
@@ -198,7 +243,7 @@ fn write(lease: &LeaseKey, release: bool) -> Option<String> {
         "{} id FROM {table} WHERE id = {} FOR UPDATE; UPDATE {table} SET {set} WHERE {}",
         select_within(MySql::GUARD_LIMIT),
         lease.row.id,
-        is_ours(lease),
+        is_ours(lease, or_released),
         table = lease.server.table.name(),
     ))
 }
@@ -296,6 +341,7 @@ async fn lock_and_write(
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id} AND lock_name = {name};
         SET {TAKEN} = IF({TAKEN} IS NULL, {secret}, RIGHT(CONCAT({TAKEN}, {secret}), {MOST_TAKEN}));
+        SAVEPOINT {USED};
         SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
         FROM {table} WHERE id = {id}",
         literal(&claim.owner),
@@ -308,31 +354,24 @@ async fn lock_and_write(
     Ok(RowAttempt::Locked { fencing_token, before })
 }
 
-/// By a plain read first, whose limit is one for the table as well: a row that a lease holds is not to be locked. It fixes the snapshot of a
-/// transaction that has none yet.
+/// By the savepoint that `lock_row` and `guard` leave: the transaction keeps the table from being altered since then.
+pub(super) async fn has_used_table(connection: &mut MySqlConnection) -> sqlx::Result<bool> {
+    let sql = format!("RELEASE SAVEPOINT {USED}; SAVEPOINT {USED}");
+    match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
+        Ok(_) => Ok(true),
+        Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// By a plain read, in a transaction that has a snapshot already.
 pub(super) async fn find_row(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    kind: Kind,
 ) -> sqlx::Result<Option<LockRow>> {
     let (table, name) = (server.table.name(), literal(name));
     let look = format!("{} {} FROM {table} WHERE lock_name = {name}", select_within(QUICK), lease::COLUMNS);
-    if let Some(row) = fetch_optional(connection, look.clone()).await? {
-        return lease::lock_row(&row).map(Some);
-    }
-    // Fails while another transaction makes it.
-    let make = format!(
-        "{} id FROM {table} WHERE lock_name = {name} FOR UPDATE NOWAIT;
-        INSERT INTO {table} (lock_name, lock_kind) VALUES ({name}, '{}')",
-        select_within(QUICK),
-        kind.as_str()
-    );
-    match sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut *connection).await {
-        // By somebody who was quicker, after this transaction's snapshot.
-        Err(error) if number(&error) == Some(DUPLICATE_KEY) => return Ok(None),
-        made => made?,
-    };
     fetch_optional(connection, look).await?.as_ref().map(lease::lock_row).transpose()
 }
 
@@ -362,13 +401,13 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::
 /// A statement in the application's connection goes as text, which its log shows when it takes long; so it tells a digest of
 /// the secret only.
 ///
-/// A released lease guards nothing, except in the transaction that releases it.
-fn is_ours(lease: &LeaseKey) -> String {
+/// A released lease guards nothing, except in the transaction that releases it: `or_released` tells which that is.
+fn is_ours(lease: &LeaseKey, or_released: &str) -> String {
     let digest = sha2::Sha256::digest(lease.secret.as_str());
     let digits = digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"));
     format!(
         "id = {} AND lock_name = {} AND fencing_token = {token} AND SHA2(secret_key, 256) = '{digits}'
-        AND (expire_time > '1970-01-01 00:00:00' OR @lock_db_released <=> {token})",
+        AND (expire_time > '1970-01-01 00:00:00' {or_released})",
         lease.row.id,
         literal(&lease.row.name),
         token = lease.fencing_token,

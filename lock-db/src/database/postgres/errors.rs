@@ -4,9 +4,6 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::database::Fault;
 
-/// The guard found that the lease is not ours any more: see `transaction`.
-pub(super) const DIVISION_BY_ZERO: &str = "22012";
-
 /// The transaction is not the one any more that was begun: see `transaction`.
 pub(super) const LOGARITHM_OF_ZERO: &str = "2201E";
 
@@ -15,6 +12,10 @@ pub(super) const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 pub(super) fn code(error: &sqlx::Error) -> Option<&str> {
     Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.code())
+}
+
+pub(super) fn says(error: &sqlx::Error, text: &str) -> bool {
+    error.as_database_error().is_some_and(|error| error.message().contains(text))
 }
 
 /// Of those that say `LOCK_NOT_AVAILABLE`: whether it was waited for, and not NOWAIT. Their texts are in the server's language.

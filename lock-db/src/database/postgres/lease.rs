@@ -117,14 +117,14 @@ WHERE lease.id = until.id";
 const GIVE_NOTICE: &str = "
 UPDATE {table} AS lease
 SET expire_time = CASE WHEN due.is_too_far
-        THEN clock_timestamp() + abs(lease.ttl_micros) * interval '1 microsecond'
+        THEN clock_timestamp() + GREATEST(abs(lease.ttl_micros), 1000000) * interval '1 microsecond'
         ELSE GREATEST(lease.expire_time, clock_timestamp() + due.notice) END,
     ttl_micros = CASE WHEN due.is_too_far THEN lease.ttl_micros ELSE 0 END
 FROM (
     SELECT id, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
         expire_time > clock_timestamp() + (abs(ttl_micros) + 2000000) * interval '1 microsecond' AS is_too_far
     FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND ttl_micros <> 0 AND expire_time > '1970-01-01 00:00:00+00'
+    WHERE lock_name = $1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE SKIP LOCKED) AS due
 WHERE lease.id = due.id
     AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))";

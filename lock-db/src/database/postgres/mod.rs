@@ -191,6 +191,10 @@ impl LockDatabase for Postgres {
         transaction::has_snapshot(transaction).await
     }
 
+    async fn has_used_table(connection: &mut PgConnection) -> sqlx::Result<bool> {
+        transaction::has_used_table(connection).await
+    }
+
     async fn lock_row(
         connection: &mut PgConnection,
         server: &Server,

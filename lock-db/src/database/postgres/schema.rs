@@ -31,10 +31,14 @@ SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', cur
         JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] AND attname = 'lock_name'
         JOIN pg_collation ON pg_collation.oid = attcollation
         WHERE indrelid = class.oid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
-            AND indnkeyatts = 1 AND atttypid = 'text'::regtype AND collisdeterministic)
+            AND indnkeyatts = 1 AND atttypid = 'text'::regtype AND collisdeterministic),
+    EXISTS (SELECT 1 FROM pg_proc WHERE oid = to_regprocedure('pg_catalog.pg_control_system()') AND proacl IS NULL)
 FROM (SELECT to_regclass($1) AS oid) AS asked
 LEFT JOIN pg_class AS class ON class.oid = asked.oid
 LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace";
+
+/// The number that a server was given when it was made, and shares with its standbys. Where everybody may ask for it.
+const SERVER: &str = "SELECT system_identifier FROM pg_control_system()";
 
 const SCHEMAS_WITH_TABLE: &str = "
 SELECT namespace.nspname::text FROM pg_class AS class
@@ -100,7 +104,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         Some(schema) => format!("{}.distributed_lock", quoted(connection, schema).await?),
         None => "distributed_lock".to_owned(),
     };
-    let row = sqlx::query(FIND).bind(name).fetch_one(connection).await?;
+    let row = sqlx::query(FIND).bind(name).fetch_one(&mut *connection).await?;
     if row.try_get(0)? {
         let standby = std::io::Error::other("the server is a standby, which only reads");
         return Err(sqlx::Error::Io(standby));
@@ -150,8 +154,12 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         );
     }
     let (encoding, database): (&str, &str) = (row.try_get(2)?, row.try_get(3)?);
+    let mut server = String::new();
+    if row.try_get(14)? {
+        server = sqlx::query_scalar::<_, i64>(SERVER).fetch_one(connection).await?.to_string();
+    }
     Ok(Found::Table(Server {
-        table: Table::new(schema, '"', format!("{database}/{oid}")).into(),
+        table: Table::new(schema, '"', format!("{database}/{oid}/{server}")).into(),
         cluster: Cluster::SinglePrimary,
         is_mariadb: false,
         keeps_counter: false,

@@ -7,7 +7,7 @@ use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row};
 
-use super::errors::{DIVISION_BY_ZERO, LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout};
+use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
 use crate::Kind;
 use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
 
@@ -21,7 +21,7 @@ use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClai
 /// the transaction when it hears nothing of its client for a TTL: until then the lock can't be taken.
 const GUARD: &str = "
 WITH bound AS MATERIALIZED (
-    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true),
+    SELECT current_setting('lock_db.guard_before', true) AS before, set_config('lock_timeout', $3, true),
         (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle,
         ln(COALESCE(current_setting('lock_db.here', true) = '1', false)::integer))
 SELECT set_config('lock_timeout', before, true),
@@ -36,7 +36,7 @@ FROM (
 /// The row is settled only when no other transaction guards by this lease: such a one could still be committed.
 const GUARD_AND_RELEASE: &str = "
 WITH bound AS MATERIALIZED (
-    SELECT current_setting('lock_timeout') AS before, set_config('lock_timeout', $3, true),
+    SELECT current_setting('lock_db.guard_before', true) AS before, set_config('lock_timeout', $3, true),
         (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle,
         ln(COALESCE(current_setting('lock_db.here', true) = '1', false)::integer)),
 alone AS MATERIALIZED (
@@ -82,7 +82,7 @@ written AS (
     FROM found WHERE held.id = found.id
     RETURNING held.fencing_token, held.secret_key AS now, found.secret_key)
 SELECT seen.lock_kind, written.fencing_token, written.secret_key, EXISTS (SELECT 1 FROM found),
-    set_config('lock_timeout', current_setting('lock_db.limit_before'), true),
+    set_config('lock_timeout', current_setting('lock_db.limit_before'), true), set_config('lock_db.limit_before', '', true),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
 FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
@@ -98,17 +98,64 @@ const LOCK_ROW_AT_ONCE: &str = lock_row_at_once!("SKIP LOCKED");
 /// transaction.
 const LOCK_ROW_OR_FAIL: &str = lock_row_at_once!("NOWAIT");
 
-/// As `Table::identity` was found. No statement may name a table that is not there: that would end the transaction.
-/// The setting ends with the transaction: when it is gone at the next statement, none was open.
-const IS_HERE: &str = "
-SELECT COALESCE(current_database() || '/' || to_regclass($1)::oid = $2, false), set_config('lock_db.here', '1', true)";
+/// Whether this is the table of that name whose identity was found: in this database, and of this server, if that tells.
+macro_rules! is_here {
+    ($name:literal, $identity:literal, $server:literal) => {
+        concat!(
+            "COALESCE(concat(current_database(), '/', to_regclass(",
+            $name,
+            ")::oid, '/'",
+            $server,
+            ") = ",
+            $identity,
+            ", false)"
+        )
+    };
+}
+
+/// No statement may name a table that is not there: that would end the transaction.
+///
+/// The setting ends with the transaction: when it is gone at the next statement, none was open. The limit is there for the table, which is
+/// locked before a statement that names it can set one.
+macro_rules! look_for_table {
+    ($server:literal) => {
+        concat!(
+            "
+SELECT is_here, CASE WHEN is_here THEN
+    concat(
+        set_config('lock_db.here', '1', true), set_config('lock_db.guard_before', current_setting('lock_timeout'), true),
+        set_config('lock_timeout', '5s', true)) END
+FROM (SELECT ",
+            is_here!("$1", "$2", $server),
+            " AS is_here) AS looked"
+        )
+    };
+}
+
+const IS_HERE: &str = look_for_table!("");
+const IS_ON_SERVER: &str = look_for_table!(", (SELECT system_identifier FROM pg_control_system())");
 
 /// The arguments of the block below, which takes none: settings that end with the transaction.
-const TELL: &str = "
-SELECT COALESCE(current_database() || '/' || to_regclass($6)::oid = $7, false),
+macro_rules! tell {
+    ($server:literal) => {
+        concat!(
+            "SELECT ",
+            is_here!("$6", "$7", $server),
+            ",
     set_config('lock_db.name', $1, true), set_config('lock_db.kind', $2, true),
     set_config('lock_db.secret', $3, true), set_config('lock_db.owner', $4, true),
-    set_config('lock_db.limit', $5, true)";
+    set_config('lock_db.limit', $5, true)"
+        )
+    };
+}
+
+const TELL: &str = tell!("");
+const TELL_ON_SERVER: &str = tell!(", (SELECT system_identifier FROM pg_control_system())");
+
+/// Whether the identity of the table names the server: where anybody may ask for its number.
+fn names_server(server: &Server) -> bool {
+    !server.table.identity.ends_with('/')
+}
 
 /// Around the blocks that the server carries out.
 pub(super) const DOLLAR_QUOTE: &str = "$lock_db$";
@@ -177,7 +224,8 @@ BEGIN
     IF is_written IS NOT TRUE THEN
         RAISE SQLSTATE 'LDB01' USING MESSAGE = 'unwritten';
     END IF;
-    PERFORM set_config('lock_timeout', limit_before, true), set_config('lock_db.outcome', 'locked', true),
+    PERFORM set_config('lock_timeout', limit_before, true), set_config('lock_db.limit_before', '', true),
+        set_config('lock_db.outcome', 'locked', true),
         set_config('lock_db.taken',
             concat(current_setting('lock_db.taken', true), current_setting('lock_db.secret')), true),
         set_config('lock_db.token', held.previous_token::text, true),
@@ -193,6 +241,10 @@ SELECT current_setting('lock_db.outcome'), current_setting('lock_db.token', true
 const WAS_ITS_OWN: &str =
     "SELECT COALESCE(position($1 IN current_setting('lock_db.taken', true)) > 0, false)";
 
+/// `lock_row` leaves the one, and `guard` the other.
+const HAS_USED_TABLE: &str = "
+SELECT COALESCE(current_setting('lock_db.taken', true), '') <> '' OR COALESCE(current_setting('lock_db.here', true), '') <> ''";
+
 /// A utility statement, which takes no snapshot.
 const SHOW_LEVEL: &str = "SHOW transaction_isolation";
 
@@ -200,8 +252,13 @@ const SHOW_LEVEL: &str = "SHOW transaction_isolation";
 const DOOM: &str =
     "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
 
-/// Fails by a logarithm of zero when the transaction is not the marked one: that has ended, and its mark with it.
-const CHECK_MARK: &str = "SELECT ln(COALESCE(current_setting('lock_db.mark', true) = '1', false)::integer)";
+/// Texts that are no numbers, in errors of the server.
+const NOT_OURS: &str = "lock_db: not ours";
+const ENDED: &str = "lock_db: ended";
+
+/// Fails when the transaction is not the marked one: that has ended, and its mark with it.
+const CHECK_MARK: &str = "
+SELECT CAST(CASE current_setting('lock_db.mark', true) WHEN '1' THEN '1' ELSE 'lock_db: ended' END AS integer)";
 
 /// The transaction that begins with it is empty: it is there for the COMMIT of the handle, which would warn without one.
 const COMMIT: &str = "COMMIT AND CHAIN";
@@ -246,7 +303,8 @@ async fn begin_anew(connection: &mut PgConnection) -> sqlx::Result<()> {
 }
 
 pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
-    let query = sqlx::query_scalar(IS_HERE).bind(server.table.name());
+    let sql = if names_server(server) { IS_ON_SERVER } else { IS_HERE };
+    let query = sqlx::query_scalar(sql).bind(server.table.name());
     query.bind(&*server.table.identity).fetch_one(connection).await
 }
 
@@ -278,7 +336,7 @@ async fn wait_and_lock(
     claim: &RowClaim,
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
-    let is_here: bool = sqlx::query_scalar(TELL)
+    let is_here: bool = sqlx::query_scalar(if names_server(server) { TELL_ON_SERVER } else { TELL })
         .bind(&*claim.row.name)
         .bind(claim.kind.as_str())
         .bind(claim.secret.as_str())
@@ -310,6 +368,10 @@ fn number(row: &PgRow) -> sqlx::Result<i64> {
     row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
 }
 
+pub(super) async fn has_used_table(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar(HAS_USED_TABLE).fetch_one(connection).await
+}
+
 pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> sqlx::Result<bool> {
     sqlx::query_scalar(WAS_ITS_OWN).bind(secret).fetch_one(connection).await
 }
@@ -333,11 +395,11 @@ pub(super) async fn commit_guarded(
                 UPDATE {table} AS lease SET expire_time = '1970-01-01 00:00:00+00',
                     ttl_micros = CASE WHEN EXISTS (SELECT 1 FROM alone) THEN 0 ELSE lease.ttl_micros END
                 WHERE {is_ours} RETURNING lease.id, substr(lease.waiters, 49, 8) AS listener)
-            SELECT 1 / count(*), max(id), max(listener) FROM released"
+            SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{NOT_OURS}' END AS integer), max(id), max(listener) FROM released"
         )
     } else {
         format!(
-            "SELECT 1 / count(*) FROM (
+            "SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{NOT_OURS}' END AS integer) FROM (
                 SELECT 1 FROM {table} AS lease WHERE {is_ours} FOR KEY SHARE) AS guarded"
         )
     };
@@ -351,11 +413,10 @@ async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> 
     let sql = format!("{CHECK_MARK}; {guard} {COMMIT}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
         Ok(rows) => Ok(Guarded::Committed { call: rows.last().and_then(called) }),
-        Err(error) => match code(&error) {
-            Some(DIVISION_BY_ZERO) => Ok(Guarded::NotOurs),
-            Some(LOGARITHM_OF_ZERO) => Ok(Guarded::Ended),
-            _ => Err(error),
-        },
+        // By their text: what a trigger of the owner's fails with at the COMMIT may have any code.
+        Err(error) if says(&error, NOT_OURS) => Ok(Guarded::NotOurs),
+        Err(error) if says(&error, ENDED) => Ok(Guarded::Ended),
+        Err(error) => Err(error),
     }
 }
 

@@ -102,15 +102,15 @@ SET expire_time = CASE WHEN due.is_too_far THEN due.after_ttl ELSE max(expire_ti
 FROM (
     SELECT id AS due_id,
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
-            printf('+%d.%03d seconds', abs(ttl_micros) / 1000000, abs(ttl_micros) / 1000 % 1000)) AS after_ttl,
+            printf('+%d.%03d seconds', max(abs(ttl_micros), 1000000) / 1000000, max(abs(ttl_micros), 1000000) / 1000 % 1000))
+            AS after_ttl,
         strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', min(ttl_micros / 5, 1000000) / 1000000, min(ttl_micros / 5, 1000000) / 1000 % 1000))
             AS after_notice,
         expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000 + 2, abs(ttl_micros) / 1000 % 1000)) AS is_too_far
     FROM {table}
-    WHERE lock_name = ?1 AND lock_kind = 'insert' AND ttl_micros <> 0
-      AND expire_time > '1970-01-01 00:00:00.000000') AS due
+    WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00.000000') AS due
 WHERE id = due.due_id AND (due.is_too_far OR (ttl_micros > 0 AND expire_time <= due.after_notice))";
 
 const SETTLE: &str = "
