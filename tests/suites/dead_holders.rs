@@ -15,7 +15,7 @@ use lock_tests::{child_roles, for_each_database};
 use dead_holders::clocks::{
     a_holder_that_is_killed, a_holder_that_lives, a_kept_lock_and_transactions,
     a_killed_holder_and_several_names, a_killed_holder_and_transactions, a_killed_holder_and_tries,
-    a_lock_that_is_kept_for_a_while, hold_a_lease,
+    a_killed_holder_that_was_given_notice, a_lock_that_is_kept_for_a_while, hold_a_lease,
 };
 use dead_holders::locked_rows::{
     by_a_clean_up, by_a_clean_up_that_waits, by_a_guarded_transaction, by_a_look_that_locks,
@@ -31,6 +31,7 @@ child_roles! { hold_a_lease }
 for_each_database! {
     a_holder_that_is_killed,
     a_killed_holder_and_tries,
+    a_killed_holder_that_was_given_notice,
     a_killed_holder_and_transactions,
     a_killed_holder_and_several_names,
     a_holder_that_lives,

@@ -6,7 +6,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks, Loss};
-use lock_tests::{Backend, Direction, TestDatabase, TestServer, eventually, for_each_database};
+use lock_tests::{
+    Backend, Direction, PostgresServer, TestDatabase, TestServer, eventually, for_each_database,
+};
 use sqlx::Connection;
 use tokio::time::timeout;
 
@@ -24,6 +26,7 @@ for_each_database! {
     the_lease_stays_until_the_transaction_has_ended,
     connections_come_back_as_they_were,
     a_release_counts_with_the_commit,
+    what_a_transaction_released_guards_that_one,
     a_release_that_is_rolled_back_does_not_count,
     commit_and_release_do_both_or_nothing,
     what_a_commit_released_may_be_taken_at_once,
@@ -35,6 +38,7 @@ for_each_database! {
     a_late_copy_of_the_request_brings_no_lease_back,
     ;
     on servers:
+    what_a_transaction_released_guards_no_other_one,
     a_refusal_that_an_old_snapshot_explains_does_not_end_the_lease,
     nobody_calls_a_lease_held_whose_release_may_have_been_committed,
     a_commit_does_not_wait_for_ever,
@@ -429,6 +433,41 @@ async fn a_release_counts_with_the_commit<T: TestDatabase>(database: &T) {
     locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
 }
 
+/// On the same connection: what the first one noted there ends with it. (On SQLite it may, before anybody else has taken the lock: a
+/// transaction with an older snapshot than its writes can't take it afterwards.)
+async fn what_a_transaction_released_guards_no_other_one<T: TestServer>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let pool = database.pool(1).await;
+    for _ in 0..20 {
+        let lease = lease::<T>(&locks).await;
+        let mut transaction = pool.begin().await.unwrap();
+        lease.release_in(&mut transaction).await.unwrap();
+        transaction.commit().await.unwrap();
+        let mut transaction = pool.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        // Before the watchdog has seen it, perhaps.
+        let verified = lease.verify_in(&mut transaction).await;
+        assert!(matches!(verified, Err(Error::Lost { .. } | Error::Serialization { .. })), "{verified:?}");
+        drop(transaction);
+    }
+    assert_eq!(count(database).await, 0);
+}
+
+async fn what_a_transaction_released_guards_that_one<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let lease = lease::<T>(&locks).await;
+    let mut transaction = database.pool(1).await.begin().await.unwrap();
+    lease.release_in(&mut transaction).await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    lease.verify_in(&mut transaction).await.unwrap();
+    lease.release_in(&mut transaction).await.unwrap();
+    transaction.commit().await.unwrap();
+    assert_eq!(count(database).await, 1);
+    locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
 async fn a_release_that_is_rolled_back_does_not_count<T: TestDatabase>(database: &T) {
     counter(database).await;
     let locks = database.locks().await;
@@ -703,4 +742,30 @@ async fn under_a_commit_without_an_answer_no_other_transaction_begins<T: TestSer
     // Under another lease they are in order.
     let held = lease::<T>(&locks).await;
     held.begin().await.unwrap().commit().await.unwrap();
+}
+
+mod on_postgres {
+    use super::*;
+
+    lock_tests::__tests_on!(postgres PostgresServer a_failure_of_a_deferred_trigger_is_no_loss);
+
+    /// Whatever code it fails with: that is the owner's.
+    async fn a_failure_of_a_deferred_trigger_is_no_loss(database: &PostgresServer) {
+        counter(database).await;
+        database
+            .run(
+                "CREATE FUNCTION fails() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN 1 / 0; END';
+                CREATE CONSTRAINT TRIGGER fails AFTER UPDATE ON counter DEFERRABLE INITIALLY DEFERRED
+                FOR EACH ROW EXECUTE FUNCTION fails()",
+            )
+            .await;
+        let locks = database.locks().await;
+        let lease = lease::<PostgresServer>(&locks).await;
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<sqlx::Postgres>(&mut transaction).await;
+        let committed = transaction.commit().await;
+        assert!(matches!(committed, Err(Error::Database { .. })), "{committed:?}");
+        assert!(lease.is_held());
+        lease.begin().await.unwrap().commit().await.unwrap();
+    }
 }

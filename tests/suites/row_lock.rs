@@ -6,7 +6,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
-use lock_tests::{Backend, TestDatabase, eventually, for_each_database, is_taken};
+use lock_tests::{Backend, PostgresServer, TestDatabase, eventually, for_each_database, is_taken};
 use sqlx::Connection;
 use tokio::task::JoinSet;
 
@@ -325,4 +325,21 @@ async fn an_acquire_that_is_dropped_before_an_empty_pool_leaves_nothing<T: TestD
     }
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     other.row_lock("a").try_acquire().await.unwrap().expect("it is free").rollback().await.unwrap();
+}
+
+mod on_postgres {
+    use super::*;
+
+    lock_tests::__tests_on!(postgres PostgresServer a_limit_that_is_set_in_a_guard_stays);
+
+    /// Also one that is changed in a transaction of lock-db's own.
+    async fn a_limit_that_is_set_in_a_guard_stays(database: &PostgresServer) {
+        let locks = database.locks().await;
+        let mut guard = locks.row_lock("a").acquire().await.unwrap();
+        sqlx::Postgres::run(&mut guard, "SET LOCAL lock_timeout = '777ms'").await.unwrap();
+        locks.row_lock("b").acquire_in(&mut guard).await.unwrap();
+        let setting = "SELECT CAST(REPLACE(current_setting('lock_timeout'), 'ms', '') AS BIGINT)";
+        assert_eq!(sqlx::Postgres::find_number(&mut guard, setting).await.unwrap(), Some(777));
+        guard.commit().await.unwrap();
+    }
 }

@@ -62,6 +62,15 @@ pub async fn a_killed_holder_and_tries<T: TestDatabase>(database: &T) {
     .await;
 }
 
+/// The process that gave notice is gone as well.
+pub async fn a_killed_holder_that_was_given_notice<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    dead_holder(database).await;
+    set_back(database, DAY).await;
+    assert_eq!(database.run("UPDATE distributed_lock SET ttl_micros = 0 WHERE lock_name = 'a'").await, 1);
+    locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
 pub async fn a_killed_holder_and_transactions<T: TestDatabase>(database: &T) {
     let (locks, pool) = (database.locks().await, database.pool(2).await);
     dead_holder(database).await;
