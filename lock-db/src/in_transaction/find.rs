@@ -246,13 +246,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Rules out the last holder of a lease that has run out or was released.
     pub(super) async fn settle(&self) -> Result<(), Error> {
         let name = self.name.clone();
-        let limit = self.left().unwrap_or(ANSWER_LIMIT).max(SHORTEST_ANSWER) + LONGEST_NOTICE;
+        let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT) + LONGEST_NOTICE;
         self.ask_within(limit, |answer| Request::Settle { name, answer }).await
     }
 
     /// The same for a transaction that is open and is to go on.
     pub(super) async fn settle_for(&self, connection: &mut DB::Connection) -> Result<(), Error> {
-        self.ask_for(connection, |answer| Request::Settle { name: self.name.clone(), answer }).await
+        let settled = self.settle().await;
+        self.unless_in_the_way(connection, settled, async || self.settle().await).await
     }
 
     /// As `ask`, for a transaction of the caller: when it may be what keeps the session from the table, it does not ask again, so that its
@@ -263,16 +264,23 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         request: impl Fn(Answer<T>) -> Request,
     ) -> Result<T, Error> {
         let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT);
-        match self.ask_within(limit, &request).await {
+        let answer = self.ask_within(limit, &request).await;
+        self.unless_in_the_way(connection, answer, async || self.ask(&request).await).await
+    }
+
+    async fn unless_in_the_way<T>(
+        &self,
+        connection: &mut DB::Connection,
+        answer: Result<T, Error>,
+        again: impl AsyncFnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match answer {
             Err(error @ Error::Database { .. }) if error.is_retryable() => {
                 let used = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
-                if !matches!(used, Ok(false)) {
-                    return Err(error);
-                }
+                if matches!(used, Ok(false)) { again().await } else { Err(error) }
             }
-            answer => return answer,
+            answer => answer,
         }
-        self.ask(request).await
     }
 
     /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
