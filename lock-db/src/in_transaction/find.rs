@@ -110,7 +110,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let has_used_table = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
         if matches!(has_used_table, Ok(true)) {
             let found = DB::find_row(connection, server, self.name);
-            if let Ok(Some(row)) = bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
+            // A lease that is held is not waited for: its holder can't reach the table either.
+            if let Ok(Some(row)) = bounds::answer::<DB, _>(ANSWER_LIMIT, found).await
+                && (row.kind != Kind::Insert || row.is_settled())
+            {
                 return Ok(row);
             }
         }
