@@ -228,9 +228,6 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if failure.is_busy() {
             return Ok(Step::Stalled(failure));
         }
-        if failure.ends_transaction() {
-            bounds::doom::<DB>(connection).await;
-        }
         Err(failure.into_error(ACTION, Some(self.name)))
     }
 

@@ -345,15 +345,18 @@ async fn connect<DB: LockDatabase>(
     answer: &mut Answer<DB>,
 ) -> Result<Option<PoolConnection<DB>>, NotBegun> {
     let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
+    let mut found_out = false;
     let connected = select! {
         biased;
         () = answer.closed() => return Ok(None),
         connected = timeout(left, attempt.locks.pool().acquire()) => connected,
-        error = finds_out_why(attempt, turn) => Ok(Err(error)),
+        error = finds_out_why(attempt, turn, &mut found_out) => Ok(Err(error)),
     };
     match connected {
         Ok(Ok(connection)) => {
-            turn.learn(Known::Nothing);
+            if found_out {
+                turn.learn(Known::Nothing);
+            }
             Ok(Some(connection))
         }
         Err(_) | Ok(Err(sqlx::Error::PoolTimedOut)) => Err(NotBegun::Error(attempt.gives_up().await)),
@@ -363,7 +366,11 @@ async fn connect<DB: LockDatabase>(
 
 /// What keeps the pool from giving a connection. A pool whose connections are all lent looks like one that can't make any, so the
 /// session is asked whether the database answers. Resolves when it refuses.
-async fn finds_out_why<DB: LockDatabase>(attempt: &Attempt<'_, DB>, turn: &Turn) -> sqlx::Error {
+async fn finds_out_why<DB: LockDatabase>(
+    attempt: &Attempt<'_, DB>,
+    turn: &Turn,
+    found_out: &mut bool,
+) -> sqlx::Error {
     let pool = attempt.locks.pool();
     let mut pause = PATIENCE;
     if is_lent_out(pool)
@@ -376,7 +383,9 @@ async fn finds_out_why<DB: LockDatabase>(attempt: &Attempt<'_, DB>, turn: &Turn)
         if !is_lent_out(pool) {
             return refusal(pool).await;
         }
-        turn.learn(match attempt.look().await {
+        let looked = attempt.look().await;
+        *found_out = true;
+        turn.learn(match looked {
             Err(Error::Database { source, .. }) => Known::Failure(Failure::new::<DB>(source)),
             _ => Known::NoConnection,
         });
