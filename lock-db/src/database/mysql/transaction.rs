@@ -341,15 +341,18 @@ async fn lock_and_write(
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id} AND lock_name = {name};
         SET {TAKEN} = IF({TAKEN} IS NULL, {secret}, RIGHT(CONCAT({TAKEN}, {secret}), {MOST_TAKEN}));
-        SAVEPOINT {USED};
         SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
-        FROM {table} WHERE id = {id}",
+        FROM {table} WHERE id = {id};
+        SAVEPOINT {USED}",
         literal(&claim.owner),
     );
-    // A trigger may have its own idea of the row.
     let written = fetch_optional(connection, sql).await?;
     if !written.map_or(Ok(false), |row| row.try_get(0))? {
-        return Ok(RowAttempt::Unwritten);
+        // A trigger may have its own idea of the row. On a cluster the write of another node may have ended the transaction.
+        return Ok(match server.cluster {
+            Cluster::SinglePrimary => RowAttempt::Unwritten,
+            Cluster::MultiPrimary => RowAttempt::Stale,
+        });
     }
     Ok(RowAttempt::Locked { fencing_token, before })
 }
