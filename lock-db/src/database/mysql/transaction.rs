@@ -153,21 +153,21 @@ async fn guard_held(
         lease.server.table.name(),
         lease.row.id
     );
+    let used = note(&lease.server, USED);
     if let Some(write) = write(lease, release, "") {
-        let note = if release {
-            format!(
-                "; SET @lock_db_released = {token}; SAVEPOINT {RELEASED}{token}",
-                token = lease.fencing_token
-            )
-        } else {
-            String::new()
-        };
-        let sql =
-            format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){note}; SAVEPOINT {USED}");
+        let mut released = String::new();
+        if release {
+            let token = lease.fencing_token;
+            released = format!(
+                "; SET @lock_db_released = {token}{}",
+                note(&lease.server, &format!("{RELEASED}{token}"))
+            );
+        }
+        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){released}{used}");
         return guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?);
     }
     let sql = format!(
-        "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE; SAVEPOINT {USED}",
+        "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE{used}",
         select_within(MySql::GUARD_LIMIT),
         lease.server.table.name(),
         is_ours(lease, "")
@@ -178,11 +178,15 @@ async fn guard_held(
 /// Whether this transaction has released it, by a savepoint that ends with the transaction.
 async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<Guarded> {
     let savepoint = format!("SAVEPOINT {RELEASED}{}", lease.fencing_token);
+    let (check, or_released) = match lease.server.cluster {
+        Cluster::SinglePrimary => (format!("RELEASE {savepoint}; {savepoint};"), "OR TRUE"),
+        Cluster::MultiPrimary => (String::new(), RELEASED_IN_MARKED),
+    };
     let sql = format!(
-        "RELEASE {savepoint}; {savepoint}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
+        "{check} {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
         select_within(MySql::GUARD_LIMIT),
         lease.server.table.name(),
-        is_ours(lease, "OR TRUE")
+        is_ours(lease, or_released)
     );
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
         Ok(rows) => {
@@ -342,9 +346,9 @@ async fn lock_and_write(
         WHERE id = {id} AND lock_name = {name};
         SET {TAKEN} = IF({TAKEN} IS NULL, {secret}, RIGHT(CONCAT({TAKEN}, {secret}), {MOST_TAKEN}));
         SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
-        FROM {table} WHERE id = {id};
-        SAVEPOINT {USED}",
+        FROM {table} WHERE id = {id}{}",
         literal(&claim.owner),
+        note(server, USED),
     );
     let written = fetch_optional(connection, sql).await?;
     if !written.map_or(Ok(false), |row| row.try_get(0))? {
@@ -389,6 +393,15 @@ fn select_within(limit: Duration) -> String {
         limit / 1000,
         limit % 1000
     )
+}
+
+/// Behind other statements: a savepoint that tells something as long as the transaction lasts. Not on a cluster: there the write of another
+/// node ends the transaction at any moment, and a savepoint that comes next would swallow the error that says so.
+fn note(server: &Server, name: &str) -> String {
+    match server.cluster {
+        Cluster::SinglePrimary => format!("; SAVEPOINT {name}"),
+        Cluster::MultiPrimary => String::new(),
+    }
 }
 
 /// Before other statements in the caller's session: a temporary table hides the one that is meant, also by its full name.
