@@ -160,7 +160,8 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                 let _ = answer.send(row.map_err(|failure| failure.into_error("read the row", Some(&name))));
             })),
             Request::Migrate { answer } => drop(spawn_local(async move {
-                let migrated = twice(async || core.lane.migrate().await).await;
+                // On a cluster other nodes migrate at the same time: what a migration meets of theirs passes.
+                let migrated = patiently(async || core.lane.migrate().await).await;
                 let migrated =
                     migrated.map_err(|failure| failure.into_error("create `distributed_lock`", None));
                 // Whatever the ledger says, it is the table that has to fit.
