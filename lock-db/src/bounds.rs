@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::timeout;
-
+use crate::clock::timeout;
 use crate::database::LockDatabase;
 use crate::error::Failure;
 

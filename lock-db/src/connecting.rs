@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use sqlx::{ConnectOptions, Connection, Pool};
 use tokio::select;
-use tokio::time::sleep;
 
+use crate::clock::sleep;
 use crate::database::LockDatabase;
 
 /// How long a pool may take before it is looked for what keeps it.

@@ -9,6 +9,7 @@
 pub mod __private;
 mod ambient;
 mod bounds;
+mod clock;
 mod connecting;
 mod database;
 mod error;

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Connection;
-use tokio::time::{sleep, timeout};
 
 use super::HeldInTransaction;
 use super::find::Found;
 use super::known_rows::KnownRow;
 use crate::bounds::{self, ANSWER_LIMIT};
+use crate::clock::{sleep, timeout};
 use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;

@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
-
 use super::attempt::{ACTION, Attempt, PAUSE, SHORT_PAUSE, SHORTEST_ANSWER};
 use super::known_rows::KnownRow;
 use crate::bounds::{self, ANSWER_LIMIT};
+use crate::clock::{sleep, timeout};
 use crate::database::{LockDatabase, LockRow, RowClaim, Server, is_busy};
 use crate::error::{Failure, WaitingFor};
 use crate::jitter::jitter;

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::Connection;
-use tokio::time::timeout;
 
 use super::hold::{Hold, KeptByTransaction};
 use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
+use crate::clock::timeout;
 use crate::database::{Fault, Guarded, LockDatabase};
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::session::Request;

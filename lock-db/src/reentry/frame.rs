@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::select;
 use tokio::sync::watch;
-use tokio::time::timeout;
 
 use super::gate::{Gate, Pass};
 use super::{Held, Lock};
+use crate::clock::timeout;
 use crate::error::{Loss, NoReentry, WaitingFor};
 use crate::sync::task_local;
 use crate::{Error, Kind};

@@ -28,6 +28,7 @@ pub(crate) use self::queues::{HandOff, Queues};
 use self::request::Acquire;
 pub(crate) use self::request::{Answer, Request};
 use crate::Error;
+use crate::clock;
 use crate::database::{Claim, Location, LockDatabase};
 use crate::insert::Hold;
 use crate::name::Name;
@@ -117,7 +118,7 @@ impl Session {
     pub(crate) async fn close(&self) {
         if let Some(mut closed) = self.begin_to_close() {
             // Whatever could not be released by then is free after its TTL.
-            let _in_time = tokio::time::timeout(CLOSE_LIMIT, closed.changed()).await;
+            let _in_time = clock::timeout(CLOSE_LIMIT, closed.changed()).await;
         }
     }
 
