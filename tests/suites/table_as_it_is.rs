@@ -10,6 +10,7 @@ mod table_as_it_is {
     mod changed_in_use;
     mod column_types;
     mod encodings;
+    mod made_anew;
     mod modes;
     mod on_mysql;
     mod on_postgres;

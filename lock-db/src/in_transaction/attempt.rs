@@ -228,6 +228,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if failure.is_busy() {
             return Ok(Step::Stalled(failure));
         }
+        // It may be the table that is another one by now.
+        self.locks.known_rows().forget(self.name);
         Err(failure.into_error(ACTION, Some(self.name)))
     }
 

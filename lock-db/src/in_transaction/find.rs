@@ -129,7 +129,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
             return Ok(true);
         }
-        self.locks.known_rows().remove(self.name);
+        self.locks.known_rows().forget_all();
         let before = KnownRow { id: claim.row.id, created: claim.created };
         let row = self.look_for(connection).await?.map_or(NO_ROW, |row| known(&row));
         (claim.row.id, claim.created) = (row.id, row.created);

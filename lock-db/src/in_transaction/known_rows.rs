@@ -27,8 +27,14 @@ impl KnownRows {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
     }
 
-    pub(super) fn remove(&self, name: &str) {
+    pub(super) fn forget(&self, name: &str) {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// When a row turned out not to be there any more: the table may be another one, and then no row is. Else each name would cost a
+    /// transaction to find that out.
+    pub(super) fn forget_all(&self) {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     pub(super) fn insert(&self, name: Name, row: KnownRow) {

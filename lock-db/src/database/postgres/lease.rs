@@ -19,12 +19,15 @@ use crate::limits::micros;
 use crate::secret::Secret;
 
 /// `clock_timestamp()` everywhere: `now()` stands still inside a transaction.
+///
+/// Here and wherever a column is answered: cast to TEXT, so that no other type that the column may be given changes the type of the
+/// answer. A prepared statement fails for ever then ("cached plan must not change result type").
 const LOOK: &str = "
-SELECT id, lock_kind, secret_key, owner, fencing_token,
+SELECT id, lock_kind::text, secret_key::text, owner::text, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
-       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text
 FROM {table} WHERE lock_name = $1";
 
 /// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
@@ -61,7 +64,7 @@ WHERE lease.id = (
         OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
             AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.lock_name, lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '',
+RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token";
 
 /// Answers the listener of the first in the queue, which is to be called.

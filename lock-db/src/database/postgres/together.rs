@@ -34,12 +34,12 @@ SET expire_time = LEAST(
         clock_timestamp() + (unlocked.ttl + 2000000) * interval '1 microsecond'),
     ttl_micros = unlocked.ttl
 FROM unlocked WHERE lease.id = unlocked.id
-RETURNING lease.secret_key";
+RETURNING lease.secret_key::text";
 
 /// Which leases are ours, and whether notice was given of a takeover. In a transaction of its own (see `renew`), because what
 /// spreads reads over replicas must not answer it by an old one.
 const STILL_OURS: &str = "
-SELECT lease.secret_key, lease.ttl_micros <= 0
+SELECT lease.secret_key::text, lease.ttl_micros <= 0
 FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fencing_token)
 JOIN {table} AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
@@ -62,7 +62,7 @@ FROM unsynced, (
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.id = unlocked.id
-RETURNING lease.secret_key, lease.id, substr(lease.waiters, 49, 8)"#;
+RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#;
 
 /// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one statement and one commit.
 ///
@@ -100,11 +100,11 @@ FROM (
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
-RETURNING lease.secret_key, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
+RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
     lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#;
 
 const WHICH_ARE_OURS: &str = r#"
-SELECT lease.secret_key
+SELECT lease.secret_key::text
 FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
 JOIN {table} AS lease
     ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key"#;

@@ -81,7 +81,7 @@ written AS (
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.id = found.id
     RETURNING held.fencing_token, held.secret_key AS now, found.secret_key)
-SELECT seen.lock_kind, written.fencing_token, written.secret_key, EXISTS (SELECT 1 FROM found),
+SELECT seen.lock_kind::text, written.fencing_token, written.secret_key::text, EXISTS (SELECT 1 FROM found),
     set_config('lock_timeout', current_setting('lock_db.limit_before'), true), set_config('lock_db.limit_before', '', true),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
