@@ -13,9 +13,10 @@ use std::time::Duration;
 use self::shared_transaction::SharedTransaction;
 use crate::__private::Asked;
 use crate::database::LockDatabase;
+use crate::insert::{Hold, LeaseOptions};
 use crate::own_transaction::current_runtime;
 use crate::reentry::{self, Entered, Held, Inside, Lock};
-use crate::{Error, Lease, Locks, limits};
+use crate::{Error, Lease, Locks};
 
 pub use self::lease::AmbientLease;
 pub(crate) use self::shared_transaction::RowCall;
@@ -71,18 +72,19 @@ pub(crate) fn current() -> Option<Arc<dyn AnyLocks>> {
 impl<DB: LockDatabase> Locks<DB> {
     pub(crate) async fn annotated_lease(&self, asked: Asked<'_>) -> Result<(Lease<DB>, Inside), Error> {
         let lock = self.reentry_key(asked.name)?;
-        limits::check_ttl(asked.ttl.unwrap_or(self.default_ttl()))?;
-        let at_least = limits::check_at_least(asked.at_least)?;
+        let Asked { ttl, at_least, at_most, .. } = asked;
+        let options = LeaseOptions { ttl, at_least, at_most, fair: None };
+        options.check(self.default_ttl())?;
         let patience = asked.patience(self.default_wait())?;
-        let entered = if let Some(entered) = self.nested(&lock, asked, patience).await? {
+        let entered = if let Some(entered) = self.nested::<Hold>(&lock, asked, patience).await? {
+            entered.held.keep_for(at_least);
             entered
         } else {
-            let hold = self.hold(asked.name, asked.ttl, patience, None).await?;
+            let hold = self.hold(asked.name, &options, patience).await?;
             // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
             let none = || if patience.is_some() { Error::Closed } else { asked.taken_elsewhere() };
             taken(lock, hold.ok_or_else(none)?, asked)
         };
-        entered.held.keep_for(at_least);
         Ok((Lease::new(entered.held, self.clone()), entered.inside))
     }
 

@@ -244,6 +244,8 @@ pub enum Loss {
     TransactionEnded,
     /// The `Locks` was closed, which releases what is still held.
     Closed,
+    /// Its holder has had it for as long as [`at_most`](crate::InsertLock::at_most) allows, so it was taken back.
+    HeldTooLong,
     /// It was released, by a transaction that has committed.
     Released,
     /// Nobody knows whether an earlier transaction of the lease was committed, or still will be: no other one may begin under
@@ -258,6 +260,7 @@ impl std::fmt::Display for Loss {
             Self::TakenOver => "the table names another owner, or it was released by hand",
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",
+            Self::HeldTooLong => "it was held for as long as `at_most` allows",
             Self::Released => "a transaction has released it",
             Self::CommitUnknown => {
                 "an earlier transaction of the lease may still be committed; take the lock again"

@@ -41,6 +41,21 @@ pub(crate) fn check_at_least(at_least: Duration) -> Result<Duration, Error> {
     check_longest("at_least", at_least)
 }
 
+/// `None`: no limit.
+pub(crate) fn check_at_most(
+    at_most: Option<Duration>,
+    at_least: Duration,
+) -> Result<Option<Duration>, Error> {
+    let Some(at_most) = at_most else { return Ok(None) };
+    if at_most < SHORTEST_TTL {
+        return Err(invalid("at_most", at_most, "it is 50 ms at least, as a TTL is"));
+    }
+    if at_most < at_least {
+        return Err(invalid("at_most", at_most, "it is shorter than `at_least`"));
+    }
+    check_longest("at_most", at_most).map(Some)
+}
+
 fn check_longest(option: &'static str, duration: Duration) -> Result<Duration, Error> {
     if duration > LONGEST {
         return Err(invalid(option, duration, "365 days is the longest"));
@@ -69,5 +84,11 @@ mod tests {
         assert!(check_ttl(DEFAULT_TTL).is_ok());
         assert!(check_wait(Duration::ZERO).is_ok());
         assert!(check_wait(Duration::MAX).is_err());
+        let at_most = |at_most, at_least| check_at_most(Some(at_most), at_least);
+        assert!(at_most(Duration::from_millis(49), Duration::ZERO).is_err());
+        assert!(at_most(Duration::MAX, Duration::ZERO).is_err());
+        assert!(at_most(DEFAULT_TTL, DEFAULT_TTL).is_ok());
+        assert!(at_most(DEFAULT_TTL, DEFAULT_TTL * 2).is_err());
+        assert!(check_at_most(None, DEFAULT_TTL).is_ok());
     }
 }

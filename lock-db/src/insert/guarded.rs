@@ -125,7 +125,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         // Others may have the lock a moment before we hear of it.
         let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        let under_way = hold.lease.commit_begins();
+        let (under_way, lease) = (hold.lease.commit_begins(), Arc::clone(&hold.lease));
         let ended = move |ended: &Result<Option<Call>, Error>| {
             match ended {
                 Ok(call) => {
@@ -144,7 +144,14 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             }
             drop(in_doubt);
         };
-        transaction.commit(condition, ended).await
+        transaction.commit(condition, ended).await.map_err(|error| match error {
+            // The database tells only that it is not ours.
+            Error::Lost { name, reason: Loss::TakenOver } => {
+                let reason = lease.told_loss().filter(|loss| *loss == Loss::HeldTooLong);
+                Error::Lost { name, reason: reason.unwrap_or(Loss::TakenOver) }
+            }
+            error => error,
+        })
     }
 }
 

@@ -125,7 +125,7 @@ impl Hold {
     /// whether another process has the lock by now.
     pub(super) fn refuse_after_loss(&self) -> Result<(), Error> {
         match self.lease.told_loss() {
-            Some(reason @ (Loss::TakenOver | Loss::Released)) => Err(self.lost(reason)),
+            Some(reason @ (Loss::TakenOver | Loss::HeldTooLong | Loss::Released)) => Err(self.lost(reason)),
             _ => Ok(()),
         }
     }
@@ -168,10 +168,18 @@ impl Hold {
         if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
             return Ok(());
         }
+        if self.was_taken_back() {
+            return Err(self.lost(Loss::HeldTooLong));
+        }
         let (answer, answered) = oneshot::channel();
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
         self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
         answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
+    }
+
+    /// The session has released it already, or is about to.
+    fn was_taken_back(&self) -> bool {
+        self.lease.told_loss() == Some(Loss::HeldTooLong)
     }
 
     /// The database has said that the lease is gone: this holder is told at once, and so is everything that waits for that.
@@ -256,7 +264,7 @@ impl Drop for KeptByTransaction {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if !self.released.load(Ordering::SeqCst) && !self.queues.hand_on(self) {
+        if !self.released.load(Ordering::SeqCst) && !self.queues.hand_on(self) && !self.was_taken_back() {
             // Fails only when the session is gone, which has released it.
             let _ = self.session.send(Request::Release { lease: Arc::clone(&self.lease), answer: None });
         }

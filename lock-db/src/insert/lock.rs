@@ -18,10 +18,41 @@ use crate::{Error, Kind, Locks, limits};
 pub struct InsertLock<DB: LockDatabase> {
     locks: Locks<DB>,
     name: String,
-    ttl: Option<Duration>,
+    options: LeaseOptions,
     wait: Option<Duration>,
-    at_least: Duration,
-    fair: Option<bool>,
+}
+
+/// What a lease is asked for with. `None` stands for the defaults.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LeaseOptions {
+    pub(crate) ttl: Option<Duration>,
+    pub(crate) at_least: Duration,
+    pub(crate) at_most: Option<Duration>,
+    pub(crate) fair: Option<bool>,
+}
+
+impl LeaseOptions {
+    /// What only a lease can do.
+    pub(super) fn refuse_in_transaction(&self) -> Result<(), Error> {
+        let (option, value, reason) = match self {
+            Self { at_most: Some(at_most), .. } => (
+                "at_most",
+                at_most,
+                "a lock in a transaction ends with it, and nothing here can end your transaction",
+            ),
+            Self { at_least, .. } if !at_least.is_zero() => {
+                ("at_least", at_least, "a lock in a transaction ends with it")
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::InvalidOption { option, value: format!("{value:?}"), reason })
+    }
+
+    pub(crate) fn check(&self, default_ttl: Duration) -> Result<(), Error> {
+        limits::check_ttl(self.ttl.unwrap_or(default_ttl))?;
+        let at_least = limits::check_at_least(self.at_least)?;
+        limits::check_at_most(self.at_most, at_least).map(drop)
+    }
 }
 
 // Derived, it would ask for a database type that can be cloned.
@@ -33,7 +64,7 @@ impl<DB: LockDatabase> Clone for InsertLock<DB> {
 
 impl<DB: LockDatabase> InsertLock<DB> {
     pub(crate) fn new(locks: Locks<DB>, name: &str) -> Self {
-        Self { locks, name: name.to_owned(), ttl: None, wait: None, at_least: Duration::ZERO, fair: None }
+        Self { locks, name: name.to_owned(), options: LeaseOptions::default(), wait: None }
     }
 
     /// How long the lock outlives a holder that is gone: 50 ms to 365 days. It is renewed at a third of it as long as the
@@ -41,7 +72,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
     pub const fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = Some(ttl);
+        self.options.ttl = Some(ttl);
         self
     }
 
@@ -65,14 +96,32 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// has not done its job: then the lock is free after its TTL, as ever. [`Lease::release_in`] and
     /// [`Lease::commit_and_release`] leave the lock to be released that way as well.
     pub const fn at_least(mut self, at_least: Duration) -> Self {
-        self.at_least = at_least;
+        self.options.at_least = at_least;
+        self
+    }
+
+    /// For how long the holder may have the lock, counted from the grant on the monotonic clock of this process: against work
+    /// that hangs, and guards that are never dropped. 50 ms to 365 days, and no less than [`at_least`](Self::at_least).
+    /// Default: no limit; then a lease that is held for unusually long is warned of
+    /// ([`LocksBuilder::warn_after`](crate::LocksBuilder::warn_after)).
+    ///
+    /// When the time is over, the holder is told ([`Lease::lost`], [`Loss::HeldTooLong`](crate::Loss::HeldTooLong)), the
+    /// work of [`run`](Self::run) and of an annotated function is dropped at its next await, and the lock is released. So
+    /// it is free then; after a TTL more if the database can't be reached. A guarded transaction can't be committed any
+    /// more once the lock is released.
+    ///
+    /// It stops no thread: work that blocks its thread, tasks that it has spawned and code that does not look at the lease
+    /// go on without the lock, as after any loss. The next holder has the time anew, and so has each that gets the lease
+    /// by hand ([`hand_off`](crate::LocksBuilder::hand_off)). A nested call keeps to the time of the lease that is there.
+    pub const fn at_most(mut self, at_most: Duration) -> Self {
+        self.options.at_most = Some(at_most);
         self
     }
 
     /// Whether this request keeps to the order of the processes that wait; see [`LocksBuilder::fair`](crate::LocksBuilder::fair),
     /// which says what is usual. Callers of one process keep to theirs in any case.
     pub const fn fair(mut self, fair: bool) -> Self {
-        self.fair = Some(fair);
+        self.options.fair = Some(fair);
         self
     }
 
@@ -96,9 +145,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
-        let at_least = limits::check_at_least(self.at_least)?;
-        let hold = self.locks.hold_waiting(&self.name, self.ttl, self.wait, self.fair).await?;
-        hold.keep_for(at_least);
+        let hold = self.locks.hold_waiting(&self.name, &self.options, self.wait).await?;
         Ok(Lease::new(Arc::new(hold), self.locks))
     }
 
@@ -116,12 +163,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// May be dropped at any time: a lock that was granted meanwhile is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
-        let at_least = limits::check_at_least(self.at_least)?;
-        let hold = self.locks.hold(&self.name, self.ttl, None, self.fair).await?;
-        Ok(hold.map(|hold| {
-            hold.keep_for(at_least);
-            Lease::new(Arc::new(hold), self.locks)
-        }))
+        let hold = self.locks.hold(&self.name, &self.options, None).await?;
+        Ok(hold.map(|hold| Lease::new(Arc::new(hold), self.locks)))
     }
 
     /// Takes the lock in the caller's transaction: no other connection holds it, nothing renews it, and the commit, rollback
@@ -164,13 +207,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ) -> Result<Option<HeldInTransaction>, Error> {
         let started = Instant::now();
         let name = self.locks.checked_name(&self.name)?;
-        if !self.at_least.is_zero() {
-            return Err(Error::InvalidOption {
-                option: "at_least",
-                value: format!("{:?}", self.at_least),
-                reason: "a lock in a transaction ends with it",
-            });
-        }
+        self.options.refuse_in_transaction()?;
         let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Insert, wait, started };
         attempt.lock_in(transaction).await
     }
@@ -219,9 +256,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         F: AsyncFnOnce(&Lease<DB>) -> Result<T, E>,
         E: From<Error>,
     {
-        let at_least = limits::check_at_least(self.at_least)?;
-        let entered = self.locks.enter(&self.name, self.ttl, self.wait, self.fair).await?;
-        entered.held.keep_for(at_least);
+        let entered = self.locks.enter(&self.name, &self.options, self.wait).await?;
         // Dropped after the lease, however this ends.
         let inside = entered.inside;
         let lease = Lease::new(entered.held, self.locks);
@@ -237,43 +272,40 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(crate) async fn enter(
         &self,
         name: &str,
-        ttl: Option<Duration>,
+        options: &LeaseOptions,
         wait: Option<Duration>,
-        fair: Option<bool>,
     ) -> Result<Entered<Hold>, Error> {
         let lock = self.reentry_key(name)?;
-        limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
+        options.check(self.default_ttl())?;
         let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
-        if let Some(entered) = reentry::enter(&lock, wait).await? {
+        if let Some(entered) = reentry::enter::<Hold>(&lock, wait).await? {
+            entered.held.keep_for(options.at_least);
             return Ok(entered);
         }
-        let hold = self.hold_waiting(name, ttl, Some(wait), fair).await?;
+        let hold = self.hold_waiting(name, options, Some(wait)).await?;
         Ok(Entered::first(lock, Arc::new(hold)))
     }
 
-    /// `None` stands for the defaults.
+    /// `wait: None` stands for the default.
     async fn hold_waiting(
         &self,
         name: &str,
-        ttl: Option<Duration>,
+        options: &LeaseOptions,
         wait: Option<Duration>,
-        fair: Option<bool>,
     ) -> Result<Hold, Error> {
         let wait = limits::check_wait(wait.unwrap_or(self.default_wait()))?;
         // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
-        self.hold(name, ttl, Some(wait), fair).await?.ok_or(Error::Closed)
+        self.hold(name, options, Some(wait)).await?.ok_or(Error::Closed)
     }
 
     /// `wait: None` is a try.
     pub(crate) async fn hold(
         &self,
         name: &str,
-        ttl: Option<Duration>,
+        options: &LeaseOptions,
         wait: Option<Duration>,
-        fair: Option<bool>,
     ) -> Result<Option<Hold>, Error> {
-        let fair = fair.unwrap_or(self.is_fair());
-        let holds = self.hold_all(vec![self.checked_name(name)?], ttl, wait, fair).await?;
+        let holds = self.hold_all(vec![self.checked_name(name)?], options, wait).await?;
         Ok(holds.and_then(|holds| holds.into_iter().next()))
     }
 
@@ -281,18 +313,20 @@ impl<DB: LockDatabase> Locks<DB> {
     pub(super) async fn hold_all(
         &self,
         names: Vec<Name>,
-        ttl: Option<Duration>,
+        options: &LeaseOptions,
         wait: Option<Duration>,
-        fair: bool,
     ) -> Result<Option<Vec<Hold>>, Error> {
         let started = Instant::now();
-        let ttl = limits::check_ttl(ttl.unwrap_or(self.default_ttl()))?;
+        options.check(self.default_ttl())?;
+        let (ttl, fair) = (options.ttl.unwrap_or(self.default_ttl()), options.fair.unwrap_or(self.is_fair()));
         let claims = names.into_iter().map(|name| {
             let owner = Arc::clone(self.owner());
             Ok(Claim { name, secret: Secret::generate()?, owner, ttl, place: None })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
-        self.session().acquire(claims, wait, started, fair).await
+        let holds = self.session().acquire(claims, wait, started, fair, options.at_most).await?;
+        holds.iter().flatten().for_each(|hold| hold.keep_for(options.at_least));
+        Ok(holds)
     }
 }
 

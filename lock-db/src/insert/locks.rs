@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Lease;
+use super::{Lease, LeaseOptions};
 use crate::database::LockDatabase;
 use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
 use crate::{Error, Kind, Locks, limits};
@@ -17,25 +17,33 @@ use crate::{Error, Kind, Locks, limits};
 pub struct InsertLocks<DB: LockDatabase> {
     locks: Locks<DB>,
     names: Vec<String>,
-    ttl: Option<Duration>,
+    options: LeaseOptions,
     wait: Option<Duration>,
 }
 
 // Derived, it would ask for a database type that can be cloned.
 impl<DB: LockDatabase> Clone for InsertLocks<DB> {
     fn clone(&self) -> Self {
-        Self { locks: self.locks.clone(), names: self.names.clone(), ttl: self.ttl, wait: self.wait }
+        Self { locks: self.locks.clone(), names: self.names.clone(), ..*self }
     }
 }
 
 impl<DB: LockDatabase> InsertLocks<DB> {
     pub(crate) fn new(locks: Locks<DB>, names: Vec<String>) -> Self {
-        Self { locks, names, ttl: None, wait: None }
+        // They stand in no queue: a place in one of them would keep that lock from everybody while the others are not free.
+        let options = LeaseOptions { fair: Some(false), ..LeaseOptions::default() };
+        Self { locks, names, options, wait: None }
     }
 
     /// As [`InsertLock::ttl`](crate::InsertLock::ttl), for each of them.
     pub const fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = Some(ttl);
+        self.options.ttl = Some(ttl);
+        self
+    }
+
+    /// As [`InsertLock::at_most`](crate::InsertLock::at_most), for each of them.
+    pub const fn at_most(mut self, at_most: Duration) -> Self {
+        self.options.at_most = Some(at_most);
         self
     }
 
@@ -86,6 +94,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))?;
+        self.options.refuse_in_transaction()?;
         let held = lock_all(&self.locks, &self.names, Kind::Insert, Some(wait), transaction).await?;
         // Whoever waits gets them all or an error.
         held.ok_or(Error::Closed)
@@ -93,8 +102,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
 
     async fn take(self, wait: Option<Duration>) -> Result<Option<Leases<DB>>, Error> {
         let names = in_order(&self.locks, &self.names)?;
-        // They stand in no queue: a place in one of them would keep that lock from everybody while the others are not free.
-        let holds = self.locks.hold_all(names, self.ttl, wait, false).await?;
+        let holds = self.locks.hold_all(names, &self.options, wait).await?;
         Ok(holds.map(|holds| Leases {
             leases: holds.into_iter().map(|hold| Lease::new(Arc::new(hold), self.locks.clone())).collect(),
         }))

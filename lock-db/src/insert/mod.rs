@@ -11,5 +11,5 @@ pub(crate) use self::hold::Hold;
 use self::hold::KeptByTransaction;
 pub use self::lease::Lease;
 pub use self::lock::InsertLock;
-pub(crate) use self::lock::release_quietly;
+pub(crate) use self::lock::{LeaseOptions, release_quietly};
 pub use self::locks::{InsertLocks, Leases};

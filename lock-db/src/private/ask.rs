@@ -19,6 +19,7 @@ pub struct Asked<'a> {
     pub(crate) ttl: Option<Duration>,
     wait: Option<Duration>,
     pub(crate) at_least: Duration,
+    pub(crate) at_most: Option<Duration>,
     skips: bool,
     pub(crate) is_reentrant: bool,
     binds_lease: bool,
@@ -26,9 +27,16 @@ pub struct Asked<'a> {
 
 #[must_use]
 pub fn ask(name: &str) -> Ask<'_> {
-    let at_least = Duration::ZERO;
-    let asked =
-        Asked { name, ttl: None, wait: None, at_least, skips: false, is_reentrant: true, binds_lease: false };
+    let asked = Asked {
+        name,
+        ttl: None,
+        wait: None,
+        at_least: Duration::ZERO,
+        at_most: None,
+        skips: false,
+        is_reentrant: true,
+        binds_lease: false,
+    };
     Ask { asked, policy: Waits }
 }
 
@@ -48,6 +56,12 @@ impl<'a> Ask<'a> {
     #[must_use]
     pub fn at_least(mut self, at_least: Duration) -> Self {
         self.asked.at_least = at_least;
+        self
+    }
+
+    #[must_use]
+    pub fn at_most(mut self, at_most: Duration) -> Self {
+        self.asked.at_most = Some(at_most);
         self
     }
 
@@ -93,6 +107,7 @@ impl Asked<'_> {
     pub(crate) fn is_switched_off(&self) -> Result<bool, Error> {
         let is_switched_off = crate::testing::runs_without_lock(self.name, self.ttl, self.wait)?;
         limits::check_at_least(self.at_least)?;
+        limits::check_at_most(self.at_most, self.at_least)?;
         if is_switched_off && self.binds_lease {
             return Err(crate::testing::no_lease(self.name));
         }

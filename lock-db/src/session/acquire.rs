@@ -75,6 +75,7 @@ struct Attempt {
     claims: Vec<Claim>,
     turns: Vec<Turn>,
     wait: Option<Duration>,
+    at_most: Option<Duration>,
     started: Instant,
     /// Until when it goes on.
     deadline: Instant,
@@ -136,6 +137,7 @@ impl Attempt {
             claims,
             turns: std::mem::take(&mut request.turns),
             wait: request.wait,
+            at_most: request.at_most,
             started: request.started,
             deadline,
             turn_came: Instant::now(),
@@ -171,7 +173,8 @@ impl Attempt {
     async fn run(&mut self) -> Result<Option<Vec<Hold>>, Error> {
         let Some(granted) = self.contend().await? else { return Ok(None) };
         let turns = std::mem::take(&mut self.turns);
-        let holds = granted.into_iter().zip(turns).map(|(granted, turn)| self.core.hold(granted, turn));
+        let hold = |(granted, turn)| self.core.hold(granted, self.at_most, turn);
+        let holds = granted.into_iter().zip(turns).map(hold);
         let holds: Option<Vec<Hold>> = holds.collect();
         self.unsettled.set(holds.is_none());
         holds.map(Some).ok_or(Error::Closed)

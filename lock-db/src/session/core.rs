@@ -121,8 +121,9 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
             }
             Request::Release { lease, answer } => {
                 let busy = core.busy.enter();
+                let given_up = release::give_up(&core, &lease);
                 drop(spawn_local(async move {
-                    let released = release::release(&core, &lease, answer.is_some()).await;
+                    let released = release::release(&core, &lease, given_up, answer.is_some()).await;
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
                         (None, Err(error)) => {
@@ -141,6 +142,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                 }
             }
             Request::Lost { lease, loss } => core.lose(lease.number, loss),
+            Request::HandedOn { until } => core.over.no_later_than(until),
             Request::Locate { anew, answer } => drop(spawn_local(async move {
                 let found = twice(async || core.lane.locate(anew).await).await;
                 let _ = answer.send(found.map_err(|failure| failure.into_error("find the table", None)));
@@ -261,13 +263,14 @@ impl Core {
     }
 
     /// Takes a granted lease into the renewal and makes its guard. `None`: nobody is left who could hold it.
-    pub(super) fn hold(&self, granted: Granted, turn: Turn) -> Option<Hold> {
+    pub(super) fn hold(&self, granted: Granted, at_most: Option<Duration>, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
         let Granted { key, numbers, turns, others_wait, ttl, sent } = granted;
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
-        let (state, lost) = LeaseState::new(number, key, (numbers, turns), ttl, deadline, Some(turn));
+        let (state, lost) =
+            LeaseState::new(number, key, (numbers, turns), ttl, at_most, deadline, Some(turn));
         let held = Held {
             state: Arc::clone(&state),
             ttl,
@@ -277,7 +280,7 @@ impl Core {
             lost,
         };
         self.due.no_later_than(held.next_renewal);
-        self.over.no_later_than(held.deadline);
+        self.over.no_later_than(held.ends());
         self.leases.borrow_mut().insert(number, held);
         self.queues.is_held(&state);
         Some(Hold::new(state, requests, Arc::clone(&self.queues)))
@@ -285,8 +288,15 @@ impl Core {
 
     /// A lease that is gone: its guard is told, and the next caller of this process gets its turn.
     pub(super) fn lose(&self, number: u64, loss: Loss) {
-        let lost = self.leases.borrow_mut().remove(&number);
-        if let Some(held) = lost {
+        if let Some(held) = self.end(number, loss) {
+            baton::give(self, held.state.name());
+        }
+    }
+
+    /// As `lose`, but the turn stays in what this answers.
+    pub(super) fn end(&self, number: u64, loss: Loss) -> Option<Held> {
+        let ended = self.leases.borrow_mut().remove(&number);
+        if let Some(held) = &ended {
             let (name, fencing_token) = (held.state.name(), held.state.last_fencing_token());
             match loss {
                 Loss::Closed | Loss::Released => {
@@ -302,9 +312,9 @@ impl Core {
                 // Whoever is told may take it again at once.
                 held.state.pass_turn();
             }
-            baton::give(self, held.state.name());
             held.lost.send_replace(Some(loss));
         }
+        ended
     }
 
     pub(super) fn shortest_ttl(&self) -> Option<Duration> {
@@ -443,6 +453,11 @@ pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
 }
 
 impl Held {
+    /// When it is over for its holder, if nothing else happens.
+    pub(super) fn ends(&self) -> Instant {
+        self.state.held_until_at_most().map_or(self.deadline, |until| until.min(self.deadline))
+    }
+
     pub(super) fn renewal(&self) -> Renewal {
         let LeaseKey { row, secret, fencing_token, .. } = &self.state.key;
         Renewal { id: row.id, secret: secret.clone(), fencing_token: *fencing_token, ttl: self.ttl }

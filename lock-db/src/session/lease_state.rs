@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use chrono::Utc;
 use tokio::sync::watch;
 
+use super::hold_time::HoldTime;
 use super::queues::Turn;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
@@ -35,7 +36,7 @@ pub(crate) struct LeaseState {
     doubts: Mutex<Doubts>,
     /// Until others of this process may ask for the lock. Not only the session knows when that is.
     turn: Mutex<Option<Turn>>,
-    granted: Instant,
+    hold_time: HoldTime,
     /// For how long after the grant nobody else is to have the lock, whenever it is released.
     at_least: Mutex<Duration>,
     deadline: Deadline,
@@ -51,6 +52,7 @@ impl LeaseState {
         key: LeaseKey,
         (numbers, turns): (u32, u32),
         ttl: Duration,
+        at_most: Option<Duration>,
         deadline: Instant,
         turn: Option<Turn>,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
@@ -67,7 +69,7 @@ impl LeaseState {
             commits_under_way: watch::Sender::new(0),
             doubts: Mutex::default(),
             turn: Mutex::new(turn),
-            granted: Instant::now(),
+            hold_time: HoldTime::new(Instant::now(), at_most),
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
             lost,
@@ -89,7 +91,7 @@ impl LeaseState {
 
     /// As this process knows it: for callers that wait behind it.
     pub(super) fn info(&self, owner: &str) -> LockInfo {
-        let (now, held_for) = (Utc::now(), self.granted.elapsed());
+        let (now, held_for) = (Utc::now(), self.hold_time.since().elapsed());
         let since = now - held_for;
         LockInfo {
             name: self.name().to_string(),
@@ -120,7 +122,7 @@ impl LeaseState {
         // On another node the next holder might not see yet what this one has committed.
         self.key.server.cluster == Cluster::SinglePrimary
             && self.numbers_used.load(Ordering::Acquire) < self.turns
-            && self.granted.elapsed() < time
+            && self.hold_time.granted().elapsed() < time
             && self.open_commits.load(Ordering::Acquire) == 0
             && self.at_least().is_zero()
             && self.deadline.is_later_than(Instant::now() + self.ttl / 2)
@@ -189,7 +191,8 @@ impl LeaseState {
 
     /// Nobody else is to have the lock for so long from now on.
     pub(crate) fn keep_for(&self, at_least: Duration) {
-        let at_least = if at_least.is_zero() { at_least } else { self.granted.elapsed() + at_least };
+        let at_least =
+            if at_least.is_zero() { at_least } else { self.hold_time.granted().elapsed() + at_least };
         let mut kept = self.at_least.lock().unwrap_or_else(PoisonError::into_inner);
         *kept = at_least.max(*kept);
     }
@@ -201,12 +204,34 @@ impl LeaseState {
 
     /// Whether it must not be free yet.
     pub(crate) fn is_kept(&self) -> bool {
-        self.granted.elapsed() < self.at_least()
+        self.hold_time.granted().elapsed() < self.at_least()
+    }
+
+    /// Its holder is done with it, and has no limit any more. `false`: too late, its time was over.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.hold_time.begins_anew(None)
+    }
+
+    /// The next holder has it from now on. Answers until when at most.
+    pub(super) fn is_handed_on(&self, at_most: Option<Duration>) -> Option<Instant> {
+        self.hold_time.begins_anew(at_most);
+        self.hold_time.until()
+    }
+
+    /// Until when its present holder may have it, if there is a limit.
+    pub(super) fn held_until_at_most(&self) -> Option<Instant> {
+        self.hold_time.until()
+    }
+
+    /// Whether its present holder has had it for as long as it may.
+    pub(super) fn is_held_too_long(&self) -> bool {
+        self.hold_time.is_over()
     }
 
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
     pub(crate) fn loss(&self) -> Option<Loss> {
         match self.told_loss() {
+            None if self.is_held_too_long() => Some(Loss::HeldTooLong),
             None if self.lost.has_changed().is_err() || self.deadline.is_past() => Some(Loss::NotRenewed),
             None if self.is_in_doubt() => Some(Loss::Released),
             noticed => noticed,
@@ -221,7 +246,10 @@ impl LeaseState {
 
     /// The database has said that it is over. The session tells those who wait for that.
     pub(crate) fn ends(&self, loss: Loss) {
-        self.ended.send_replace(Some(loss));
+        // What was taken back is not ours any more either.
+        if self.told_loss() != Some(Loss::HeldTooLong) {
+            self.ended.send_replace(Some(loss));
+        }
     }
 
     /// Where a loss is told, without keeping anything.
@@ -353,7 +381,7 @@ mod tests {
             ttl: TTL,
             server: Server::for_tests(),
         };
-        let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, Instant::now() + TTL, None);
+        let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, None, Instant::now() + TTL, None);
         lease.doubt_begins();
         // Asked after that, and answered before the release was carried out.
         lease.confirm(Instant::now());

@@ -10,6 +10,7 @@ mod baton;
 mod busy;
 mod calls;
 mod core;
+mod hold_time;
 mod lane;
 mod lease_state;
 mod queues;
@@ -76,6 +77,7 @@ impl Session {
         wait: Option<Duration>,
         started: Instant,
         fair: bool,
+        at_most: Option<Duration>,
     ) -> Result<Option<Vec<Hold>>, Error> {
         let queues = self.way()?.queues;
         if fair {
@@ -87,7 +89,7 @@ impl Session {
         let number = queues.number();
         let names = claims.iter().map(|claim| claim.name.clone()).collect();
         let waiting = Waiting { number, names, queues: &queues, answered };
-        queues.enter(Acquire { number, claims, turns: Vec::new(), wait, started, answer });
+        queues.enter(Acquire { number, claims, turns: Vec::new(), wait, at_most, started, answer });
         waiting.answer().await
     }
 

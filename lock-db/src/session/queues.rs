@@ -217,8 +217,14 @@ impl Queues {
 
     /// Gives a lease that its holder is done with to the next waiter. `false`: it has to be released.
     pub(crate) fn hand_on(&self, hold: &Hold) -> bool {
-        while hold.may_be_handed_on(self.hand_off.time) {
+        while hold.may_be_handed_on(self.hand_off.time) && hold.lease.is_given_up() {
             let Some(waiter) = self.first_waiter_for(hold) else { return false };
+            if let Some(until) = hold.lease.is_handed_on(waiter.at_most)
+                && let Some(session) = self.session.upgrade()
+            {
+                // Whose watch sleeps until something earlier, perhaps.
+                let _session_may_be_gone = session.send(Request::HandedOn { until });
+            }
             match waiter.answer.send(Ok(Some(vec![hold.successor()]))) {
                 Ok(()) => return true,
                 // The waiter has gone in this very moment: to the one behind.

@@ -8,7 +8,7 @@ use tokio::task::spawn_local;
 use tokio::time::sleep;
 
 use super::baton;
-use super::core::Core;
+use super::core::{Core, Held};
 use super::lease_state::LeaseState;
 use crate::Error;
 use crate::database::{Fault, LeaseKey, Return, Standing};
@@ -26,13 +26,72 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// Releases a lease whose guard is done with it, and says whether it was still ours.
 ///
 /// Tried for a TTL, after which it is free anyway; not so long when `somebody_waits` for the answer.
-pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits: bool) -> Result<(), Error> {
-    let loss = lease.loss();
-    // Out of the renewal first, so that nothing renews what is being released. The turn of this process goes to the
-    // next waiter at the end, when the row is free.
-    let held = core.leases.borrow_mut().remove(&lease.number);
+pub(super) async fn release(
+    core: &Rc<Core>,
+    lease: &LeaseState,
+    given_up: GivenUp,
+    somebody_waits: bool,
+) -> Result<(), Error> {
+    let GivenUp { held, loss } = given_up;
     let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
     let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
+    let released = put_down(core, lease, held, until).await;
+    let lost = |reason| Error::Lost { name: lease.name().to_string(), reason };
+    match (loss, released) {
+        // Released before: by a transaction that has committed, or that has not and left it to us.
+        (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
+        (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
+        (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
+            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
+            let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
+            Err(Error::Database { action: "release", name: Some(lease.name().to_string()), source })
+        }
+        (None | Some(Loss::Released), Err(failure)) => {
+            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
+            Err(failure.into_error("release", Some(lease.name())))
+        }
+        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
+        (Some(reason), _) => Err(lost(reason)),
+    }
+}
+
+/// A lease whose holder is done with it.
+pub(super) struct GivenUp {
+    /// With the turn of this process.
+    held: Option<Held>,
+    loss: Option<Loss>,
+}
+
+/// Takes a lease out of the renewal, before anything else happens to it: nothing renews what is being released, and `close` does not
+/// release it once more. The turn of this process goes to the next waiter at the end, when the row is free.
+pub(super) fn give_up(core: &Core, lease: &LeaseState) -> GivenUp {
+    let loss = lease.loss();
+    GivenUp { held: core.leases.borrow_mut().remove(&lease.number), loss }
+}
+
+/// Takes a lease back from a holder that has had it for as long as it may. The holder is told first.
+pub(super) fn take_back(core: &Rc<Core>, number: u64) {
+    let Some(held) = core.end(number, Loss::HeldTooLong) else { return };
+    let (core, busy) = (Rc::clone(core), core.busy.enter());
+    spawn_local(async move {
+        let lease = Arc::clone(&held.state);
+        // Later than that it is free anyway.
+        let until = Instant::now() + held.ttl;
+        if let Err(failure) = put_down(&core, &lease, Some(held), until).await {
+            let (lock, error) = (lease.name(), &failure.source);
+            tracing::debug!(%lock, %error, "not released: it is free when its TTL is over");
+        }
+        drop(busy);
+    });
+}
+
+/// Frees the row, and passes the turn of this process.
+async fn put_down(
+    core: &Rc<Core>,
+    lease: &LeaseState,
+    held: Option<Held>,
+    until: Instant,
+) -> Result<Standing, Failure> {
     let name = &lease.key.row.name;
     let mut given_back = Return { name: name.clone(), secret: lease.key.secret.clone(), place: None };
     if held.as_ref().is_some_and(|held| held.others_wait) && core.queues.next_is_fair(name) {
@@ -53,23 +112,7 @@ pub(super) async fn release(core: &Rc<Core>, lease: &LeaseState, somebody_waits:
         // Whoever was to have the turn has gone.
         leave_queue(core, name);
     }
-    let lost = |reason| Error::Lost { name: lease.name().to_string(), reason };
-    match (loss, released) {
-        // Released before: by a transaction that has committed, or that has not and left it to us.
-        (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
-        (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
-        (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
-            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
-            let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
-            Err(Error::Database { action: "release", name: Some(lease.name().to_string()), source })
-        }
-        (None | Some(Loss::Released), Err(failure)) => {
-            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
-            Err(failure.into_error("release", Some(lease.name())))
-        }
-        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
-        (Some(reason), _) => Err(lost(reason)),
-    }
+    released
 }
 
 /// Gives back what may be ours still and never got a holder, in the background.

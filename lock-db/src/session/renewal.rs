@@ -8,6 +8,7 @@ use tokio::select;
 
 use super::baton;
 use super::core::{Core, Held};
+use super::release;
 use crate::database::{Fault, Renewal, Renewed, Standing};
 use crate::error::Loss;
 
@@ -132,19 +133,29 @@ fn is_gone(core: &Rc<Core>, number: u64) {
     }
 }
 
-/// Ends every lease that was not renewed by its deadline, whatever the database and the network do.
+/// Ends every lease that was not renewed by its deadline, whatever the database and the network do; and each that its holder has had for
+/// as long as it may.
 pub(super) async fn watch_deadlines(core: Rc<Core>) {
     loop {
-        let next = core.leases.borrow().values().map(|held| held.deadline).min();
+        let next = core.leases.borrow().values().map(Held::ends).min();
         select! {
             () = core.closed() => return,
             () = core.over.sleep_until(next) => {}
         }
         let now = Instant::now();
-        let is_over = |(&key, held): (&u64, &Held)| (held.deadline <= now).then_some(key);
-        let over: Vec<u64> = core.leases.borrow().iter().filter_map(is_over).collect();
-        for key in over {
-            core.lose(key, Loss::NotRenewed);
+        let ends = |(&key, held): (&u64, &Held)| {
+            if held.state.is_held_too_long() {
+                return Some((key, Loss::HeldTooLong));
+            }
+            (held.deadline <= now).then_some((key, Loss::NotRenewed))
+        };
+        let over: Vec<_> = core.leases.borrow().iter().filter_map(ends).collect();
+        for (key, loss) in over {
+            if loss == Loss::HeldTooLong {
+                release::take_back(&core, key);
+            } else {
+                core.lose(key, loss);
+            }
         }
     }
 }

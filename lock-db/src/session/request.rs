@@ -39,6 +39,10 @@ pub(crate) enum Request {
         lease: Arc<LeaseState>,
         loss: Loss,
     },
+    /// A lease went from hand to hand to a holder that may have it until then.
+    HandedOn {
+        until: Instant,
+    },
     /// Finds the table, and what kind of server has it; `anew` also when it was found before.
     Locate {
         anew: bool,
@@ -86,6 +90,8 @@ pub(crate) struct Acquire {
     pub(crate) turns: Vec<Turn>,
     /// `None`: a try, which never waits for a holder.
     pub(crate) wait: Option<Duration>,
+    /// For how long each holder may have its lease.
+    pub(crate) at_most: Option<Duration>,
     pub(crate) started: Instant,
     /// Carries the guards themselves: an answer that nobody takes any more is dropped guards, which release.
     pub(crate) answer: Answer<Option<Vec<Hold>>>,

@@ -171,7 +171,7 @@ impl Core {
             server: Server::for_tests(),
         };
         let (state, lost) =
-            LeaseState::new(number, key, (numbers, turns), claim.ttl, Instant::now() + claim.ttl, Some(turn));
+            LeaseState::new(number, key, (numbers, turns), claim.ttl, None, Instant::now() + claim.ttl, Some(turn));
         self.holders.may_have(&state, numbers, turns);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
         self.queues.is_held(&state);
@@ -535,7 +535,7 @@ impl World {
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<Hold>, Error> {
-        let holds = self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true).await?;
+        let holds = self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true, None).await?;
         Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
     }
 
@@ -587,7 +587,7 @@ impl World {
         };
         let answer = select! {
             biased;
-            answer = self.session.acquire(claims, wait, Instant::now(), true) => answer,
+            answer = self.session.acquire(claims, wait, Instant::now(), true, None) => answer,
             () = leaves => return,
         };
         let holds = match answer {
