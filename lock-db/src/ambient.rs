@@ -14,8 +14,8 @@ use self::shared_transaction::SharedTransaction;
 use crate::__private::Asked;
 use crate::database::LockDatabase;
 use crate::insert::{Hold, LeaseOptions};
-use crate::own_transaction::current_runtime;
 use crate::reentry::{self, Entered, Held, Inside, Lock};
+use crate::runtime::Runtime;
 use crate::{Error, Lease, Locks};
 
 pub use self::lease::AmbientLease;
@@ -94,7 +94,7 @@ impl<DB: LockDatabase> Locks<DB> {
         if let Some(entered) = self.nested(&lock, asked, patience).await? {
             return Ok(RowCall::inner(entered));
         }
-        let runtime = current_runtime()?;
+        let runtime = Runtime::current()?;
         let request = self.row_lock(asked.name);
         let guard = if let Some(wait) = patience {
             request.wait(wait).acquire().await?

@@ -170,7 +170,7 @@ pub enum Error {
     Closed,
 
     /// The database answered with an error that is no matter of locking.
-    #[error("could not {action}{}: {}{source}", on_lock(.name.as_deref()), in_the_way(.source))]
+    #[error("could not {action}{}: {}{source}{}", on_lock(.name.as_deref()), in_the_way(.source), of_runtime(.source))]
     Database {
         /// What was tried.
         action: &'static str,
@@ -507,6 +507,14 @@ fn holder(info: Option<&LockInfo>) -> String {
 
 fn in_the_way(source: &sqlx::Error) -> &'static str {
     if database::is_busy(source) { "another transaction keeps the others from writing: " } else { "" }
+}
+
+fn of_runtime(source: &sqlx::Error) -> &'static str {
+    let sqlx::Error::Io(error) = source else { return "" };
+    if !tokio::runtime::is_rt_shutdown_err(error) {
+        return "";
+    }
+    " (the runtime that made the connection has ended: give each runtime a pool of its own)"
 }
 
 fn on_lock(name: Option<&str>) -> String {

@@ -25,6 +25,7 @@ mod name;
 mod own_transaction;
 mod reentry;
 mod row;
+mod runtime;
 pub mod schema;
 mod secret;
 mod session;

@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::{SqlSafeStr, Transaction};
-use tokio::runtime::Handle;
-use tokio::time::timeout;
 
 use crate::Error;
+use crate::clock::timeout;
 use crate::database::{Call, Fault, Guarded, LeaseKey, LockDatabase, Server};
 use crate::error::{COMMIT, Failure, Loss, WaitingFor};
 use crate::name::Name;
+use crate::runtime::{self, Runtime};
 
 /// How long a commit may take, on a server that is slow to write, before its caller is told that nobody knows.
 const COMMIT_LIMIT: Duration = Duration::from_secs(30);
 /// How long a rollback may take; the server does it by itself when the connection is closed.
 const ROLLBACK_LIMIT: Duration = Duration::from_secs(5);
+/// How much longer its caller waits for the task: a thread that is blocked, by a hook of the pool, say, looks at no limit.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// An open transaction, and what is kept until it has ended.
 ///
@@ -32,7 +34,7 @@ pub(crate) struct OwnTransaction<DB: LockDatabase, K: Send + 'static> {
     /// Both are taken only by what consumes or drops this.
     transaction: Option<Transaction<'static, DB>>,
     kept: Option<K>,
-    runtime: Handle,
+    runtime: Runtime,
 }
 
 /// What has to be true for a transaction to be committed.
@@ -48,8 +50,11 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
     ///
     /// To be called in a task: in sqlx 0.9 a `begin` that is dropped midway puts its connection back into the pool with the
     /// transaction open.
-    pub(crate) async fn begin(connection: PoolConnection<DB>, statement: &'static str) -> sqlx::Result<Self> {
-        let runtime = Handle::current();
+    pub(crate) async fn begin(
+        connection: PoolConnection<DB>,
+        statement: &'static str,
+        runtime: Runtime,
+    ) -> sqlx::Result<Self> {
         let transaction = Transaction::begin(connection, Some(statement.into_sql_str())).await?;
         Ok(Self { transaction: Some(transaction), kept: None, runtime })
     }
@@ -69,38 +74,42 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
         let (name, begun) = (condition.name().clone(), Arc::new(AtomicBool::new(false)));
-        let begins = Arc::clone(&begun);
+        let (begins, runtime) = (Arc::clone(&begun), self.runtime.clone());
         let task = self.runtime.spawn(async move {
             begins.store(true, Ordering::SeqCst);
             let name = condition.name().clone();
-            let committing = commit(transaction, condition);
-            let committed =
-                bounded(COMMIT_LIMIT, committing).await.unwrap_or_else(|error| Err(unknown(&name, error)));
+            let committing = commit(transaction, condition, runtime.clone());
+            let committed = bounded(COMMIT_LIMIT, &runtime, committing)
+                .await
+                .unwrap_or_else(|error| Err(unknown(&name, error)));
             ended(&committed);
             drop(kept);
             committed.map(drop)
         });
-        task.await.unwrap_or_else(|error| {
-            if begun.load(Ordering::SeqCst) {
-                // The runtime was shut down in the middle of it.
-                Err(unknown(&name, io::Error::other(error)))
-            } else {
-                // It was shut down before.
-                Err(Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded })
-            }
-        })
+        match timeout(COMMIT_LIMIT + GRACE, task).await {
+            Ok(Ok(committed)) => committed,
+            // The runtime was shut down in the middle of it.
+            Ok(Err(error)) if begun.load(Ordering::SeqCst) => Err(unknown(&name, io::Error::other(error))),
+            // It was shut down before.
+            Ok(Err(_shut_down)) => Err(runtime::ended(COMMIT, &name)),
+            Err(_elapsed) => Err(unknown(&name, no_answer(COMMIT_LIMIT))),
+        }
     }
 
     /// Rolls it back in a task. A rollback that fails has lost its connection, which rolls back too.
     pub(crate) async fn roll_back(mut self) -> sqlx::Result<()> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
+        let runtime = self.runtime.clone();
         let task = self.runtime.spawn(async move {
-            let rolled_back = roll_back(transaction).await;
+            let rolled_back = roll_back(transaction, &runtime).await;
             drop(kept);
             rolled_back
         });
-        task.await.unwrap_or(Ok(()))
+        match timeout(ROLLBACK_LIMIT + GRACE, task).await {
+            Ok(rolled_back) => rolled_back.unwrap_or(Ok(())),
+            Err(_elapsed) => Err(no_answer(ROLLBACK_LIMIT).into()),
+        }
     }
 }
 
@@ -124,17 +133,23 @@ impl Condition {
 /// leave its mark on the connection.
 async fn bounded<T: Send + 'static>(
     limit: Duration,
+    runtime: &Runtime,
     end: impl Future<Output = T> + Send + 'static,
 ) -> io::Result<T> {
-    match timeout(limit, tokio::spawn(end)).await {
+    match timeout(limit, runtime.spawn(end)).await {
         Ok(ended) => ended.map_err(io::Error::other),
-        Err(_elapsed) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"))),
+        Err(_elapsed) => Err(no_answer(limit)),
     }
+}
+
+fn no_answer(limit: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"))
 }
 
 async fn commit<DB: LockDatabase>(
     mut transaction: Transaction<'static, DB>,
     condition: Condition,
+    runtime: Runtime,
 ) -> Result<Option<Call>, Error> {
     let name = condition.name();
     let checked = match &condition {
@@ -175,33 +190,27 @@ async fn commit<DB: LockDatabase>(
         Ok(Guarded::Ended) => Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded },
         Err(failure) => failed(failure),
     };
-    let _rolled_back = roll_back(transaction).await;
+    let _rolled_back = roll_back(transaction, &runtime).await;
     Err(error)
 }
 
 /// Whatever has become of the transaction, its connection is as it was before.
-async fn roll_back<DB: LockDatabase>(mut transaction: Transaction<'static, DB>) -> sqlx::Result<()> {
+async fn roll_back<DB: LockDatabase>(
+    mut transaction: Transaction<'static, DB>,
+    runtime: &Runtime,
+) -> sqlx::Result<()> {
     let rolling_back = async move {
         let unmarked = DB::unmark(&mut transaction).await;
         DB::reopen(&mut transaction).await;
         let rolled_back = transaction.rollback().await;
         unmarked.and(rolled_back)
     };
-    bounded(ROLLBACK_LIMIT, rolling_back).await?
+    bounded(ROLLBACK_LIMIT, runtime, rolling_back).await?
 }
 
 /// Nobody knows whether the COMMIT was carried out.
 pub(crate) fn unknown(name: &str, source: io::Error) -> Error {
     Error::Database { action: COMMIT, name: Some(name.to_owned()), source: source.into() }
-}
-
-/// Tasks need a runtime to run on.
-pub(crate) fn current_runtime() -> Result<Handle, Error> {
-    Handle::try_current().map_err(|_| Error::InvalidOption {
-        option: "runtime",
-        value: "none".into(),
-        reason: "transactions are begun inside a tokio runtime, like everything of sqlx",
-    })
 }
 
 impl<DB: LockDatabase, K: Send + 'static> Deref for OwnTransaction<DB, K> {
@@ -228,9 +237,9 @@ impl<DB: LockDatabase, K: Send + 'static> Drop for OwnTransaction<DB, K> {
     fn drop(&mut self) {
         if let Some(transaction) = self.transaction.take() {
             // sqlx rolls a dropped transaction back in a task as well, and panics where there is no runtime to run it.
-            let (kept, _entered) = (self.kept.take(), self.runtime.enter());
+            let (kept, runtime, _entered) = (self.kept.take(), self.runtime.clone(), self.runtime.enter());
             drop(self.runtime.spawn(async move {
-                let _rolled_back = roll_back(transaction).await;
+                let _rolled_back = roll_back(transaction, &runtime).await;
                 drop(kept);
             }));
         }

@@ -14,7 +14,6 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 
 use super::BoxFuture;
@@ -24,6 +23,7 @@ use crate::error::{Loss, NoReentry};
 use crate::own_transaction::unknown;
 use crate::reentry::{Entered, Held, Inside};
 use crate::row::RowGuard;
+use crate::runtime::Runtime;
 use crate::{Error, Kind};
 
 /// What has become of the transaction. `Ok`: it was committed.
@@ -44,14 +44,14 @@ pub(crate) struct SharedTransaction {
     to_outermost: Option<oneshot::Sender<Outcome>>,
     /// To the call inside that ended last.
     to_last: Option<oneshot::Sender<Outcome>>,
-    runtime: Handle,
+    runtime: Runtime,
 }
 
 impl SharedTransaction {
     /// The transaction, and what tells the outermost call about its end.
     pub(super) fn new<DB: LockDatabase>(
         guard: RowGuard<DB>,
-        runtime: Handle,
+        runtime: Runtime,
     ) -> (Self, oneshot::Receiver<Outcome>) {
         let (name, fencing_token) = (guard.name().to_owned(), guard.fencing_token());
         Self::with_guard(Box::new(guard), name, fencing_token, runtime)
@@ -61,7 +61,7 @@ impl SharedTransaction {
         guard: Box<dyn AnyRowGuard>,
         name: String,
         fencing_token: i64,
-        runtime: Handle,
+        runtime: Runtime,
     ) -> (Self, oneshot::Receiver<Outcome>) {
         let (to_outermost, outcome) = oneshot::channel();
         let shared = Self {

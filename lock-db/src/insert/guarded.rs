@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 use sqlx::Pool;
 use tokio::select;
 use tokio::sync::oneshot;
-use tokio::time::sleep;
 
 use super::{Hold, KeptByTransaction};
+use crate::clock::sleep;
 use crate::database::{Call, Fault, LockDatabase, is_disconnected};
 use crate::error::{Failure, Loss, WaitingFor};
-use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
+use crate::own_transaction::{Condition, OwnTransaction};
+use crate::runtime::{self, Runtime};
 use crate::{Error, Locks};
 
 const PAUSE: Duration = Duration::from_millis(10);
+const BEGIN: &str = "begin a guarded transaction";
 /// How long others may be in the way: another writer on SQLite, or a node that has not heard of the grant yet.
 const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -46,12 +48,14 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         hold.refuse_after_unknown_commit()?;
         let (pool, for_task) = (locks.pool().clone(), Arc::downgrade(hold));
         let (mut answer, answered) = oneshot::channel();
-        current_runtime()?.spawn(async move {
+        let runtime = Runtime::current()?;
+        let for_begin = runtime.clone();
+        runtime.spawn(async move {
             let begun = select! {
                 biased;
                 // A caller that has gone keeps neither a place before the pool nor the lease.
                 () = answer.closed() => return,
-                begun = begin_on(&pool, &for_task) => begun,
+                begun = begin_on(&pool, &for_task, &for_begin) => begun,
             };
             // A transaction that nobody takes is dropped, and rolled back.
             let _ = answer.send(begun);
@@ -71,9 +75,9 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             }),
             Ok(Err(error)) => {
                 let failure = Failure::new::<DB>(error);
-                Err(failure.into_error("begin a guarded transaction", Some(hold.lease.name())))
+                Err(failure.into_error(BEGIN, Some(hold.lease.name())))
             }
-            Err(_runtime_shut_down) => Err(hold.lost(Loss::TransactionEnded)),
+            Err(_runtime_shut_down) => Err(runtime::ended(BEGIN, hold.lease.name())),
         }
     }
 
@@ -159,12 +163,13 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
 async fn begin_on<DB: LockDatabase>(
     pool: &Pool<DB>,
     hold: &Weak<Hold>,
+    runtime: &Runtime,
 ) -> sqlx::Result<GuardedTransaction<DB>> {
     let mut broken = 0_u32;
     let started = Instant::now();
     loop {
         let connection = pool.acquire().await?;
-        let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_GUARDED));
+        let begun = runtime.spawn(OwnTransaction::begin(connection, DB::BEGIN_GUARDED, runtime.clone()));
         let error = match begun.await {
             Ok(Ok(transaction)) => {
                 let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
@@ -187,8 +192,9 @@ async fn begin_on<DB: LockDatabase>(
         match DB::classify(&error) {
             // SQLite: somebody else is writing.
             Fault::Busy if started.elapsed() < BEGIN_LIMIT => sleep(PAUSE).await,
-            // Closed while it was idle, perhaps.
-            Fault::Disconnected if broken == 0 => broken += 1,
+            // Found dead before anything was done: closed while it was idle, or by the end of the runtime that made it. So may be
+            // all others that the pool has.
+            Fault::Disconnected if broken <= pool.options().get_max_connections() => broken += 1,
             _ => return Err(error),
         }
     }

@@ -7,17 +7,18 @@ use chrono::Utc;
 use sqlx::pool::PoolConnection;
 use tokio::select;
 use tokio::sync::oneshot;
-use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument;
 
 use super::RowGuard;
+use crate::clock::{sleep, sleep_until, timeout, timeout_at};
 use crate::connecting::{PATIENCE, is_lent_out, refusal};
 use crate::database::{Fault, LockDatabase};
 use crate::error::{Failure, WaitingFor};
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::jitter::jitter;
 use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
-use crate::own_transaction::{Condition, OwnTransaction, current_runtime};
+use crate::own_transaction::{Condition, OwnTransaction};
+use crate::runtime::{self, Runtime};
 use crate::turns::{Known, Turn};
 use crate::{Error, Kind, LockInfo, Locks, limits};
 
@@ -27,6 +28,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(20);
 
 const ACTION: &str = "take the row lock";
+const BEGIN: &str = "begin a transaction";
 
 /// A request for a row lock, from [`Locks::row_lock`]. Nothing happens before one of its async methods is called.
 ///
@@ -158,12 +160,13 @@ impl<DB: LockDatabase> RowLock<DB> {
     async fn in_task(self, wait: Option<Duration>) -> Result<Option<RowGuard<DB>>, Error> {
         let started = Instant::now();
         let name = self.locks.checked_name(&self.name)?;
-        let runtime = current_runtime()?;
+        let runtime = Runtime::current()?;
         let (mut answer, answered) = oneshot::channel();
         let (locks, own_name) = (self.locks.clone(), name.clone());
+        let for_task = runtime.clone();
         let task = async move {
             let attempt = Attempt { locks: &self.locks, name: &name, kind: Kind::Row, wait, started };
-            let (guard, of_guard) = match take(&attempt, &mut answer).await {
+            let (guard, of_guard) = match take(&attempt, &mut answer, &for_task).await {
                 Ok(Some(Taken { guard, turn, fencing_token })) => {
                     (Ok(Some(guard)), Some((turn, fencing_token)))
                 }
@@ -181,7 +184,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let attempt = Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started };
         select! {
             biased;
-            answer = answered => answer.unwrap_or(Err(Error::Closed)),
+            answer = answered => answer.unwrap_or_else(|_| Err(runtime::ended(ACTION, &own_name))),
             error = attempt.over() => Err(error),
         }
     }
@@ -191,7 +194,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// When the wait is over, also when the database does not answer at all; but not before it could have answered once. By what is
     /// known of the lock in this process.
     async fn over(&self) -> Error {
-        sleep_until((self.started + self.wait.unwrap_or(LONGEST_TRY)).into()).await;
+        sleep_until(self.started + self.wait.unwrap_or(LONGEST_TRY)).await;
         self.gives_up().await
     }
 
@@ -208,7 +211,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             Known::Nothing => None,
         };
         let told = self.locks.row_queues().turns.learns(self.name, in_the_way);
-        timeout_at((self.started + FIRST_ANSWER).into(), told).await.unwrap_or_else(|_elapsed| {
+        timeout_at(self.started + FIRST_ANSWER, told).await.unwrap_or_else(|_elapsed| {
             Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name))
         })
     }
@@ -231,6 +234,7 @@ struct Taken<DB: LockDatabase> {
 async fn take<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     answer: &mut Answer<DB>,
+    runtime: &Runtime,
 ) -> Result<Option<Taken<DB>>, Error> {
     // Also whether there can be locks at all, before a connection of the pool is waited for.
     attempt.locate().await?;
@@ -248,10 +252,10 @@ async fn take<DB: LockDatabase>(
     };
     let turn = Arc::new(turn);
     let mut may_wait = None;
-    let mut broken = 0_u32;
+    let (mut broken, mut dead) = (0_u32, 0_u32);
     loop {
         let begun = match connect(attempt, &turn, answer).await {
-            Ok(Some(connection)) => begin(attempt, connection).await,
+            Ok(Some(connection)) => begin(attempt, connection, runtime).await,
             Ok(None) => return Ok(None),
             Err(failed) => Err(failed),
         };
@@ -285,9 +289,17 @@ async fn take<DB: LockDatabase>(
                 }
                 error
             }
-            Err(NotBegun::Failure(failure)) => {
+            // Closed while it was idle, or by the end of the runtime that made it. So may be all others that the pool has.
+            Err(NotBegun::Dead(_))
+                if dead <= attempt.locks.pool().options().get_max_connections()
+                    && attempt.left().is_none_or(|left| !left.is_zero()) =>
+            {
+                dead += 1;
+                continue;
+            }
+            Err(NotBegun::Failure(failure) | NotBegun::Dead(failure)) => {
                 turn.learn(Known::Failure(failure.another()));
-                Some(failure.into_error("begin a transaction", Some(attempt.name)))
+                Some(failure.into_error(BEGIN, Some(attempt.name)))
             }
             Err(NotBegun::Error(error)) => return Err(error),
         };
@@ -335,6 +347,8 @@ async fn in_time<DB: LockDatabase, T>(
 /// Why there is no transaction.
 enum NotBegun {
     Failure(Failure),
+    /// The connection was dead, before anything was done on it.
+    Dead(Failure),
     Error(Error),
 }
 
@@ -396,13 +410,18 @@ async fn finds_out_why<DB: LockDatabase>(
 async fn begin<DB: LockDatabase>(
     attempt: &Attempt<'_, DB>,
     connection: PoolConnection<DB>,
+    runtime: &Runtime,
 ) -> Result<OwnTransaction<DB, Arc<Turn>>, NotBegun> {
-    let begun = tokio::spawn(OwnTransaction::begin(connection, DB::BEGIN_WITH_ROW));
+    let begun = runtime.spawn(OwnTransaction::begin(connection, DB::BEGIN_WITH_ROW, runtime.clone()));
     let left = attempt.left().map_or(LONGEST_TRY, |left| left.max(FIRST_ANSWER));
     match timeout(left, begun).await {
         Ok(Ok(Ok(transaction))) => Ok(transaction),
-        Ok(Ok(Err(error))) => Err(NotBegun::Failure(Failure::new::<DB>(error))),
-        Ok(Err(_runtime_shut_down)) => Err(NotBegun::Error(Error::Closed)),
+        Ok(Ok(Err(error))) => {
+            let failure = Failure::new::<DB>(error);
+            let is_dead = failure.fault == Fault::Disconnected && !failure.is_silence();
+            Err(if is_dead { NotBegun::Dead(failure) } else { NotBegun::Failure(failure) })
+        }
+        Ok(Err(_runtime_shut_down)) => Err(NotBegun::Error(runtime::ended(BEGIN, attempt.name))),
         Err(_elapsed) => Err(NotBegun::Failure(Failure::no_answer::<DB>(left))),
     }
 }

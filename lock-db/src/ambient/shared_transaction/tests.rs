@@ -6,9 +6,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures_util::future::poll_immediate;
+use tokio::runtime::Handle;
 
 use super::*;
 use crate::reentry::{Instance, Lock, enter};
+use crate::runtime::Runtime;
 
 /// A guard without a database. It records how its transaction ends.
 struct Guard {
@@ -56,7 +58,7 @@ impl World {
 
     fn take(&self, fails: bool, runtime: Handle) -> RowCall {
         let guard = Box::new(Guard { ended: Arc::clone(&self.ended), fails });
-        let (shared, outcome) = SharedTransaction::with_guard(guard, "a".into(), 1, runtime);
+        let (shared, outcome) = SharedTransaction::with_guard(guard, "a".into(), 1, Runtime::of(runtime));
         RowCall::outermost(Entered::first(self.lock.clone(), Arc::new(shared)), outcome)
     }
 

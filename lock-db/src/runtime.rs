@@ -1,0 +1,89 @@
+//! The runtime on which lock-db begins and ends transactions of its own.
+//!
+//! A socket belongs to the runtime on which it was connected, and fails when that has ended; so does a task that was to commit
+//! or to roll back. A pool that is shared by several runtimes, each of which lives no longer than a test, hands such sockets
+//! on from one to the other. Besides, tokio's clock may be paused in a test, and then the pool's own limit is over at once.
+//! So where the caller's runtime may end before the process does, it is done on a runtime that never ends.
+
+use std::io;
+use std::sync::OnceLock;
+use std::thread;
+
+use tokio::runtime::{Builder, Handle, RuntimeFlavor};
+use tokio::task::JoinHandle;
+use tracing::instrument::WithSubscriber;
+
+use crate::Error;
+use crate::name::Name;
+
+/// Where tasks of lock-db's own run.
+#[derive(Debug, Clone)]
+pub(crate) struct Runtime {
+    handle: Handle,
+    is_own: bool,
+}
+
+impl Runtime {
+    /// For the transactions of this caller.
+    pub(crate) fn current() -> Result<Self, Error> {
+        let handle = Handle::try_current().map_err(|_| Error::InvalidOption {
+            option: "runtime",
+            value: "none".into(),
+            reason: "transactions are begun inside a tokio runtime, like everything of sqlx",
+        })?;
+        let own = if may_end(&handle) { Self::own() } else { None };
+        Ok(own.unwrap_or(Self { handle, is_own: false }))
+    }
+
+    /// The one that never ends. `None`: there can be no thread for it.
+    pub(crate) fn own() -> Option<Self> {
+        static OWN: OnceLock<Option<Handle>> = OnceLock::new();
+        let handle =
+            OWN.get_or_init(|| start().inspect_err(|error| tracing::warn!(%error, "no thread")).ok());
+        handle.clone().map(|handle| Self { handle, is_own: true })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(handle: Handle) -> Self {
+        Self { handle, is_own: false }
+    }
+
+    pub(crate) fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        if self.is_own {
+            // Tests listen to what is logged on their own threads.
+            return self.handle.spawn(task.with_current_subscriber());
+        }
+        self.handle.spawn(task)
+    }
+
+    /// For drops outside of any runtime.
+    pub(crate) fn enter(&self) -> tokio::runtime::EnterGuard<'_> {
+        self.handle.enter()
+    }
+}
+
+/// Tests are debug builds, and their runtimes end with them. So does one on a single thread, with what it was made for. One
+/// with many threads in an optimised build is the program's.
+fn may_end(runtime: &Handle) -> bool {
+    cfg!(debug_assertions) || runtime.runtime_flavor() == RuntimeFlavor::CurrentThread
+}
+
+fn start() -> io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    let never_ends = move || runtime.block_on(std::future::pending::<()>());
+    thread::Builder::new().name("lock-db io".into()).spawn(never_ends)?;
+    Ok(handle)
+}
+
+const TASK_ENDED: &str =
+    "its task was ended, by the end of its tokio runtime or by a panic in a hook of the pool";
+
+/// What is told of a task that ended with its runtime, or had not begun by then. Of what it was to do, nothing is kept.
+pub(crate) fn ended(action: &'static str, name: &Name) -> Error {
+    let source = io::Error::new(io::ErrorKind::ConnectionAborted, TASK_ENDED);
+    Error::Database { action, name: Some(name.to_string()), source: source.into() }
+}
