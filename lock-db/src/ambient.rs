@@ -40,6 +40,9 @@ pub(crate) trait AnyLocks: Send + Sync {
     fn as_any(&self) -> &dyn Any;
 
     fn database(&self) -> &'static str;
+
+    #[cfg(feature = "testing")]
+    fn instance(&self) -> reentry::Instance;
 }
 
 impl<DB: LockDatabase> AnyLocks for Locks<DB> {
@@ -61,11 +64,22 @@ impl<DB: LockDatabase> AnyLocks for Locks<DB> {
     fn database(&self) -> &'static str {
         DB::NAME
     }
+
+    #[cfg(feature = "testing")]
+    fn instance(&self) -> reentry::Instance {
+        self.instance()
+    }
 }
 
 /// The ambient `Locks` of the calling task, if there is one.
 pub(crate) fn current() -> Option<Arc<dyn AnyLocks>> {
     SCOPED.try_with(Arc::clone).ok().or_else(|| INSTALLED.get().cloned())
+}
+
+/// Which `Locks` the calling task is in the scope of.
+#[cfg(feature = "testing")]
+pub(crate) fn scoped() -> Option<reentry::Instance> {
+    SCOPED.try_with(|locks| locks.instance()).ok()
 }
 
 /// What annotated functions take.
@@ -96,11 +110,14 @@ impl<DB: LockDatabase> Locks<DB> {
         }
         let runtime = Runtime::current()?;
         let request = self.row_lock(asked.name);
-        let guard = if let Some(wait) = patience {
+        #[cfg_attr(not(feature = "testing"), allow(unused_mut))]
+        let mut guard = if let Some(wait) = patience {
             request.wait(wait).acquire().await?
         } else {
             request.try_acquire().await?.ok_or_else(|| asked.taken_elsewhere())?
         };
+        #[cfg(feature = "testing")]
+        guard.is_of_function();
         let (shared, outcome) = SharedTransaction::new(guard, runtime);
         Ok(RowCall::outermost(taken(lock, shared, asked), outcome))
     }

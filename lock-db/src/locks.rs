@@ -64,6 +64,8 @@ impl<DB: LockDatabase> Locks<DB> {
             fair: true,
             #[cfg(feature = "testing")]
             kept: None,
+            #[cfg(feature = "testing")]
+            private: None,
         }
     }
 
@@ -171,6 +173,16 @@ impl<DB: LockDatabase> Locks<DB> {
         &self.shared.pool
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn instance(&self) -> Instance {
+        self.shared.instance
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn downgrade(&self) -> WeakLocks<DB> {
+        WeakLocks(Arc::downgrade(&self.shared))
+    }
+
     pub(crate) fn owner(&self) -> &Arc<str> {
         &self.shared.owner
     }
@@ -205,6 +217,17 @@ impl<DB: LockDatabase> Locks<DB> {
     }
 }
 
+/// Does not keep it.
+#[cfg(feature = "testing")]
+pub(crate) struct WeakLocks<DB: LockDatabase>(std::sync::Weak<Shared<DB>>);
+
+#[cfg(feature = "testing")]
+impl<DB: LockDatabase> WeakLocks<DB> {
+    pub(crate) fn upgrade(&self) -> Option<Locks<DB>> {
+        self.0.upgrade().map(|shared| Locks { shared })
+    }
+}
+
 impl<DB: LockDatabase> Clone for Locks<DB> {
     fn clone(&self) -> Self {
         Self { shared: Arc::clone(&self.shared) }
@@ -236,6 +259,8 @@ pub struct LocksBuilder<DB: LockDatabase> {
     fair: bool,
     #[cfg(feature = "testing")]
     kept: Option<Kept>,
+    #[cfg(feature = "testing")]
+    private: Option<Pool<DB>>,
 }
 
 // Derived, it would ask for a database type that can be cloned.
@@ -252,6 +277,8 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
             fair: self.fair,
             #[cfg(feature = "testing")]
             kept: self.kept.clone(),
+            #[cfg(feature = "testing")]
+            private: self.private.clone(),
         }
     }
 }
@@ -322,6 +349,13 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         self
     }
 
+    /// Makes private connections like those of this pool, rather than of the one for transactions.
+    #[cfg(feature = "testing")]
+    pub(crate) fn private(mut self, pool: Pool<DB>) -> Self {
+        self.private = Some(pool);
+        self
+    }
+
     /// The `Locks`. Connects to nothing yet.
     #[must_use]
     pub fn build(self) -> Locks<DB> {
@@ -329,8 +363,11 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         crate::testing::warn_of_optimised_program();
         let Self { pool, label, schema, name_prefix, default_ttl, default_wait, hand_off, fair, .. } = self;
         let (location, owner) = (Arc::new(Location::new(schema)), owner(&label));
+        let private = pool.clone();
+        #[cfg(feature = "testing")]
+        let private = self.private.unwrap_or(private);
         let shared = Shared {
-            session: Session::new(pool.clone(), Arc::clone(&location), hand_off, Arc::clone(&owner)),
+            session: Session::new(private, Arc::clone(&location), hand_off, Arc::clone(&owner)),
             location,
             name_prefix: name_prefix.into(),
             owner,

@@ -133,9 +133,10 @@ pub async fn row_in<T: InTransaction, P: Policy>(
     let lock = locks.row_lock(name);
     let connection = transaction.connection();
     let held = match ask.asked.patience(locks.default_wait())? {
-        Some(wait) => lock.wait(wait).acquire_in(connection).await,
+        // A caller that waits gets it or an error.
+        Some(wait) => lock.take_in(connection, Some(wait)).await.and_then(|held| held.ok_or(Error::Closed)),
         None => lock
-            .try_acquire_in(connection)
+            .take_in(connection, None)
             .await
             .and_then(|held| held.ok_or_else(|| ask.asked.taken_elsewhere())),
     };

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lock_db::testing::{self, TestLocks, assert_held, without_locks};
+use lock_db::testing::{self, TestLocks, assert_held, assert_held_by, without_locks};
 use lock_db::{Error, Locks, Owner, distributed_lock};
 use sqlx::{Sqlite, SqlitePool, Transaction};
 use tracing::field::{Field, Visit};
@@ -257,6 +257,166 @@ async fn a_lost_lock_is_not_held() {
     }
 }
 
+/// What is held by hand in this test, and not in another one.
+#[tokio::test]
+async fn open_guards_are_held() {
+    let locks = testing::locks().await.unwrap();
+    let lease = locks.insert_lock("lease").acquire().await.unwrap();
+    deeper_by_hand("lease").await;
+    let again = lease.reenter().unwrap();
+    drop(lease);
+    deeper_by_hand("lease").await;
+    again.release().await.unwrap();
+    assert!(complaint("lease").is_some());
+
+    let lease = locks.insert_lock("lease").try_acquire().await.unwrap().expect("is free");
+    let guarded = lease.begin().await.unwrap();
+    drop(lease);
+    // The lease is released only when the transaction has ended.
+    deeper_by_hand("lease").await;
+    guarded.commit().await.unwrap();
+    assert!(complaint("lease").is_some());
+
+    let leases = locks.insert_locks(["one", "two"]).acquire().await.unwrap();
+    deeper_by_hand("one").await;
+    deeper_by_hand("two").await;
+    assert!(
+        complaint("three").unwrap().ends_with(
+            "under no lock; the test has guards of `one` (an insert lock), `two` (an insert lock)"
+        )
+    );
+    leases.release().await.unwrap();
+    assert!(complaint("one").unwrap().ends_with("under no lock"));
+
+    for commits in [true, false] {
+        let guard = locks.row_lock("row").acquire().await.unwrap();
+        deeper_by_hand("row").await;
+        // A guard can be moved to another task, so it counts in all of them.
+        tokio::spawn(deeper_by_hand("row")).await.unwrap();
+        if commits {
+            guard.commit().await.unwrap()
+        } else {
+            drop(guard)
+        }
+        assert!(complaint("row").is_some());
+    }
+    let guard = locks.row_lock("row").wait(PATIENCE).acquire().await.unwrap();
+    std::thread::spawn(|| assert!(complaint("row").is_some())).join().expect("another test does not see it");
+    guard.rollback().await.unwrap();
+}
+
+async fn deeper_by_hand(name: &'static str) {
+    tokio::task::yield_now().await;
+    assert_held(name);
+}
+
+#[tokio::test]
+async fn a_lost_guard_is_not_held() {
+    let locks = testing::locks().await.unwrap();
+    let lease = locks.insert_lock("a").acquire().await.unwrap();
+    assert_held("a");
+    locks.close().await;
+    assert!(complaint("a").is_some());
+    drop(lease);
+}
+
+/// Nothing tells when the transaction of the caller ends, so the database does.
+#[tokio::test]
+async fn locks_in_open_transactions_are_held() {
+    let locks = testing::locks().await.unwrap();
+    for commits in [true, false] {
+        let mut transaction = locks.pool().begin().await.unwrap();
+        locks.row_lock("row").acquire_in(&mut transaction).await.unwrap();
+        locks.insert_lock("insert").acquire_in(&mut transaction).await.unwrap();
+        locks.row_locks(["one", "two"]).acquire_in(&mut transaction).await.unwrap();
+        for name in ["row", "insert", "one", "two"] {
+            deeper_by_hand(name).await;
+        }
+        assert!(complaint("three").is_some());
+        if commits {
+            transaction.commit().await.unwrap()
+        } else {
+            transaction.rollback().await.unwrap()
+        }
+        for name in ["row", "insert", "one", "two"] {
+            // What the database does not answer in time counts as held.
+            lock_tests::eventually(PATIENCE, async || complaint(name).is_some()).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn of_two_locks_the_one_that_is_meant() {
+    let (ours, theirs) = (testing::locks().await.unwrap(), testing::locks().await.unwrap());
+    let lease = theirs.insert_lock("a").acquire().await.unwrap();
+    assert_held("a");
+    assert_held_by(&theirs.clone(), "a");
+    let panic = catch_unwind(AssertUnwindSafe(|| assert_held_by(&ours, "a"))).unwrap_err();
+    let message = panic.downcast_ref::<String>().expect("a message");
+    assert!(message.ends_with("the test has guards of `a` (an insert lock of another `Locks`)"), "{message}");
+    theirs.scope(deeper_by_hand("a")).await;
+    assert!(ours.scope(async { complaint("a") }).await.is_some());
+    lease.release().await.unwrap();
+
+    let run = ours.insert_lock("run").run(async |_lease| {
+        assert_held_by(&ours, "run");
+        Ok::<_, Error>(catch_unwind(AssertUnwindSafe(|| assert_held_by(&theirs, "run"))).is_err())
+    });
+    assert!(run.await.unwrap());
+}
+
+/// Also where the clock of the test is paused.
+#[tokio::test(start_paused = true)]
+async fn a_paused_clock_is_no_matter() {
+    let locks = testing::locks().await.unwrap();
+    let lease = locks.insert_lock("a").acquire().await.unwrap();
+    lease.begin().await.unwrap().commit().await.unwrap();
+    lease.release().await.unwrap();
+    locks.row_lock("b").acquire().await.unwrap().commit().await.unwrap();
+    locks.scope(outer(1)).await.unwrap();
+}
+
+mod beside_sqlx_test {
+    use lock_tests::{TestDatabase, eventually, for_each_database};
+    use sqlx::Connection;
+
+    use super::*;
+
+    for_each_database! { the_database_can_be_dropped, of_an_unclosed_pool }
+
+    /// `#[sqlx::test]` closes its pool after the test, and drops the database, whatever else the test has left behind.
+    async fn the_database_can_be_dropped<T: TestDatabase>(database: &T) {
+        let pool = database.pool(5).await;
+        let locks = testing::locks_on(pool.clone()).await.unwrap();
+        let begun = std::time::Instant::now();
+        let held = locks.insert_lock("a").acquire().await.unwrap();
+        assert!(locks.insert_lock("a").acquire().await.is_err());
+        assert!(begun.elapsed() < PATIENCE, "tests are not patient");
+        held.begin().await.unwrap().commit().await.unwrap();
+        locks.row_lock("b").acquire().await.unwrap().commit().await.unwrap();
+        let left = (locks.clone(), held);
+        pool.close().await;
+        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+        assert!(!left.1.is_held());
+        assert!(matches!(left.0.insert_lock("a").acquire().await, Err(Error::Closed)));
+        let other = Locks::new(database.pool(1).await);
+        let free = other.insert_lock("a").try_acquire().await.unwrap();
+        assert!(free.is_some(), "what was held is released");
+    }
+
+    /// The pool is not kept.
+    async fn of_an_unclosed_pool<T: TestDatabase>(database: &T) {
+        let pool = database.pool(2).await;
+        let locks = testing::locks_on(&pool).await.unwrap();
+        locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+        drop(locks);
+        let mut connection = pool.acquire().await.unwrap();
+        connection.ping().await.unwrap();
+        drop((connection, pool));
+        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+    }
+}
+
 #[distributed_lock("explicit", locks = locks)]
 async fn explicit(locks: &Locks<Sqlite>) -> Result<Option<String>, Error> {
     Ok(complaint("explicit"))
@@ -277,6 +437,11 @@ async fn without_locks_nothing_is_locked() {
     let locks = testing::locks().await.unwrap();
     let lease = locks.insert_lock("explicit").acquire().await.unwrap();
     let complaint = without_locks(explicit(&locks)).await.unwrap().expect("is not held");
+    let taken_inside = async {
+        let _lease = locks.insert_lock("inside").acquire().await.unwrap();
+        deeper_by_hand("inside").await;
+    };
+    without_locks(taken_inside).await;
     assert!(complaint.contains("switched off here by `without_locks`"), "{complaint}");
     lease.release().await.unwrap();
     assert_eq!(explicit(&locks).await.unwrap(), None);

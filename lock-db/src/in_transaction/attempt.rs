@@ -80,7 +80,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let locked = self.lock_row(transaction, found, false, &mut |_| true).await?;
         let Some(locked) = locked else { return Ok(None) };
         let hold_count = self.count(transaction, &locked).await?;
-        Ok(Some(HeldInTransaction { name: self.name.clone(), hold_count }))
+        Ok(Some(HeldInTransaction {
+            name: self.name.clone(),
+            hold_count,
+            #[cfg(feature = "testing")]
+            locks: self.locks.instance(),
+        }))
     }
 
     /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no

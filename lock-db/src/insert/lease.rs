@@ -41,6 +41,14 @@ impl<DB: LockDatabase> Lease<DB> {
         Self { hold, locks }
     }
 
+    /// A guard that the caller holds, rather than a function around it.
+    pub(crate) fn of_caller(hold: Hold, locks: Locks<DB>) -> Self {
+        let hold = Arc::new(hold);
+        #[cfg(feature = "testing")]
+        locks.lease_is_open(&hold);
+        Self::new(hold, locks)
+    }
+
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -146,7 +146,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: the place in the queue is given up, and a lock that was granted meanwhile is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
         let hold = self.locks.hold_waiting(&self.name, &self.options, self.wait).await?;
-        Ok(Lease::new(Arc::new(hold), self.locks))
+        Ok(Lease::of_caller(hold, self.locks))
     }
 
     /// Takes the lock if it is free now. `None` when it was seen to be held, by the caller too, or when others are to have
@@ -164,7 +164,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// May be dropped at any time: a lock that was granted meanwhile is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
         let hold = self.locks.hold(&self.name, &self.options, None).await?;
-        Ok(hold.map(|hold| Lease::new(Arc::new(hold), self.locks)))
+        Ok(hold.map(|hold| Lease::of_caller(hold, self.locks)))
     }
 
     /// Takes the lock in the caller's transaction: no other connection holds it, nothing renews it, and the commit, rollback
@@ -180,8 +180,13 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))?;
-        // Whoever waits gets it or an error.
-        self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
+        // A caller that waits gets it or an error.
+        let held = self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)?;
+        #[cfg(feature = "testing")]
+        locks.are_in_transaction(Kind::Insert, [&held]);
+        Ok(held)
     }
 
     /// As [`acquire_in`](Self::acquire_in), without waiting for the holder: `None` when somebody has it.
@@ -197,7 +202,12 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
-        self.take_in(transaction, None).await
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
+        let held = self.take_in(transaction, None).await?;
+        #[cfg(feature = "testing")]
+        locks.are_in_transaction(Kind::Insert, &held);
+        Ok(held)
     }
 
     async fn take_in(

@@ -1,6 +1,5 @@
 //! Several insert locks at once.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Lease, LeaseOptions};
@@ -96,6 +95,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         let wait = limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))?;
         self.options.refuse_in_transaction()?;
         let held = lock_all(&self.locks, &self.names, Kind::Insert, Some(wait), transaction).await?;
+        #[cfg(feature = "testing")]
+        self.locks.are_in_transaction(Kind::Insert, held.iter().flatten());
         // Whoever waits gets them all or an error.
         held.ok_or(Error::Closed)
     }
@@ -104,7 +105,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         let names = in_order(&self.locks, &self.names)?;
         let holds = self.locks.hold_all(names, &self.options, wait).await?;
         Ok(holds.map(|holds| Leases {
-            leases: holds.into_iter().map(|hold| Lease::new(Arc::new(hold), self.locks.clone())).collect(),
+            leases: holds.into_iter().map(|hold| Lease::of_caller(hold, self.locks.clone())).collect(),
         }))
     }
 }

@@ -58,6 +58,7 @@ impl Frames {
     pub(super) fn list(&self) -> Vec<super::Around> {
         let frames = self.iter().map(|frames| &frames.innermost);
         let around = frames.map(|frame| super::Around {
+            locks: frame.lock.locks,
             name: frame.lock.name.clone(),
             kind: frame.kind,
             is_held: frame.held.strong_count() > 0

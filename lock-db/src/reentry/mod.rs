@@ -62,6 +62,7 @@ pub(crate) struct Lock {
 /// A frame, as somebody sees it who wants to know where he is.
 #[cfg(feature = "testing")]
 pub(crate) struct Around {
+    pub(crate) locks: Instance,
     pub(crate) name: Name,
     pub(crate) kind: Kind,
     /// Neither released nor lost.

@@ -4,6 +4,8 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::Error;
+#[cfg(feature = "testing")]
+use crate::Locks;
 use crate::database::LockDatabase;
 use crate::error::Failure;
 use crate::in_transaction::Counted;
@@ -21,6 +23,9 @@ pub struct RowGuard<DB: LockDatabase> {
     transaction: OwnTransaction<DB, Arc<Turn>>,
     condition: Condition,
     counted: Counted,
+    /// As long as it is the caller's.
+    #[cfg(feature = "testing")]
+    shown: Option<Arc<()>>,
 }
 
 impl<DB: LockDatabase> RowGuard<DB> {
@@ -29,7 +34,25 @@ impl<DB: LockDatabase> RowGuard<DB> {
         condition: Condition,
         counted: Counted,
     ) -> Self {
-        Self { transaction, condition, counted }
+        Self {
+            transaction,
+            condition,
+            counted,
+            #[cfg(feature = "testing")]
+            shown: None,
+        }
+    }
+
+    #[cfg(feature = "testing")]
+    pub(super) fn of_caller<L: LockDatabase>(mut self, locks: &Locks<L>) -> Self {
+        self.shown = Some(locks.row_is_open(self.condition.name()));
+        self
+    }
+
+    /// An annotated function has it, and shows what is held by itself.
+    #[cfg(feature = "testing")]
+    pub(crate) fn is_of_function(&mut self) {
+        self.shown = None;
     }
 
     /// The name of the lock.
@@ -54,7 +77,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The commit goes on when the future is dropped; only the answer is lost.
     pub async fn commit(self) -> Result<(), Error> {
-        let Self { transaction, condition, counted } = self;
+        let Self { transaction, condition, counted, .. } = self;
         transaction.commit(condition, |_ended| drop(counted)).await
     }
 
@@ -68,7 +91,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The rollback goes on when the future is dropped; only the answer is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, condition, counted: _counted } = self;
+        let Self { transaction, condition, counted: _counted, .. } = self;
         transaction.roll_back().await.map_err(|error| {
             Failure::new::<DB>(error).into_error("roll back the transaction", Some(condition.name()))
         })

@@ -86,8 +86,13 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// longest that one statement waits on the server.
     pub async fn acquire(self) -> Result<RowGuard<DB>, Error> {
         let wait = self.checked_wait()?;
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
         // A caller that waits gets it or an error.
-        self.in_task(Some(wait)).await?.ok_or(Error::Closed)
+        let guard = self.in_task(Some(wait)).await?.ok_or(Error::Closed)?;
+        #[cfg(feature = "testing")]
+        let guard = guard.of_caller(&locks);
+        Ok(guard)
     }
 
     /// As [`acquire`](Self::acquire), without waiting for the holder: `None` when somebody has it.
@@ -100,7 +105,12 @@ impl<DB: LockDatabase> RowLock<DB> {
     ///
     /// As [`acquire`](Self::acquire).
     pub async fn try_acquire(self) -> Result<Option<RowGuard<DB>>, Error> {
-        self.in_task(None).await
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
+        let guard = self.in_task(None).await?;
+        #[cfg(feature = "testing")]
+        let guard = guard.map(|guard| guard.of_caller(&locks));
+        Ok(guard)
     }
 
     /// Takes the lock in the caller's transaction: no other connection is used, and the end of the transaction frees it.
@@ -121,8 +131,13 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// that one. Best roll the transaction back.
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.checked_wait()?;
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
         // A caller that waits gets it or an error.
-        self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)
+        let held = self.take_in(transaction, Some(wait)).await?.ok_or(Error::Closed)?;
+        #[cfg(feature = "testing")]
+        locks.are_in_transaction(Kind::Row, [&held]);
+        Ok(held)
     }
 
     /// As [`acquire_in`](Self::acquire_in), without waiting for the holder: `None` when somebody has it.
@@ -138,14 +153,19 @@ impl<DB: LockDatabase> RowLock<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
-        self.take_in(transaction, None).await
+        #[cfg(feature = "testing")]
+        let locks = self.locks.clone();
+        let held = self.take_in(transaction, None).await?;
+        #[cfg(feature = "testing")]
+        locks.are_in_transaction(Kind::Row, &held);
+        Ok(held)
     }
 
     fn checked_wait(&self) -> Result<Duration, Error> {
         limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))
     }
 
-    async fn take_in(
+    pub(crate) async fn take_in(
         self,
         transaction: &mut DB::Connection,
         wait: Option<Duration>,

@@ -51,6 +51,8 @@ impl<DB: LockDatabase> RowLocks<DB> {
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = limits::check_wait(self.wait.unwrap_or(self.locks.default_wait()))?;
         let held = lock_all(&self.locks, &self.names, Kind::Row, Some(wait), transaction).await?;
+        #[cfg(feature = "testing")]
+        self.locks.are_in_transaction(Kind::Row, held.iter().flatten());
         // Whoever waits gets them all or an error.
         held.ok_or(Error::Closed)
     }
@@ -69,6 +71,9 @@ impl<DB: LockDatabase> RowLocks<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
-        lock_all(&self.locks, &self.names, Kind::Row, None, transaction).await
+        let held = lock_all(&self.locks, &self.names, Kind::Row, None, transaction).await?;
+        #[cfg(feature = "testing")]
+        self.locks.are_in_transaction(Kind::Row, held.iter().flatten());
+        Ok(held)
     }
 }

@@ -1,12 +1,16 @@
 //! A `Locks` for one test, in a database of its own.
 
+use std::borrow::Borrow;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::SqlitePool;
+use sqlx::pool::PoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Pool, SqlitePool};
 
+use crate::database::LockDatabase;
+use crate::runtime::Runtime;
 use crate::{Error, Locks};
 
 /// Enough for the few tasks of a test; the locks have two connections of their own besides.
@@ -66,16 +70,65 @@ pub async fn locks() -> Result<TestLocks, Error> {
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Off)
         .busy_timeout(PATIENCE);
-    let pool = SqlitePoolOptions::new()
-        .max_connections(CONNECTIONS)
-        .acquire_timeout(PATIENCE)
-        .connect_with(options)
-        .await
-        .map_err(|error| failed("make a temporary database for a test", error))?;
+    let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+    // The clock of the test may be paused, and jump over that limit.
+    let connecting = Runtime::current()?.spawn(pool.connect_with(options));
+    let connected = connecting.await.unwrap_or(Err(sqlx::Error::WorkerCrashed));
+    let pool = connected.map_err(|error| failed("make a temporary database for a test", error))?;
     let folder = Arc::new(Folder(Some(folder)));
     let locks = Locks::builder(pool).label("test").default_wait(PATIENCE).keeping(folder).build();
     locks.migrate().await?;
     Ok(TestLocks { locks })
+}
+
+/// The locks of one test on a pool of its own, for tests beside `#[sqlx::test]`, which makes a database for each: on
+/// PostgreSQL, MySQL, MariaDB and SQLite. The table is made, and waits give up after five seconds, as with [`locks`].
+///
+#[cfg_attr(feature = "postgres", doc = "```no_run")]
+#[cfg_attr(not(feature = "postgres"), doc = "```ignore")]
+/// use lock_db::testing;
+/// use sqlx::PgPool;
+///
+/// # /*
+/// #[sqlx::test]
+/// # */
+/// async fn orders_are_counted(pool: PgPool) -> Result<(), Box<dyn std::error::Error>> {
+///     let locks = testing::locks_on(&pool).await?;
+///     let lease = locks.insert_lock("order:1").acquire().await?;
+///     let mut transaction = lease.begin().await?;
+///     sqlx::query("INSERT INTO orders VALUES (1)").execute(&mut *transaction).await?;
+///     transaction.commit().await?;
+///     Ok(())
+/// }
+/// ```
+///
+/// It ends with its pool: when that is closed, as `#[sqlx::test]` does after the test, what is still held is released, leases
+/// count as lost, and its private connections are closed, so that the database can be dropped. So clones that outlive
+/// the test, in tasks or in a `static`, are in nobody's way. The private connections are made with the pool's options for
+/// connecting, and without its hooks.
+///
+/// # Errors
+///
+/// As [`Locks::migrate`]; [`Error::InvalidOption`] outside of a tokio runtime.
+///
+/// # Cancel safety
+///
+/// May be dropped at any time.
+pub async fn locks_on<DB: LockDatabase>(pool: impl Borrow<Pool<DB>>) -> Result<Locks<DB>, Error> {
+    let pool: &Pool<DB> = pool.borrow();
+    // All pools of `#[sqlx::test]` share the permits of one, of which a session would keep two for the whole test.
+    let private = PoolOptions::new().min_connections(0).idle_timeout(None).max_lifetime(None);
+    let private = private.connect_lazy_with((*pool.connect_options()).clone());
+    let locks = Locks::builder(pool.clone()).private(private).label("test").default_wait(PATIENCE).build();
+    let (weak, closed) = (locks.downgrade(), pool.close_event());
+    drop(Runtime::current()?.spawn(async move {
+        closed.await;
+        if let Some(locks) = weak.upgrade() {
+            locks.close().await;
+        }
+    }));
+    locks.migrate().await?;
+    Ok(locks)
 }
 
 impl TestLocks {

@@ -1,12 +1,13 @@
 #![doc = include_str!("recipe.md")]
 
+mod guards;
 mod held;
 mod locks;
 mod switch;
 
-pub use self::held::assert_held;
 pub(crate) use self::held::inside_of;
-pub use self::locks::{TestLocks, locks};
+pub use self::held::{assert_held, assert_held_by};
+pub use self::locks::{TestLocks, locks, locks_on};
 #[cfg(not(debug_assertions))]
 pub(crate) use self::switch::warn_of_optimised_program;
 pub use self::switch::without_locks;
