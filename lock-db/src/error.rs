@@ -384,8 +384,8 @@ impl Failure {
         Self { fault: Fault::TableMissing, source: sqlx::Error::RowNotFound, folder: DB::FOLDER }
     }
 
-    pub(crate) fn table_differs<DB: LockDatabase>() -> Self {
-        let source = sqlx::Error::ColumnNotFound("one of those that this version uses".into());
+    pub(crate) fn table_differs<DB: LockDatabase>(column: &str) -> Self {
+        let source = sqlx::Error::ColumnNotFound(column.into());
         Self { fault: Fault::TableDiffers, source, folder: DB::FOLDER }
     }
 
@@ -446,7 +446,12 @@ impl Failure {
                 source: Some(source),
             },
             Fault::TableDiffers => Error::SchemaMissing {
-                reason: "the table `distributed_lock` is not what this version of lock-db needs".into(),
+                reason: match &source {
+                    sqlx::Error::ColumnNotFound(column) => format!(
+                        "the table `distributed_lock` lacks the column `{column}`, which this version of lock-db needs"
+                    ),
+                    _ => "the table `distributed_lock` is not what this version of lock-db needs".into(),
+                },
                 folder,
                 source: Some(source),
             },

@@ -2,8 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use lock_db::{Error, Locks};
-use lock_tests::{TestDatabase, for_each_database};
+use lock_tests::{AtEnd, Backend, TestDatabase, TestServer, for_each_database, pool};
+use sqlx::Connection;
+use sqlx::migrate::Migrator;
+use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 for_each_database! {
@@ -13,6 +19,17 @@ for_each_database! {
     the_application_keeps_its_own_ledger,
     applied_by_hand_it_is_the_same_table,
     a_table_of_another_version_is_told_apart,
+    a_table_that_the_ledger_calls_applied_is_made_again,
+    a_ledger_that_is_gone_or_half_is_written_again,
+    a_ledger_of_a_newer_version,
+    columns_that_keep_rows_from_being_made,
+    beside_migrations_of_the_application_by_migrate,
+    beside_migrations_of_the_application_as_one_of_them,
+    beside_migrations_of_the_application_with_two_ledgers,
+    beside_migrations_of_the_application_with_missing_ones_ignored;
+    on servers:
+    a_role_that_may_only_use_the_table_migrates_what_is_applied,
+    a_role_that_may_not_create_is_told_what_to_do,
 }
 
 async fn first_use_without_the_table_says_what_to_run<T: TestDatabase>(database: &T) {
@@ -105,4 +122,284 @@ async fn a_table_of_another_version_is_told_apart<T: TestDatabase>(database: &T)
     assert!(matches!(error, Error::SchemaMissing { .. }), "{error:?}");
     let error = locks.insert_lock("a").acquire().await.unwrap_err();
     assert!(matches!(error, Error::SchemaMissing { .. }), "{error:?}");
+}
+
+fn sql<T: TestDatabase>() -> &'static str {
+    match T::NAME {
+        "postgres" => lock_db::schema::POSTGRES,
+        "sqlite" => lock_db::schema::SQLITE,
+        _ => lock_db::schema::MYSQL,
+    }
+}
+
+/// By restarts, while services go on.
+async fn a_table_that_the_ledger_calls_applied_is_made_again<T: TestDatabase>(database: &T) {
+    let used = database.locks().await;
+    used.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    database.run("DROP TABLE distributed_lock").await;
+    let locks = Locks::new(database.pool(1).await);
+    locks.migrate().await.unwrap();
+    for locks in [locks, used] {
+        locks.check().await.unwrap();
+        locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    }
+}
+
+async fn a_ledger_that_is_gone_or_half_is_written_again<T: TestDatabase>(database: &T) {
+    let used = database.locks().await;
+    let lease = used.insert_lock("a").acquire().await.unwrap();
+    for left in ["DROP TABLE _lock_db_migrations", "DELETE FROM _lock_db_migrations"] {
+        database.run(left).await;
+        let locks = Locks::new(database.pool(1).await);
+        locks.migrate().await.unwrap();
+        assert_eq!(database.number("SELECT COUNT(*) FROM _lock_db_migrations WHERE version = 1").await, 1);
+        // The table stays as it is.
+        assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
+    }
+    lease.release().await.unwrap();
+}
+
+/// A program that was rolled back, on a table that its successor has migrated.
+async fn a_ledger_of_a_newer_version<T: TestDatabase>(database: &T) {
+    drop(database.locks().await);
+    database.run("INSERT INTO _lock_db_migrations (version) VALUES (7)").await;
+    database.run("ALTER TABLE distributed_lock ADD COLUMN newer VARCHAR(20) DEFAULT 'x' NOT NULL").await;
+    let locks = Locks::new(database.pool(2).await);
+    locks.migrate().await.unwrap();
+    locks.check().await.unwrap();
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    locks.row_lock("b").acquire().await.unwrap().commit().await.unwrap();
+
+    database.run("ALTER TABLE distributed_lock DROP COLUMN waiters").await;
+    let locks = Locks::new(database.pool(2).await);
+    for error in [
+        locks.migrate().await.unwrap_err(),
+        locks.check().await.map(drop).unwrap_err(),
+        locks.insert_lock("a").try_acquire().await.map(drop).unwrap_err(),
+        locks.row_lock("b").acquire().await.map(drop).unwrap_err(),
+    ] {
+        let Error::UnsupportedTable { reason } = &error else { panic!("{error:?}") };
+        for told in ["newer version", "migration 7", "`waiters`"] {
+            assert!(reason.contains(told), "{told}: {reason}");
+        }
+    }
+}
+
+/// Of those who add one, and of tables that were copied without their defaults.
+async fn columns_that_keep_rows_from_being_made<T: TestDatabase>(database: &T) {
+    drop(database.locks().await);
+    let lost = match T::NAME {
+        "postgres" => "ALTER TABLE distributed_lock ALTER COLUMN owner DROP DEFAULT".to_owned(),
+        "sqlite" => format!(
+            "DROP TABLE distributed_lock; {}",
+            sql::<T>().replace("owner         TEXT NOT NULL DEFAULT ''", "owner TEXT NOT NULL")
+        ),
+        _ => "ALTER TABLE distributed_lock MODIFY owner VARCHAR(255) NOT NULL".to_owned(),
+    };
+    let added = match T::NAME {
+        "sqlite" => format!(
+            "DROP TABLE distributed_lock; {}",
+            sql::<T>().replace("CONSTRAINT", "tenant TEXT NOT NULL, CONSTRAINT")
+        ),
+        _ => "ALTER TABLE distributed_lock ADD COLUMN tenant VARCHAR(20) NOT NULL".to_owned(),
+    };
+    for (column, change) in [("owner", lost), ("tenant", added)] {
+        database.run(&change).await;
+        let locks = Locks::new(database.pool(2).await);
+        for error in [
+            locks.check().await.map(drop).unwrap_err(),
+            locks.insert_lock("a").try_acquire().await.map(drop).unwrap_err(),
+            locks.row_lock("b").acquire().await.map(drop).unwrap_err(),
+        ] {
+            let Error::UnsupportedTable { reason } = &error else { panic!("{column}: {error:?}") };
+            assert!(reason.contains(&format!("`{column}`")) && reason.contains("default"), "{reason}");
+        }
+        database.run("DROP TABLE distributed_lock").await;
+        locks.migrate().await.unwrap();
+        locks.check().await.unwrap();
+    }
+}
+
+/// An account without any right, its name in SQL, and what names the tables there.
+async fn account<T: TestServer>(database: &T) -> (String, String, String, AtEnd<T::Database>) {
+    let mut url = url::Url::parse(database.url()).unwrap();
+    let name = url.path()[1..].to_owned();
+    let account = format!("{}_m", name.replace("lock_db_test", "ldt"));
+    url.set_username(&account).unwrap();
+    url.set_password(Some("secret")).unwrap();
+    if T::NAME == "postgres" {
+        let at_end =
+            AtEnd::new(database.url(), [format!("DROP OWNED BY {account}"), format!("DROP ROLE {account}")]);
+        database.run(&format!("CREATE ROLE {account} LOGIN PASSWORD 'secret'")).await;
+        return (url.into(), account, String::new(), at_end);
+    }
+    let account = format!("'{account}'@'%'");
+    let at_end = AtEnd::new(database.url(), [format!("DROP USER {account}")]);
+    database.run(&format!("CREATE USER {account} IDENTIFIED BY 'secret'")).await;
+    (url.into(), account, format!("{name}."), at_end)
+}
+
+async fn a_role_that_may_only_use_the_table_migrates_what_is_applied<T: TestServer>(database: &T) {
+    drop(database.locks().await);
+    let (url, account, schema, _at_end) = account(database).await;
+    database.run(&format!("GRANT SELECT, INSERT, UPDATE ON {schema}distributed_lock TO {account}")).await;
+    // It may not read the ledger; may; finds nothing in it; finds none, as after sqlx-cli.
+    for left in [
+        String::new(),
+        format!("GRANT SELECT ON {schema}_lock_db_migrations TO {account}"),
+        "DELETE FROM _lock_db_migrations".to_owned(),
+        "DROP TABLE _lock_db_migrations".to_owned(),
+    ] {
+        if !left.is_empty() {
+            database.run(&left).await;
+        }
+        let pool = pool::<T::Database>(&url, 2).await;
+        let locks = Locks::new(pool.clone());
+        locks.migrate().await.unwrap_or_else(|error| panic!("{left}: {error:?}"));
+        locks.check().await.unwrap();
+        locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+        locks.close().await;
+        pool.close().await;
+    }
+    // Nothing that it has not made is locked for others.
+    assert_eq!(database.advisory_locks().await, 0);
+}
+
+async fn a_role_that_may_not_create_is_told_what_to_do<T: TestServer>(database: &T) {
+    let (url, account, schema, _at_end) = account(database).await;
+    database.run("CREATE TABLE another (n INTEGER)").await;
+    database.run(&format!("GRANT SELECT ON {schema}another TO {account}")).await;
+    if T::NAME == "postgres" {
+        database.run("REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
+    }
+    let locks = Locks::new(pool::<T::Database>(&url, 2).await);
+    let error = locks.migrate().await.unwrap_err();
+    assert!(matches!(error, Error::Database { .. }) && !error.is_retryable(), "{error:?}");
+    for told in ["denied", "may create tables", "SELECT, INSERT and UPDATE"] {
+        assert!(error.to_string().contains(told), "{error}");
+    }
+    locks.close().await;
+    // Another one is not held up.
+    database.locks().await.check().await.unwrap();
+}
+
+/// The two ways in which sqlx numbers files.
+const OWN: [&str; 2] = ["0001_app.sql", "20250101000000_app.sql"];
+
+fn folder<T: TestDatabase>() -> PathBuf {
+    let dialect = if T::NAME == "postgres" || T::NAME == "sqlite" { T::NAME } else { "mysql" };
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations").join(dialect)
+}
+
+/// The folder of an application with one migration of its own.
+fn application(file: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(file), "CREATE TABLE app (n INTEGER)").unwrap();
+    folder
+}
+
+async fn of(folder: &Path) -> Migrator {
+    Migrator::new(folder).await.unwrap()
+}
+
+/// As one start of the program, or one call of sqlx-cli.
+async fn apply<T: TestDatabase>(database: &T, migrations: &Migrator) {
+    let mut connection = database.connection().await;
+    T::Database::apply(&mut connection, migrations).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+/// Both are there; and an empty database for the next order.
+async fn are_applied<T: TestDatabase>(database: &T) {
+    assert_eq!(database.number("SELECT COUNT(*) FROM app").await, 0);
+    let locks = Locks::new(database.pool(2).await);
+    locks.check().await.unwrap();
+    locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+    locks.close().await;
+    for table in
+        ["app", "distributed_lock", "_sqlx_migrations", "_lock_db_migrations", "_lock_db_sqlx_migrations"]
+    {
+        database.run(&format!("DROP TABLE IF EXISTS {table}")).await;
+    }
+}
+
+async fn beside_migrations_of_the_application_by_migrate<T: TestDatabase>(database: &T) {
+    for file in OWN {
+        for ours_first in [true, false] {
+            let application = application(file);
+            let migrations = of(application.path()).await;
+            for start in 0..2 {
+                let locks = Locks::new(database.pool(1).await);
+                if ours_first || start > 0 {
+                    locks.migrate().await.unwrap();
+                }
+                apply(database, &migrations).await;
+                locks.migrate().await.unwrap();
+                locks.close().await;
+            }
+            are_applied(database).await;
+        }
+    }
+}
+
+/// The file copied as it is: before the first start, or into a folder that is in use, or after `migrate()`.
+async fn beside_migrations_of_the_application_as_one_of_them<T: TestDatabase>(database: &T) {
+    for file in OWN {
+        for order in ["at once", "later", "after migrate()"] {
+            let application = application(file);
+            if order != "at once" {
+                apply(database, &of(application.path()).await).await;
+            }
+            if order == "after migrate()" {
+                let locks = Locks::new(database.pool(1).await);
+                locks.migrate().await.unwrap();
+                locks.close().await;
+            }
+            for file in fs::read_dir(folder::<T>()).unwrap() {
+                let file = file.unwrap();
+                fs::copy(file.path(), application.path().join(file.file_name())).unwrap();
+            }
+            for _ in 0..2 {
+                apply(database, &of(application.path()).await).await;
+            }
+            // The application goes on numbering.
+            fs::write(application.path().join("0002_app.sql"), "CREATE TABLE more (n INTEGER)").unwrap();
+            apply(database, &of(application.path()).await).await;
+            database.run("DROP TABLE more").await;
+            are_applied(database).await;
+        }
+    }
+}
+
+/// What `table-name` in a `sqlx.toml` sets for sqlx-cli.
+async fn beside_migrations_of_the_application_with_two_ledgers<T: TestDatabase>(database: &T) {
+    let mut ours = of(&folder::<T>()).await;
+    ours.dangerous_set_table_name("_lock_db_sqlx_migrations");
+    in_each_order(database, &ours, |_| {}).await;
+}
+
+/// What `--ignore-missing` does: on both sides.
+async fn beside_migrations_of_the_application_with_missing_ones_ignored<T: TestDatabase>(database: &T) {
+    let mut ours = of(&folder::<T>()).await;
+    ours.set_ignore_missing(true);
+    in_each_order(database, &ours, |application| {
+        application.set_ignore_missing(true);
+    })
+    .await;
+}
+
+async fn in_each_order<T: TestDatabase>(database: &T, ours: &Migrator, set: impl Fn(&mut Migrator)) {
+    for file in OWN {
+        let application = application(file);
+        let mut application = of(application.path()).await;
+        set(&mut application);
+        for order in [[&application, ours], [ours, &application]] {
+            for _start in 0..2 {
+                for migrations in order {
+                    apply(database, migrations).await;
+                }
+            }
+            are_applied(database).await;
+        }
+    }
 }

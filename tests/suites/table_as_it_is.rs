@@ -17,5 +17,6 @@ mod table_as_it_is {
     mod on_sqlite;
     mod rights;
     mod rows_hidden;
+    mod sessions;
     mod triggers;
 }

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use lock_db::{Error, LockDatabase, Locks};
+use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Pool, Postgres, Row, Sqlite};
 
@@ -117,6 +118,12 @@ pub trait Backend: LockDatabase {
         connection: &mut Self::Connection,
         sql: &str,
     ) -> impl Future<Output = sqlx::Result<Vec<i64>>> + Send;
+
+    /// Applies migrations as a program or sqlx-cli does.
+    fn apply(
+        connection: &mut Self::Connection,
+        migrations: &Migrator,
+    ) -> impl Future<Output = Result<(), MigrateError>> + Send;
 }
 
 macro_rules! backend {
@@ -144,6 +151,13 @@ macro_rules! backend {
             async fn numbers(connection: &mut Self::Connection, sql: &str) -> sqlx::Result<Vec<i64>> {
                 let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?;
                 rows.iter().map(|row| row.try_get_unchecked(0)).collect()
+            }
+
+            async fn apply(
+                connection: &mut Self::Connection,
+                migrations: &Migrator,
+            ) -> Result<(), MigrateError> {
+                migrations.run_direct(None, connection, false).await
             }
         }
     )*};

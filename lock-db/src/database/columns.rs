@@ -44,36 +44,81 @@ pub(super) const COLUMNS: [(&str, Content); 12] = [
     ("waiters", Content::Ascii(WAITERS)),
 ];
 
+/// A column as the database declares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Declared {
+    pub(super) kind: String,
+    pub(super) unless_named: UnlessNamed,
+}
+
+/// What a new row has in a column that its INSERT does not name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum UnlessNamed {
+    /// A value: a default, the next number, what is computed.
+    Value,
+    Null,
+    /// Nothing: there is no such row.
+    Nothing,
+}
+
+impl UnlessNamed {
+    /// As the statements that look for columns tell it.
+    pub(super) fn parse(text: &str) -> Self {
+        match text {
+            "value" => Self::Value,
+            "null" => Self::Null,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// What an INSERT names.
+const NAMED: [&str; 2] = ["lock_name", "lock_kind"];
+
 /// How the columns of a table compare with those that lock-db needs.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Compared {
     Fit,
-    /// A column is missing.
-    Missing,
-    /// A column has a type that can't hold what belongs there. Says which, as what follows the name of the table.
+    /// This column is missing.
+    Missing(&'static str),
+    /// A column can't hold what belongs there, or keeps rows from being made. Says which, as what follows the name of the table.
     Unfit(String),
 }
 
-/// Compares declared types, by the names of their columns, with what the columns have to hold.
-/// `needed` says what a column needs instead of a type that does not do.
+/// Compares declared columns, by their names, with what they have to hold. `needed` says what a column needs instead of a type
+/// that does not do.
 pub(super) fn compare(
-    columns: impl Iterator<Item = (&'static str, Content)> + Clone,
-    declared: &HashMap<String, String>,
+    columns: &[(&'static str, Content)],
+    declared: &HashMap<String, Declared>,
     needed: impl Fn(Content, &str) -> Option<String>,
 ) -> Compared {
-    if !columns.clone().all(|(column, _)| declared.contains_key(column)) {
-        return Compared::Missing;
+    for &(column, _) in columns {
+        if !declared.contains_key(column) {
+            return Compared::Missing(column);
+        }
     }
-    for (column, content) in columns {
-        if let Some(kind) = declared.get(column)
-            && let Some(needed) = needed(content, kind)
-        {
+    for &(column, content) in columns {
+        let Some(Declared { kind, unless_named }) = declared.get(column) else { continue };
+        if let Some(needed) = needed(content, kind) {
             return Compared::Unfit(format!(
                 "has a column `{column}` of the type `{kind}`, where lock-db needs {needed}"
             ));
         }
+        if *unless_named != UnlessNamed::Value && !NAMED.contains(&column) {
+            return Compared::Unfit(format!(
+                "has a column `{column}` that has lost its default, so that no row can be made: give it back the one of \
+                 the migration"
+            ));
+        }
     }
-    Compared::Fit
+    let is_ours = |name: &String| columns.iter().any(|(column, _)| column == name);
+    let mut others = declared.iter().filter(|(name, _)| !is_ours(name));
+    match others.find(|(_, column)| column.unless_named == UnlessNamed::Nothing) {
+        Some((name, _)) => Compared::Unfit(format!(
+            "has a column `{name}` of others that is NOT NULL without a default, so that no row can be made: give it one"
+        )),
+        None => Compared::Fit,
+    }
 }
 
 /// The number behind the name of a type: 255 of `varchar(255)`.
@@ -91,14 +136,30 @@ mod tests {
     fn a_column_that_is_missing_counts_before_one_of_another_type() {
         let columns = [("a", Content::Integer), ("b", Content::Integer)];
         let needed = |_: Content, kind: &str| (kind != "int").then(|| "int".to_owned());
-        let compare = |declared: &[(&str, &str)]| {
-            let declared = declared.iter().map(|(column, kind)| ((*column).into(), (*kind).into()));
-            super::compare(columns.into_iter(), &declared.collect(), needed)
+        let compare = |declared: &[(&str, &str, &str)]| {
+            let declared = declared.iter().map(|(column, kind, unless_named)| {
+                let unless_named = UnlessNamed::parse(unless_named);
+                ((*column).into(), Declared { kind: (*kind).into(), unless_named })
+            });
+            super::compare(&columns, &declared.collect(), needed)
         };
-        assert_eq!(compare(&[("a", "text")]), Compared::Missing);
-        assert_eq!(compare(&[("a", "int"), ("b", "int"), ("c", "text")]), Compared::Fit);
-        let reason = "has a column `b` of the type `text`, where lock-db needs int";
-        assert_eq!(compare(&[("a", "int"), ("b", "text")]), Compared::Unfit(reason.into()));
+        assert_eq!(compare(&[("a", "text", "value")]), Compared::Missing("b"));
+        let fits = [("a", "int", "value"), ("b", "int", "value"), ("c", "text", "null")];
+        assert_eq!(compare(&fits), Compared::Fit);
+        for (other, says) in [
+            (("b", "text", "value"), "a column `b` of the type `text`, where lock-db needs int"),
+            (("b", "int", "null"), "a column `b` that has lost its default"),
+            (("b", "int", "nothing"), "a column `b` that has lost its default"),
+        ] {
+            let Compared::Unfit(reason) = compare(&[("a", "int", "value"), other]) else {
+                panic!("{other:?}")
+            };
+            assert!(reason.contains(says), "{reason}");
+        }
+        let Compared::Unfit(reason) = compare(&[fits[0], fits[1], ("c", "text", "nothing")]) else {
+            panic!("`c` has no default")
+        };
+        assert!(reason.contains("`c`"), "{reason}");
     }
 
     #[test]

@@ -186,6 +186,13 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         server: &Server,
     ) -> impl Future<Output = sqlx::Result<Vec<String>>> + Send;
 
+    /// Whether an error says that a right is missing, and not which one. `check` does.
+    #[doc(hidden)]
+    #[must_use]
+    fn lacks_right(_error: &sqlx::Error) -> bool {
+        false
+    }
+
     /// Reads the row without locking anything.
     #[doc(hidden)]
     fn look(
@@ -454,8 +461,8 @@ pub enum Found {
     Table(Server),
     /// No table of this name.
     Nothing,
-    /// A table that lacks a column.
-    Differs,
+    /// A table that lacks this column.
+    Differs(&'static str),
     /// A table that can't keep locks, and why.
     Unusable(String),
 }
@@ -469,6 +476,16 @@ pub enum Probe {
     Free,
     /// There is no such row, or none that this role may lock.
     Nothing,
+}
+
+/// A row that was made, locked and written, without anything in the way, and still was not written.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+fn foreign_write() -> sqlx::Error {
+    sqlx::Error::Configuration(
+        "a row of `distributed_lock` can be made, but writing it has no effect: is there a trigger on the table, or does a \
+         policy hide its rows?"
+            .into(),
+    )
 }
 
 /// For an error after a change that stands: whether it does is not known to whoever hears only of the error.

@@ -151,6 +151,15 @@ impl Table {
     }
 }
 
+/// What is wrong with a table that a newer version has migrated, to something that this one can't use.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+pub(super) fn by_newer(table: &str, column: &str, version: i64) -> String {
+    format!(
+        "`{table}` lacks the column `{column}`: a newer version of lock-db has migrated it (migration {version}), and this one \
+         can't use what that made of it; deploy the newer one again"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

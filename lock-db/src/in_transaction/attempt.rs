@@ -34,6 +34,9 @@ pub(super) const PAUSE: Duration = Duration::from_millis(100);
 /// Between two attempts, when the server did not wait in between as it was asked to.
 pub(super) const SHORT_PAUSE: Duration = Duration::from_millis(20);
 
+/// How often the table may turn out to be another one while a lock is asked for.
+const MOST_TABLES: u32 = 3;
+
 pub(super) const ACTION: &str = "lock the row";
 
 /// One caller's wish for a name.
@@ -109,13 +112,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
         let Found { mut server, row: KnownRow { id, created } } = found;
-        let secret = Secret::generate()?;
-        let owner = Arc::clone(self.locks.owner());
+        let (secret, owner) = (Secret::generate()?, Arc::clone(self.locks.owner()));
         let row = RowKey { name: self.name.clone(), id };
         let is_try = self.wait.is_none();
         let mut claim = RowClaim { row, kind: self.kind, owner, secret, created, is_own, is_try };
-        let (mut slice, mut stalled) = (Duration::ZERO, None);
-        let mut last_settled = Instant::now();
+        let (mut slice, mut stalled, mut last_settled) = (Duration::ZERO, None, Instant::now());
+        let (mut found_anew, mut quick) = (0, 0);
         loop {
             let asked = Instant::now();
             let held_by = match self.step(connection, &server, &claim, slice).await? {
@@ -129,10 +131,13 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 Step::Done(RowAttempt::ForeignTransaction) => {
                     // Unless it is the table or the row that was made anew.
                     let before = server.table.identity.clone();
-                    let locate = |answer| Request::Locate { answer, anew: true };
-                    server = self.ask_for(connection, locate).await?;
+                    server =
+                        self.ask_for(connection, |answer| Request::Locate { answer, anew: true }).await?;
                     let is_same_row = self.is_same_row(connection, &mut claim).await?;
-                    if is_same_row && server.table.identity == before {
+                    found_anew += 1;
+                    let is_same = is_same_row && server.table.identity == before;
+                    // A session that finds another table each time finds none that is this transaction's.
+                    if is_same || found_anew > MOST_TABLES {
                         return Err(Error::ForeignTransaction { name: self.name.to_string() });
                     }
                     if claim.row.id == 0 && !DB::ROW_IS_MADE_IN_TRANSACTION {
@@ -207,8 +212,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if !may_wait(stalled.as_ref()) {
                 return Ok(None);
             }
-            // A lease is not waited for on the server.
-            let pause = if held_by { PAUSE } else { SHORT_PAUSE };
+            // A lease is not waited for on the server; and some settings keep the server from waiting.
+            quick = if asked.elapsed() < SHORT_PAUSE { quick + 1 } else { 0 };
+            let pause = if held_by { PAUSE } else { (SHORT_PAUSE * quick.max(1)).min(PAUSE) };
             if held_by || (!slice.is_zero() && asked.elapsed() < slice / 2) {
                 sleep(jitter(pause).min(left)).await;
             }
@@ -235,6 +241,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
         // It may be the table that is another one by now.
         self.locks.known_rows().forget(self.name);
+        if DB::lacks_right(&failure.source)
+            && let Err(Error::Database { source, .. }) = self.ask(|answer| Request::Check { answer }).await
+        {
+            return Err(Error::Database { action: ACTION, name: Some(self.name.to_string()), source });
+        }
         Err(failure.into_error(ACTION, Some(self.name)))
     }
 

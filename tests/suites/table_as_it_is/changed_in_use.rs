@@ -10,6 +10,8 @@ use super::triggers::is_not_granted_under;
 
 lock_tests::__tests_on!(postgres PostgresServer
     new_names_can_be_locked_although_their_ids_were_given_away,
+    a_check_finds_a_sequence_behind_the_rows,
+    a_migration_mends_a_sequence_in_use,
     security_that_is_enabled_while_the_table_is_in_use,
     a_row_lock_that_a_trigger_does_not_let_be_written_is_not_granted
 );
@@ -41,6 +43,74 @@ async fn new_names_can_be_locked_although_their_ids_were_given_away(database: &P
             }
         }
         locks.close().await;
+    }
+}
+
+/// With the statement that mends it; without the right to look, by a row that can't be made.
+async fn a_check_finds_a_sequence_behind_the_rows(database: &PostgresServer) {
+    let owner = locks_in_use(database).await;
+    owner.check().await.unwrap();
+    let (url, role, _at_end) = account(database).await;
+    grant(database, &role).await;
+    let behind = "ALTER TABLE distributed_lock ALTER COLUMN id RESTART WITH 1";
+    database.run(behind).await;
+    let pool = pool::<Postgres>(&url, 2).await;
+    let restricted = Locks::new(pool.clone());
+    for locks in [&owner, &restricted] {
+        let error = locks.check().await.unwrap_err();
+        assert!(matches!(error, Error::Database { .. }) && !error.is_retryable(), "{error:?}");
+        let told = error.to_string();
+        assert!(told.contains("duplicate key") && told.contains("setval"), "{told}");
+        let (_, statement) = told.rsplit_once("or by `").unwrap();
+        let (statement, _) = statement.rsplit_once('`').unwrap();
+        // It is complete.
+        database.run(statement).await;
+        for locks in [&owner, &restricted] {
+            locks.check().await.unwrap();
+        }
+        database.run(behind).await;
+    }
+    let statement = "SELECT setval(pg_get_serial_sequence('distributed_lock', 'id'), (SELECT max(id) FROM distributed_lock))";
+    database.run(statement).await;
+    // It is told before it comes to that.
+    database.run("INSERT INTO distributed_lock (id, lock_name) VALUES (1000000, 'far')").await;
+    let report = owner.check().await.unwrap();
+    assert!(report.warnings().iter().any(|warning| warning.contains("setval")), "{report:?}");
+    restricted.close().await;
+    pool.close().await;
+}
+
+/// While others make rows.
+async fn a_migration_mends_a_sequence_in_use(database: &PostgresServer) {
+    let locks = locks_in_use(database).await;
+    let restart = "ALTER TABLE distributed_lock ALTER COLUMN id RESTART WITH 1";
+    for round in 0..5 {
+        database.run(restart).await;
+        let making = tokio::spawn({
+            let locks = locks.clone();
+            async move {
+                for number in 0..20 {
+                    // Or an error that says so, as long as it is behind.
+                    if let Err(error) = locks.insert_lock(format!("{round}: {number}")).try_acquire().await {
+                        assert!(error.to_string().contains("duplicate key"), "{error:?}");
+                    }
+                }
+            }
+        });
+        let others = [Locks::new(database.pool(1).await), Locks::new(database.pool(1).await)];
+        let (one, two) = tokio::join!(others[0].migrate(), others[1].migrate());
+        (one.unwrap(), two.unwrap());
+        locks.check().await.unwrap();
+        locks
+            .insert_lock(format!("{round}: new"))
+            .try_acquire()
+            .await
+            .unwrap()
+            .unwrap()
+            .release()
+            .await
+            .unwrap();
+        making.await.unwrap();
     }
 }
 

@@ -1,7 +1,8 @@
 //! Rights of the account: what is missing is said by `check()`, and nothing is waited for.
 
 use lock_db::{Error, Locks};
-use lock_tests::{TestServer, for_each_server, pool};
+use lock_tests::{PostgresServer, TestDatabase, TestServer, for_each_server, pool};
+use sqlx::Postgres;
 
 use super::asking::{account, all_are_granted, all_are_refused, ask, locks_in_use};
 
@@ -58,6 +59,21 @@ async fn each_right_that_is_missing_is_said<T: TestServer>(database: &T) {
         assert!(!error.is_retryable(), "{missing}: {error:?}");
         let told = error.to_string();
         assert!(told.contains("denied") && told.contains("distributed_lock"), "{missing}: {told}");
+        assert!(told.contains(missing) && told.contains("GRANT"), "{missing}: {told}");
+        // So does the first lock that fails.
+        for error in [
+            locks.insert_lock("used").acquire().await.map(drop).err(),
+            locks.insert_lock("new").acquire().await.map(drop).err(),
+            locks.row_lock("used row").acquire().await.map(drop).err(),
+            locks.row_lock("new row").acquire().await.map(drop).err(),
+        ] {
+            let Some(error) = error else { continue };
+            let told = error.to_string();
+            assert!(
+                !error.is_retryable() && told.contains("denied") && told.contains(missing),
+                "{missing}: {told}"
+            );
+        }
         locks.close().await;
         pool.close().await;
         database.run(&format!("REVOKE {rights} ON {table} FROM {account}")).await;
@@ -98,4 +114,92 @@ async fn an_account_that_may_only_read<T: TestServer>(database: &T) {
     }
     locks.close().await;
     pool.close().await;
+}
+
+/// What only PostgreSQL knows.
+mod of_postgres {
+    use super::*;
+
+    lock_tests::__tests_on!(postgres PostgresServer
+        a_schema_that_may_not_be_used,
+        a_sequence_that_may_not_be_used,
+        rights_to_columns_are_enough
+    );
+
+    /// PostgreSQL passes over such a schema in the search path, as if there were no table.
+    async fn a_schema_that_may_not_be_used(database: &PostgresServer) {
+        let (url, role, _at_end) = account(database).await;
+        database
+            .run(&format!("CREATE SCHEMA locks; ALTER ROLE {role} SET search_path = locks, public"))
+            .await;
+        let owner = Locks::builder(database.pool(2).await).schema("locks").build();
+        owner.migrate().await.unwrap();
+        database.run(&format!("GRANT SELECT, INSERT, UPDATE ON locks.distributed_lock TO {role}")).await;
+        let found_by_path = Locks::new(pool::<Postgres>(&url, 2).await);
+        let named = Locks::builder(pool::<Postgres>(&url, 2).await).schema("locks").build();
+        for locks in [&found_by_path, &named] {
+            for error in [
+                locks.check().await.map(drop).unwrap_err(),
+                locks.insert_lock("a").acquire().await.map(drop).unwrap_err(),
+            ] {
+                assert!(matches!(error, Error::Database { .. }) && !error.is_retryable(), "{error:?}");
+                assert!(error.to_string().contains("permission denied for schema locks"), "{error}");
+            }
+        }
+        database.run(&format!("GRANT USAGE ON SCHEMA locks TO {role}")).await;
+        for locks in [found_by_path, named] {
+            locks.check().await.unwrap();
+            locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
+            locks.close().await;
+        }
+        // Else its pools would keep the role.
+        owner.close().await;
+    }
+
+    /// That of an identity needs no right; one in a default does.
+    async fn a_sequence_that_may_not_be_used(database: &PostgresServer) {
+        locks_in_use(database).await.close().await;
+        let (url, role, _at_end) = account(database).await;
+        database
+            .run(&format!(
+                "ALTER TABLE distributed_lock ALTER id DROP IDENTITY; CREATE SEQUENCE ids START 100;
+            ALTER TABLE distributed_lock ALTER id SET DEFAULT nextval('ids');
+            GRANT SELECT, INSERT, UPDATE ON distributed_lock TO {role}"
+            ))
+            .await;
+        let pool = pool::<Postgres>(&url, 2).await;
+        let locks = Locks::new(pool.clone());
+        let error = locks.check().await.unwrap_err();
+        assert!(!error.is_retryable(), "{error:?}");
+        for told in ["denied", "sequence ids", "USAGE", "GRANT"] {
+            assert!(error.to_string().contains(told), "{told}: {error}");
+        }
+        let error = locks.insert_lock("new").acquire().await.map(drop).unwrap_err();
+        assert!(!error.is_retryable() && error.to_string().contains("denied"), "{error:?}");
+        database.run(&format!("GRANT USAGE ON SEQUENCE ids TO {role}")).await;
+        locks.check().await.unwrap();
+        all_are_granted("with its sequence", &ask(&locks, &pool).await);
+        locks.close().await;
+        pool.close().await;
+    }
+
+    async fn rights_to_columns_are_enough(database: &PostgresServer) {
+        locks_in_use(database).await.close().await;
+        let (url, role, _at_end) = account(database).await;
+        let columns = "secret_key, fencing_token, previous_token, owner, acquire_time, expire_time, ttl_micros, waiters";
+        database
+        .run(&format!(
+            "GRANT SELECT, INSERT (lock_name, lock_kind), UPDATE ({columns}) ON distributed_lock TO {role}"
+        ))
+        .await;
+        let pool = pool::<Postgres>(&url, 2).await;
+        let locks = Locks::new(pool.clone());
+        locks.check().await.unwrap();
+        all_are_granted("columns", &ask(&locks, &pool).await);
+        database.run(&format!("REVOKE UPDATE (owner) ON distributed_lock FROM {role}")).await;
+        let error = locks.check().await.unwrap_err();
+        assert!(error.to_string().contains("lacks the right UPDATE"), "{error}");
+        locks.close().await;
+        pool.close().await;
+    }
 }

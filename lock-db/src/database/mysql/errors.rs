@@ -26,6 +26,12 @@ pub(super) const UNKNOWN_STATEMENT: u16 = 1243;
 
 pub(super) const NO_SUCH_SAVEPOINT: u16 = 1305;
 
+/// A number that does not fit into its column, on MariaDB: for an id when they are used up.
+pub(super) const TOO_LARGE: u16 = 167;
+
+/// `read_only`, by which a demoted primary is told.
+pub(super) const READ_ONLY: u16 = 1290;
+
 pub(super) const OUT_OF_RANGE: u16 = 1690;
 
 pub(super) fn number(error: &sqlx::Error) -> Option<u16> {
@@ -71,7 +77,7 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         // too many connections: of the server, of the account (two forms); offline mode; shutdown; killed; idle for too long;
         // node not ready; `read_only`: a server that is no primary any more, where a new connection may lead to the one that is. And
         // a node of Galera that was cut off from the others during a commit, which they may have carried out.
-        Some(1040 | 1203 | 1226 | 3032 | 1053 | 1927 | 4031 | 1047 | 1290 | COMMIT_FAILED) => {
+        Some(1040 | 1203 | 1226 | 3032 | 1053 | 1927 | 4031 | 1047 | READ_ONLY | COMMIT_FAILED) => {
             Fault::Disconnected
         }
         // A prepared statement is gone or has to be prepared anew.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, number};
+use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use super::mariadb;
 use crate::Kind;
 use crate::database::{
@@ -198,8 +198,25 @@ pub(super) async fn create(
     }
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
     match query.execute(connection).await {
+        Err(error) if has_no_id(&error) => Err(sqlx::Error::Configuration(
+            format!(
+                "{error}: a row has the largest id that there is, so no row can be made for a new name; give it another one, \
+                 and `ALTER TABLE {} AUTO_INCREMENT = 1`",
+                server.table.name()
+            )
+            .into(),
+        )),
         Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
         _ => Ok(true),
+    }
+}
+
+/// The key of a row that was there is the name.
+fn has_no_id(error: &sqlx::Error) -> bool {
+    match number(error) {
+        Some(DUPLICATE_KEY) => says(error, "PRIMARY'"),
+        Some(TOO_LARGE) => says(error, "'id'"),
+        _ => false,
     }
 }
 

@@ -4,9 +4,11 @@
 //! table by `lock_wait_timeout`, both set once a connection.
 
 mod baton;
+mod check;
 mod errors;
 mod lease;
 mod mariadb;
+mod migrate;
 mod schema;
 mod together;
 mod transaction;
@@ -79,11 +81,11 @@ impl LockDatabase for MySql {
     }
 
     async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
-        schema::migrate(connection, schema).await
+        migrate::migrate(connection, schema).await
     }
 
     async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-        schema::check(connection, server).await
+        check::check(connection, server).await
     }
 
     async fn look(

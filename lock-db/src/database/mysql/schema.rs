@@ -1,28 +1,28 @@
-//! Setting up a private connection, finding the table, and making it.
+//! Setting up a private connection, and finding the table.
 
 use std::collections::HashMap;
 
 use sha2::Digest;
+use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
-use sqlx::{AssertSqlSafe, Row};
 
-use super::errors::{DEADLOCK, DUPLICATE_KEY, number};
-use super::is_temporary;
-use crate::database::columns::{COLUMNS, Compared, Content, compare, length_of};
-use crate::database::server::Table;
+use super::{is_temporary, migrate};
+use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
+use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 use crate::name::MAX_BYTES;
-use crate::schema;
 
 /// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
 ///
 /// `completion_type`: a COMMIT that begins a new transaction. `sql_safe_updates`: an UPDATE that is refused because its key is in a
 /// joined table, `sql_big_selects`: because it might read much. `sql_select_limit`: answers that are cut off. `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for one. `time_zone`: for `SYSDATE`, which there is no form of in UTC.
+/// `max_statement_time` of MariaDB, `max_execution_time` of MySQL: statements that are cut off; what waits here has a bound above.
 const PREPARE: &str = "
 SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
     SESSION completion_type = 0, SESSION sql_safe_updates = 0, SESSION sql_big_selects = 1,
     SESSION sql_select_limit = 18446744073709551615,
-    SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'";
+    SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'
+    /*M! , SESSION max_statement_time = 0 */ /*!80000 , SESSION max_execution_time = 0 */";
 
 /// SERIALIZABLE would make a lock of each plain read in a transaction, READ UNCOMMITTED a lie.
 const LEVEL: &str = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; {statement}";
@@ -51,10 +51,12 @@ WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock'
 /// What statements on this connection mean, which is a temporary table if there is one.
 const SHOW: &str = "SHOW CREATE TABLE {table}";
 
-/// With their types, as `varchar(255) CHARACTER SET latin1`.
+/// With their types, as `varchar(255) CHARACTER SET latin1`. A default of NULL is `NULL` on MariaDB.
 const FIND_COLUMNS: &str = "
 SELECT CONVERT(column_name USING utf8mb4),
-    CONVERT(CONCAT(column_type, COALESCE(CONCAT(' CHARACTER SET ', character_set_name), '')) USING utf8mb4)
+    CONVERT(CONCAT(column_type, COALESCE(CONCAT(' CHARACTER SET ', character_set_name), '')) USING utf8mb4),
+    CASE WHEN extra LIKE '%auto_increment%' OR extra LIKE '%GENERATED%' OR COALESCE(column_default, 'NULL') <> 'NULL' THEN 'value'
+        WHEN is_nullable = 'YES' THEN 'null' ELSE 'nothing' END
 FROM information_schema.columns
 WHERE table_schema = ? AND table_name = 'distributed_lock'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
@@ -65,36 +67,6 @@ SELECT CONVERT(column_name USING utf8mb4), non_unique = 0, sub_part IS NULL
 FROM information_schema.statistics
 WHERE table_schema = ? AND table_name = 'distributed_lock' AND index_name = 'distributed_lock_name'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
-
-/// What locks do to the table, to no row.
-const USE: &str = "
-SELECT * FROM {table} WHERE FALSE FOR UPDATE;
-UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
-    acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters,
-    guard_count = guard_count
-WHERE FALSE;
-INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE FALSE";
-
-/// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
-/// then no lock is held. The name counts on the whole server, so it tells the database.
-const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
-const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(?)";
-const CURRENT: &str = "SELECT DATABASE()";
-const HAS_DATABASE: &str = "
-SELECT COUNT(*) FROM information_schema.schemata
-WHERE schema_name = ? AND (@@lower_case_table_names <> 0 OR CAST(schema_name AS BINARY) = CAST(? AS BINARY))";
-const HAS_TABLE: &str = "
-SELECT COUNT(*) FROM information_schema.tables
-WHERE table_schema = ? AND table_name = ?
-    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
-const CREATE_LEDGER: &str = "
-CREATE TABLE IF NOT EXISTS {ledger} (
-    version BIGINT NOT NULL PRIMARY KEY,
-    applied_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
-) ENGINE = InnoDB";
-const APPLIED: &str = "SELECT version FROM {ledger}";
-const NOTE_APPLIED: &str = "INSERT INTO {ledger} (version) VALUES (?)";
-const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
 pub(super) async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
     sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
@@ -136,11 +108,22 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
              `after_connect` or `before_acquire` of the pool, nor by `init_connect` of the server",
         );
     }
-    let query = sqlx::query_as::<_, (String, String)>(FIND_COLUMNS).bind(&schema).bind(&schema);
-    let columns: HashMap<_, _> = query.fetch_all(&mut *connection).await?.into_iter().collect();
-    match compare(COLUMNS.into_iter().chain([GUARD_COUNT]), &columns, needed) {
+    let query = sqlx::query_as::<_, (String, String, String)>(FIND_COLUMNS).bind(&schema).bind(&schema);
+    let columns = query.fetch_all(&mut *connection).await?.into_iter().map(|(name, kind, unless_named)| {
+        let unless_named = UnlessNamed::parse(&unless_named);
+        (name, Declared { kind, unless_named })
+    });
+    let columns: HashMap<String, Declared> = columns.collect();
+    match compare(&[&COLUMNS[..], &[GUARD_COUNT]].concat(), &columns, needed) {
         Compared::Fit => {}
-        Compared::Missing => return Ok(Found::Differs),
+        Compared::Missing(column) => {
+            return Ok(match migrate::newer(connection, &schema).await? {
+                Some(version) => {
+                    Found::Unusable(by_newer(&format!("{schema}.distributed_lock"), column, version))
+                }
+                None => Found::Differs(column),
+            });
+        }
         Compared::Unfit(reason) => return unusable(&reason),
     }
     let query = sqlx::query_as::<_, (String, bool, bool)>(FIND_INDEX).bind(&schema).bind(&schema);
@@ -155,7 +138,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         cluster: kind.cluster,
         is_mariadb: kind.is_mariadb,
         keeps_counter: kind.keeps_counter,
-        is_ascii_only: !columns.get("owner").is_some_and(|kind| has_all_characters(kind)),
+        is_ascii_only: !columns.get("owner").is_some_and(|column| has_all_characters(&column.kind)),
     }))
 }
 
@@ -224,71 +207,6 @@ fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
         keeps_counter: is_mariadb && has_log && setting("innodb_autoinc_lock_mode") != "2",
         has_gaps: !is_mariadb || logs_statements,
     }
-}
-
-pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-    sqlx::raw_sql(server.table.sql(USE)).execute(connection).await?;
-    Ok(Vec::new())
-}
-
-/// When all is applied this only reads, so that an account without the right to create anything may call it.
-pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
-    let schema = if let Some(schema) = schema {
-        schema.to_owned()
-    } else {
-        let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
-        current.ok_or_else(|| {
-            sqlx::Error::Configuration("the pool's URL names no database, and the builder no `schema`".into())
-        })?
-    };
-    let lock = format!("lock_db:{}", digest(&schema));
-    let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).bind(&lock).fetch_one(&mut *connection).await?;
-    if locked != 1 {
-        return Err(sqlx::Error::Protocol("another process has been migrating for a minute".into()));
-    }
-    apply(connection, &schema).await?;
-    sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await.map(drop)
-}
-
-async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<()> {
-    let quoted = format!("`{}`", schema.replace('`', "``"));
-    let ledger = format!("{quoted}._lock_db_migrations");
-    let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
-    let has_database: i64 =
-        sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
-    if has_database == 0 {
-        let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
-        sqlx::raw_sql(sql).execute(&mut *connection).await?;
-    }
-    let applied: Vec<i64> = if has_table(connection, schema, "_lock_db_migrations").await? {
-        sqlx::query_scalar(in_ledger(APPLIED)).fetch_all(&mut *connection).await?
-    } else {
-        sqlx::raw_sql(in_ledger(CREATE_LEDGER)).execute(&mut *connection).await?;
-        Vec::new()
-    };
-    // The ledger may have outlived the table.
-    let is_gone = !has_table(connection, schema, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if !is_gone && applied.contains(&version) {
-            continue;
-        }
-        let sql = sql.replace("EXISTS distributed_lock (", &format!("EXISTS {quoted}.distributed_lock ("));
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
-        let noted = sqlx::query(in_ledger(NOTE_APPLIED)).bind(version).execute(&mut *connection).await;
-        // It was there; or, as the lock above is of one node, it was noted on another at the same time.
-        if let Err(error) = noted
-            && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
-        {
-            return Err(error);
-        }
-    }
-    Ok(())
-}
-
-async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
-    let tables: i64 =
-        sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
-    Ok(tables > 0)
 }
 
 /// For the names of user locks, which have 64 characters at most.

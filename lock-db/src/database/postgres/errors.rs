@@ -7,6 +7,11 @@ use crate::database::Fault;
 /// The transaction is not the one any more that was begun: see `transaction`.
 pub(super) const LOGARITHM_OF_ZERO: &str = "2201E";
 
+pub(super) const INSUFFICIENT_PRIVILEGE: &str = "42501";
+
+/// By a session or a server that may only read.
+pub(super) const READ_ONLY: &str = "25006";
+
 /// By NOWAIT or `lock_timeout`.
 pub(super) const LOCK_NOT_AVAILABLE: &str = "55P03";
 
@@ -49,10 +54,10 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         "22P05" | "22021" => Fault::Unstorable,
         // invalid_authorization_specification (no such role, not in pg_hba.conf, may not log in), invalid_password,
         // invalid_catalog_name (no such database), insufficient_privilege, also for a database at the login
-        "28000" | "28P01" | "3D000" | "42501" => Fault::Refused,
+        "28000" | "28P01" | "3D000" | INSUFFICIENT_PRIVILEGE => Fault::Refused,
         // read_only_sql_transaction: the server may be no primary any more. A new connection leads to the one that is, or finds out
         // that it is a setting.
-        "25006" => Fault::Disconnected,
+        READ_ONLY => Fault::Disconnected,
         code if code.starts_with("08") => Fault::Disconnected,
         // Whatever the code, the server has closed the connection or not let it in: too many connections, of the server or of
         // a role (53300), starting up or shutting down (57P03, 57P01), crashed (57P02), idle for too long (57P05, 25P03),

@@ -11,6 +11,7 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
+use super::sequence;
 use crate::Kind;
 use crate::database::{
     Call, Claim, Grant, LeaseKey, LockRow, Place, Probe, Released, Return, Server, Standing,
@@ -220,7 +221,7 @@ pub(super) async fn create(
             let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
             if is_open { Ok(false) } else { Err(error) }
         }
-        created => created.map(|_| true),
+        created => created.map(|_| true).map_err(|error| sequence::explained(server, error)),
     }
 }
 

@@ -4,10 +4,13 @@
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
 //! a pooler in transaction mode would hand on to other clients.
 
+mod check;
 mod errors;
 mod lease;
 mod listener;
+mod migrate;
 mod schema;
+mod sequence;
 mod together;
 mod transaction;
 
@@ -76,11 +79,15 @@ impl LockDatabase for Postgres {
     }
 
     async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
-        schema::migrate(connection, schema).await
+        migrate::migrate(connection, schema).await
     }
 
     async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-        schema::check(connection, server).await
+        check::check(connection, server).await
+    }
+
+    fn lacks_right(error: &sqlx::Error) -> bool {
+        errors::code(error) == Some(errors::INSUFFICIENT_PRIVILEGE)
     }
 
     async fn look(

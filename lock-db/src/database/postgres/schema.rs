@@ -1,20 +1,24 @@
-//! Finding the table, and making it.
+//! Setting up a private connection, and finding the table.
 
 use std::collections::HashMap;
 
+use sqlx::Row;
 use sqlx::postgres::PgConnection;
-use sqlx::{AssertSqlSafe, Connection, Row};
 
 use super::listener::is_direct;
+use super::migrate;
 use super::transaction::DOLLAR_QUOTE;
-use crate::database::columns::{COLUMNS, Compared, Content, compare, length_of};
-use crate::database::server::Table;
+use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
+use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
-use crate::schema;
 
+/// What the statements rely on, whatever the server, the role, the database and the hooks of the pool say.
+///
 /// What is given up here after five seconds is to end on the server, too: else each such statement would keep a session there, as long as
-/// somebody has the table locked.
-const LIMIT: &str = "SET lock_timeout = '2s'; SET statement_timeout = '5s'";
+/// somebody has the table locked. And a statement by itself needs no snapshot that lasts, which fails when others write.
+const PINS: &str = "
+SET lock_timeout = '2s'; SET statement_timeout = '5s'; SET default_transaction_isolation = 'read committed';
+SET default_transaction_deferrable = off";
 
 /// What has to be known before the table is trusted, in one message. `$1` is the name, quoted as in SQL.
 const FIND: &str = "
@@ -24,8 +28,9 @@ SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', cur
     row_security_active(class.oid),
     EXISTS (SELECT 1 FROM pg_rewrite WHERE ev_class = class.oid),
     ARRAY(
-        SELECT attname::text || ' ' || format_type(atttypid, atttypmod) FROM pg_attribute
-        WHERE attrelid = class.oid AND attnum > 0 AND NOT attisdropped),
+        SELECT CASE WHEN atthasdef OR attidentity <> '' THEN 'value' WHEN attnotnull THEN 'nothing' ELSE 'null' END
+            || ' ' || attname::text || ' ' || format_type(atttypid, atttypmod)
+        FROM pg_attribute WHERE attrelid = class.oid AND attnum > 0 AND NOT attisdropped),
     EXISTS (
         SELECT 1 FROM pg_index
         JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] AND attname = 'lock_name'
@@ -45,37 +50,21 @@ SELECT namespace.nspname::text FROM pg_class AS class
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 WHERE class.relname = 'distributed_lock' AND current_database() = $1";
 
+/// A schema of the search path that this role may not look into is passed over as if it were not there.
+const HIDDEN: &str = "
+SELECT quote_ident(namespace.nspname::text), quote_ident(current_user::text) FROM pg_class AS class
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE class.relname = 'distributed_lock' AND NOT has_schema_privilege(namespace.oid, 'USAGE')
+    AND replace(namespace.nspname::text, current_user::text, '$user') = ANY (
+        SELECT trim(both ' \"' FROM part) FROM unnest(string_to_array(current_setting('search_path'), ',')) AS part)
+LIMIT 1";
+
 const QUOTE: &str = "SELECT quote_ident($1)";
-
-/// What locks do to the table, to no row.
-const USE: &str = "
-SELECT * FROM {table} WHERE false FOR UPDATE;
-UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
-    acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters
-WHERE false;
-INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE false";
-
-/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
-const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
-/// Whatever the default of the database: what others have applied while this one waited has to be seen.
-const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
-const LIMIT_MIGRATION: &str = "
-SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '0', true)";
-const HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = $1)";
-const WORK_IN_SCHEMA: &str = "SELECT set_config('search_path', $1, true)";
-const HAS_TABLE: &str = "SELECT to_regclass($1) IS NOT NULL";
-const CREATE_LEDGER: &str = "
-CREATE TABLE IF NOT EXISTS _lock_db_migrations (
-    version BIGINT PRIMARY KEY,
-    applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())";
-const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
-const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
-const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
 /// Behind a pooler nothing is set: others would be given the connection with it.
 pub(super) async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
     if is_direct(connection).await? {
-        sqlx::raw_sql(LIMIT).execute(connection).await?;
+        sqlx::raw_sql(PINS).execute(connection).await?;
     }
     Ok(())
 }
@@ -114,7 +103,15 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
             "the session may only read: `default_transaction_read_only` is on for this role or database";
         return Err(sqlx::Error::Configuration(setting.into()));
     }
-    let Some(oid) = row.try_get::<Option<i64>, _>(5)? else { return Ok(Found::Nothing) };
+    let Some(oid) = row.try_get::<Option<i64>, _>(5)? else {
+        let hidden: Option<(String, String)> = sqlx::query_as(HIDDEN).fetch_optional(connection).await?;
+        let Some((schema, role)) = hidden else { return Ok(Found::Nothing) };
+        let message = format!(
+            "permission denied for schema {schema}, which has a table `distributed_lock`: the role {role} needs the right \
+             USAGE there"
+        );
+        return Err(sqlx::Error::Configuration(message.into()));
+    };
     let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
     if schema.contains(DOLLAR_QUOTE) {
@@ -142,9 +139,17 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     if row.try_get(11)? {
         return unusable("has rewrite rules, so that statements do something else than they say");
     }
-    match compare(COLUMNS.into_iter(), &declared(&row.try_get::<Vec<_>, _>(12)?), needed) {
+    match compare(&COLUMNS, &declared(&row.try_get::<Vec<_>, _>(12)?), needed) {
         Compared::Fit => {}
-        Compared::Missing => return Ok(Found::Differs),
+        Compared::Missing(column) => {
+            let schema = schema.to_owned();
+            return Ok(match migrate::newer(connection, &schema).await? {
+                Some(version) => {
+                    Found::Unusable(by_newer(&format!("{schema}.distributed_lock"), column, version))
+                }
+                None => Found::Differs(column),
+            });
+        }
         Compared::Unfit(reason) => return unusable(&reason),
     }
     if !row.try_get::<bool, _>(13)? {
@@ -167,10 +172,15 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     }))
 }
 
-/// Columns and their types, of `name type` each. A name with a blank in it is none of ours.
-fn declared(columns: &[String]) -> HashMap<String, String> {
-    let parts = columns.iter().filter_map(|column| column.split_once(' '));
-    parts.map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect()
+/// Columns, of `value name type` each. A name with a blank in it is none of ours.
+fn declared(columns: &[String]) -> HashMap<String, Declared> {
+    let parts = columns.iter().filter_map(|column| {
+        let (unless_named, column) = column.split_once(' ')?;
+        let (name, kind) = column.split_once(' ')?;
+        let unless_named = UnlessNamed::parse(unless_named);
+        Some((name.to_owned(), Declared { kind: kind.to_owned(), unless_named }))
+    });
+    parts.collect()
 }
 
 /// What a column needs if this type, as `format_type` names it, does not do. CHAR does not: it is
@@ -193,47 +203,7 @@ fn needed(content: Content, kind: &str) -> Option<String> {
     (!fits).then_some(needed)
 }
 
-pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-    sqlx::raw_sql(server.table.sql(USE)).execute(connection).await?;
-    Ok(Vec::new())
-}
-
-/// When all is applied this only reads, so that a role without the right to create anything may call it.
-pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
-    let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
-    sqlx::query(LIMIT_MIGRATION).execute(&mut *transaction).await?;
-    sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
-    if let Some(schema) = schema {
-        let quoted = quoted(&mut transaction, schema).await?;
-        let is_there: bool = sqlx::query_scalar(HAS_SCHEMA).bind(schema).fetch_one(&mut *transaction).await?;
-        if !is_there {
-            let sql = AssertSqlSafe(format!("CREATE SCHEMA IF NOT EXISTS {quoted}"));
-            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-        }
-        sqlx::query(WORK_IN_SCHEMA).bind(quoted).execute(&mut *transaction).await?;
-    }
-    let applied: Vec<i64> = if has_table(&mut transaction, "_lock_db_migrations").await? {
-        sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?
-    } else {
-        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
-        Vec::new()
-    };
-    // The ledger may have outlived the table.
-    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if is_gone || !applied.contains(&version) {
-            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
-        }
-    }
-    transaction.commit().await
-}
-
-async fn has_table(connection: &mut PgConnection, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
-}
-
-async fn quoted(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
+pub(super) async fn quoted(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
     sqlx::query_scalar(QUOTE).bind(name).fetch_one(connection).await
 }
 

@@ -8,6 +8,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row};
 
 use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
+use super::sequence;
 use crate::Kind;
 use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
 
@@ -288,7 +289,8 @@ pub(super) async fn lock_row(
             attempt => return attempt,
         }
     }
-    let attempt = wait_and_lock(connection, server, claim, slice).await?;
+    let attempt = wait_and_lock(connection, server, claim, slice).await;
+    let attempt = attempt.map_err(|error| sequence::explained(server, error))?;
     if claim.is_own && attempt == RowAttempt::Busy {
         // The holder may wait for the end of all transactions: CREATE INDEX CONCURRENTLY does.
         begin_anew(connection).await?;

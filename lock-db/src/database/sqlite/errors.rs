@@ -1,6 +1,14 @@
 //! What the result codes of SQLite mean: <https://www.sqlite.org/rescode.html>.
 
+use std::borrow::Cow;
+
 use crate::database::Fault;
+
+pub(super) const READ_ONLY: &str = "8";
+
+pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error()?.code()
+}
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
     if crate::error::is_connection_failure(error) {
@@ -24,8 +32,8 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         // SQLITE_READONLY and its kin but _DBMOVED and _RECOVERY, SQLITE_CANTOPEN and its kin, SQLITE_PERM, SQLITE_AUTH,
         // SQLITE_NOTADB
         Some(
-            "8" | "520" | "776" | "1288" | "1544" | "14" | "270" | "526" | "782" | "1038" | "1294" | "1550"
-            | "3" | "23" | "26",
+            READ_ONLY | "520" | "776" | "1288" | "1544" | "14" | "270" | "526" | "782" | "1038" | "1294"
+            | "1550" | "3" | "23" | "26",
         ) => Fault::Refused,
         // A plain SQLITE_ERROR: only the text tells.
         _ if error.message().starts_with("no such table: ")

@@ -2,8 +2,10 @@
 //!
 //! There is one writer at a time in the whole database, so there are no row locks: `lock_row` takes the write lock.
 
+mod check;
 mod errors;
 mod lease;
+mod migrate;
 mod schema;
 mod transaction;
 
@@ -61,11 +63,11 @@ impl LockDatabase for Sqlite {
     }
 
     async fn migrate(connection: &mut SqliteConnection, _schema: Option<&str>) -> sqlx::Result<()> {
-        schema::migrate(connection).await
+        migrate::migrate(connection).await
     }
 
     async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-        schema::check(connection, server).await
+        check::check(connection, server).await
     }
 
     async fn look(

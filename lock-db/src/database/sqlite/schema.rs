@@ -1,15 +1,15 @@
-//! Finding the table, and making it.
+//! Finding the table.
 
 use std::collections::HashMap;
 
+use sqlx::Row;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-use sqlx::{Connection, Row};
 
+use super::migrate;
 use crate::Error;
-use crate::database::columns::{COLUMNS, Compared, Content, compare};
-use crate::database::server::Table;
+use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare};
+use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
-use crate::schema;
 
 /// How long a private connection waits for another writer before it answers "busy". And a schema is a file of its own here.
 pub(super) const PREPARE: &str = "PRAGMA busy_timeout = 100";
@@ -18,30 +18,16 @@ const FIND: &str = "
 SELECT (SELECT file FROM pragma_database_list WHERE name = 'main'),
     (SELECT locking_mode FROM pragma_locking_mode),
     (SELECT type FROM main.sqlite_schema WHERE name = 'distributed_lock' AND type IN ('table', 'view')),
-    (SELECT group_concat(name || ' ' || type, char(10)) FROM pragma_table_info('distributed_lock', 'main')),
+    (SELECT group_concat(
+            CASE WHEN dflt_value IS NOT NULL OR (pk AND upper(type) = 'INTEGER') THEN 'value'
+                WHEN \"notnull\" THEN 'nothing' ELSE 'null' END || ' ' || name || ' ' || type, char(10))
+        FROM pragma_table_info('distributed_lock', 'main')),
     EXISTS (
         SELECT 1 FROM pragma_index_list('distributed_lock', 'main') AS list
         WHERE list.\"unique\" AND NOT list.partial
             AND (SELECT group_concat(name || ' ' || coll) FROM pragma_index_xinfo(list.name, 'main') WHERE key)
-                = 'lock_name BINARY')";
-
-/// What locks do to the table, to no row.
-const USE: &str = "
-UPDATE {table} SET owner = owner WHERE 0;
-INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE 0";
-
-const JOURNAL_MODE: &str = "SELECT journal_mode FROM pragma_journal_mode";
-
-const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
-const LOCK_MIGRATIONS: &str = "BEGIN IMMEDIATE";
-const HAS_TABLE: &str = "SELECT EXISTS (SELECT 1 FROM main.sqlite_schema WHERE name = ?1)";
-const CREATE_LEDGER: &str = "
-CREATE TABLE IF NOT EXISTS main._lock_db_migrations (
-    version INTEGER PRIMARY KEY,
-    applied_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')))";
-const APPLIED: &str = "SELECT version FROM main._lock_db_migrations";
-const NOTE_APPLIED: &str = "INSERT OR IGNORE INTO main._lock_db_migrations (version) VALUES (?1)";
-const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
+                = 'lock_name BINARY'),
+    (SELECT journal_mode FROM pragma_journal_mode)";
 
 const FILE_PLEASE: &str = "locks need a database that all connections and processes share: a file (for tests, \
                            `lock_db::testing::locks()` makes one)";
@@ -82,13 +68,17 @@ fn locks_exclusively(options: &str) -> bool {
 }
 
 pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Found> {
-    let row = sqlx::query(FIND).fetch_one(connection).await?;
+    let row = sqlx::query(FIND).fetch_one(&mut *connection).await?;
     let (file, mode): (String, String) = (row.try_get(0)?, row.try_get(1)?);
     if file.is_empty() {
         return Err(sqlx::Error::Configuration(format!("the database is in memory: {FILE_PLEASE}").into()));
     }
     if mode == "exclusive" {
         let message = "`locking_mode` is EXCLUSIVE: a connection would keep the file from all others";
+        return Err(sqlx::Error::Configuration(message.into()));
+    }
+    if row.try_get::<&str, _>(5)? == "off" {
+        let message = "`journal_mode` is OFF: no transaction could be rolled back";
         return Err(sqlx::Error::Configuration(message.into()));
     }
     match row.try_get::<Option<&str>, _>(2)? {
@@ -100,9 +90,14 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
             ));
         }
     }
-    match compare(COLUMNS.into_iter(), &declared(row.try_get(3)?), needed) {
+    match compare(&COLUMNS, &declared(row.try_get(3)?), needed) {
         Compared::Fit => {}
-        Compared::Missing => return Ok(Found::Differs),
+        Compared::Missing(column) => {
+            return Ok(match migrate::newer(connection).await? {
+                Some(version) => Found::Unusable(by_newer("distributed_lock", column, version)),
+                None => Found::Differs(column),
+            });
+        }
         Compared::Unfit(reason) => return Ok(Found::Unusable(format!("`distributed_lock` {reason}"))),
     }
     if !row.try_get::<bool, _>(4)? {
@@ -120,10 +115,15 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
     }))
 }
 
-/// Columns and their types, a line of `name type` each. A name with a blank in it is none of ours.
-fn declared(columns: &str) -> HashMap<String, String> {
-    let parts = columns.lines().filter_map(|column| column.split_once(' '));
-    parts.map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect()
+/// Columns, a line of `value name type` each. A name with a blank in it is none of ours.
+fn declared(columns: &str) -> HashMap<String, Declared> {
+    let parts = columns.lines().filter_map(|column| {
+        let (unless_named, column) = column.split_once(' ')?;
+        let (name, kind) = column.split_once(' ')?;
+        let unless_named = UnlessNamed::parse(unless_named);
+        Some((name.to_owned(), Declared { kind: kind.to_owned(), unless_named }))
+    });
+    parts.collect()
 }
 
 /// What a column needs if this type does not do. A type is a hint only, but one for numbers turns a
@@ -140,56 +140,6 @@ fn needed(content: Content, kind: &str) -> Option<String> {
         Content::Time => (is_text || says(&["DATE", "TIME"]), "TEXT"),
     };
     (!fits).then(|| needed.to_owned())
-}
-
-pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
-    sqlx::raw_sql(server.table.sql(USE)).execute(&mut *connection).await?;
-    let mode: String = sqlx::query_scalar(JOURNAL_MODE).fetch_one(connection).await?;
-    if mode == "wal" {
-        return Ok(Vec::new());
-    }
-    Ok(vec![format!(
-        "the journal mode is {mode}: with WAL (`SqliteConnectOptions::journal_mode(SqliteJournalMode::Wal)`) a transaction \
-         that reads keeps none that writes from its commit, and leases can be looked at while others write"
-    )])
-}
-
-pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
-    if !is_up_to_date(connection).await? {
-        apply(connection).await?;
-    }
-    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
-}
-
-async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
-    sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
-    let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
-    // The ledger may have outlived the table.
-    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if is_gone || !applied.contains(&version) {
-            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
-        }
-    }
-    transaction.commit().await
-}
-
-/// Without writing anything, which a file that may only be read would not allow.
-async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
-    if !has_table(connection, "distributed_lock").await?
-        || !has_table(connection, "_lock_db_migrations").await?
-    {
-        return Ok(false);
-    }
-    let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(connection).await?;
-    Ok(MIGRATIONS.iter().all(|(version, _)| applied.contains(version)))
-}
-
-async fn has_table(connection: &mut SqliteConnection, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
 }
 
 #[cfg(test)]

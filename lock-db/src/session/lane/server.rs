@@ -391,6 +391,10 @@ impl<DB: LockDatabase> Worker<DB> {
                 };
                 match operation(connection, &server).await.map_err(Failure::new::<DB>) {
                     Err(failure) if failure.fault == Fault::Disconnected => Err(failure),
+                    Err(failure) if DB::lacks_right(&failure.source) => {
+                        let checked = DB::check(connection, &server).await.map_err(Failure::new::<DB>);
+                        Ok((server, Err(checked.err().unwrap_or(failure))))
+                    }
                     answer => Ok((server, answer)),
                 }
             })
@@ -459,7 +463,7 @@ async fn find_table<DB: LockDatabase>(
     match DB::find_table(connection, location.schema().as_deref()).await.map_err(Failure::new::<DB>)? {
         Found::Table(server) => Ok(location.set(server)),
         Found::Nothing => Err(Failure::table_missing::<DB>()),
-        Found::Differs => Err(Failure::table_differs::<DB>()),
+        Found::Differs(column) => Err(Failure::table_differs::<DB>(column)),
         Found::Unusable(reason) => Err(Failure::unusable_table::<DB>(reason)),
     }
 }

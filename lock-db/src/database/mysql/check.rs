@@ -1,0 +1,101 @@
+//! What is looked at before the first lock fails: rights, whether a row can be made at all, and settings.
+
+use sqlx::mysql::MySqlConnection;
+use sqlx::{Connection, Row};
+
+use super::errors::number;
+use super::lease;
+use crate::Kind;
+use crate::database::{Server, foreign_write};
+use crate::secret::Secret;
+
+/// What locks do to the table, to no row: each needs rights of its own.
+const USES: [&str; 3] = [
+    "SELECT * FROM {table} WHERE FALSE FOR UPDATE",
+    "UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
+        acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters,
+        guard_count = guard_count
+    WHERE FALSE",
+    "INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE FALSE",
+];
+
+/// No right to the table, to a column, or to what a statement does.
+const DENIED: [u16; 3] = [1142, 1143, 1227];
+
+const LOCK: &str = "SELECT 1 FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name = ? FOR UPDATE";
+/// Another value, so that it counts however rows are counted.
+const WRITE: &str = "UPDATE {table} SET owner = 'lock-db', guard_count = guard_count + 1 WHERE lock_name = ?";
+
+const SETTINGS: &str = "
+SHOW GLOBAL VARIABLES WHERE Variable_name IN (
+    'read_only', 'innodb_flush_log_at_trx_commit', 'innodb_deadlock_detect', 'wait_timeout')";
+
+/// Below this the server closes connections that a service uses now and then.
+const SHORT_WAIT_TIMEOUT: u64 = 60;
+
+pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    let mut denied: Vec<String> = Vec::new();
+    for statement in USES {
+        match sqlx::raw_sql(server.table.sql(statement)).execute(&mut *connection).await {
+            Err(error) if number(&error).is_some_and(|number| DENIED.contains(&number)) => {
+                denied.push(error.to_string());
+            }
+            used => used.map(drop)?,
+        }
+    }
+    if !denied.is_empty() {
+        denied.dedup();
+        let message = format!(
+            "{}: locks need `GRANT SELECT, INSERT, UPDATE ON {}`",
+            denied.join("; "),
+            server.table.name()
+        );
+        return Err(sqlx::Error::Configuration(message.into()));
+    }
+    try_out(connection, server).await?;
+    warnings(connection).await
+}
+
+/// Makes a row, locks and writes it, and rolls that back: whatever keeps one of these from being done shows.
+async fn try_out(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<()> {
+    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+    let mut transaction = connection.begin_with("START TRANSACTION").await?;
+    lease::create(&mut transaction, server, &name, Kind::Insert).await?;
+    let lock = sqlx::query(server.table.sql(LOCK)).bind(name.as_bytes());
+    let locked = lock.fetch_optional(&mut *transaction).await?;
+    let write = sqlx::query(server.table.sql(WRITE)).bind(name.as_bytes());
+    let written = write.execute(&mut *transaction).await?;
+    transaction.rollback().await?;
+    if locked.is_some() && written.rows_affected() == 1 { Ok(()) } else { Err(foreign_write()) }
+}
+
+async fn warnings(connection: &mut MySqlConnection) -> sqlx::Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for row in sqlx::raw_sql(SETTINGS).fetch_all(connection).await? {
+        let (setting, value): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+        match (setting, value) {
+            ("read_only", "ON" | "NO_LOCK" | "NO_LOCK_NO_ADMIN") => warnings.push(format!(
+                "the server is `read_only` ({value}), as a replica is, and this account writes there all the same: locks on a \
+                 replica exclude nobody who uses the primary; take an account without SUPER and READ ONLY ADMIN"
+            )),
+            ("innodb_flush_log_at_trx_commit", "0" | "2") => warnings.push(format!(
+                "`innodb_flush_log_at_trx_commit` is {value}: a crash of the server's host{} forgets the newest grants, and then a \
+                 lock may be granted twice; 1 is safe",
+                if value == "0" { ", or of the server," } else { "" }
+            )),
+            ("innodb_deadlock_detect", "OFF") => warnings.push(
+                "`innodb_deadlock_detect` is OFF: transactions that lock several names in different orders wait for each other \
+                 until their waits are over"
+                    .into(),
+            ),
+            ("wait_timeout", value) if value.parse().is_ok_and(|seconds: u64| seconds < SHORT_WAIT_TIMEOUT) => {
+                warnings.push(format!(
+                    "`wait_timeout` is {value} s: the server closes the connections of lock-db when nothing is locked for so \
+                     long, and the next lock waits for a new one"
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(warnings)
+}

@@ -1,0 +1,122 @@
+//! Making the table, and mending what operators left.
+
+use sqlx::mysql::MySqlConnection;
+use sqlx::{AssertSqlSafe, MySql};
+
+use super::errors::{DEADLOCK, DUPLICATE_KEY, READ_ONLY, number};
+use super::schema::{digest, find};
+use crate::database::{Fault, Found, LockDatabase};
+use crate::schema;
+
+/// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
+/// then no lock is held. The name counts on the whole server, so it tells the database.
+const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
+const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(?)";
+const CURRENT: &str = "SELECT DATABASE()";
+const HAS_DATABASE: &str = "
+SELECT COUNT(*) FROM information_schema.schemata
+WHERE schema_name = ? AND (@@lower_case_table_names <> 0 OR CAST(schema_name AS BINARY) = CAST(? AS BINARY))";
+const HAS_TABLE: &str = "
+SELECT COUNT(*) FROM information_schema.tables
+WHERE table_schema = ? AND table_name = ?
+    AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS {ledger} (
+    version BIGINT NOT NULL PRIMARY KEY,
+    applied_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+) ENGINE = InnoDB";
+const APPLIED: &str = "SELECT version FROM {ledger}";
+const NOTE_APPLIED: &str = "INSERT INTO {ledger} (version) VALUES (?)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
+
+/// When all is applied this only reads, so that an account without the right to create anything may call it. So may one that does not
+/// see the ledger, or where there is none, if the table is as this version needs it.
+pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    let schema = if let Some(schema) = schema {
+        schema.to_owned()
+    } else {
+        let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
+        current.ok_or_else(|| {
+            sqlx::Error::Configuration("the pool's URL names no database, and the builder no `schema`".into())
+        })?
+    };
+    let lock = format!("lock_db:{}", digest(&schema));
+    let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).bind(&lock).fetch_one(&mut *connection).await?;
+    if locked != 1 {
+        return Err(sqlx::Error::Protocol("another process has been migrating for a minute".into()));
+    }
+    match apply(connection, &schema).await {
+        Err(error) if MySql::classify(&error) == Fault::Refused || number(&error) == Some(READ_ONLY) => {
+            match find(connection, Some(&schema)).await? {
+                Found::Table(_) => {}
+                _ => return Err(may_not(error)),
+            }
+        }
+        applied => applied?,
+    }
+    sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await.map(drop)
+}
+
+/// A server that may only read is told by its own error: another one may have become the primary.
+fn may_not(error: sqlx::Error) -> sqlx::Error {
+    if MySql::classify(&error) != Fault::Refused {
+        return error;
+    }
+    sqlx::Error::Configuration(
+        format!(
+            "{error}: `migrate()` has to be called once by an account that may create tables there; accounts that only use the \
+             table need SELECT, INSERT and UPDATE on it"
+        )
+        .into(),
+    )
+}
+
+/// The newest migration that was applied, if this version does not know it.
+pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<Option<i64>> {
+    let sql = format!("SELECT MAX(version) FROM `{}`._lock_db_migrations", schema.replace('`', "``"));
+    // It need not be there, nor for this account to read.
+    let newest = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(connection).await;
+    let newest: Option<i64> = newest.ok().flatten();
+    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+}
+
+async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<()> {
+    let quoted = format!("`{}`", schema.replace('`', "``"));
+    let ledger = format!("{quoted}._lock_db_migrations");
+    let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
+    let has_database: i64 =
+        sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
+    if has_database == 0 {
+        let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
+        sqlx::raw_sql(sql).execute(&mut *connection).await?;
+    }
+    let applied: Vec<i64> = if has_table(connection, schema, "_lock_db_migrations").await? {
+        sqlx::query_scalar(in_ledger(APPLIED)).fetch_all(&mut *connection).await?
+    } else {
+        sqlx::raw_sql(in_ledger(CREATE_LEDGER)).execute(&mut *connection).await?;
+        Vec::new()
+    };
+    // The ledger may have outlived the table.
+    let is_gone = !has_table(connection, schema, "distributed_lock").await?;
+    for (version, sql) in MIGRATIONS {
+        if !is_gone && applied.contains(&version) {
+            continue;
+        }
+        let sql = sql.replace("EXISTS distributed_lock (", &format!("EXISTS {quoted}.distributed_lock ("));
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
+        let noted = sqlx::query(in_ledger(NOTE_APPLIED)).bind(version).execute(&mut *connection).await;
+        // It was there; or, as the lock above is of one node, it was noted on another at the same time.
+        if let Err(error) = noted
+            && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
+        {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
+    let tables: i64 =
+        sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
+    Ok(tables > 0)
+}

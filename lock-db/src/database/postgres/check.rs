@@ -1,0 +1,136 @@
+//! What is looked at before the first lock fails: rights, whether a row can be made at all, and settings.
+
+use std::fmt::Write as _;
+
+use sqlx::postgres::PgConnection;
+use sqlx::{Connection, Row};
+
+use super::sequence::{self, Behind};
+use crate::database::{Server, foreign_write};
+use crate::secret::Secret;
+
+/// The rights that locks need and this role lacks; its name. A right to every column does as well.
+const RIGHTS: &str = "
+SELECT ARRAY(
+        SELECT needed.privilege FROM (VALUES
+            ('SELECT', NULL),
+            ('INSERT', '{lock_name,lock_kind}'::text[]),
+            ('UPDATE', '{secret_key,fencing_token,previous_token,owner,acquire_time,expire_time,ttl_micros,waiters}'))
+            AS needed (privilege, columns)
+        WHERE NOT has_table_privilege(class.oid, needed.privilege) AND EXISTS (
+            SELECT 1 FROM pg_attribute
+            WHERE attrelid = class.oid AND attnum > 0 AND NOT attisdropped
+                AND (needed.columns IS NULL OR attname = ANY (needed.columns))
+                AND NOT has_column_privilege(class.oid, attnum, needed.privilege))),
+    quote_ident(current_user::text)
+FROM pg_class AS class WHERE class.oid = to_regclass($1)";
+
+/// `id` has a sequence of its own, for which no right is needed, unless it was made otherwise.
+const SEQUENCE_RIGHT: &str = "
+SELECT depends.refobjid::regclass::text FROM pg_attrdef AS filled
+JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum AND attname = 'id'
+JOIN pg_depend AS depends ON depends.classid = 'pg_attrdef'::regclass AND depends.objid = filled.oid
+    AND depends.refclassid = 'pg_class'::regclass
+JOIN pg_class AS sequence ON sequence.oid = depends.refobjid AND sequence.relkind = 'S'
+WHERE adrelid = to_regclass($1) AND NOT has_sequence_privilege(sequence.oid, 'USAGE,UPDATE')
+LIMIT 1";
+
+/// What locks do, to a row that is rolled back.
+const MAKE: &str =
+    "INSERT INTO {table} (lock_name, lock_kind) VALUES ($1, 'insert') ON CONFLICT (lock_name) DO NOTHING";
+const LOCK: &str = "SELECT * FROM {table} WHERE lock_name = $1 FOR UPDATE NOWAIT";
+const WRITE: &str = "
+UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
+    acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters
+WHERE lock_name = $1";
+
+const SETTINGS: &str = "
+SELECT current_setting('fsync') = 'off', current_setting('synchronous_commit') = 'off',
+    COALESCE(current_setting('idle_session_timeout', true), '0')";
+
+pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    let table = server.table.name();
+    let row = sqlx::query(RIGHTS).bind(table).fetch_one(&mut *connection).await?;
+    let (missing, role): (Vec<String>, String) = (row.try_get(0)?, row.try_get(1)?);
+    let mut lacks = String::new();
+    if !missing.is_empty() {
+        let rights = missing.join(", ");
+        let _infallible = write!(
+            lacks,
+            "permission denied for table {table}: the role {role} lacks the right {rights} (GRANT {rights} ON {table} TO {role})"
+        );
+    }
+    let sequence: Option<String> =
+        sqlx::query_scalar(SEQUENCE_RIGHT).bind(table).fetch_optional(&mut *connection).await?;
+    if let Some(sequence) = sequence {
+        let and = if lacks.is_empty() { "" } else { "; " };
+        let _infallible = write!(
+            lacks,
+            "{and}permission denied for sequence {sequence} of {table}: the role {role} lacks the right USAGE \
+             (GRANT USAGE ON SEQUENCE {sequence} TO {role})"
+        );
+    }
+    if !lacks.is_empty() {
+        return Err(sqlx::Error::Configuration(lacks.into()));
+    }
+    let mut warnings = Vec::new();
+    match sequence::is_behind(connection, server).await? {
+        Behind::No => {}
+        Behind::Later => warnings.push(format!(
+            "the sequence of the column `id` of {table} is behind the rows: some day new names can't be locked; mend it by \
+             `{}`",
+            sequence::remedy(server)
+        )),
+        Behind::Now => {
+            let message = format!(
+                "new names can't be locked in {table}: duplicate key, as the sequence of its column `id` is behind the rows; \
+                 mend it by `locks.migrate()` as the owner of the table, or by `{}`",
+                sequence::remedy(server)
+            );
+            return Err(sqlx::Error::Configuration(message.into()));
+        }
+    }
+    try_out(connection, server).await?;
+    settings(connection, &mut warnings).await?;
+    Ok(warnings)
+}
+
+/// Makes a row, locks and writes it, and rolls that back: whatever keeps one of these from being done shows.
+async fn try_out(connection: &mut PgConnection, server: &Server) -> sqlx::Result<()> {
+    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+    let mut transaction = connection.begin_with("BEGIN").await?;
+    let made = sqlx::query(server.table.sql(MAKE)).bind(&name).execute(&mut *transaction).await;
+    let made = made.map_err(|error| sequence::explained(server, error))?;
+    let locked = sqlx::query(server.table.sql(LOCK)).bind(&name).fetch_optional(&mut *transaction).await?;
+    let written = sqlx::query(server.table.sql(WRITE)).bind(&name).execute(&mut *transaction).await?;
+    transaction.rollback().await?;
+    if made.rows_affected() == 1 && locked.is_some() && written.rows_affected() == 1 {
+        return Ok(());
+    }
+    Err(foreign_write())
+}
+
+async fn settings(connection: &mut PgConnection, warnings: &mut Vec<String>) -> sqlx::Result<()> {
+    let (no_fsync, is_asynchronous, idle): (bool, bool, String) =
+        sqlx::query_as(SETTINGS).fetch_one(connection).await?;
+    if no_fsync {
+        warnings.push(
+            "`fsync` is off: a crash of the server's host may damage the database, with the locks in it"
+                .into(),
+        );
+    }
+    if is_asynchronous {
+        warnings.push(
+            "`synchronous_commit` is off: a crash of the server forgets the newest grants, and then a lock may be granted \
+             twice; set it to `on` for this role"
+                .into(),
+        );
+    }
+    if idle != "0" {
+        warnings.push(format!(
+            "`idle_session_timeout` is {idle}: the server ends the connections of lock-db when nothing is locked for so long, \
+             and the next lock waits for a new one; set it to 0 for this role"
+        ));
+    }
+    Ok(())
+}

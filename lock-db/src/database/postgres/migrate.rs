@@ -1,0 +1,95 @@
+//! Making the table, and mending what operators left.
+
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection};
+
+use super::errors::{INSUFFICIENT_PRIVILEGE, READ_ONLY, code};
+use super::schema::{find, quoted};
+use super::sequence;
+use crate::database::Found;
+use crate::schema;
+
+/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
+const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
+/// Whatever the default of the database: what others have applied while this one waited has to be seen.
+const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+const LIMIT_MIGRATION: &str = "
+SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '0', true)";
+const HAS_SCHEMA: &str = "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = $1)";
+const WORK_IN_SCHEMA: &str = "SELECT set_config('search_path', $1, true)";
+const HAS_TABLE: &str = "SELECT to_regclass($1) IS NOT NULL";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS _lock_db_migrations (
+    version BIGINT PRIMARY KEY,
+    applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())";
+const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
+
+/// When all is applied this only reads, so that a role without the right to create anything may call it. So may one that can't read
+/// the ledger, or where there is none, if the table is as this version needs it.
+pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    let error = match apply(connection, schema).await {
+        Err(error) if may_not(&error) => error,
+        applied => return applied,
+    };
+    match find(connection, schema).await? {
+        Found::Table(_) => Ok(()),
+        _ => Err(sqlx::Error::Configuration(
+            format!(
+                "{error}: `migrate()` has to be called once by a role that may create tables there; roles that only use \
+                 the table need SELECT, INSERT and UPDATE on it"
+            )
+            .into(),
+        )),
+    }
+}
+
+/// Whether a right is missing, or the session may only read.
+fn may_not(error: &sqlx::Error) -> bool {
+    matches!(code(error), Some(INSUFFICIENT_PRIVILEGE | READ_ONLY))
+}
+
+async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
+    sqlx::query(LIMIT_MIGRATION).execute(&mut *transaction).await?;
+    sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
+    if let Some(schema) = schema {
+        let quoted = quoted(&mut transaction, schema).await?;
+        let is_there: bool = sqlx::query_scalar(HAS_SCHEMA).bind(schema).fetch_one(&mut *transaction).await?;
+        if !is_there {
+            let sql = AssertSqlSafe(format!("CREATE SCHEMA IF NOT EXISTS {quoted}"));
+            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+        }
+        sqlx::query(WORK_IN_SCHEMA).bind(quoted).execute(&mut *transaction).await?;
+    }
+    let applied: Vec<i64> = if has_table(&mut transaction, "_lock_db_migrations").await? {
+        sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?
+    } else {
+        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
+        Vec::new()
+    };
+    // The ledger may have outlived the table.
+    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
+    for (version, sql) in MIGRATIONS {
+        if is_gone || !applied.contains(&version) {
+            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
+        }
+    }
+    sequence::mend(&mut transaction).await?;
+    transaction.commit().await
+}
+
+/// The newest migration that was applied, if this version does not know it.
+pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> sqlx::Result<Option<i64>> {
+    let schema = quoted(connection, schema).await?;
+    let sql = AssertSqlSafe(format!("SELECT max(version) FROM {schema}._lock_db_migrations"));
+    // It need not be there, nor for this role to read.
+    let newest: Option<i64> = sqlx::query_scalar(sql).fetch_one(connection).await.ok().flatten();
+    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+}
+
+async fn has_table(connection: &mut PgConnection, name: &str) -> sqlx::Result<bool> {
+    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+}

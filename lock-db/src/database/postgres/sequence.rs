@@ -1,0 +1,104 @@
+//! The sequence of the column `id`, which can be behind the rows: logical replication does not carry it along, nor does a restore of
+//! the rows alone. Then new names can't be locked, until it has counted past the rows.
+
+use sqlx::AssertSqlSafe;
+use sqlx::postgres::PgConnection;
+
+use super::errors::code;
+use crate::database::Server;
+
+/// Of an id: the names are looked for, so they give none.
+pub(super) const DUPLICATE_KEY: &str = "23505";
+
+/// Quoted as in SQL. None: the column is filled in some other way.
+const FIND: &str = "
+SELECT found.name, has_sequence_privilege(found.name, 'SELECT'), has_sequence_privilege(found.name, 'UPDATE')
+FROM (SELECT pg_get_serial_sequence($1, 'id') AS name) AS found WHERE found.name IS NOT NULL";
+
+/// The next number at the earliest, the largest one that is taken, and whether that next number is taken.
+const COMPARE: &str = "
+SELECT next, (SELECT max(id) FROM {table}), EXISTS (SELECT 1 FROM {table} WHERE id = next)
+FROM (
+    SELECT last_value + CASE WHEN is_called THEN (SELECT seqincrement FROM pg_sequence WHERE seqrelid = '{literal}'::regclass) ELSE 0 END
+        AS next
+    FROM {sequence}) AS counted";
+
+/// Moves it forward only. Others go on counting meanwhile, as far as it is behind into duplicate keys; and migrations are made one after
+/// the other.
+const MEND: &str = "
+SELECT setval('{literal}'::regclass, newest) FROM (SELECT max(id) AS newest FROM {table}) AS rows, {sequence}
+WHERE newest > last_value OR (newest = last_value AND NOT is_called)";
+
+pub(super) enum Behind {
+    No,
+    /// It will meet a row some day.
+    Later,
+    /// The next new name can't be locked.
+    Now,
+}
+
+fn on(sql: &str, sequence: &str, table: &str) -> AssertSqlSafe<String> {
+    let literal = sequence.replace('\'', "''");
+    AssertSqlSafe(
+        sql.replace("{sequence}", sequence).replace("{literal}", &literal).replace("{table}", table),
+    )
+}
+
+/// As far as this role may know.
+pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Behind> {
+    let table = server.table.name();
+    let found: Option<(String, bool, bool)> =
+        sqlx::query_as(FIND).bind(table).fetch_optional(&mut *connection).await?;
+    let Some((sequence, true, _)) = found else { return Ok(Behind::No) };
+    let (next, newest, is_taken): (i64, Option<i64>, bool) =
+        sqlx::query_as(on(COMPARE, &sequence, table)).fetch_one(connection).await?;
+    Ok(match newest {
+        _ if is_taken => Behind::Now,
+        Some(newest) if next <= newest => Behind::Later,
+        _ => Behind::No,
+    })
+}
+
+/// In a migration, if the role may.
+pub(super) async fn mend(transaction: &mut PgConnection) -> sqlx::Result<()> {
+    const TABLE: &str = "distributed_lock";
+    let writes = "SELECT current_setting('transaction_read_only') = 'off'";
+    if !sqlx::query_scalar::<_, bool>(writes).fetch_one(&mut *transaction).await? {
+        return Ok(());
+    }
+    let found: Option<(String, bool, bool)> =
+        sqlx::query_as(FIND).bind(TABLE).fetch_optional(&mut *transaction).await?;
+    if let Some((sequence, true, true)) = found {
+        let mended: Option<i64> =
+            sqlx::query_scalar(on(MEND, &sequence, TABLE)).fetch_optional(transaction).await?;
+        if let Some(newest) = mended {
+            tracing::warn!(
+                newest,
+                "the sequence of `distributed_lock` was behind the rows and was moved forward"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The statement that mends it.
+pub(super) fn remedy(server: &Server) -> String {
+    let table = server.table.name();
+    format!(
+        "SELECT setval(pg_get_serial_sequence('{}', 'id'), (SELECT max(id) FROM {table}))",
+        table.replace('\'', "''")
+    )
+}
+
+/// What the error of an INSERT means, if it is this.
+pub(super) fn explained(server: &Server, error: sqlx::Error) -> sqlx::Error {
+    if code(&error) != Some(DUPLICATE_KEY) {
+        return error;
+    }
+    let message = format!(
+        "{error}: the sequence of its column `id` is behind the rows, as after a switch to a logical replica; mend it by \
+         `locks.migrate()` as the owner of the table, or by `{}`",
+        remedy(server)
+    );
+    sqlx::Error::Configuration(message.into())
+}

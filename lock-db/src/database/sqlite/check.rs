@@ -1,0 +1,77 @@
+//! What is looked at before the first lock fails: whether a row can be made at all, and settings.
+
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{Connection, Row, Sqlite};
+
+use super::errors::{READ_ONLY, code};
+use super::migrate::has_no_more_ids;
+use crate::database::{Fault, LockDatabase, Server, foreign_write};
+use crate::secret::Secret;
+
+/// What locks do, to a row that is rolled back.
+const BEGIN: &str = "BEGIN IMMEDIATE";
+const MAKE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, 'insert')";
+const WRITE: &str = "UPDATE {table} SET owner = owner WHERE lock_name = ?1";
+
+const SETTINGS: &str = "
+SELECT (SELECT journal_mode FROM pragma_journal_mode), (SELECT synchronous FROM pragma_synchronous),
+    (SELECT query_only FROM pragma_query_only)";
+
+pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    let row = sqlx::query(SETTINGS).fetch_one(&mut *connection).await?;
+    let (mode, synchronous, only_reads): (String, i64, bool) =
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    if has_no_more_ids(connection).await? {
+        let message = "no row can be made for a new name: the numbers of `distributed_lock` in `sqlite_sequence` are used up; mend it \
+                       by `locks.migrate()`";
+        return Err(sqlx::Error::Configuration(message.into()));
+    }
+    try_out(connection, server).await.map_err(|error| explained(error, server, only_reads))?;
+    let mut warnings = Vec::new();
+    if mode != "wal" {
+        warnings.push(format!(
+            "the journal mode is {mode}: with WAL (`SqliteConnectOptions::journal_mode(SqliteJournalMode::Wal)`) a transaction \
+             that reads keeps none that writes from its commit, and leases can be looked at while others write"
+        ));
+    }
+    if mode == "memory" {
+        warnings.push(
+            "the journal is kept in memory: a process that dies in the middle of a commit may damage the database, with the \
+             locks in it"
+                .into(),
+        );
+    }
+    if synchronous == 0 {
+        warnings.push(
+            "`synchronous` is OFF: a crash of the host may damage the database, with the locks in it, or forget the newest grants"
+                .into(),
+        );
+    }
+    Ok(warnings)
+}
+
+/// Makes a row, writes it, and rolls that back: whatever keeps one of these from being done shows.
+async fn try_out(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<()> {
+    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let made = sqlx::query(server.table.sql(MAKE)).bind(&name).execute(&mut *transaction).await?;
+    let written = sqlx::query(server.table.sql(WRITE)).bind(&name).execute(&mut *transaction).await?;
+    transaction.rollback().await?;
+    if made.rows_affected() == 1 && written.rows_affected() == 1 { Ok(()) } else { Err(foreign_write()) }
+}
+
+fn explained(error: sqlx::Error, server: &Server, only_reads: bool) -> sqlx::Error {
+    let why = match code(&error).as_deref() {
+        Some(READ_ONLY) if only_reads => "`query_only` is on for the connections of the pool".to_owned(),
+        Some(READ_ONLY) => format!(
+            "the pool opens it with `read_only`, `mode=ro` or `immutable`, or this process may not write to the file {} and its \
+             folder",
+            server.table.identity
+        ),
+        _ if Sqlite::classify(&error) == Fault::Refused => {
+            format!("this process must be able to write to the file {} and its folder", server.table.identity)
+        }
+        _ => return error,
+    };
+    sqlx::Error::Configuration(format!("{error}: {why}").into())
+}

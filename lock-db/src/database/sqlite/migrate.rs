@@ -1,0 +1,92 @@
+//! Making the table, and mending what operators left.
+
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{Connection, Sqlite};
+
+use super::schema::{PREPARE, find};
+use crate::database::{Fault, Found, LockDatabase};
+use crate::schema;
+
+const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
+const LOCK_MIGRATIONS: &str = "BEGIN IMMEDIATE";
+const HAS_TABLE: &str = "SELECT EXISTS (SELECT 1 FROM main.sqlite_schema WHERE name = ?1)";
+const CREATE_LEDGER: &str = "
+CREATE TABLE IF NOT EXISTS main._lock_db_migrations (
+    version INTEGER PRIMARY KEY,
+    applied_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f000', 'now')))";
+const APPLIED: &str = "SELECT version FROM main._lock_db_migrations";
+const NEWEST: &str = "SELECT MAX(version) FROM main._lock_db_migrations";
+const NOTE_APPLIED: &str = "INSERT OR IGNORE INTO main._lock_db_migrations (version) VALUES (?1)";
+const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
+
+/// Where it has come to its end, no row can be made: SQLite says that the disk is full.
+const MEND_SEQUENCE: &str = "
+UPDATE main.sqlite_sequence SET seq = (SELECT COALESCE(MAX(id), 0) FROM main.distributed_lock)
+WHERE name = 'distributed_lock'";
+const SEQUENCE_HAS_ENDED: &str = "
+SELECT EXISTS (SELECT 1 FROM main.sqlite_sequence WHERE name = 'distributed_lock' AND seq = 9223372036854775807)";
+
+pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
+    if !is_up_to_date(connection).await? {
+        match apply(connection).await {
+            Err(error) if Sqlite::classify(&error) == Fault::Refused => match find(connection).await? {
+                Found::Table(_) => {}
+                _ => return Err(error),
+            },
+            applied => applied?,
+        }
+    }
+    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+}
+
+async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
+    sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
+    let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
+    // The ledger may have outlived the table.
+    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
+    for (version, sql) in MIGRATIONS {
+        if is_gone || !applied.contains(&version) {
+            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
+            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
+        }
+    }
+    if has_no_more_ids(&mut transaction).await? {
+        sqlx::query(MEND_SEQUENCE).execute(&mut *transaction).await?;
+    }
+    transaction.commit().await
+}
+
+/// Whether the numbers are used up. There is no such table unless a table has AUTOINCREMENT.
+pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    if !has_table(connection, "sqlite_sequence").await? {
+        return Ok(false);
+    }
+    sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await
+}
+
+/// The newest migration that was applied, if this version does not know it.
+pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Option<i64>> {
+    if !has_table(connection, "_lock_db_migrations").await? {
+        return Ok(None);
+    }
+    let newest: Option<i64> = sqlx::query_scalar(NEWEST).fetch_one(connection).await?;
+    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+}
+
+/// Without writing anything, which a file that may only be read would not allow.
+async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    if !has_table(connection, "distributed_lock").await?
+        || !has_table(connection, "_lock_db_migrations").await?
+    {
+        return Ok(false);
+    }
+    let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *connection).await?;
+    Ok(MIGRATIONS.iter().all(|(version, _)| applied.contains(version))
+        && !has_no_more_ids(connection).await?)
+}
+
+async fn has_table(connection: &mut SqliteConnection, name: &str) -> sqlx::Result<bool> {
+    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+}
