@@ -73,10 +73,13 @@ impl<DB: LockDatabase> Locks<DB> {
     /// this at the same time. Which migrations were applied is noted in `_lock_db_migrations`; sqlx's own table
     /// `_sqlx_migrations` is not touched.
     ///
+    /// When all is applied it only reads, so that a role may call it that can only use the table. On PostgreSQL it moves the sequence of
+    /// the ids forward when that is behind the rows, if the role may: as after a switch to a logical replica.
+    ///
     /// # Errors
     ///
     /// [`Error::Database`] when a statement fails, the right to create tables is missing, or another process has been
-    /// migrating for a minute. Nothing is left locked.
+    /// migrating for a minute; [`Error::UnsupportedTable`] and [`Error::SchemaMissing`] as in [`check`](Self::check). Nothing is left locked.
     ///
     /// # Cancel safety
     ///
@@ -86,13 +89,15 @@ impl<DB: LockDatabase> Locks<DB> {
     }
 
     /// Checks that the table is there and as this version of lock-db needs it: for the start of a service, above all one that applies
-    /// the migrations by other means. The report says what works and could be better.
+    /// the migrations by other means. It makes a row, locks and writes it, and rolls that back. The report says what works and could be
+    /// better.
     ///
     /// # Errors
     ///
     /// [`Error::SchemaMissing`] when it is not there or lacks a column; [`Error::UnsupportedTable`] when it can't keep locks as it is:
     /// partitioned or inherited, a view or foreign, without its unique index, under rules or row level security, in another
-    /// storage engine than InnoDB; [`Error::Database`] when the database can't be asked.
+    /// storage engine than InnoDB; [`Error::Database`] when a right is missing (which one it says), the database may only be read, the
+    /// sequence of the ids is behind the rows, or the database can't be asked.
     ///
     /// # Cancel safety
     ///
