@@ -4,6 +4,9 @@
 //! at once, and whatever they commit on top of it comes behind it in the log, so the order of grants is that of the disk. When
 //! the server crashes within the next second, the release may be forgotten: then the lease ends with its TTL, like that of
 //! a holder that died. A grant always waits: forgotten, it would be given twice.
+//!
+//! A statement finds the row by `newest!` and then by its `ctid` alone. A row that another transaction changes between the
+//! statement's snapshot and the lock is not found by it, and so passed over like one that is locked.
 
 use std::time::Duration;
 
@@ -23,13 +26,17 @@ use crate::secret::Secret;
 ///
 /// Here and wherever a column is answered: cast to TEXT, so that no other type that the column may be given changes the type of the
 /// answer. A prepared statement fails for ever then ("cached plan must not change result type").
-const LOOK: &str = "
+const LOOK: &str = concat!(
+    "
 SELECT id, lock_kind::text, secret_key::text, owner::text, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text
-FROM {table} WHERE lock_name = $1";
+FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1"
+);
 
 /// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
 /// must not stand still for that, least of all because that transaction may wait for the lane. So it looks first, which sees what was
@@ -48,7 +55,8 @@ const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIV
 /// that lost the last grants brings a number back.
 ///
 /// A lease that ran out is taken only after notice was given: see `LockRow::notice_is_due`.
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!(
+    "
 UPDATE {table} AS lease
 SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
         ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
@@ -59,20 +67,24 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     secret_key = $2,
     owner = $3,
     waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
-WHERE lease.id = (
-    SELECT id FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
+WHERE lease.ctid = (
+    SELECT ctid FROM {table}
+    WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
         OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
             AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, lease.waiters <> '',
-    lease.fencing_token - lease.previous_token";
+    lease.fencing_token - lease.previous_token"
+);
 
 /// Answers the listener of the first in the queue, which is to be called.
 ///
 /// FOR UPDATE waits for no guard of an open transaction, and finds none: so no transaction of this lease can be committed any more, and
 /// the row is settled.
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
@@ -82,13 +94,17 @@ SET expire_time = '1970-01-01 00:00:00+00',
         THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
         ELSE lease.waiters END
 FROM unsynced
-WHERE lease.id = (
-    SELECT id FROM {table} WHERE lock_name = $1 AND secret_key = $2
+WHERE lease.ctid = (
+    SELECT ctid FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND secret_key = $2
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)";
+RETURNING lease.id, substr(lease.waiters, 49, 8)"
+);
 
 /// `RELEASE` while a transaction is open that the lease guards. It can still be committed, so the row is not settled.
-const RELEASE_UNDER_GUARD: &str = "
+const RELEASE_UNDER_GUARD: &str = concat!(
+    "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
@@ -97,92 +113,126 @@ SET expire_time = '1970-01-01 00:00:00+00',
         THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
         ELSE lease.waiters END
 FROM unsynced
-WHERE lease.id = (
-    SELECT id FROM {table} WHERE lock_name = $1 AND secret_key = $2
+WHERE lease.ctid = (
+    SELECT ctid FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)";
+RETURNING lease.id, substr(lease.waiters, 49, 8)"
+);
 
 /// On disk like a grant: until then nobody else is to have it, whatever crashes.
-const RELEASE_LATER: &str = "
+const RELEASE_LATER: &str = concat!(
+    "
 UPDATE {table} AS lease
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
     ttl_micros = CASE WHEN until.passed THEN 0 ELSE -$3::bigint END,
     secret_key = CASE WHEN until.passed THEN lease.secret_key ELSE '' END
 FROM (
-    SELECT id, moment, moment <= clock_timestamp() AS passed
+    SELECT ctid, moment, moment <= clock_timestamp() AS passed
     FROM (
-        SELECT id, LEAST(acquire_time, clock_timestamp()) + $3::bigint * interval '1 microsecond' AS moment
-        FROM {table} WHERE lock_name = $1 AND secret_key = $2
+        SELECT ctid, LEAST(acquire_time, clock_timestamp()) + $3::bigint * interval '1 microsecond' AS moment
+        FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND secret_key = $2
         FOR UPDATE SKIP LOCKED) AS unlocked) AS until
-WHERE lease.id = until.id";
+WHERE lease.ctid = until.ctid"
+);
 
 /// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
 /// the same.
-const GIVE_NOTICE: &str = "
+const GIVE_NOTICE: &str = concat!(
+    "
 UPDATE {table} AS lease
 SET expire_time = CASE WHEN due.is_too_far
         THEN clock_timestamp() + GREATEST(abs(lease.ttl_micros), 1000000) * interval '1 microsecond'
         ELSE GREATEST(lease.expire_time, clock_timestamp() + due.notice) END,
     ttl_micros = CASE WHEN due.is_too_far THEN lease.ttl_micros ELSE 0 END
 FROM (
-    SELECT id, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
+    SELECT ctid, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
         expire_time > clock_timestamp() + (abs(ttl_micros) + 2000000) * interval '1 microsecond' AS is_too_far
     FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
+    WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE SKIP LOCKED) AS due
-WHERE lease.id = due.id
-    AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))";
+WHERE lease.ctid = due.ctid
+    AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))"
+);
 
 /// FOR UPDATE, which an open transaction holds off that is guarded by the last lease.
-const SETTLE: &str = "
+const SETTLE: &str = concat!(
+    "
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00', ttl_micros = 0, secret_key = ''
-WHERE lease.id = (
-    SELECT id FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND expire_time <= clock_timestamp()
+WHERE lease.ctid = (
+    SELECT ctid FROM {table}
+    WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND lock_kind = 'insert' AND expire_time <= clock_timestamp()
         AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
-    FOR UPDATE SKIP LOCKED)";
+    FOR UPDATE SKIP LOCKED)"
+);
 
-const MARK: &str = "
+const MARK: &str = concat!(
+    "
 UPDATE {table} AS lease
 SET previous_token = GREATEST(lease.previous_token, $4)
-WHERE lease.id = (
-    SELECT id FROM {table}
-    WHERE lock_name = $1 AND secret_key = $2 AND fencing_token = $3
-    FOR NO KEY UPDATE SKIP LOCKED)";
+WHERE lease.ctid = (
+    SELECT ctid FROM {table}
+    WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND secret_key = $2 AND fencing_token = $3
+    FOR NO KEY UPDATE SKIP LOCKED)"
+);
 
 /// Row level security and missing rights would hide the row; a lock makes it fail.
-const PROBE: &str = "SELECT 1 FROM {table} WHERE lock_name = $1 FOR UPDATE NOWAIT";
+const PROBE: &str = "
+SELECT 1 FROM {table} WHERE lock_name >= $1 AND lock_name <= $1 ORDER BY lock_name DESC LIMIT 1
+FOR UPDATE NOWAIT";
 
-const STAND: &str = "
+const STAND: &str = concat!(
+    "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
 FROM unsynced
-WHERE lease.id = (
-    SELECT id FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
-    FOR NO KEY UPDATE SKIP LOCKED)";
+WHERE lease.ctid = (
+    SELECT ctid FROM {table}
+    WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
+    FOR NO KEY UPDATE SKIP LOCKED)"
+);
 
 /// Only on top of what was read before.
-const SET_WAITERS: &str = "
+const SET_WAITERS: &str = concat!(
+    "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease SET waiters = $3
 FROM unsynced
-WHERE lease.id = (
-    SELECT id FROM {table} WHERE lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
-    FOR NO KEY UPDATE SKIP LOCKED)";
+WHERE lease.ctid = (
+    SELECT ctid FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
+    FOR NO KEY UPDATE SKIP LOCKED)"
+);
 
-const REMOVE_WAITER: &str = "
+const REMOVE_WAITER: &str = concat!(
+    "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
 FROM unsynced
-WHERE lease.id = (
-    SELECT id FROM {table} WHERE lock_name = $1 AND position($2 IN waiters) > 0
-    FOR NO KEY UPDATE SKIP LOCKED)";
+WHERE lease.ctid = (
+    SELECT ctid FROM {table} WHERE ctid = ",
+    newest!("$1"),
+    " AND lock_name = $1 AND position($2 IN waiters) > 0
+    FOR NO KEY UPDATE SKIP LOCKED)"
+);
 
-const IS_OURS: &str = "SELECT 1 FROM {table} WHERE lock_name = $1 AND secret_key = $2";
+const IS_OURS: &str =
+    concat!("SELECT 1 FROM {table} WHERE ctid = ", newest!("$1"), " AND lock_name = $1 AND secret_key = $2");
 
 pub(super) async fn look(
     connection: &mut PgConnection,

@@ -4,6 +4,24 @@
 //! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
 //! a pooler in transaction mode would hand on to other clients.
 
+/// Where the version of a name's row lies that the statement's snapshot sees.
+///
+/// An old snapshot, of any transaction in the database, keeps all versions of a hot row, and the index an entry for each page
+/// of them, in the order of the pages. Versions go to ever later pages, so the present one is met first from behind; `=` would begin with
+/// the oldest and read them all (`ORDER BY` is ignored behind it). Found this way it is also locked and written by its `ctid`: by
+/// another index all would be read again.
+macro_rules! newest {
+    ($name:literal) => {
+        concat!(
+            "(SELECT ctid FROM {table} WHERE lock_name >= ",
+            $name,
+            " AND lock_name <= ",
+            $name,
+            " ORDER BY lock_name DESC LIMIT 1)"
+        )
+    };
+}
+
 mod check;
 mod errors;
 mod lease;

@@ -16,9 +16,12 @@ use crate::database::{Cluster, Found, Server};
 ///
 /// What is given up here after five seconds is to end on the server, too: else each such statement would keep a session there, as long as
 /// somebody has the table locked. And a statement by itself needs no snapshot that lasts, which fails when others write.
+///
+/// A small table would be read from end to end, or by a bitmap of all entries of a name, and a plan that was made for it is kept when the
+/// table grows, because an old snapshot keeps all versions: see `newest!`. `jit`: what can't do without would be compiled.
 const PINS: &str = "
 SET lock_timeout = '2s'; SET statement_timeout = '5s'; SET default_transaction_isolation = 'read committed';
-SET default_transaction_deferrable = off";
+SET default_transaction_deferrable = off; SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off";
 
 /// What has to be known before the table is trusted, in one message. `$1` is the name, quoted as in SQL.
 const FIND: &str = "

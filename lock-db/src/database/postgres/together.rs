@@ -46,7 +46,8 @@ JOIN {table} AS lease ON lease.id = asked.id
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
 
 /// `RELEASE` for many at once, and like it not waiting for the disk.
-const RETURN: &str = r#"
+const RETURN: &str = concat!(
+    r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
@@ -56,21 +57,27 @@ SET expire_time = '1970-01-01 00:00:00+00',
         THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
         ELSE lease.waiters END
 FROM unsynced, (
-    SELECT lease.id, asked.place
+    SELECT lease.ctid, asked.place
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
-    JOIN {table} AS lease
-        ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+    CROSS JOIN LATERAL "#,
+    newest!("asked.lock_name COLLATE \"C\""),
+    r#" AS newest
+    JOIN {table} AS lease ON lease.ctid = newest.ctid AND lease.secret_key = asked.secret_key
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
-WHERE lease.id = unlocked.id
-RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#;
+WHERE lease.ctid = unlocked.ctid
+RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#
+);
 
 /// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one statement and one commit.
+///
+/// The names are not compared again: else the planner may join by them, and read all versions.
 ///
 /// Rows are found again by their `ctid` in their table: nothing else can move a row that is locked here. One that was changed between
 /// the statement's snapshot and the lock is not found, and so passed over like one that is locked.
 ///
 /// The clock is read once, after the snapshot: what is seen there was granted before, so a new number is larger all the same.
-const EXCHANGE: &str = r#"
+const EXCHANGE: &str = concat!(
+    r#"
 UPDATE {table} AS lease
 SET fencing_token = CASE WHEN unlocked.is_taken
         THEN GREATEST(lease.fencing_token + 1, (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
@@ -92,7 +99,10 @@ FROM (
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
         AS asked (lock_name, secret_key, ttl, place)
-    JOIN {table} AS lease ON lease.lock_name = asked.lock_name COLLATE "C"
+    CROSS JOIN LATERAL "#,
+    newest!("asked.lock_name COLLATE \"C\""),
+    r#" AS newest
+    JOIN {table} AS lease ON lease.ctid = newest.ctid
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
@@ -101,7 +111,8 @@ FROM (
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
 RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
-    lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#;
+    lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#
+);
 
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key::text

@@ -28,11 +28,14 @@ WITH bound AS MATERIALIZED (
 SELECT set_config('lock_timeout', before, true),
     set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM (
-    SELECT bound.before, bound.idle FROM bound, {table} AS lease
-    WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4 AND lease.previous_token >= $6
-        AND (lease.expire_time > '1970-01-01 00:00:00+00'
-            OR current_setting('lock_db.released', true) = lease.fencing_token::text)
-    FOR KEY SHARE OF lease) AS guarded";
+    SELECT bound.before, bound.idle FROM bound, LATERAL (
+        SELECT 1 FROM {table} AS lease
+        WHERE bound.idle IS NOT NULL AND lease.lock_name >= $1 AND lease.lock_name <= $1 AND lease.secret_key = $2
+            AND lease.fencing_token = $4 AND lease.previous_token >= $6
+            AND (lease.expire_time > '1970-01-01 00:00:00+00'
+                OR current_setting('lock_db.released', true) = lease.fencing_token::text)
+        ORDER BY lease.lock_name DESC LIMIT 1
+        FOR KEY SHARE) AS lease) AS guarded";
 
 /// The row is settled only when no other transaction guards by this lease: such a one could still be committed.
 const GUARD_AND_RELEASE: &str = "
@@ -65,14 +68,18 @@ SELECT set_config('lock_db.mark', '1', true), set_config('lock_db.limit_before',
     set_config('lock_timeout', '2s', true)";
 
 /// In a transaction of our own. Written, not only locked: a later transaction with an older snapshot then fails instead of reading
-/// old data. Answers the kind of the row as this statement sees it, and what was there before if it was locked and written.
+/// old data. Answers the kind of the row as this statement sees it, what was there before if it was locked and written, and whether it was
+/// changed between the statement's snapshot and the lock: what is there now can't be found by its `ctid` in that snapshot.
+///
+/// From behind, for the sake of old snapshots: see `newest!`.
 macro_rules! lock_row_at_once {
     ($if_locked:literal) => {
         concat!(
             "
 WITH found AS MATERIALIZED (
-    SELECT id, secret_key, fencing_token FROM {table}
-    WHERE lock_name = $1 AND lock_kind = 'row'
+    SELECT ctid, secret_key, fencing_token FROM {table}
+    WHERE lock_name >= $1 AND lock_name <= $1 AND lock_kind = 'row'
+    ORDER BY lock_name DESC LIMIT 1
     FOR UPDATE ",
             $if_locked,
             "),
@@ -80,13 +87,15 @@ written AS (
     UPDATE {table} AS held
     SET fencing_token = GREATEST(found.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
-    FROM found WHERE held.id = found.id
+    FROM found WHERE held.ctid = found.ctid
     RETURNING held.fencing_token, held.secret_key AS now, found.secret_key)
 SELECT seen.lock_kind::text, written.fencing_token, written.secret_key::text, EXISTS (SELECT 1 FROM found),
+    EXISTS (SELECT 1 FROM found) AND NOT EXISTS (SELECT 1 FROM {table} AS seen WHERE seen.ctid = (SELECT ctid FROM found)),
     set_config('lock_timeout', current_setting('lock_db.limit_before'), true), set_config('lock_db.limit_before', '', true),
     CASE WHEN written.fencing_token IS NOT NULL
         THEN set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true) END
-FROM (SELECT lock_kind FROM {table} WHERE lock_name = $1) AS seen
+FROM (
+    SELECT lock_kind FROM {table} WHERE lock_name >= $1 AND lock_name <= $1 ORDER BY lock_name DESC LIMIT 1) AS seen
 LEFT JOIN written ON written.now = $2"
         )
     };
@@ -183,6 +192,7 @@ DECLARE
     third integer := extract(epoch FROM current_setting('statement_timeout')::interval) * 1000 / 3;
     slice integer := COALESCE(NULLIF(current_setting('lock_db.limit', true), ''), '-1');
     released CONSTANT timestamptz := '1970-01-01 00:00:00+00';
+    wanted CONSTANT text := current_setting('lock_db.name');
     held record;
     is_written boolean;
 BEGIN
@@ -195,13 +205,15 @@ BEGIN
     PERFORM set_config('lock_timeout', LEAST(GREATEST(slice, 1), NULLIF(third, 0)) || 'ms', true);
     FOR attempt IN 1..2 LOOP
         IF slice = 0 THEN
-            SELECT * INTO held FROM {table} WHERE lock_name = current_setting('lock_db.name') FOR UPDATE NOWAIT;
+            SELECT ctid, * INTO held FROM {table} WHERE lock_name >= wanted AND lock_name <= wanted
+                ORDER BY lock_name DESC LIMIT 1 FOR UPDATE NOWAIT;
         ELSE
-            SELECT * INTO held FROM {table} WHERE lock_name = current_setting('lock_db.name') FOR UPDATE;
+            SELECT ctid, * INTO held FROM {table} WHERE lock_name >= wanted AND lock_name <= wanted
+                ORDER BY lock_name DESC LIMIT 1 FOR UPDATE;
         END IF;
         EXIT WHEN FOUND OR attempt = 2;
         INSERT INTO {table} (lock_name, lock_kind)
-            VALUES (current_setting('lock_db.name'), current_setting('lock_db.kind'))
+            VALUES (wanted, current_setting('lock_db.kind'))
             ON CONFLICT (lock_name) DO NOTHING;
     END LOOP;
     IF held.id IS NULL THEN
@@ -219,7 +231,7 @@ BEGIN
         SET fencing_token = GREATEST(held.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
             secret_key = current_setting('lock_db.secret'), owner = current_setting('lock_db.owner'),
             acquire_time = clock_timestamp(), expire_time = released, ttl_micros = 0
-        WHERE lease.id = held.id
+        WHERE lease.ctid = held.ctid
         RETURNING lease.fencing_token, lease.secret_key = current_setting('lock_db.secret')
         INTO held.previous_token, is_written;
     IF is_written IS NOT TRUE THEN
@@ -319,13 +331,17 @@ async fn lock_at_once(
         .bind(&*claim.row.name)
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
-        .fetch_optional(connection)
+        .fetch_optional(&mut *connection)
         .await?;
     let Some(row) = row else { return Ok(RowAttempt::Missing) };
     if Kind::parse(row.try_get(0)?) != claim.kind {
         return Ok(RowAttempt::WrongKind);
     }
     let Some(fencing_token) = row.try_get(1)? else {
+        if row.try_get(4)? {
+            begin_anew(connection).await?;
+            return Ok(RowAttempt::Busy);
+        }
         let could_be_locked = claim.is_try || row.try_get(3)?;
         return Ok(if could_be_locked { RowAttempt::Unwritten } else { RowAttempt::Busy });
     };
@@ -392,7 +408,8 @@ pub(super) async fn commit_guarded(
     let (table, is_ours) = (lease.server.table.name(), is_ours(lease));
     let guard = if release {
         format!(
-            "WITH alone AS MATERIALIZED (SELECT lease.id FROM {table} AS lease WHERE {is_ours} FOR UPDATE SKIP LOCKED),
+            "WITH alone AS MATERIALIZED (
+                SELECT lease.id FROM {table} AS lease WHERE {is_ours} ORDER BY lease.lock_name DESC LIMIT 1 FOR UPDATE SKIP LOCKED),
             released AS (
                 UPDATE {table} AS lease SET expire_time = '1970-01-01 00:00:00+00',
                     ttl_micros = CASE WHEN EXISTS (SELECT 1 FROM alone) THEN 0 ELSE lease.ttl_micros END
@@ -402,7 +419,7 @@ pub(super) async fn commit_guarded(
     } else {
         format!(
             "SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{NOT_OURS}' END AS integer) FROM (
-                SELECT 1 FROM {table} AS lease WHERE {is_ours} FOR KEY SHARE) AS guarded"
+                SELECT 1 FROM {table} AS lease WHERE {is_ours} ORDER BY lease.lock_name DESC LIMIT 1 FOR KEY SHARE) AS guarded"
         )
     };
     commit_marked(connection, Some(guard)).await
@@ -464,7 +481,8 @@ fn is_ours(lease: &LeaseKey) -> String {
     }
     let (name, token) = (hexadecimal(&lease.row.name), lease.fencing_token);
     format!(
-        "lease.lock_name = convert_from(decode('{name}', 'hex'), 'UTF8') AND lease.fencing_token = {token}
+        "lease.lock_name >= convert_from(decode('{name}', 'hex'), 'UTF8')
+        AND lease.lock_name <= convert_from(decode('{name}', 'hex'), 'UTF8') AND lease.fencing_token = {token}
         AND encode(sha256(convert_to(lease.secret_key, 'UTF8')), 'hex') = '{digits}'
         AND (lease.expire_time > '1970-01-01 00:00:00+00' OR current_setting('lock_db.released', true) = '{token}')"
     )
