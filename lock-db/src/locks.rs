@@ -90,7 +90,7 @@ impl<DB: LockDatabase> Locks<DB> {
 
     /// Checks that the table is there and as this version of lock-db needs it: for the start of a service, above all one that applies
     /// the migrations by other means. It makes a row, locks and writes it, and rolls that back. The report says what works and could be
-    /// better.
+    /// better, among it whose transaction, replication slot or reader keeps the old versions of rows, which makes hot locks slow.
     ///
     /// # Errors
     ///

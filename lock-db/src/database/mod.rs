@@ -193,6 +193,14 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         false
     }
 
+    /// Whose snapshots, transactions or readers keep so many old versions of rows that hot locks get slow, for people; and what this
+    /// account may not see of that. By the statistics of the server alone.
+    #[doc(hidden)]
+    fn old_snapshots(
+        connection: &mut Self::Connection,
+        server: &Server,
+    ) -> impl Future<Output = sqlx::Result<OldSnapshots>> + Send;
+
     /// Reads the row without locking anything.
     #[doc(hidden)]
     fn look(
@@ -465,6 +473,23 @@ pub enum Found {
     Differs(&'static str),
     /// A table that can't keep locks, and why.
     Unusable(String),
+}
+
+/// What keeps old versions of rows, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[doc(hidden)]
+pub struct OldSnapshots {
+    pub(crate) found: Option<String>,
+    /// What this account may not see.
+    pub(crate) unseen: Option<String>,
+}
+
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+impl OldSnapshots {
+    fn unseen(error: &dyn sqlx::error::DatabaseError) -> Self {
+        let text = format!("whether an old transaction makes hot locks slow can't be seen: {error}");
+        Self { found: None, unseen: Some(text) }
+    }
 }
 
 /// What a try to lock a row met.

@@ -18,6 +18,7 @@ use super::busy::Busy;
 use super::calls::Calls;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
+use super::old_snapshots::{self, OldSnapshots};
 use super::queues::{HandOff, Queues, Reports, Turn};
 use super::request::Request;
 use super::{Way, acquire, release, renewal};
@@ -107,6 +108,7 @@ fn no_thread(error: std::io::Error) -> Error {
 async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) {
     spawn_local(renewal::renew(Rc::clone(core)));
     spawn_local(renewal::watch_deadlines(Rc::clone(core)));
+    spawn_local(old_snapshots::watch(Rc::clone(core)));
     let queues = Arc::clone(&core.queues);
     let watching = spawn_local(async move { queues.watch_waits().await });
     while let Some(request) = requests.recv().await {
@@ -215,6 +217,7 @@ pub(super) struct Core {
     pub(super) closing: watch::Sender<bool>,
     /// Who may still have something to give back.
     pub(super) busy: Busy,
+    pub(super) old_snapshots: OldSnapshots,
 }
 
 /// A lease that this process holds.
@@ -253,6 +256,7 @@ impl Core {
             over: Alarm::default(),
             closing: watch::Sender::new(false),
             busy: Busy::default(),
+            old_snapshots: OldSnapshots::default(),
         })
     }
 
@@ -266,6 +270,7 @@ impl Core {
     pub(super) fn hold(&self, granted: Granted, at_most: Option<Duration>, turn: Turn) -> Option<Hold> {
         let requests = self.requests.upgrade()?;
         let Granted { key, numbers, turns, others_wait, ttl, sent } = granted;
+        self.old_snapshots.granted();
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);

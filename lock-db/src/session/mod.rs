@@ -13,6 +13,7 @@ mod core;
 mod hold_time;
 mod lane;
 mod lease_state;
+mod old_snapshots;
 mod queues;
 mod release;
 mod renewal;

@@ -34,6 +34,9 @@ pub(super) const READ_ONLY: u16 = 1290;
 
 pub(super) const OUT_OF_RANGE: u16 = 1690;
 
+/// A privilege that an account lacks.
+pub(super) const ACCESS_DENIED: u16 = 1227;
+
 pub(super) fn number(error: &sqlx::Error) -> Option<u16> {
     let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
     Some(error.number())

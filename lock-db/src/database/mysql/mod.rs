@@ -10,6 +10,7 @@ mod lease;
 mod mariadb;
 mod migrate;
 mod schema;
+mod snapshots;
 mod together;
 mod transaction;
 
@@ -20,8 +21,8 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{MySql, Pool, Row};
 
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
-    Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
+    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots, Place,
+    Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -86,6 +87,10 @@ impl LockDatabase for MySql {
 
     async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
         check::check(connection, server).await
+    }
+
+    async fn old_snapshots(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+        snapshots::old(connection, server).await
     }
 
     async fn look(

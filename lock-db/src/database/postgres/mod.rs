@@ -29,6 +29,7 @@ mod listener;
 mod migrate;
 mod schema;
 mod sequence;
+mod snapshots;
 mod together;
 mod transaction;
 
@@ -38,8 +39,8 @@ use sqlx::postgres::{PgConnection, PgListener};
 use sqlx::{Pool, Postgres};
 
 use super::{
-    Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe,
-    Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
+    Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
+    Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::Kind;
 use crate::secret::Secret;
@@ -106,6 +107,10 @@ impl LockDatabase for Postgres {
 
     fn lacks_right(error: &sqlx::Error) -> bool {
         errors::code(error) == Some(errors::INSUFFICIENT_PRIVILEGE)
+    }
+
+    async fn old_snapshots(connection: &mut PgConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+        snapshots::old(connection, server).await
     }
 
     async fn look(

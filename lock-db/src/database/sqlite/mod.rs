@@ -7,6 +7,7 @@ mod errors;
 mod lease;
 mod migrate;
 mod schema;
+mod snapshots;
 mod transaction;
 
 use std::convert::Infallible;
@@ -16,8 +17,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, Sqlite};
 
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, Place, Probe, Released,
-    Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
+    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots, Place,
+    Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::secret::Secret;
 use crate::{Error, Kind};
@@ -68,6 +69,10 @@ impl LockDatabase for Sqlite {
 
     async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
         check::check(connection, server).await
+    }
+
+    async fn old_snapshots(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+        snapshots::old(connection, server).await
     }
 
     async fn look(

@@ -19,8 +19,8 @@ use self::server::Worker;
 use super::calls::Calls;
 use crate::Kind;
 use crate::database::{
-    Call, Claim, Cluster, Grant, LeaseKey, Location, LockDatabase, LockRow, Place, Probe, Renewal, Renewed,
-    Return, Server, Standing,
+    Call, Claim, Cluster, Grant, LeaseKey, Location, LockDatabase, LockRow, OldSnapshots, Place, Probe,
+    Renewal, Renewed, Return, Server, Standing,
 };
 use crate::error::Failure;
 use crate::name::Name;
@@ -50,6 +50,7 @@ enum Operation {
     Release(Return, Duration, bool, Reply<Standing>),
     Migrate(Reply<()>),
     Check(Reply<Vec<String>>),
+    OldSnapshots(Reply<OldSnapshots>),
 }
 
 /// What is asked about one row, or done to it, in a statement of its own.
@@ -89,6 +90,7 @@ impl Operation {
             Self::TakeBaton(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Listen(reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
+            Self::OldSnapshots(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
             Self::Release(..) | Self::GiveBaton(_) | Self::Call(_) | Self::Migrate(_) => false,
         }
@@ -256,6 +258,10 @@ impl Lane {
     /// Finds the table anew, and answers what could be better.
     pub(super) async fn check(&self) -> Result<Vec<String>, Failure> {
         self.ask(STATEMENT_LIMIT, Operation::Check).await
+    }
+
+    pub(super) async fn old_snapshots(&self) -> Result<OldSnapshots, Failure> {
+        self.ask(STATEMENT_LIMIT, Operation::OldSnapshots).await
     }
 
     async fn on_row<T>(&self, name: &Name, operation: impl FnOnce(Reply<T>) -> OnRow) -> Result<T, Failure> {

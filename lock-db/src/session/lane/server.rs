@@ -13,7 +13,9 @@ use tokio::time::timeout;
 
 use super::{Acquired, MIGRATION_LIMIT, OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::connecting::telling_why;
-use crate::database::{Call, Claim, Fault, Found, Grant, Location, LockDatabase, Return, Server, Standing};
+use crate::database::{
+    Call, Claim, Fault, Found, Grant, Location, LockDatabase, OldSnapshots, Return, Server, Standing,
+};
 use crate::error::Failure;
 use crate::name::Name;
 use crate::session::calls::Calls;
@@ -306,7 +308,16 @@ impl<DB: LockDatabase> Worker<DB> {
                 if let Some(connection) = &mut self.connection {
                     connection.server = None;
                 }
-                self.answer(reply, async |c, server| DB::check(c, server).await).await;
+                self.answer(reply, async |c, server| {
+                    let mut warnings = DB::check(c, server).await?;
+                    let OldSnapshots { found, unseen } = DB::old_snapshots(c, server).await?;
+                    warnings.extend(found.into_iter().chain(unseen));
+                    Ok(warnings)
+                })
+                .await;
+            }
+            Operation::OldSnapshots(reply) => {
+                self.answer(reply, async |c, server| DB::old_snapshots(c, server).await).await;
             }
         }
     }
