@@ -11,8 +11,8 @@ use std::io::Write;
 use std::time::Duration;
 
 use lock_tests::{
-    MariaDbKind, MySqlKind, Network, PostgresKind, Proxy, Random, Server, ServerKind, TestDatabase,
-    TestServer, child_roles, for_each_database, long_run, seed,
+    MariaDbKind, MySqlKind, Network, OwnServer, PostgresKind, Proxy, Random, Server, ServerKind,
+    TestDatabase, TestServer, child_roles, for_each_database, long_run, seed,
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::time::{Instant, timeout};
@@ -21,7 +21,6 @@ use self::broken::Mistake;
 use self::checker::Violation;
 use self::crew::Way;
 use self::nemesis::{Fault, OF_CLOCKS, OF_NETWORKS, OF_PARTITIONS, OF_PROCESSES, OF_SERVERS};
-use self::own_server::OwnServer;
 use self::report::Report;
 use self::run::{PLACES, Plan, run, run_and_check};
 use self::worker::worker;
@@ -40,8 +39,6 @@ mod events;
 mod history;
 #[path = "faults/nemesis.rs"]
 mod nemesis;
-#[path = "faults/own_server.rs"]
-mod own_server;
 #[path = "faults/report.rs"]
 mod report;
 #[path = "faults/run.rs"]

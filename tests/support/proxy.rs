@@ -38,6 +38,8 @@ struct State {
     admission: watch::Sender<Admission>,
     /// Counts the cuts; a connection ends when it changes.
     cut: watch::Sender<u64>,
+    /// Connections with a smaller number carry nothing.
+    stranded: watch::Sender<usize>,
     to_server: Way,
     to_client: Way,
     opened: AtomicUsize,
@@ -72,6 +74,7 @@ impl Proxy {
             server,
             admission: watch::Sender::new(Admission::Pass),
             cut: watch::Sender::new(0),
+            stranded: watch::Sender::new(0),
             to_server: Way::new(),
             to_client: Way::new(),
             opened: AtomicUsize::new(0),
@@ -121,6 +124,17 @@ impl Proxy {
     /// Bytes that are delayed or held at the moment: when a statement's answer is among them, the server has done it.
     pub fn held(&self, direction: Direction) -> usize {
         self.way(direction).held.load(Ordering::SeqCst)
+    }
+
+    /// Holds everything on the connections that there are, as a router does that has forgotten them. New ones are as good as
+    /// ever.
+    pub fn strand(&self) {
+        self.state.stranded.send_replace(self.opened());
+    }
+
+    /// Lets go what [`strand`](Self::strand) holds.
+    pub fn rescue(&self) {
+        self.state.stranded.send_replace(0);
     }
 
     /// Ends all connections. What is held is lost.
@@ -232,11 +246,11 @@ async fn serve(listener: TcpListener, address: SocketAddr, state: Arc<State>) {
 
 /// One connection, from its first byte to its end.
 async fn connect(client: TcpStream, admitted: Admission, state: Arc<State>) {
-    let _count = Open::new(&state);
+    let count = Open::new(&state);
     let mut cut = state.cut.subscribe();
     let pass = async {
         match admitted {
-            Admission::Pass => pass(client, &state).await,
+            Admission::Pass => pass(client, &state, count.number).await,
             Admission::Refuse | Admission::Swallow => {
                 let mut client = client;
                 tokio::io::copy(&mut client, &mut tokio::io::sink()).await.map(drop)
@@ -249,21 +263,28 @@ async fn connect(client: TcpStream, admitted: Admission, state: Arc<State>) {
     }
 }
 
-async fn pass(client: TcpStream, state: &State) -> io::Result<()> {
+async fn pass(client: TcpStream, state: &State, number: usize) -> io::Result<()> {
     let server = TcpStream::connect((state.server.0.as_str(), state.server.1)).await?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     tokio::try_join!(
-        pump(from_client, to_server, &state.to_server),
-        pump(from_server, to_client, &state.to_client),
+        pump(from_client, to_server, &state.to_server, &state.stranded, number),
+        pump(from_server, to_client, &state.to_client, &state.stranded, number),
     )?;
     Ok(())
 }
 
 /// Carries bytes one way. It goes on reading while it holds what it has read, as a network does.
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: &Way) -> io::Result<()> {
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    way: &Way,
+    stranded: &watch::Sender<usize>,
+    number: usize,
+) -> io::Result<()> {
+    let mut stranded = stranded.subscribe();
     let mut delay = way.delay.subscribe();
     let mut paused = way.paused.subscribe();
     let mut held = Held { way, pieces: VecDeque::new() };
@@ -274,7 +295,8 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: &Way) -> io:
         if at_end && due.is_none() {
             return to.shutdown().await;
         }
-        let is_paused = *paused.borrow_and_update();
+        let is_stranded = number < *stranded.borrow_and_update();
+        let is_paused = *paused.borrow_and_update() || is_stranded;
         tokio::select! {
             biased;
             read = from.read(&mut buffer), if !at_end => match read? {
@@ -285,6 +307,7 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: &Way) -> io:
                 }
             },
             _ = paused.changed() => {}
+            _ = stranded.changed() => {}
             () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() && !is_paused => {
                 let piece = held.pop();
                 to.write_all(&piece).await?;
@@ -321,18 +344,20 @@ impl Drop for Held<'_> {
     }
 }
 
-struct Open<'a>(&'a State);
+struct Open<'a> {
+    state: &'a State,
+    number: usize,
+}
 
 impl<'a> Open<'a> {
     fn new(state: &'a State) -> Self {
-        state.opened.fetch_add(1, Ordering::SeqCst);
         state.open.fetch_add(1, Ordering::SeqCst);
-        Self(state)
+        Self { state, number: state.opened.fetch_add(1, Ordering::SeqCst) }
     }
 }
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::SeqCst);
+        self.state.open.fetch_sub(1, Ordering::SeqCst);
     }
 }

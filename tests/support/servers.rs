@@ -226,7 +226,8 @@ impl ServerDialect for Postgres {
     const CREATE_OPTIONS: &'static str = "TEMPLATE template0";
     const ADVISORY_LOCKS: &'static str =
         "SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database
-        WHERE locktype = 'advisory' AND datname = current_database()";
+        WHERE locktype = 'advisory' AND datname = current_database()
+            AND ((classid::bigint << 32) | objid::bigint) = 30521770275333218";
 
     async fn activity(observer: &mut PgConnection) -> sqlx::Result<Activity> {
         const OTHERS: &str = "FROM pg_stat_activity

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lock_tests::{Direction, Network, Process, Proxy, Random};
+use lock_tests::{Direction, Network, OwnServer, Process, Proxy, Random};
 use tokio::time::Instant;
 
 use super::TTL;
@@ -11,7 +11,6 @@ use super::broken::Mistake;
 use super::events::{Event, Recorder, What};
 use super::history::{Moment, now};
 use super::nemesis::{Fault, Step};
-use super::own_server::OwnServer;
 use super::worker::{Contract, worker_of};
 
 /// How long a message is under way while commits are slow.

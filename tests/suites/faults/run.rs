@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use lock_tests::{Backend, TestDatabase, eventually};
+use lock_tests::{Backend, OwnServer, TestDatabase, eventually};
 use sqlx::Connection;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -14,7 +14,6 @@ use super::client::{LEASES, ROW_LOCKS};
 use super::crew::{Crew, Death, Idle, Way};
 use super::history::{History, Kept, Moment, now};
 use super::nemesis::{Fault, Step, schedule};
-use super::own_server::OwnServer;
 use super::report::Report;
 use super::worker::POOL;
 

@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use lock_tests::{Backend, eventually, free_port};
 use rustix::process::{Pid, Signal, kill_process};
 use sqlx::Connection;
 use tempfile::TempDir;
 use url::Url;
 
+use crate::{Backend, eventually, free_port};
+
 /// How long it takes to start on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-pub(crate) struct OwnServer {
+#[derive(Debug)]
+pub struct OwnServer {
     kind: &'static str,
+    options: &'static str,
     folder: TempDir,
     port: u16,
     process: Option<Child>,
@@ -29,7 +32,7 @@ fn script() -> PathBuf {
 
 impl OwnServer {
     /// Whether there are the programs for it; `clock` is the one that moves clocks.
-    pub(crate) fn can_have(kind: &str) -> bool {
+    pub fn can_have(kind: &str) -> bool {
         let status = Command::new(script()).args(["have", kind]).status();
         let can = status.expect("runs tests/server").success();
         if !can {
@@ -40,9 +43,18 @@ impl OwnServer {
     }
 
     /// With empty data.
-    pub(crate) async fn new(kind: &'static str, moves_clock: bool) -> Self {
+    pub async fn new(kind: &'static str, moves_clock: bool) -> Self {
+        Self::make(kind, moves_clock, "").await
+    }
+
+    /// The same, started with these options of the server's program.
+    pub async fn with_options(kind: &'static str, options: &'static str) -> Self {
+        Self::make(kind, false, options).await
+    }
+
+    async fn make(kind: &'static str, moves_clock: bool, options: &'static str) -> Self {
         let folder = tempfile::Builder::new().prefix("lock-db-server-").tempdir().expect("makes a folder");
-        let mut server = Self { kind, folder, port: free_port(), process: None, moves_clock };
+        let mut server = Self { kind, options, folder, port: free_port(), process: None, moves_clock };
         let prepared = server.command("prepare").arg(server.folder.path()).status();
         assert!(prepared.expect("runs tests/server").success(), "{}", server.log());
         server.set_clock(0);
@@ -50,7 +62,7 @@ impl OwnServer {
         server
     }
 
-    pub(crate) fn url(&self) -> Url {
+    pub fn url(&self) -> Url {
         let output = self.command("url").arg(self.port.to_string()).stdout(Stdio::piped()).output();
         let url = String::from_utf8(output.expect("runs tests/server").stdout).expect("an address");
         Url::parse(url.trim()).expect("an address")
@@ -70,7 +82,7 @@ impl OwnServer {
     }
 
     /// With the data that is there. It takes a while until it [is back](Self::is_back).
-    pub(crate) fn start(&mut self) {
+    pub fn start(&mut self) {
         if self.process.is_some() {
             return;
         }
@@ -78,25 +90,23 @@ impl OwnServer {
         command.arg(self.folder.path()).arg(self.port.to_string());
         command.env("LOCK_DB_TEST_SERVER_OWNER", std::process::id().to_string());
         command.env("LOCK_DB_TEST_SERVER_IS_KILLED", "1");
+        command.env("LOCK_DB_TEST_SERVER_OPTIONS", self.options);
         if self.moves_clock {
             command.env("LOCK_DB_TEST_SERVER_CLOCK", self.clock());
         }
         self.process = Some(command.spawn().expect("starts a server"));
     }
 
-    pub(crate) async fn is_back<DB: Backend>(&self) {
+    pub async fn is_back<DB: Backend>(&self) {
         let url = self.url();
         eventually(PATIENCE, async || DB::Connection::connect(url.as_str()).await.is_ok()).await;
     }
 
-    /// kill -9, of all its processes at once: on PostgreSQL there is one for each connection.
-    pub(crate) fn kill(&mut self) {
+    /// kill -9, of all its processes at once.
+    pub fn kill(&mut self) {
         let Some(mut process) = self.process.take() else { return };
-        let id = process.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let children = children(&process);
         process.kill().expect("kills the server");
-        let children: Vec<Pid> =
-            children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)).collect();
         for child in &children {
             // It may have ended by itself.
             let _killed = kill_process(*child, Signal::KILL);
@@ -104,12 +114,30 @@ impl OwnServer {
         process.wait().expect("waits for the server");
     }
 
+    /// Stops all its processes: nothing answers, and nothing is closed.
+    pub fn freeze(&self) {
+        let Some(process) = &self.process else { return };
+        kill_process(Pid::from_child(process), Signal::STOP).expect("stops the server");
+        for child in children(process) {
+            let _ended_else = kill_process(child, Signal::STOP);
+        }
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) {
+        let Some(process) = &self.process else { return };
+        for child in children(process) {
+            let _ended_else = kill_process(child, Signal::CONT);
+        }
+        let _ended_else = kill_process(Pid::from_child(process), Signal::CONT);
+    }
+
     fn clock(&self) -> PathBuf {
         self.folder.path().join("clock")
     }
 
     /// How many seconds its clock is ahead of the true one.
-    pub(crate) fn set_clock(&self, seconds: i64) {
+    pub fn set_clock(&self, seconds: i64) {
         // In one piece: it is read at any time.
         let new = self.folder.path().join("clock.new");
         fs::write(&new, format!("{seconds:+}\n")).expect("writes the clock");
@@ -117,8 +145,16 @@ impl OwnServer {
     }
 }
 
+/// On PostgreSQL there is one for each connection.
+fn children(process: &Child) -> Vec<Pid> {
+    let id = process.id();
+    let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)).collect()
+}
+
 impl Drop for OwnServer {
     fn drop(&mut self) {
+        self.thaw();
         let Some(mut process) = self.process.take() else { return };
         if std::thread::panicking() {
             eprintln!("{}: {}", self.kind, self.log());
