@@ -402,6 +402,13 @@ impl Failure {
         Self { fault: Fault::Busy, source, folder: DB::FOLDER }
     }
 
+    /// A connection was given up, and the server has not ended what it was doing.
+    pub(crate) fn session_remains<DB: LockDatabase>() -> Self {
+        let message = format!("an earlier session of this process has not ended yet on {}", DB::NAME);
+        let source = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::ResourceBusy, message));
+        Self { fault: Fault::Disconnected, source, folder: DB::FOLDER }
+    }
+
     /// A row that is free, is locked by nobody, and still was not written.
     pub(crate) fn not_written<DB: LockDatabase>() -> Self {
         let message = "the lock is free and its row is not locked, but writing it has no effect: is there a trigger on \

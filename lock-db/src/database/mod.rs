@@ -83,9 +83,22 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const COMMITS_WITH_CHECK: bool = false;
 
-    /// Sets up a private connection, once, before its first use.
+    /// Sets up a private connection, once, before its first use, and gives its session a number by which
+    /// [`end_session`](Self::end_session) finds it. Behind a pooler that shares its sessions among clients it has none.
     #[doc(hidden)]
-    fn prepare(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn prepare(
+        connection: &mut Self::Connection,
+        session: i64,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Ends the session that was given this number, whatever it is doing. `true`: there is none with that number (any more).
+    #[doc(hidden)]
+    fn end_session(
+        _connection: &mut Self::Connection,
+        _session: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
 
     /// Finds the table, in this schema or else where the connection looks first, and what kind of server has it.
     #[doc(hidden)]

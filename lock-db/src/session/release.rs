@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::task::spawn_local;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout_at};
 
 use super::baton;
 use super::core::{Core, Held};
@@ -22,10 +22,13 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Between two attempts: from the one to the other.
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// The same while the server can't be reached.
+const WHILE_AWAY: Duration = Duration::from_millis(500);
 
 /// Releases a lease whose guard is done with it, and says whether it was still ours.
 ///
-/// Tried for a TTL, after which it is free anyway; not so long when `somebody_waits` for the answer.
+/// Tried until the lease's own end, after which it is free anyway. Who waits for the answer (`somebody_waits`) hears after some seconds
+/// that it is not released yet.
 pub(super) async fn release(
     core: &Rc<Core>,
     lease: &LeaseState,
@@ -33,8 +36,9 @@ pub(super) async fn release(
     somebody_waits: bool,
 ) -> Result<(), Error> {
     let GivenUp { held, loss } = given_up;
-    let ttl = held.as_ref().map_or(ANSWER_LIMIT, |held| held.ttl);
-    let until = Instant::now() + if somebody_waits { ttl.min(ANSWER_LIMIT) } else { ttl };
+    let ttl = lease.key.ttl;
+    // One that is lost already is given back behind the answer.
+    let until = if somebody_waits || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
     let released = put_down(core, lease, held, until).await;
     let lost = |reason| Error::Lost { name: lease.name().to_string(), reason };
     match (loss, released) {
@@ -51,7 +55,14 @@ pub(super) async fn release(
             Err(failure.into_error("release", Some(lease.name())))
         }
         // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
-        (Some(reason), _) => Err(lost(reason)),
+        (Some(reason), released) => {
+            let is_settled = matches!(released, Ok(Standing::Ours | Standing::NotOurs));
+            if reason == Loss::NotRenewed && !is_settled {
+                // A renewal may be under way that the server carries out late.
+                give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
+            }
+            Err(lost(reason))
+        }
     }
 }
 
@@ -75,8 +86,7 @@ pub(super) fn take_back(core: &Rc<Core>, number: u64) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
     spawn_local(async move {
         let lease = Arc::clone(&held.state);
-        // Later than that it is free anyway.
-        let until = Instant::now() + held.ttl;
+        let until = Until::ItsEnd(held.ttl);
         if let Err(failure) = put_down(&core, &lease, Some(held), until).await {
             let (lock, error) = (lease.name(), &failure.source);
             tracing::debug!(%lock, %error, "not released: it is free when its TTL is over");
@@ -90,7 +100,7 @@ async fn put_down(
     core: &Rc<Core>,
     lease: &LeaseState,
     held: Option<Held>,
-    until: Instant,
+    until: Until,
 ) -> Result<Standing, Failure> {
     let name = &lease.key.row.name;
     let mut given_back = Return { name: name.clone(), secret: lease.key.secret.clone(), place: None };
@@ -139,8 +149,7 @@ pub(super) fn leave_queue(core: &Rc<Core>, name: &Name) {
 fn give_back(core: &Rc<Core>, name: Name, secret: Secret, at_least: Duration, ttl: Duration) {
     let (core, busy) = (Rc::clone(core), core.busy.enter());
     spawn_local(async move {
-        // Later than that it is free anyway.
-        let until = Instant::now() + ttl;
+        let until = Until::ItsEnd(ttl);
         let given_back = Return { name, secret, place: None };
         let _free_by_then = until_settled(&core, &given_back, at_least, until).await;
         drop(busy);
@@ -155,7 +164,7 @@ pub(super) fn release_all(core: &Rc<Core>) {
     for lease in &held {
         core.lose(lease.number, Loss::Closed);
     }
-    let until = Instant::now() + ANSWER_LIMIT;
+    let until = Until::answered(ANSWER_LIMIT);
     for lease in held {
         let (core, busy) = (Rc::clone(core), core.busy.enter());
         spawn_local(async move {
@@ -171,18 +180,51 @@ pub(super) fn release_all(core: &Rc<Core>) {
     }
 }
 
+/// How long a release is tried.
+#[derive(Debug, Clone, Copy)]
+enum Until {
+    /// No new attempt is made after this; one that is under way is waited for until that.
+    Answered(Instant, Instant),
+    /// A TTL from now, when the lease is free anyway. While the server can't be reached its end moves on: what was sent before may have
+    /// been carried out late.
+    ItsEnd(Duration),
+}
+
+impl Until {
+    fn answered(ttl: Duration) -> Self {
+        let now = Instant::now();
+        Self::Answered(now + ttl.min(ANSWER_LIMIT), now + ANSWER_LIMIT)
+    }
+}
+
 /// Asks again while the row is busy or the database is gone, once at least.
 async fn until_settled(
     core: &Rc<Core>,
     lease: &Return,
     at_least: Duration,
-    until: Instant,
+    until: Until,
 ) -> Result<Standing, Failure> {
     let (mut unsettled, mut alone) = (false, false);
-    let mut pause = PAUSE;
+    let (mut pause, mut last) = (PAUSE, None);
+    let mut end = match until {
+        Until::Answered(end, _) => end,
+        Until::ItsEnd(ttl) => Instant::now() + ttl,
+    };
     loop {
-        let answer = core.lane.release(lease.clone(), at_least, alone).await;
-        let in_time = Instant::now() < until;
+        let asked = core.lane.release(lease.clone(), at_least, alone);
+        let answer = match until {
+            Until::ItsEnd(_) => asked.await,
+            // Among others that wait for the same, a locked table say, it may take long to be answered.
+            Until::Answered(_, limit) => match timeout_at(limit.into(), asked).await {
+                Ok(answer) => answer,
+                Err(_elapsed) => return Err(last.unwrap_or_else(|| core.lane.no_answer(ANSWER_LIMIT))),
+            },
+        };
+        let is_away = matches!(answer, Err(Failure { fault: Fault::Disconnected, .. }));
+        if is_away && let Until::ItsEnd(ttl) = until {
+            end = Instant::now() + ttl;
+        }
+        let in_time = Instant::now() < end;
         match answer {
             Ok(Standing::Busy) if in_time => {
                 if !alone {
@@ -193,11 +235,14 @@ async fn until_settled(
             // The answer to an earlier attempt was lost, and that one may have released it: then another process may
             // have taken it since. The secret was ours, so it touched no other lock.
             Ok(Standing::NotOurs) if unsettled => return Ok(Standing::Ours),
-            Err(Failure { fault: Fault::Disconnected, .. }) if in_time => unsettled = true,
-            Err(failure) if failure.passes() && in_time => {}
+            Err(failure) if is_away && in_time => {
+                unsettled = true;
+                last = Some(failure);
+            }
+            Err(failure) if failure.passes() && in_time => last = Some(failure),
             answer => return answer,
         }
         sleep(jitter(pause)).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(if is_away { WHILE_AWAY } else { LONGEST_PAUSE });
     }
 }

@@ -19,6 +19,9 @@ pub(super) const TOOK_TOO_LONG: [u16; 2] = [1969, 3024];
 
 pub(super) const DEADLOCK: u16 = 1213;
 
+/// By KILL.
+pub(super) const NO_SUCH_SESSION: u16 = 1094;
+
 pub(super) const COMMIT_FAILED: u16 = 1180;
 
 /// `EXECUTE` of what was not prepared on this connection.

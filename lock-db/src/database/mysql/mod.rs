@@ -10,6 +10,7 @@ mod lease;
 mod mariadb;
 mod migrate;
 mod schema;
+mod session;
 mod snapshots;
 mod together;
 mod transaction;
@@ -41,8 +42,13 @@ impl LockDatabase for MySql {
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        schema::prepare(connection).await
+    async fn prepare(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
+        schema::prepare(connection).await?;
+        session::mark(connection, session).await
+    }
+
+    async fn end_session(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
+        session::end(connection, session).await
     }
 
     async fn find_table(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {

@@ -49,7 +49,7 @@ pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::R
 }
 
 /// Whether the connection leads to a session of its own, as far as that can be told.
-pub(super) async fn is_direct(connection: &mut PgConnection) -> sqlx::Result<bool> {
+async fn is_direct(connection: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await
 }
 

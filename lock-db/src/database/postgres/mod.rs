@@ -29,6 +29,7 @@ mod listener;
 mod migrate;
 mod schema;
 mod sequence;
+mod session;
 mod snapshots;
 mod together;
 mod transaction;
@@ -55,8 +56,12 @@ impl LockDatabase for Postgres {
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
-    async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
-        schema::prepare(connection).await
+    async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
+        schema::prepare(connection, session).await
+    }
+
+    async fn end_session(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
+        session::end(connection, session).await
     }
 
     async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {

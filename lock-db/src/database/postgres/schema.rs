@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use super::listener::is_direct;
 use super::migrate;
+use super::session;
 use super::transaction::DOLLAR_QUOTE;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
 use crate::database::server::{Table, by_newer};
@@ -65,8 +65,8 @@ LIMIT 1";
 const QUOTE: &str = "SELECT quote_ident($1)";
 
 /// Behind a pooler nothing is set: others would be given the connection with it.
-pub(super) async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
-    if is_direct(connection).await? {
+pub(super) async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
+    if session::mark(connection, session).await? {
         sqlx::raw_sql(PINS).execute(connection).await?;
     }
     Ok(())

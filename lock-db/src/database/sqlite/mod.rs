@@ -37,7 +37,7 @@ impl LockDatabase for Sqlite {
         schema::check_options(options, schema)
     }
 
-    async fn prepare(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    async fn prepare(connection: &mut SqliteConnection, _session: i64) -> sqlx::Result<()> {
         sqlx::raw_sql(schema::PREPARE).execute(connection).await.map(drop)
     }
 

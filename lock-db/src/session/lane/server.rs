@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use sqlx::{Connection, Pool};
 use tokio::select;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
+use super::earlier::Earlier;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::connecting::telling_why;
 use crate::database::{
@@ -26,11 +27,14 @@ const DEAF_FOR: Duration = Duration::from_mins(5);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 256;
 
+/// A claim, whether it was sent, and who waits for the answer.
+type Asked = (Claim, Rc<Cell<bool>>, Reply<Acquired>);
+
 /// What of a round can travel in one statement: each name once.
 #[derive(Default)]
 struct Exchange {
     returns: Vec<(Return, Reply<Standing>)>,
-    claims: Vec<(Claim, Rc<Cell<bool>>, Reply<Acquired>)>,
+    claims: Vec<Asked>,
     names: HashSet<Name>,
 }
 
@@ -67,6 +71,7 @@ pub(super) struct Worker<DB: LockDatabase> {
     calls: Rc<Calls>,
     may_listen: bool,
     deaf_until: Option<Instant>,
+    earlier: Earlier,
 }
 
 /// A connection, and what it has found out.
@@ -106,16 +111,25 @@ impl<DB: LockDatabase> Worker<DB> {
             calls: Rc::clone(calls),
             may_listen,
             deaf_until: None,
+            earlier: Earlier::default(),
         }
     }
 
     pub(super) async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
         let mut round = Vec::with_capacity(ROUND);
         loop {
+            let rest = self.earlier.pause();
             select! {
                 biased;
                 count = queue.recv_many(&mut round, ROUND) => if count == 0 { break },
                 () = self.called() => continue,
+                () = sleep(rest.unwrap_or_default()), if rest.is_some() => {
+                    // What it was doing could be carried out late, and nobody may ask for anything any more.
+                    if self.on_bare_connection(STATEMENT_LIMIT, async |_| Ok(())).await.is_err() {
+                        self.earlier.remain();
+                    }
+                    continue;
+                }
             }
             let mut exchange = Exchange::default();
             let mut others = Vec::new();
@@ -175,6 +189,7 @@ impl<DB: LockDatabase> Worker<DB> {
         };
         if matches!(answer, Err(Failure { fault: Fault::Disconnected, .. })) {
             self.give_up_connection();
+            self.earlier.is_given_up();
         }
         let _ = reply.send(answer);
     }
@@ -190,23 +205,30 @@ impl<DB: LockDatabase> Worker<DB> {
         let Exchange { returns, claims, .. } = exchange;
         if returns.len() + claims.len() > 1 {
             let given_back: Vec<Return> = returns.iter().map(|(one, _)| one.clone()).collect();
-            let claimed: Vec<Claim> = claims.iter().map(|(claim, ..)| claim.clone()).collect();
-            for (_, begun, _) in &claims {
-                begun.set(true);
-            }
             let answer = self
                 .on_connection(STATEMENT_LIMIT, async |connection, server| {
+                    // Those who left while the connection was made know that nothing was sent, and undo nothing.
+                    let stays = |(_, (_, _, reply)): &(usize, &Asked)| !reply.is_closed();
+                    let (mut asked, mut claimed) = (Vec::new(), Vec::new());
+                    for (number, (claim, begun, _)) in claims.iter().enumerate().filter(stays) {
+                        begun.set(true);
+                        asked.push(number);
+                        claimed.push(claim.clone());
+                    }
                     let sent = Instant::now();
                     let exchanged = DB::exchange(connection, server, &given_back, &claimed).await?;
-                    Ok((exchanged, server.clone(), sent))
+                    Ok((exchanged, asked, server.clone(), sent))
                 })
                 .await;
             match answer {
-                Ok((exchanged, server, sent)) => {
+                Ok((exchanged, asked, server, sent)) => {
                     for ((_, reply), standing) in returns.into_iter().zip(exchanged.returns) {
                         let _ = reply.send(Ok(standing));
                     }
-                    for ((_, _, reply), grant) in claims.into_iter().zip(exchanged.grants) {
+                    let mut granted = asked.into_iter().zip(exchanged.grants).peekable();
+                    for (number, (_, _, reply)) in claims.into_iter().enumerate() {
+                        let grant =
+                            granted.next_if(|(asked, _)| *asked == number).and_then(|(_, grant)| grant);
                         let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
                     }
                     self.call(&exchanged.calls).await;
@@ -237,10 +259,13 @@ impl<DB: LockDatabase> Worker<DB> {
     async fn carry_out(&mut self, operation: Operation) {
         match operation {
             Operation::Acquire(claims, begun, reply) => {
-                begun.set(true);
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |connection, server| {
                         let sent = Instant::now();
+                        if reply.is_closed() {
+                            return Ok((None, server.clone(), sent));
+                        }
+                        begun.set(true);
                         let grants = acquire_all::<DB>(connection, server, &claims).await?;
                         Ok((grants, server.clone(), sent))
                     })
@@ -432,12 +457,17 @@ impl<DB: LockDatabase> Worker<DB> {
                 Some(connection) => connection,
                 None => self.connect().await?,
             };
-            let result = operation(connection.way.connection().await?).await;
-            Ok((connection, result))
+            let used = connection.way.connection().await?;
+            if self.earlier.is_some() && !self.earlier.end::<DB>(used).await? {
+                return Ok((connection, Err(Failure::session_remains::<DB>()), true));
+            }
+            let result = operation(used).await;
+            let is_good = !matches!(result, Err(Failure { fault: Fault::Disconnected, .. }));
+            Ok((connection, result, is_good))
         };
         let result = match timeout(limit, running).await {
-            Ok(Ok((connection, result))) => {
-                if !matches!(result, Err(Failure { fault: Fault::Disconnected, .. })) {
+            Ok(Ok((connection, result, is_good))) => {
+                if is_good {
                     self.connection = Some(connection);
                     self.answered.set(Some(Instant::now()));
                 }
@@ -449,8 +479,11 @@ impl<DB: LockDatabase> Worker<DB> {
                 Err(Failure::no_answer::<DB>(limit))
             }
         };
-        if listened && self.connection.is_none() {
-            self.calls.end();
+        if self.connection.is_none() {
+            self.earlier.is_given_up();
+            if listened {
+                self.calls.end();
+            }
         }
         result
     }
@@ -462,7 +495,7 @@ impl<DB: LockDatabase> Worker<DB> {
         } else {
             Way::Plain(telling_why(&self.pool, self.pool.acquire()).await?.detach())
         };
-        DB::prepare(way.connection().await?).await?;
+        DB::prepare(way.connection().await?, self.earlier.next()).await?;
         Ok(Private { way, server: None })
     }
 }

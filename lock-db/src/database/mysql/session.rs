@@ -1,0 +1,84 @@
+//! The session of a private connection: which one it is, and how another connection ends it.
+//!
+//! A client that gives a connection up closes its socket, which a session notices only when it reads or writes next. One that
+//! waits for a lock, for a replica (`rpl_semi_sync_…`), for space on the disk, or for a network that is gone stays, and may carry out
+//! its last statement much later.
+
+use sqlx::Row;
+use sqlx::mysql::MySqlConnection;
+
+use super::errors::{NO_SUCH_SESSION, number};
+use crate::error::is_connection_failure;
+
+/// A user lock, which goes with its session. So a number never names a session that is somebody else's, as the id of a connection
+/// could after a restart of the server.
+const MARK: &str = "SELECT GET_LOCK(?, 0)";
+
+const FIND: &str = "SELECT CAST(IS_USED_LOCK(?) AS SIGNED)";
+
+/// The sessions of one's own account are listed without any right, and without a temporary table: the disk may be full.
+const SESSIONS: &str = "SHOW PROCESSLIST";
+
+/// MySQL takes no parameters in a KILL.
+const REMEMBER: &str = "SELECT ? INTO @lock_db_session";
+/// The right to do it comes with the account, which is that of both sessions.
+const END: &str = "KILL CONNECTION IS_USED_LOCK(@lock_db_session)";
+
+/// Where user locks are refused, as some clusters do, its session has no number.
+pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
+    match sqlx::query(MARK).bind(name(session)).execute(connection).await {
+        Err(error) if is_connection_failure(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// `true`: it has ended.
+pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
+    let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;
+    let Some(id) = id else { return Ok(true) };
+    for row in sqlx::raw_sql(SESSIONS).fetch_all(&mut *connection).await? {
+        let is_it = row.try_get_unchecked::<i64, _>("Id")? == id;
+        let state: Option<String> = row.try_get_unchecked("State")?;
+        if is_it && !may_be_ended(row.try_get_unchecked("Command")?, &state.unwrap_or_default()) {
+            return Ok(false);
+        }
+    }
+    sqlx::query(REMEMBER).bind(name(session)).execute(&mut *connection).await?;
+    match sqlx::raw_sql(END).execute(connection).await {
+        // It has ended in between.
+        Err(error) if number(&error) == Some(NO_SUCH_SESSION) => Ok(true),
+        asked => asked.map(|_| false),
+    }
+}
+
+/// What waits for its client, for a lock or for a replica. Not what waits for space on the disk while it commits: by its defaults MySQL
+/// shuts the server down when the binary log can't be written, which a KILL makes of that wait (measured on 9.7). The rest ends by itself.
+fn may_be_ended(command: &str, state: &str) -> bool {
+    command == "Sleep"
+        || state == "User lock"
+        || (state.starts_with("Waiting for") && (state.contains("lock") || state.contains("semi-sync")))
+}
+
+fn name(session: i64) -> String {
+    format!("lock_db_session:{session:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::may_be_ended;
+
+    #[test]
+    fn no_commit_is_ended_that_waits_for_the_disk() {
+        for state in
+            ["Waiting for table metadata lock", "Waiting for semi-sync ACK from replica", "User lock"]
+        {
+            assert!(may_be_ended("Execute", state), "{state}");
+        }
+        assert!(may_be_ended("Sleep", ""));
+        for state in
+            ["waiting for handler commit", "Waiting for disk space", "Waiting for someone to free space", ""]
+        {
+            assert!(!may_be_ended("Query", state), "{state}");
+        }
+    }
+}
