@@ -14,6 +14,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 
 for_each_server! {
     leases_outlive_connections_that_are_ended,
+    a_holder_hears_soon_that_a_failover_forgot_its_grant,
     leases_and_outages,
     callers_and_outages,
     silence_keeps_nobody_for_ever,
@@ -118,6 +119,29 @@ async fn leases_outlive_connections_that_are_ended<T: TestServer>(database: &T) 
         assert!(other.insert_lock(lease.name()).try_acquire().await.unwrap().is_none());
         lease.release().await.unwrap();
     }
+}
+
+/// The server behind the connections becomes one that does not know the lease: here by a row that is as before the grant.
+async fn a_holder_hears_soon_that_a_failover_forgot_its_grant<T: TestServer>(database: &T) {
+    const TTL: Duration = Duration::from_mins(2);
+    drop(database.locks().await);
+    let before = database.activity().await.connections;
+    let locks = Locks::new(database.pool(1).await);
+    let lease = locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
+    let hears = T::NAME == "postgres";
+    if hears {
+        // The one of the pool and both private ones, long before the first renewal.
+        eventually(TTL / 6, async || database.activity().await.connections == before + 3).await;
+    }
+    let forget =
+        "UPDATE distributed_lock SET secret_key = '', expire_time = '1970-01-01 00:00:00', ttl_micros = 0";
+    database.run(forget).await;
+    database.end_connections().await;
+    if !hears {
+        // It is found out with the next statement.
+        locks.insert_lock("b").acquire().await.unwrap().release().await.unwrap();
+    }
+    timeout(TTL / 6, lease.lost()).await.expect("leases are renewed as soon as a connection is lost");
 }
 
 async fn leases_and_outages<T: TestServer>(database: &T) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{ConnectOptions, Pool};
 use tokio::runtime::Builder;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{sleep, timeout};
 
@@ -47,6 +47,8 @@ const MARK_PATIENCE: Duration = Duration::from_secs(1);
 const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// Between two renewals of a lease whose row is locked by another transaction.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+/// A lease that is held for so long needs the second connection at hand.
+const IS_HELD_ON: Duration = Duration::from_secs(1);
 /// The part of the TTL on which a holder relies: it gives up a little before the database does.
 const RELIABLE: (u32, u32) = (9, 10);
 
@@ -109,6 +111,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
     spawn_local(renewal::renew(Rc::clone(core)));
     spawn_local(renewal::watch_deadlines(Rc::clone(core)));
     spawn_local(old_snapshots::watch(Rc::clone(core)));
+    spawn_local(renewal::watch_connections(Rc::clone(core)));
     let queues = Arc::clone(&core.queues);
     let watching = spawn_local(async move { queues.watch_waits().await });
     while let Some(request) = requests.recv().await {
@@ -198,10 +201,14 @@ pub(super) struct Core {
     pub(super) lane: Lane,
     /// For renewals, and where the database calls.
     pub(super) renewals: Lane,
+    /// A private connection was lost: what stood behind it may have become another server.
+    pub(super) lost: Rc<Notify>,
     pub(super) not_written: fn() -> Failure,
     pub(super) calls: Rc<Calls>,
     pub(super) baton: Baton,
     pub(super) is_renewing: Cell<bool>,
+    /// Whether leases were renewed for the sake of the connection.
+    pub(super) connects_ahead: Cell<bool>,
     /// Why the last renewal failed, if it did.
     pub(super) not_renewed: RefCell<Option<String>>,
     pub(super) queues: Arc<Queues>,
@@ -238,14 +245,16 @@ impl Core {
         requests: mpsc::WeakUnboundedSender<Request>,
         queues: Arc<Queues>,
     ) -> Rc<Self> {
-        let calls = Rc::new(Calls::new());
+        let (calls, lost) = (Rc::new(Calls::new()), Rc::default());
         Rc::new(Self {
-            lane: Lane::start(pool.clone(), location, &calls, false),
-            renewals: Lane::start(pool, location, &calls, true),
+            lane: Lane::start(pool.clone(), location, &calls, false, &lost),
+            renewals: Lane::start(pool, location, &calls, true, &lost),
+            lost,
             not_written: Failure::not_written::<DB>,
             calls,
             baton: Baton::default(),
             is_renewing: Cell::default(),
+            connects_ahead: Cell::default(),
             not_renewed: RefCell::default(),
             queues,
             contenders: Cell::new(0),
@@ -286,6 +295,9 @@ impl Core {
         };
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.ends());
+        if self.may_connect_ahead() {
+            self.due.no_later_than(held.is_held_on());
+        }
         self.leases.borrow_mut().insert(number, held);
         self.queues.is_held(&state);
         Some(Hold::new(state, requests, Arc::clone(&self.queues)))
@@ -320,6 +332,12 @@ impl Core {
             held.lost.send_replace(Some(loss));
         }
         ended
+    }
+
+    /// Whether leases are renewed ahead of time, so that the connection for that is there: once, and only where it notices by itself that
+    /// the server has gone.
+    pub(super) fn may_connect_ahead(&self) -> bool {
+        !self.connects_ahead.get() && self.renewals.could_notice_loss()
     }
 
     pub(super) fn shortest_ttl(&self) -> Option<Duration> {
@@ -472,6 +490,12 @@ impl Held {
     pub(super) fn renewal(&self) -> Renewal {
         let LeaseKey { row, secret, fencing_token, .. } = &self.state.key;
         Renewal { id: row.id, secret: secret.clone(), fencing_token: *fencing_token, ttl: self.ttl }
+    }
+
+    /// From when on the connection for renewals is to be there.
+    pub(super) fn is_held_on(&self) -> Instant {
+        let sent = self.next_renewal.checked_sub(self.ttl / 3).unwrap_or(self.next_renewal);
+        sent + IS_HELD_ON
     }
 
     /// How long after now it is looked after again, if nothing comes of this time.

@@ -11,6 +11,7 @@ use super::core::{Core, Held};
 use super::release;
 use crate::database::{Fault, Renewal, Renewed, Standing};
 use crate::error::Loss;
+use crate::jitter::jitter;
 
 /// How many leases travel in one statement.
 const BATCH: usize = 500;
@@ -20,14 +21,23 @@ const SHORTEST_STATEMENT: Duration = Duration::from_secs(1);
 const LONGEST_STATEMENT: Duration = Duration::from_secs(5);
 /// Before a lease is asked for again whose notice is running.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+/// After a connection was lost, so that not all processes come at the same moment; and between two attempts while
+/// the server can't be reached.
+const SOON: Duration = Duration::from_millis(100);
+const WHILE_AWAY: Duration = Duration::from_millis(500);
 
 /// Renews every lease at a third of its TTL, those that are due at about the same time together.
 pub(super) async fn renew(core: Rc<Core>) {
     loop {
         let next = core.leases.borrow().values().map(|held| held.next_renewal).min();
+        let connects = connects_at(&core);
         select! {
             () = core.closed() => return,
-            () = core.due.sleep_until(next) => {}
+            () = core.due.sleep_until(next.into_iter().chain(connects).min()) => {}
+        }
+        if connects_at(&core).is_some_and(|at| at <= Instant::now()) {
+            core.connects_ahead.set(true);
+            renew_within(&core, Duration::ZERO, numbers(&core));
         }
         let (together, alone) = take_due(&core, Instant::now());
         core.is_renewing.set(true);
@@ -36,6 +46,15 @@ pub(super) async fn renew(core: Rc<Core>) {
         }
         core.is_renewing.set(false);
     }
+}
+
+/// When leases are renewed ahead of time, for the sake of the connection: it notices at once that the server has gone, see
+/// `watch_connections`.
+fn connects_at(core: &Core) -> Option<Instant> {
+    if !core.may_connect_ahead() {
+        return None;
+    }
+    core.leases.borrow().values().map(Held::is_held_on).min()
 }
 
 /// A lease that is due: its number, and what to ask for.
@@ -102,6 +121,9 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
         }
         // Not heard is not lost: asked again until the deadline, which ends the lease without any answer.
         Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => {
+            if failure.fault == Fault::Disconnected {
+                renew_within(core, jitter(WHILE_AWAY), batch.iter().map(|(number, _)| *number));
+            }
             tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
         }
         // That does not look as if it would pass.
@@ -131,6 +153,33 @@ fn is_gone(core: &Rc<Core>, number: u64) {
     } else {
         core.lose(number, Loss::TakenOver);
     }
+}
+
+/// The server behind a connection that was lost may have been replaced by one that has not heard of the last grants (an asynchronous
+/// failover). So all leases are renewed at once, and not only when they are due: a holder whose lease is not known there is told
+/// before another process has had it for long.
+pub(super) async fn watch_connections(core: Rc<Core>) {
+    loop {
+        select! {
+            () = core.closed() => return,
+            () = core.lost.notified() => {}
+        }
+        renew_within(&core, jitter(SOON), numbers(&core));
+    }
+}
+
+fn numbers(core: &Core) -> Vec<u64> {
+    core.leases.borrow().keys().copied().collect()
+}
+
+fn renew_within(core: &Core, pause: Duration, leases: impl IntoIterator<Item = u64>) {
+    let next = Instant::now() + pause;
+    for number in leases {
+        if let Some(held) = core.leases.borrow_mut().get_mut(&number) {
+            held.next_renewal = held.next_renewal.min(next);
+        }
+    }
+    core.due.no_later_than(next);
 }
 
 /// Ends every lease that was not renewed by its deadline, whatever the database and the network do; and each that its holder has had for

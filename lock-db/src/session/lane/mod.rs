@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Pool;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout_at;
 
 use self::server::Worker;
@@ -106,29 +106,37 @@ pub(super) struct Lane {
     answered: Rc<Cell<Option<Instant>>>,
     no_answer: fn(Duration) -> Failure,
     has_batons: bool,
+    notices_loss: bool,
     location: Arc<Location>,
 }
 
 impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
-    /// With `may_listen` it is where the database calls.
+    /// With `may_listen` it is where the database calls. `lost` is notified when a connection was lost.
     pub(super) fn start<DB: LockDatabase>(
         pool: Pool<DB>,
         location: &Arc<Location>,
         calls: &Rc<Calls>,
         may_listen: bool,
+        lost: &Rc<Notify>,
     ) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
-        let worker = Worker::new(pool, location, &answered, calls, may_listen);
+        let worker = Worker::new(pool, location, &answered, calls, may_listen, lost);
         tokio::task::spawn_local(worker.serve(queue));
         Self {
             operations,
             answered,
             no_answer: Failure::no_answer::<DB>,
             has_batons: DB::BATONS,
+            notices_loss: DB::CALLS && may_listen,
             location: Arc::clone(location),
         }
+    }
+
+    /// Whether a connection would tell when it is lost, and there has been none yet.
+    pub(super) fn could_notice_loss(&self) -> bool {
+        self.notices_loss && self.answered.get().is_none()
     }
 
     /// A failure for a wait that ends while the server owes an answer.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Connection, Pool};
 use tokio::select;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use super::earlier::Earlier;
@@ -72,6 +72,7 @@ pub(super) struct Worker<DB: LockDatabase> {
     may_listen: bool,
     deaf_until: Option<Instant>,
     earlier: Earlier,
+    lost: Rc<Notify>,
 }
 
 /// A connection, and what it has found out.
@@ -102,6 +103,7 @@ impl<DB: LockDatabase> Worker<DB> {
         answered: &Rc<Cell<Option<Instant>>>,
         calls: &Rc<Calls>,
         may_listen: bool,
+        lost: &Rc<Notify>,
     ) -> Self {
         Self {
             pool,
@@ -112,6 +114,7 @@ impl<DB: LockDatabase> Worker<DB> {
             may_listen,
             deaf_until: None,
             earlier: Earlier::default(),
+            lost: Rc::clone(lost),
         }
     }
 
@@ -197,6 +200,7 @@ impl<DB: LockDatabase> Worker<DB> {
     fn give_up_connection(&mut self) {
         if self.connection.take().is_some() {
             self.calls.end();
+            self.lost.notify_one();
         }
     }
 
@@ -452,6 +456,7 @@ impl<DB: LockDatabase> Worker<DB> {
     ) -> Result<T, Failure> {
         let kept = self.connection.take();
         let listened = matches!(kept, Some(Private { way: Way::Listening(_), .. }));
+        let was_connected = kept.is_some();
         let running = async {
             let mut connection = match kept {
                 Some(connection) => connection,
@@ -483,6 +488,9 @@ impl<DB: LockDatabase> Worker<DB> {
             self.earlier.is_given_up();
             if listened {
                 self.calls.end();
+            }
+            if was_connected {
+                self.lost.notify_one();
             }
         }
         result
