@@ -5,9 +5,8 @@ use std::collections::HashMap;
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use super::migrate;
-use super::session;
 use super::transaction::DOLLAR_QUOTE;
+use super::{migrate, session};
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};

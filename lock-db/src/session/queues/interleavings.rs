@@ -170,8 +170,15 @@ impl Core {
             ttl: claim.ttl,
             server: Server::for_tests(),
         };
-        let (state, lost) =
-            LeaseState::new(number, key, (numbers, turns), claim.ttl, None, Instant::now() + claim.ttl, Some(turn));
+        let (state, lost) = LeaseState::new(
+            number,
+            key,
+            (numbers, turns),
+            claim.ttl,
+            None,
+            Instant::now() + claim.ttl,
+            Some(turn),
+        );
         self.holders.may_have(&state, numbers, turns);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
         self.queues.is_held(&state);
@@ -535,7 +542,8 @@ impl World {
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<Hold>, Error> {
-        let holds = self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true, None).await?;
+        let holds =
+            self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true, None).await?;
         Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
     }
 
