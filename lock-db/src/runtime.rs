@@ -7,7 +7,6 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::thread;
 
 use tokio::runtime::{Builder, Handle, RuntimeFlavor};
 use tokio::task::JoinHandle;
@@ -15,6 +14,8 @@ use tracing::instrument::WithSubscriber;
 
 use crate::Error;
 use crate::name::Name;
+
+const THREADS: usize = 2;
 
 /// Where tasks of lock-db's own run.
 #[derive(Debug, Clone)]
@@ -37,10 +38,10 @@ impl Runtime {
 
     /// The one that never ends. `None`: there can be no thread for it.
     pub(crate) fn own() -> Option<Self> {
-        static OWN: OnceLock<Option<Handle>> = OnceLock::new();
-        let handle =
+        static OWN: OnceLock<Option<tokio::runtime::Runtime>> = OnceLock::new();
+        let runtime =
             OWN.get_or_init(|| start().inspect_err(|error| tracing::warn!(%error, "no thread")).ok());
-        handle.clone().map(|handle| Self { handle, is_own: true })
+        runtime.as_ref().map(|runtime| Self { handle: runtime.handle().clone(), is_own: true })
     }
 
     #[cfg(test)]
@@ -71,12 +72,9 @@ fn may_end(runtime: &Handle) -> bool {
     cfg!(debug_assertions) || runtime.runtime_flavor() == RuntimeFlavor::CurrentThread
 }
 
-fn start() -> io::Result<Handle> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let handle = runtime.handle().clone();
-    let never_ends = move || runtime.block_on(std::future::pending::<()>());
-    thread::Builder::new().name("lock-db io".into()).spawn(never_ends)?;
-    Ok(handle)
+/// Of several threads, because the pool's hooks run on it: one may block its thread, or use `block_in_place`.
+fn start() -> io::Result<tokio::runtime::Runtime> {
+    Builder::new_multi_thread().worker_threads(THREADS).thread_name("lock-db io").enable_all().build()
 }
 
 const TASK_ENDED: &str =
