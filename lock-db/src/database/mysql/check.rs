@@ -37,7 +37,7 @@ pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> 
     let mut denied: Vec<String> = Vec::new();
     for statement in USES {
         match sqlx::raw_sql(server.table.sql(statement)).execute(&mut *connection).await {
-            Err(error) if number(&error).is_some_and(|number| DENIED.contains(&number)) => {
+            Err(error) if is_denied(&error) => {
                 denied.push(error.to_string());
             }
             used => used.map(drop)?,
@@ -54,6 +54,10 @@ pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> 
     }
     try_out(connection, server).await?;
     warnings(connection).await
+}
+
+pub(super) fn is_denied(error: &sqlx::Error) -> bool {
+    number(error).is_some_and(|number| DENIED.contains(&number))
 }
 
 /// Makes a row, locks and writes it, and rolls that back: whatever keeps one of these from being done shows.

@@ -99,6 +99,11 @@ impl LockDatabase for MySql {
         snapshots::old(connection, server).await
     }
 
+    /// It tells what it did not allow, one after the other, and the right to lock a row by another name.
+    fn lacks_right(error: &sqlx::Error) -> bool {
+        check::is_denied(error)
+    }
+
     async fn look(
         connection: &mut MySqlConnection,
         server: &Server,

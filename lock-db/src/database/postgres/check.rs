@@ -9,19 +9,11 @@ use super::sequence::{self, Behind};
 use crate::database::{Server, foreign_write};
 use crate::secret::Secret;
 
-/// The rights that locks need and this role lacks; its name. A right to every column does as well.
+/// The rights that locks need and this role lacks; its name. Rights to columns do not do: LOCK TABLE asks for those to the table.
 const RIGHTS: &str = "
 SELECT ARRAY(
-        SELECT needed.privilege FROM (VALUES
-            ('SELECT', NULL),
-            ('INSERT', '{lock_name,lock_kind}'::text[]),
-            ('UPDATE', '{secret_key,fencing_token,previous_token,owner,acquire_time,expire_time,ttl_micros,waiters}'))
-            AS needed (privilege, columns)
-        WHERE NOT has_table_privilege(class.oid, needed.privilege) AND EXISTS (
-            SELECT 1 FROM pg_attribute
-            WHERE attrelid = class.oid AND attnum > 0 AND NOT attisdropped
-                AND (needed.columns IS NULL OR attname = ANY (needed.columns))
-                AND NOT has_column_privilege(class.oid, attnum, needed.privilege))),
+        SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed (privilege)
+        WHERE NOT has_table_privilege(class.oid, privilege)),
     quote_ident(current_user::text)
 FROM pg_class AS class WHERE class.oid = to_regclass($1)";
 
@@ -31,8 +23,9 @@ SELECT depends.refobjid::regclass::text FROM pg_attrdef AS filled
 JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum AND attname = 'id'
 JOIN pg_depend AS depends ON depends.classid = 'pg_attrdef'::regclass AND depends.objid = filled.oid
     AND depends.refclassid = 'pg_class'::regclass
-JOIN pg_class AS sequence ON sequence.oid = depends.refobjid AND sequence.relkind = 'S'
-WHERE adrelid = to_regclass($1) AND NOT has_sequence_privilege(sequence.oid, 'USAGE,UPDATE')
+JOIN pg_class AS sequence ON sequence.oid = depends.refobjid
+WHERE adrelid = to_regclass($1)
+    AND CASE WHEN sequence.relkind = 'S' THEN NOT has_sequence_privilege(sequence.oid, 'USAGE,UPDATE') ELSE false END
 LIMIT 1";
 
 /// What locks do, to a row that is rolled back.

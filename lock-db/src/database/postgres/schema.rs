@@ -174,13 +174,13 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     }))
 }
 
-/// Columns, of `value name type` each. A name with a blank in it is none of ours.
+/// Columns, of `value name type` each. A name with a blank in it is none of ours. `quote_all_identifiers` puts types in quotes.
 fn declared(columns: &[String]) -> HashMap<String, Declared> {
     let parts = columns.iter().filter_map(|column| {
         let (unless_named, column) = column.split_once(' ')?;
         let (name, kind) = column.split_once(' ')?;
         let unless_named = UnlessNamed::parse(unless_named);
-        Some((name.to_owned(), Declared { kind: kind.to_owned(), unless_named }))
+        Some((name.to_owned(), Declared { kind: kind.replace('"', ""), unless_named }))
     });
     parts.collect()
 }
