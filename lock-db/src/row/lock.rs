@@ -22,6 +22,8 @@ use crate::runtime::{self, Runtime};
 use crate::turns::{Known, Turn};
 use crate::{Error, Kind, LockInfo, Locks, limits};
 
+/// How long a caller whose wait is over still waits for the task, when the database seems to be silent.
+const LAST_WORD: Duration = Duration::from_millis(250);
 /// Between two looks at a lock for which too many wait in the database already.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Before beginning anew after a broken connection or a deadlock.
@@ -181,7 +183,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let started = Instant::now();
         let name = self.locks.checked_name(&self.name)?;
         let runtime = Runtime::current()?;
-        let (mut answer, answered) = oneshot::channel();
+        let (mut answer, mut answered) = oneshot::channel();
         let (locks, own_name) = (self.locks.clone(), name.clone());
         let for_task = runtime.clone();
         let task = async move {
@@ -204,8 +206,15 @@ impl<DB: LockDatabase> RowLock<DB> {
         let attempt = Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started };
         select! {
             biased;
-            answer = answered => answer.unwrap_or_else(|_| Err(runtime::ended(ACTION, &own_name))),
-            error = attempt.over() => Err(error),
+            answer = &mut answered => answer.unwrap_or_else(|_| Err(runtime::ended(ACTION, &own_name))),
+            error = attempt.over() => match &error {
+                // What the task has been told since counts more.
+                Error::Database { source, .. } if Failure::is_silent(source) => {
+                    let last = timeout(LAST_WORD, answered).await;
+                    last.ok().and_then(Result::ok).unwrap_or(Err(error))
+                }
+                _ => Err(error),
+            },
         }
     }
 }
@@ -345,6 +354,9 @@ async fn take<DB: LockDatabase>(
         let is_silence = matches!(&error, Error::Database { source, .. } if Failure::is_silent(source));
         if !again || answer.is_closed() || (!in_time && (broken > 1 || is_silence)) {
             return Err(error);
+        }
+        if let Error::Database { source, .. } = error {
+            turn.learn(Known::Failure(Failure::new::<DB>(source)));
         }
         sleep(PAUSE).await;
     }

@@ -37,11 +37,21 @@ pub(super) enum Behind {
     Now,
 }
 
+/// In one pass: a schema may be called `{table}`.
 fn on(sql: &str, sequence: &str, table: &str) -> AssertSqlSafe<String> {
     let literal = sequence.replace('\'', "''");
-    AssertSqlSafe(
-        sql.replace("{sequence}", sequence).replace("{literal}", &literal).replace("{table}", table),
-    )
+    let mut filled = String::with_capacity(sql.len() + 4 * sequence.len());
+    for part in sql.split('{') {
+        let (name, rest) = part.split_once('}').unwrap_or(("", part));
+        filled.push_str(match name {
+            "sequence" => sequence,
+            "literal" => &literal,
+            "table" => table,
+            _ => "",
+        });
+        filled.push_str(rest);
+    }
+    AssertSqlSafe(filled)
 }
 
 /// As far as this role may know.
