@@ -99,7 +99,8 @@ async fn a_migration_mends_a_sequence_in_use(database: &PostgresServer) {
         });
         let others = [Locks::new(database.pool(1).await), Locks::new(database.pool(1).await)];
         let (one, two) = tokio::join!(others[0].migrate(), others[1].migrate());
-        (one.unwrap(), two.unwrap());
+        one.unwrap();
+        two.unwrap();
         locks.check().await.unwrap();
         locks
             .insert_lock(format!("{round}: new"))

@@ -256,7 +256,8 @@ async fn waits_ask_now_and_then<T: TestServer>(database: &T) {
             assert!(waited.is_err(), "{setting}: {way}");
             drop(transaction.rollback().await);
         }
-        (row.rollback().await.unwrap(), lease.rollback().await.unwrap());
+        row.rollback().await.unwrap();
+        lease.rollback().await.unwrap();
         held.release().await.unwrap();
         locks.close().await;
         pool.close().await;
