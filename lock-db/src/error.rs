@@ -82,6 +82,22 @@ pub enum Error {
         reason: &'static str,
     },
 
+    /// A lease with this TTL can't be kept on this network: several times in a row the answer to the request for it took more than
+    /// half of the TTL, which leaves too little for the first renewal. What was granted was given back.
+    ///
+    /// Not retryable: a lease that was had by luck would be lost by the next answer that is as slow as the others.
+    #[error(
+        "lock `{name}` can't be kept with a `ttl` of {ttl:?}: an answer of the database took {took:.0?}, and a lease needs twice that and more; allow a longer `ttl`"
+    )]
+    TtlTooShort {
+        /// The name of the lock; of several, the first one.
+        name: String,
+        /// What was asked for.
+        ttl: Duration,
+        /// How long the last answer took.
+        took: Duration,
+    },
+
     /// The name belongs to the other kind of lock. The two do not exclude each other, so one name never has both.
     #[error(
         "`{name}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, delete its row from `distributed_lock`"
@@ -325,6 +341,7 @@ impl Error {
             | Self::Deadlock { name, .. }
             | Self::Serialization { name, .. }
             | Self::InvalidName { name, .. }
+            | Self::TtlTooShort { name, .. }
             | Self::WrongKind { name, .. }
             | Self::Reentry { name, .. }
             | Self::RolledBack { name }

@@ -1,6 +1,7 @@
 //! What lock-db needs of a database: one small trait, implemented once a database. SQL and error codes live in those
 //! files and nowhere else; nothing here or below knows about waiting, renewing or guards.
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::time::Duration;
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
@@ -14,6 +15,7 @@ pub(crate) use self::types::{
 };
 pub(crate) use self::waiters::Waiters;
 use crate::Kind;
+use crate::name::Name;
 use crate::secret::Secret;
 
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
@@ -241,15 +243,44 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         claim: &Claim,
     ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
 
-    /// Tells the holder of a lease that has run out, or nearly so, that it will be taken: see [`LockRow::notice_is_due`]. A deadline
-    /// that lies too far ahead, because the clock was set back, is drawn in to a TTL from now instead. `false`: nothing of
-    /// this was to be done, or another transaction has the row locked.
+    /// [`look`](Self::look) for several names, in one statement. One answer a name, in order.
+    #[doc(hidden)]
+    fn look_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<Vec<Option<LockRow>>>> + Send;
+
+    /// [`create`](Self::create) for several names, which are in order: all or none. `false`: an open transaction has made the row of one
+    /// of them.
+    #[doc(hidden)]
+    fn create_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Takes several leases, none of which has a place in a queue, if all of them can be [acquired](Self::acquire): one answer a
+    /// claim, in order. Nothing is written when one of them is not free. In as few messages as the server takes.
+    ///
+    /// What a trigger keeps from being written is missing in the answer, although the others were taken.
+    #[doc(hidden)]
+    fn acquire_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        claims: &[Claim],
+    ) -> impl Future<Output = sqlx::Result<Vec<Option<Grant>>>> + Send;
+
+    /// Tells the holders of leases that have run out, or nearly so, that they will be taken: see [`LockRow::notice_is_due`]. A deadline
+    /// that lies too far ahead, because the clock was set back, is drawn in to a TTL from now instead. Answers for how many of
+    /// the names that was done: not where nothing of this was to be done, or another transaction has the row locked.
     #[doc(hidden)]
     fn give_notice(
         connection: &mut Self::Connection,
         server: &Server,
-        name: &str,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<u64>> + Send;
 
     /// Makes a free row [settled](LockRow::is_settled), unless another transaction has it locked: a guarded transaction of the
     /// last holder, say. `false`: not.
@@ -279,16 +310,19 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         name: &str,
     ) -> impl Future<Output = sqlx::Result<Probe>> + Send;
 
+    /// Those of several names whose rows could be locked, without waiting: a first look for the one that [`probe`](Self::probe)
+    /// tells exactly.
+    #[doc(hidden)]
+    fn unlocked(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<HashSet<String>>> + Send;
+
     /// The statement that begins a transaction on a private connection, such that the server ends it soon when it hears
     /// nothing more of us.
     #[doc(hidden)]
     const BEGIN_SHORT: &'static str;
-    /// Takes back what that set for longer than its transaction.
-    #[doc(hidden)]
-    fn after_short(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send {
-        async { Ok(()) }
-    }
-
     /// Moves the deadlines of these leases forward, in one statement. One answer a lease, in order; and when what was not renewed was
     /// looked at, if that was later than this began.
     #[doc(hidden)]
@@ -551,8 +585,22 @@ fn as_json(leases: &[Renewal]) -> String {
     json
 }
 
+/// Names as JSON, for databases that have no arrays: `["6e616d65", …]`.
+#[cfg(any(feature = "mysql", feature = "sqlite"))]
+fn names_as_json(names: &[Name]) -> String {
+    let names: Vec<String> = names.iter().map(|name| format!("\"{}\"", hexadecimal(name))).collect();
+    format!("[{}]", names.join(","))
+}
+
+/// What was found for names, in whatever order, in the order of the names.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+fn by_name(names: &[Name], found: impl IntoIterator<Item = (Vec<u8>, LockRow)>) -> Vec<Option<LockRow>> {
+    let mut found: std::collections::HashMap<_, _> = found.into_iter().collect();
+    names.iter().map(|name| found.remove(name.as_bytes())).collect()
+}
+
 /// For text that stands in a statement: nothing in it needs to be escaped.
-#[cfg(any(feature = "mysql", feature = "postgres"))]
+#[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
 fn hexadecimal(text: &str) -> String {
     use std::fmt::Write as _;
 

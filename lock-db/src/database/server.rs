@@ -16,6 +16,8 @@ pub struct Server {
     pub is_mariadb: bool,
     /// Whether an insert that commits by itself keeps the counter of its table until a binary log is on disk.
     pub keeps_counter: bool,
+    /// How many bytes of a statement it takes in one message, with room for what else stands in it.
+    pub longest_message: usize,
     /// Whether an owner outside of ASCII can't be stored, because of the encoding of the database or the
     /// character set of the column.
     pub is_ascii_only: bool,
@@ -42,6 +44,7 @@ impl Server {
             cluster: Cluster::SinglePrimary,
             is_mariadb: false,
             keeps_counter: false,
+            longest_message: usize::MAX,
             is_ascii_only: false,
         }
     }

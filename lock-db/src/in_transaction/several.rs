@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Attempt, HeldInTransaction};
 use crate::database::LockDatabase;
+use crate::limits::MOST_NAMES;
 use crate::name::Name;
 use crate::{Error, Kind, Locks};
 
@@ -18,6 +19,13 @@ pub(crate) fn in_order<DB: LockDatabase>(locks: &Locks<DB>, names: &[String]) ->
             option: "names",
             value: "empty".into(),
             reason: "there is nothing to lock",
+        });
+    }
+    if checked.len() > MOST_NAMES {
+        return Err(Error::InvalidOption {
+            option: "names",
+            value: format!("{} names", checked.len()),
+            reason: "10 000 are the most that are taken together",
         });
     }
     Ok(checked)

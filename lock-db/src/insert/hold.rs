@@ -136,13 +136,15 @@ impl Hold {
 
     /// Gives up one handle, and releases with the last one.
     pub(crate) async fn give_up(self: Arc<Self>) -> Result<(), Error> {
+        self.begin_to_give_up()?.end().await
+    }
+
+    /// The same in two steps, so that several are released together.
+    pub(super) fn begin_to_give_up(self: Arc<Self>) -> Result<GivenUp, Error> {
         if Arc::strong_count(&self) > 1 {
             self.check()?;
         }
-        match Arc::into_inner(self) {
-            Some(hold) => hold.release().await,
-            None => Ok(()),
-        }
+        Arc::into_inner(self).map_or(Ok(GivenUp(None)), Self::release)
     }
 
     /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands; not when the work
@@ -164,9 +166,9 @@ impl Hold {
         }
     }
 
-    async fn release(self) -> Result<(), Error> {
+    fn release(self) -> Result<GivenUp, Error> {
         if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
-            return Ok(());
+            return Ok(GivenUp(None));
         }
         if self.was_taken_back() {
             return Err(self.lost(Loss::HeldTooLong));
@@ -174,7 +176,7 @@ impl Hold {
         let (answer, answered) = oneshot::channel();
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
         self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
-        answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))
+        Ok(GivenUp(Some((self, answered))))
     }
 
     /// The session has released it already, or is about to.
@@ -202,6 +204,18 @@ impl Hold {
         let _session_may_be_gone =
             self.session.send(Request::Released { lease: Arc::clone(&self.lease), call });
         self.lease.pass_turn();
+    }
+}
+
+/// A handle that is given up. The release, if there is one, is under way.
+pub(super) struct GivenUp(Option<(Hold, oneshot::Receiver<Result<(), Error>>)>);
+
+impl GivenUp {
+    pub(super) async fn end(self) -> Result<(), Error> {
+        match self.0 {
+            Some((hold, answered)) => answered.await.unwrap_or_else(|_| Err(hold.lost(Loss::Closed))),
+            None => Ok(()),
+        }
     }
 }
 

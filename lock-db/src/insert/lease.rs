@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::Connection;
 
-use super::hold::{Hold, KeptByTransaction};
+use super::hold::{GivenUp, Hold, KeptByTransaction};
 use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::clock::timeout;
@@ -320,6 +320,10 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The release goes on when the future is dropped; only the answer is lost.
     pub async fn release(self) -> Result<(), Error> {
         self.hold.give_up().await
+    }
+
+    pub(super) fn begin_to_release(self) -> Result<GivenUp, Error> {
+        self.hold.begin_to_give_up()
     }
 
     pub(super) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {

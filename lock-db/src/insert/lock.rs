@@ -70,6 +70,9 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// How long the lock outlives a holder that is gone: 50 ms to 365 days. It is renewed at a third of it as long as the
     /// [`Lease`] exists, so it need not cover the work.
     ///
+    /// The network has to meet it: an answer of the database that takes more than half of it is too late. See
+    /// [`Error::TtlTooShort`].
+    ///
     /// Default: what the [`LocksBuilder`](crate::LocksBuilder) says, else 30 seconds.
     pub const fn ttl(mut self, ttl: Duration) -> Self {
         self.options.ttl = Some(ttl);
@@ -135,7 +138,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// [`Error::Timeout`] when the wait was over first and the lock was seen to be held; [`Error::WrongKind`] when the
     /// name is used for row locks; [`Error::Database`] when the database was silent, away or stalled until the wait was
-    /// over (retryable), or at once when it refuses for good; [`Error::SchemaMissing`], [`Error::UnsupportedTable`],
+    /// over (retryable), or at once when it refuses for good; [`Error::TtlTooShort`] when the network is too slow for the
+    /// `ttl`; [`Error::SchemaMissing`], [`Error::UnsupportedTable`],
     /// [`Error::Closed`], [`Error::InvalidName`], [`Error::InvalidOption`].
     ///
     /// SQLite: while another transaction writes, a lock that looks free can't be taken. When that lasts until the wait is

@@ -38,12 +38,13 @@ impl<DB: LockDatabase> RowLocks<DB> {
         self
     }
 
-    /// Takes all of them in the caller's transaction. As [`RowLock::acquire_in`](crate::RowLock::acquire_in); after an error
-    /// those that were taken already stay with the transaction until it ends.
+    /// Takes all of them in the caller's transaction, with a statement for each. As
+    /// [`RowLock::acquire_in`](crate::RowLock::acquire_in); after an error those that were taken already stay with the transaction until it ends.
     ///
     /// # Errors
     ///
-    /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in); [`Error::InvalidOption`] without any name.
+    /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in); [`Error::InvalidOption`] without any name, and with
+    /// more than 10 000 of them.
     ///
     /// # Cancel safety
     ///

@@ -36,7 +36,7 @@ const PER_CONTENDER: Duration = Duration::from_micros(250);
 const LONGEST_PAUSE_IN_A_CROWD: Duration = Duration::from_millis(250);
 /// Each attempt to make a row that a transaction is making takes the lane for some milliseconds.
 const PER_CREATION: Duration = Duration::from_millis(12);
-/// Whoever is seen making a row so often does more than that.
+/// Whoever is seen making a row so often does more than that; and answers that are late so often are not so by chance.
 const NO_MOMENT: u32 = 3;
 /// The first pause when only the row is locked: mostly by another process that takes its place in the queue, for one commit.
 /// Doubled from time to time.
@@ -85,8 +85,8 @@ struct Attempt {
     answered: Rc<Cell<bool>>,
     /// Whether a statement was sent whose outcome is not known. The lane sets it when it sends one.
     unsettled: Rc<Cell<bool>>,
-    /// Whether a grant came when less than nothing was left of it.
-    came_too_late: bool,
+    /// Which of several was held when they were looked at last.
+    was_in_the_way: Option<usize>,
     /// Rings when it is this process's turn, if it stands in the queue of the row.
     bell: Option<Rc<Notify>>,
     /// It is our turn, or notice is over: no need to look.
@@ -110,6 +110,9 @@ struct Met {
     not_locked: u32,
     /// A row that another transaction was making.
     made: u32,
+    /// A grant whose answer took too long.
+    late: u32,
+    late_since: Option<Instant>,
     /// The nearest place to the front at which a baton came out of turn.
     nearest: u32,
 }
@@ -143,7 +146,7 @@ impl Attempt {
             turn_came: Instant::now(),
             answered: Rc::default(),
             unsettled: Rc::default(),
-            came_too_late: false,
+            was_in_the_way: None,
             may_claim: false,
             looks_first: false,
             seen_free: Vec::new(),
@@ -189,6 +192,9 @@ impl Attempt {
                 self.answered.set(true);
             }
             self.looks_first = true;
+            if !matches!(reply, Ok(Reply::TooLate(_))) {
+                (self.met.late, self.met.late_since) = (0, None);
+            }
             let next = match reply {
                 Ok(Reply::Granted(granted)) => {
                     // The place is gone with the grant.
@@ -214,6 +220,7 @@ impl Attempt {
                     let name = name.to_string();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
+                Ok(Reply::TooLate(took)) => self.after_a_late_grant(took)?,
                 Err(failure) => self.after_a_failure(failure)?,
             };
             let pause = match next {
@@ -286,6 +293,19 @@ impl Attempt {
         } else {
             SHORTEST_PAUSE
         }))
+    }
+
+    /// It is asked for again, which makes its whole TTL begin anew; unless the network is always that slow.
+    fn after_a_late_grant(&mut self, took: Duration) -> Result<Next, Error> {
+        self.met.late += 1;
+        self.last = Obstacle::Network(took);
+        let since = *self.met.late_since.get_or_insert_with(Instant::now);
+        let is_no_moment = self.met.late >= NO_MOMENT && since.elapsed() >= TRY_PATIENCE;
+        if is_no_moment || self.left().is_zero() {
+            return Err(self.timed_out());
+        }
+        self.may_claim = true;
+        Ok(Next::AtOnce)
     }
 
     fn after_a_failure(&mut self, failure: Failure) -> Result<Next, Error> {

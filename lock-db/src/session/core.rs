@@ -211,6 +211,9 @@ pub(super) struct Core {
     pub(super) connects_ahead: Cell<bool>,
     /// Why the last renewal failed, if it did.
     pub(super) not_renewed: RefCell<Option<String>>,
+    /// How long the last renewal took, and since when one is under way.
+    pub(super) renewal_took: Cell<Duration>,
+    pub(super) renewing_since: Cell<Option<Instant>>,
     pub(super) queues: Arc<Queues>,
     /// How many attempts are under way.
     pub(super) contenders: Cell<u32>,
@@ -256,6 +259,8 @@ impl Core {
             is_renewing: Cell::default(),
             connects_ahead: Cell::default(),
             not_renewed: RefCell::default(),
+            renewal_took: Cell::default(),
+            renewing_since: Cell::default(),
             queues,
             contenders: Cell::new(0),
             leases: RefCell::default(),
@@ -323,6 +328,11 @@ impl Core {
                     let cause = self.not_renewed.borrow().clone().unwrap_or_default();
                     tracing::warn!(lock = %name, fencing_token, cause, "lock lost: {loss}");
                 }
+                Loss::NotRenewed if self.renewals_take() > held.ttl / 3 => {
+                    let (took, ttl) = (self.renewals_take(), held.ttl);
+                    let why = "renewals take so long on this network: allow a longer `ttl`";
+                    tracing::warn!(lock = %name, fencing_token, ?took, ?ttl, "lock lost: {loss}; {why}");
+                }
                 _ => tracing::warn!(lock = %name, fencing_token, "lock lost: {loss}"),
             }
             if loss == Loss::Released {
@@ -338,6 +348,12 @@ impl Core {
     /// the server has gone.
     pub(super) fn may_connect_ahead(&self) -> bool {
         !self.connects_ahead.get() && self.renewals.could_notice_loss()
+    }
+
+    /// As long as the last one took, or the one that is under way has taken so far.
+    fn renewals_take(&self) -> Duration {
+        let so_far = self.renewing_since.get().map(|since| since.elapsed()).unwrap_or_default();
+        self.renewal_took.get().max(so_far)
     }
 
     pub(super) fn shortest_ttl(&self) -> Option<Duration> {
@@ -405,7 +421,7 @@ impl Core {
     /// holder is still open.
     async fn settle(&self, name: &Name) -> Result<(), Failure> {
         let Some(row) = twice(async || self.lane.look(name).await).await? else { return Ok(()) };
-        if row.notice_is_due() && self.lane.give_notice(name).await? {
+        if row.notice_is_due() && self.lane.give_notice(std::slice::from_ref(name)).await? > 0 {
             sleep(row.notice()).await;
             self.lane.settle(name).await?;
         } else if row.is_free() && !row.is_settled() {

@@ -204,14 +204,14 @@ async fn until_settled(
     at_least: Duration,
     until: Until,
 ) -> Result<Standing, Failure> {
-    let (mut unsettled, mut alone) = (false, false);
+    let (mut unsettled, mut was_busy) = (false, false);
     let (mut pause, mut last) = (PAUSE, None);
     let mut end = match until {
         Until::Answered(end, _) => end,
         Until::ItsEnd(ttl) => Instant::now() + ttl,
     };
     loop {
-        let asked = core.lane.release(lease.clone(), at_least, alone);
+        let asked = core.lane.release(lease.clone(), at_least);
         let answer = match until {
             Until::ItsEnd(_) => asked.await,
             // Among others that wait for the same, a locked table say, it may take long to be answered.
@@ -227,8 +227,9 @@ async fn until_settled(
         let in_time = Instant::now() < end;
         match answer {
             Ok(Standing::Busy) if in_time => {
-                if !alone {
-                    alone = true;
+                // Mostly by another process, for one statement.
+                if !was_busy {
+                    was_busy = true;
                     continue;
                 }
             }

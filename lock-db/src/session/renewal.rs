@@ -86,7 +86,9 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
     // One with a short TTL can't wait for the end of the slice; after that slice it need not.
     let lane = if baton::is_in_the_way(core) { &core.lane } else { &core.renewals };
+    core.renewing_since.set(Some(Instant::now()));
     let mut renewed = lane.renew(leases, limit).await;
+    core.renewal_took.set(core.renewing_since.take().map(|since| since.elapsed()).unwrap_or_default());
     // A server that lets this process have no second connection: a limit of its account, say.
     if matches!(&renewed, Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence()) {
         let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();

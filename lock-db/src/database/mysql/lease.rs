@@ -9,9 +9,10 @@ use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, 
 use super::mariadb;
 use crate::Kind;
 use crate::database::{
-    Claim, Grant, LeaseKey, LockRow, Place, Probe, Return, Server, Standing, outcome_unknown,
+    Claim, Grant, LeaseKey, LockRow, Place, Probe, Return, Server, Standing, names_as_json, outcome_unknown,
 };
 use crate::limits::micros;
+use crate::name::Name;
 use crate::secret::Secret;
 
 macro_rules! columns {
@@ -28,6 +29,14 @@ macro_rules! columns {
 pub(super) const COLUMNS: &str = columns!();
 
 const LOOK: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?");
+
+pub(super) const LOOK_ALL: &str = concat!(
+    "SELECT ",
+    columns!(),
+    ", lock_name
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)"
+);
 
 /// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
 /// tell the two cases apart on a connection of sqlx.
@@ -97,13 +106,14 @@ const GIVE_NOTICE: &str = "
 UPDATE (
     SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
         expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
-    FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
+    FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+    STRAIGHT_JOIN {table} AS held FORCE INDEX (distributed_lock_name) ON held.lock_name = UNHEX(asked.asked_name)
+    WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
         AND ((ttl_micros > 0
                 AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
             OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS due
+    LIMIT 1000000
+    FOR UPDATE OF held SKIP LOCKED) AS due
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = due.id
 SET lease.expire_time = IF(due.is_too_far,
         TIMESTAMPADD(MICROSECOND, GREATEST(ABS(due.last_ttl), 1000000), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
@@ -258,13 +268,14 @@ pub(super) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
 pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
-    name: &str,
-) -> sqlx::Result<bool> {
+    names: &[Name],
+) -> sqlx::Result<u64> {
+    let names = names_as_json(names);
     if server.is_mariadb {
-        return mariadb::give_notice(connection, server, name).await;
+        return mariadb::give_notice(connection, server, &names).await;
     }
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name.as_bytes()).execute(connection).await?;
-    Ok(given.rows_affected() > 0)
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
+    Ok(given.rows_affected())
 }
 
 pub(super) async fn settle(

@@ -97,12 +97,12 @@ SELECT id, lock_name,
         TIMESTAMPADD(MICROSECOND, GREATEST(ABS(ttl_micros), 1000000), SYSDATE(6)),
         GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))),
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)), ttl_micros, 0)
-FROM {table} AS due FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS due FORCE INDEX (distributed_lock_name) ON due.lock_name = UNHEX(asked.asked_name)
+WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
     AND ((ttl_micros > 0
             AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
         OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
-LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = VALUES(expire_time), ttl_micros = VALUES(ttl_micros)
 RETURNING id";
@@ -203,6 +203,71 @@ ON DUPLICATE KEY UPDATE
     secret_key = VALUES(secret_key)
 RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
 
+/// `ACQUIRE` for several names, which have no places in queues: those that are free.
+macro_rules! acquire_all {
+    ($asked:literal) => {
+        concat!("
+INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros)
+SELECT lease.id, lease.lock_name, asked.secret_key, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
+FROM JSON_TABLE(", $asked, ", '$[*]' COLUMNS (
+        lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
+        secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.lock_kind = 'insert'
+    AND (lease.secret_key = asked.secret_key
+        OR (lease.expire_time <= UTC_TIMESTAMP(6)
+            AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')))
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.previous_token, distributed_lock.fencing_token),
+    fencing_token = IF(distributed_lock.secret_key = VALUES(secret_key), distributed_lock.fencing_token, GREATEST(
+        distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
+        distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
+    expire_time = VALUES(expire_time),
+    ttl_micros = VALUES(ttl_micros),
+    owner = ?,
+    secret_key = VALUES(secret_key)
+RETURNING secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token")
+    };
+}
+
+const ACQUIRE_ALL: &str = acquire_all!("?");
+/// In `ALL_OR_NONE`.
+const ACQUIRE_ASKED: &str = acquire_all!("asked");
+
+/// `ACQUIRE_ALL` for all or none, in one message: the rows are locked and counted first, and written when all of them are there.
+const ALL_OR_NONE: &str = "
+BEGIN NOT ATOMIC
+    DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
+    DECLARE free BIGINT;
+    DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
+    START TRANSACTION;
+    SELECT COUNT(*) INTO free
+    FROM JSON_TABLE(asked, '$[*]' COLUMNS (
+            lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
+            secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]')) AS asked
+    STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+        ON lease.lock_name = UNHEX(asked.lock_name)
+    WHERE lease.lock_kind = 'insert'
+        AND (lease.secret_key = asked.secret_key
+            OR (lease.expire_time <= UTC_TIMESTAMP(6)
+                AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')))
+    FOR UPDATE SKIP LOCKED;
+    IF free = ? THEN
+        {statement};
+    END IF;
+    COMMIT;
+END";
+
+const UNLOCKED: &str = "
+SELECT lease.lock_name
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+FOR UPDATE SKIP LOCKED";
+
 /// After `EXCHANGE`, which of those that it passed over are ours.
 const WHICH_ARE_OURS: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
@@ -264,12 +329,14 @@ pub(super) async fn release_later(
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
 
+/// To names as `names_as_json` writes them.
 pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
-    name: &str,
-) -> sqlx::Result<bool> {
-    wrote(connection, insert(server, GIVE_NOTICE).bind(name.as_bytes())).await
+    names: &str,
+) -> sqlx::Result<u64> {
+    let given = insert(server, GIVE_NOTICE).bind(names).fetch_all(connection).await?;
+    Ok(u64::try_from(given.len()).unwrap_or(u64::MAX))
 }
 
 pub(super) async fn settle(
@@ -357,4 +424,30 @@ pub(super) async fn exchange(
         rows.extend(ours.map_err(outcome_unknown)?);
     }
     Ok(rows)
+}
+
+/// Those of several claims that could be taken: all or none with `all`, which is how many they are. The secret comes first.
+pub(super) async fn acquire_all(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    asked: &str,
+    owner: &str,
+    all: Option<i64>,
+) -> sqlx::Result<Vec<MySqlRow>> {
+    let query = match all {
+        Some(all) => {
+            // `asked` is a variable in it.
+            sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
+        }
+        None => sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked),
+    };
+    query.bind(owner).fetch_all(connection).await
+}
+
+pub(super) async fn unlocked(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &str,
+) -> sqlx::Result<Vec<MySqlRow>> {
+    sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await
 }

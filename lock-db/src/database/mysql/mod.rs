@@ -11,10 +11,12 @@ mod mariadb;
 mod migrate;
 mod schema;
 mod session;
+mod several;
 mod snapshots;
 mod together;
 mod transaction;
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -26,9 +28,8 @@ use super::{
     Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
 };
 use crate::Kind;
+use crate::name::Name;
 use crate::secret::Secret;
-
-const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
 
 impl LockDatabase for MySql {
     const FOLDER: &'static str = "mysql";
@@ -53,10 +54,6 @@ impl LockDatabase for MySql {
 
     async fn find_table(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {
         schema::find(connection, schema).await
-    }
-
-    async fn after_short(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map(drop)
     }
 
     type Listening = Infallible;
@@ -132,12 +129,49 @@ impl LockDatabase for MySql {
         lease::acquire(connection, server, claim).await
     }
 
+    async fn look_all(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+        several::look(connection, server, names).await
+    }
+
+    async fn create_all(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> sqlx::Result<bool> {
+        several::create(connection, server, names, kind).await
+    }
+
+    async fn acquire_all(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        claims: &[Claim],
+    ) -> sqlx::Result<Vec<Option<Grant>>> {
+        several::acquire(connection, server, claims).await
+    }
+
+    async fn unlocked(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<HashSet<String>> {
+        several::unlocked(connection, server, names).await
+    }
+
     async fn give_notice(
         connection: &mut MySqlConnection,
         server: &Server,
-        name: &str,
-    ) -> sqlx::Result<bool> {
-        lease::give_notice(connection, server, name).await
+        names: &[Name],
+    ) -> sqlx::Result<u64> {
+        let mut given = 0;
+        for part in parts(names, server, several::in_json) {
+            given += lease::give_notice(connection, server, part).await?;
+        }
+        Ok(given)
     }
 
     async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
@@ -288,6 +322,23 @@ impl LockDatabase for MySql {
     }
 }
 
+/// What goes in one message, one after the other.
+fn parts<'a, T>(items: &'a [T], server: &Server, bytes: impl Fn(&T) -> usize) -> Vec<&'a [T]> {
+    let (mut parts, mut rest) = (Vec::with_capacity(1), items);
+    while !rest.is_empty() {
+        let mut sum = 0_usize;
+        let fits = rest.iter().take_while(|item| {
+            sum = sum.saturating_add(bytes(item));
+            sum <= server.longest_message
+        });
+        // One is sent in any case: the server says what is wrong.
+        let (part, others) = rest.split_at(fits.count().max(1));
+        parts.push(part);
+        rest = others;
+    }
+    parts
+}
+
 /// Of what `SHOW CREATE TABLE` answers.
 fn is_temporary(shown: &MySqlRow) -> bool {
     shown.try_get::<&str, _>(1).is_ok_and(|statement| statement.starts_with("CREATE TEMPORARY"))
@@ -296,4 +347,22 @@ fn is_temporary(shown: &MySqlRow) -> bool {
 /// A text as a literal of hexadecimal digits, which is a binary string to the server.
 fn literal(text: &str) -> String {
     format!("x'{}'", hexadecimal(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_as_long_as_the_server_takes_them() {
+        let server = |longest_message| Server { longest_message, ..Server::for_tests() };
+        let parts = |items: &[usize], longest| {
+            let lengths = super::parts(items, &server(longest), |item| *item);
+            lengths.iter().map(|part| part.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(parts(&[], 10), [0; 0]);
+        assert_eq!(parts(&[5, 5, 5], usize::MAX), [3]);
+        assert_eq!(parts(&[5, 5, 5], 10), [2, 1]);
+        assert_eq!(parts(&[50, 5, 5], 10), [1, 2]);
+    }
 }

@@ -43,7 +43,7 @@ const GUARD_COUNT: (&str, Content) = ("guard_count", Content::Integer);
 /// collation says. MariaDB has temporary tables there from 11.2 on.
 const FIND: &str = "
 SELECT CONVERT(table_schema USING utf8mb4), table_type = 'BASE TABLE', COALESCE(engine, '') = 'InnoDB',
-    COALESCE(create_options, '') LIKE '%partitioned%'
+    COALESCE(create_options, '') LIKE '%partitioned%', CAST(@@max_allowed_packet AS SIGNED)
 FROM information_schema.tables
 WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock' AND table_type <> 'TEMPORARY'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(COALESCE(?, DATABASE()) AS BINARY))";
@@ -98,6 +98,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     if row.try_get::<i64, _>(3)? != 0 {
         return unusable("is partitioned");
     }
+    let longest_message = longest_message(row.try_get(4)?);
     let table = Table::new(&schema, '`', String::new());
     // In one message with the level, to save one.
     let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
@@ -138,6 +139,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         cluster: kind.cluster,
         is_mariadb: kind.is_mariadb,
         keeps_counter: kind.keeps_counter,
+        longest_message,
         is_ascii_only: !columns.get("owner").is_some_and(|column| has_all_characters(&column.kind)),
     }))
 }
@@ -207,6 +209,12 @@ fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
         keeps_counter: is_mariadb && has_log && setting("innodb_autoinc_lock_mode") != "2",
         has_gaps: !is_mariadb || logs_statements,
     }
+}
+
+/// For statements and what goes with them the rest is left.
+fn longest_message(max_allowed_packet: i64) -> usize {
+    let bytes = usize::try_from(max_allowed_packet).unwrap_or_default();
+    bytes.saturating_sub(8 * 1024).max(bytes / 2)
 }
 
 /// For the names of user locks, which have 64 characters at most.

@@ -9,10 +9,11 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::errors::{UNKNOWN_STATEMENT, number};
-use super::{literal, mariadb};
+use super::several::in_json;
+use super::{literal, mariadb, parts};
 use crate::database::{
     Claim, Exchanged, Fault, Grant, LockDatabase, Place, Renewal, Renewed, Return, Server, Standing, as_json,
-    hexadecimal, in_order,
+    hexadecimal, in_order, outcome_unknown,
 };
 use crate::limits::micros;
 use crate::secret::Secret;
@@ -103,7 +104,26 @@ STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";
 
+/// In bytes, as `as_json` writes it.
+const LONGEST_RENEWAL: usize = 128;
+
+/// In as few messages as the server takes.
 pub(super) async fn renew(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    leases: &[Renewal],
+) -> sqlx::Result<Renewed> {
+    let mut all = Renewed { standings: Vec::with_capacity(leases.len()), looked: None };
+    for part in parts(leases, server, |_| LONGEST_RENEWAL) {
+        let Renewed { standings, looked } = renew_part(connection, server, part).await?;
+        all.standings.extend(standings);
+        // The earliest, which holds for all.
+        all.looked = all.looked.or(looked);
+    }
+    Ok(all)
+}
+
+async fn renew_part(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
@@ -147,7 +167,32 @@ pub(super) async fn still_ours(
     Ok((rows.iter().map(standing).collect::<sqlx::Result<_>>()?, looked))
 }
 
+/// In as few messages as the server takes.
 pub(super) async fn exchange(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    returns: &[Return],
+    claims: &[Claim],
+) -> sqlx::Result<Exchanged> {
+    let names = returns.iter().map(|one| &one.name).chain(claims.iter().map(|claim| &claim.name));
+    if names.map(in_json).sum::<usize>() <= server.longest_message {
+        return exchange_part(connection, server, returns, claims).await;
+    }
+    let returns = parts(returns, server, |one| in_json(&one.name)).into_iter().map(|part| (part, &[][..]));
+    let claims = parts(claims, server, |claim| in_json(&claim.name)).into_iter().map(|part| (&[][..], part));
+    let mut all = Exchanged { returns: Vec::new(), grants: Vec::new(), calls: Vec::new() };
+    for (returns, claims) in returns.chain(claims) {
+        let is_first = all.returns.is_empty() && all.grants.is_empty();
+        let part = exchange_part(connection, server, returns, claims).await;
+        // What was done before stands.
+        let part = if is_first { part? } else { part.map_err(outcome_unknown)? };
+        all.returns.extend(part.returns);
+        all.grants.extend(part.grants);
+    }
+    Ok(all)
+}
+
+async fn exchange_part(
     connection: &mut MySqlConnection,
     server: &Server,
     returns: &[Return],
@@ -230,7 +275,7 @@ async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> sqlx::Re
 }
 
 /// `[["6e616d65", "secret", 30000000, "place"], …]`, with a `ttl` of zero for what is given back.
-fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
+pub(super) fn exchange_as_json(returns: &[Return], claims: &[Claim]) -> String {
     let returns =
         returns.iter().map(|one| (&one.name, &one.secret, 0, one.place.as_ref().map(|place| &place.secret)));
     let claims =

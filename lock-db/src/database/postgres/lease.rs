@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
@@ -26,16 +26,28 @@ use crate::secret::Secret;
 ///
 /// Here and wherever a column is answered: cast to TEXT, so that no other type that the column may be given changes the type of the
 /// answer. A prepared statement fails for ever then ("cached plan must not change result type").
-const LOOK: &str = concat!(
-    "
-SELECT id, lock_kind::text, secret_key::text, owner::text, fencing_token,
+macro_rules! columns {
+    () => {
+        "id, lock_kind::text, secret_key::text, owner::text, fencing_token,
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
-       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text
-FROM {table} WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1"
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text"
+    };
+}
+
+const LOOK: &str =
+    concat!("SELECT ", columns!(), " FROM {table} WHERE ctid = ", newest!("$1"), " AND lock_name = $1");
+
+pub(super) const LOOK_ALL: &str = concat!(
+    "SELECT ",
+    columns!(),
+    ", lock_name::text
+FROM unnest((SELECT $1::text[])) AS asked (name)
+CROSS JOIN LATERAL ",
+    newest!("asked.name COLLATE \"C\""),
+    " AS newest
+JOIN {table} AS lease ON lease.ctid = newest.ctid"
 );
 
 /// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
@@ -48,6 +60,16 @@ WITH bound AS MATERIALIZED (
 INSERT INTO {table} (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = $1)
 ON CONFLICT (lock_name) DO NOTHING";
+
+/// `CREATE` for several, in the order in which everybody makes them.
+pub(super) const CREATE_ALL: &str = r#"
+WITH bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '5ms', true), set_config('synchronous_commit', 'off', true))
+INSERT INTO {table} (lock_name, lock_kind)
+SELECT asked.lock_name, $2 FROM bound, unnest($1::text[]) AS asked (lock_name)
+WHERE NOT EXISTS (SELECT 1 FROM {table} AS lease WHERE lease.lock_name = asked.lock_name COLLATE "C")
+ORDER BY asked.lock_name COLLATE "C"
+ON CONFLICT (lock_name) DO NOTHING"#;
 
 const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
 
@@ -149,13 +171,15 @@ SET expire_time = CASE WHEN due.is_too_far
         ELSE GREATEST(lease.expire_time, clock_timestamp() + due.notice) END,
     ttl_micros = CASE WHEN due.is_too_far THEN lease.ttl_micros ELSE 0 END
 FROM (
-    SELECT ctid, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
+    SELECT lease.ctid, LEAST(ttl_micros / 5, 1000000) * interval '1 microsecond' AS notice,
         expire_time > clock_timestamp() + (abs(ttl_micros) + 2000000) * interval '1 microsecond' AS is_too_far
-    FROM {table}
-    WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
-    FOR NO KEY UPDATE SKIP LOCKED) AS due
+    FROM unnest((SELECT $1::text[])) AS asked (name)
+    CROSS JOIN LATERAL ",
+    newest!("asked.name COLLATE \"C\""),
+    " AS newest
+    JOIN {table} AS lease ON lease.ctid = newest.ctid
+    WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS due
 WHERE lease.ctid = due.ctid
     AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))"
 );
@@ -240,22 +264,23 @@ pub(super) async fn look(
     name: &str,
 ) -> sqlx::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
-    row.map(|row| {
-        Ok(LockRow {
-            id: row.try_get(0)?,
-            kind: Kind::parse(row.try_get(1)?),
-            secret_key: row.try_get(2)?,
-            owner: row.try_get(3)?,
-            fencing_token: row.try_get(4)?,
-            created: row.try_get(5)?,
-            acquired: row.try_get(6)?,
-            expires: row.try_get(7)?,
-            remaining: row.try_get(8)?,
-            ttl: row.try_get(9)?,
-            waiters: row.try_get(10)?,
-        })
+    row.as_ref().map(lock_row).transpose()
+}
+
+pub(super) fn lock_row(row: &PgRow) -> sqlx::Result<LockRow> {
+    Ok(LockRow {
+        id: row.try_get(0)?,
+        kind: Kind::parse(row.try_get(1)?),
+        secret_key: row.try_get(2)?,
+        owner: row.try_get(3)?,
+        fencing_token: row.try_get(4)?,
+        created: row.try_get(5)?,
+        acquired: row.try_get(6)?,
+        expires: row.try_get(7)?,
+        remaining: row.try_get(8)?,
+        ttl: row.try_get(9)?,
+        waiters: row.try_get(10)?,
     })
-    .transpose()
 }
 
 pub(super) async fn create(
@@ -265,13 +290,22 @@ pub(super) async fn create(
     kind: Kind,
 ) -> sqlx::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
-    match query.execute(&mut *connection).await {
+    let created = query.execute(&mut *connection).await;
+    created_or_not(connection, server, created.map(drop)).await
+}
+
+pub(super) async fn created_or_not(
+    connection: &mut PgConnection,
+    server: &Server,
+    created: sqlx::Result<()>,
+) -> sqlx::Result<bool> {
+    match created {
         Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
             // If the table as a whole can be had, it is the name that a transaction keeps.
             let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
             if is_open { Ok(false) } else { Err(error) }
         }
-        created => created.map(|_| true).map_err(|error| sequence::explained(server, error)),
+        created => created.map(|()| true).map_err(|error| sequence::explained(server, error)),
     }
 }
 
@@ -300,10 +334,10 @@ pub(super) async fn acquire(
 pub(super) async fn give_notice(
     connection: &mut PgConnection,
     server: &Server,
-    name: &str,
-) -> sqlx::Result<bool> {
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name).execute(connection).await?;
-    Ok(given.rows_affected() > 0)
+    names: &[&str],
+) -> sqlx::Result<u64> {
+    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
+    Ok(given.rows_affected())
 }
 
 pub(super) async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {

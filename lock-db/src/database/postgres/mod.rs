@@ -30,10 +30,12 @@ mod migrate;
 mod schema;
 mod sequence;
 mod session;
+mod several;
 mod snapshots;
 mod together;
 mod transaction;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgListener};
@@ -44,6 +46,7 @@ use super::{
     Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
 use crate::Kind;
+use crate::name::Name;
 use crate::secret::Secret;
 
 impl LockDatabase for Postgres {
@@ -143,8 +146,45 @@ impl LockDatabase for Postgres {
         lease::acquire(connection, server, claim).await
     }
 
-    async fn give_notice(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
-        lease::give_notice(connection, server, name).await
+    async fn look_all(
+        connection: &mut PgConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+        several::look(connection, server, names).await
+    }
+
+    async fn create_all(
+        connection: &mut PgConnection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> sqlx::Result<bool> {
+        several::create(connection, server, names, kind).await
+    }
+
+    async fn acquire_all(
+        connection: &mut PgConnection,
+        server: &Server,
+        claims: &[Claim],
+    ) -> sqlx::Result<Vec<Option<Grant>>> {
+        several::acquire(connection, server, claims).await
+    }
+
+    async fn unlocked(
+        connection: &mut PgConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<HashSet<String>> {
+        several::unlocked(connection, server, names).await
+    }
+
+    async fn give_notice(
+        connection: &mut PgConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<u64> {
+        lease::give_notice(connection, server, &several::texts(names)).await
     }
 
     async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {

@@ -170,6 +170,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         cluster: Cluster::SinglePrimary,
         is_mariadb: false,
         keeps_counter: false,
+        longest_message: usize::MAX,
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
     }))
 }

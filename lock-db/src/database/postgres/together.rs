@@ -68,6 +68,24 @@ WHERE lease.ctid = unlocked.ctid
 RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#
 );
 
+/// `RELEASE_UNDER_GUARD` for many at once: those that `RETURN` passed over.
+const RETURN_UNDER_GUARD: &str = r#"
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE {table} AS lease
+SET expire_time = '1970-01-01 00:00:00+00',
+    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
+            AND position(unlocked.place IN lease.waiters) = 0
+        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
+        ELSE lease.waiters END
+FROM unsynced, (
+    SELECT lease.id, asked.place
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
+    JOIN {table} AS lease
+        ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.id = unlocked.id
+RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#;
+
 /// `RELEASE` (those without a `ttl`) and `ACQUIRE` for many at once, in one statement and one commit.
 ///
 /// The names are not compared again: else the planner may join by them, and read all versions.
@@ -158,53 +176,104 @@ pub(super) async fn exchange(
     returns: &[Return],
     claims: &[Claim],
 ) -> sqlx::Result<Exchanged> {
-    let names: Vec<&str> = returns.iter().map(|one| &*one.name).collect();
-    let secrets: Vec<&str> = returns.iter().map(|one| one.secret.as_str()).collect();
-    let mut done = HashMap::with_capacity(names.len() + claims.len());
-    let mut calls = Vec::new();
+    let mut done = Done::default();
     // They are all of this process.
     let listener = Place::parts(returns.iter().find_map(|one| one.place.as_ref())).1;
-    let places = returns.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
-    let rows = if claims.is_empty() {
-        let query = sqlx::query(server.table.sql(RETURN)).bind(&names).bind(&secrets);
-        query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(&mut *connection).await?
+    let all: Vec<&Return> = returns.iter().collect();
+    if claims.is_empty() {
+        done.note(&give_back(connection, server, RETURN, &all, &listener).await?)?;
     } else {
-        let all_names = names.iter().copied().chain(claims.iter().map(|claim| &*claim.name));
-        let all_secrets = secrets.iter().copied().chain(claims.iter().map(|claim| claim.secret.as_str()));
-        let ttls = returns.iter().map(|_| None).chain(claims.iter().map(|claim| Some(micros(claim.ttl))));
-        let places = places.chain(claims.iter().map(|claim| claim.place.as_ref().map(Secret::as_str)));
-        sqlx::query(server.table.sql(EXCHANGE))
-            .bind(all_names.collect::<Vec<_>>())
-            .bind(all_secrets.collect::<Vec<_>>())
-            .bind(ttls.collect::<Vec<_>>())
-            .bind(places.collect::<Vec<_>>())
+        let returned = returns
+            .iter()
+            .map(|one| (&one.name, &one.secret, None, one.place.as_ref().map(|place| &place.secret)));
+        let claimed = claims
+            .iter()
+            .map(|claim| (&claim.name, &claim.secret, Some(micros(claim.ttl)), claim.place.as_ref()));
+        let (mut names, mut secrets, mut ttls, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (name, secret, ttl, place) in returned.chain(claimed) {
+            names.push(&**name);
+            secrets.push(secret.as_str());
+            ttls.push(ttl);
+            places.push(place.map(Secret::as_str));
+        }
+        let rows = sqlx::query(server.table.sql(EXCHANGE))
+            .bind(names)
+            .bind(secrets)
+            .bind(ttls)
+            .bind(places)
             .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
-            .bind(listener)
+            .bind(&listener)
             .fetch_all(&mut *connection)
-            .await?
-    };
-    for row in &rows {
-        let grant = if claims.is_empty() { None } else { Some(granted(row)?) };
-        done.insert(row.try_get::<&str, _>(0)?, grant);
-        calls.extend(Call::parse(row.try_get(2)?, row.try_get(1)?));
+            .await?;
+        done.note(&rows)?;
+        for row in &rows {
+            done.grants.insert(row.try_get(0)?, granted(row)?);
+        }
     }
-    let ours: HashSet<String> = if secrets.iter().all(|secret| done.contains_key(secret)) {
-        HashSet::new()
-    } else {
-        let ours = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(&names).bind(&secrets);
-        // What was found above is released already.
-        ours.fetch_all(connection).await.map_err(outcome_unknown)?.into_iter().collect()
-    };
-    let standing = |secret: &&str| match secret {
-        secret if done.contains_key(*secret) => Standing::Ours,
-        secret if ours.contains(*secret) => Standing::Busy,
+    let mut passed_over = done.rest(all);
+    let mut ours = HashSet::new();
+    if !passed_over.is_empty() {
+        // What was found above stands already.
+        let rows = give_back(connection, server, RETURN_UNDER_GUARD, &passed_over, &listener).await;
+        done.note(&rows.map_err(outcome_unknown)?)?;
+        passed_over = done.rest(passed_over);
+    }
+    if !passed_over.is_empty() {
+        let (names, secrets) = names_and_secrets(&passed_over);
+        let query = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(names).bind(secrets);
+        let found: Vec<String> = query.fetch_all(connection).await.map_err(outcome_unknown)?;
+        ours = found.into_iter().collect();
+    }
+    let standing = |one: &Return| match one.secret.as_str() {
+        secret if done.secrets.contains(secret) => Standing::Ours,
+        secret if ours.contains(secret) => Standing::Busy,
         _ => Standing::NotOurs,
     };
     Ok(Exchanged {
-        returns: secrets.iter().map(standing).collect(),
-        grants: claims.iter().map(|claim| done.get(claim.secret.as_str()).copied().flatten()).collect(),
-        calls,
+        returns: returns.iter().map(standing).collect(),
+        grants: claims.iter().map(|claim| done.grants.get(claim.secret.as_str()).copied()).collect(),
+        calls: done.calls,
     })
+}
+
+/// What `exchange` has done so far.
+#[derive(Default)]
+struct Done {
+    secrets: HashSet<String>,
+    grants: HashMap<String, Grant>,
+    calls: Vec<Call>,
+}
+
+impl Done {
+    fn note(&mut self, rows: &[PgRow]) -> sqlx::Result<()> {
+        for row in rows {
+            self.secrets.insert(row.try_get(0)?);
+            self.calls.extend(Call::parse(row.try_get(2)?, row.try_get(1)?));
+        }
+        Ok(())
+    }
+
+    fn rest<'a>(&self, mut returns: Vec<&'a Return>) -> Vec<&'a Return> {
+        returns.retain(|one| !self.secrets.contains(one.secret.as_str()));
+        returns
+    }
+}
+
+async fn give_back(
+    connection: &mut PgConnection,
+    server: &Server,
+    statement: &'static str,
+    returns: &[&Return],
+    listener: &str,
+) -> sqlx::Result<Vec<PgRow>> {
+    let (names, secrets) = names_and_secrets(returns);
+    let places = returns.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
+    let query = sqlx::query(server.table.sql(statement)).bind(names).bind(secrets);
+    query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(connection).await
+}
+
+fn names_and_secrets<'a>(returns: &[&'a Return]) -> (Vec<&'a str>, Vec<&'a str>) {
+    returns.iter().map(|one| (&*one.name, one.secret.as_str())).unzip()
 }
 
 fn granted(row: &PgRow) -> sqlx::Result<Grant> {

@@ -10,21 +10,38 @@ use super::transaction::busy_timeout;
 use crate::Kind;
 use crate::database::{
     Claim, Exchanged, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Renewed, Return, Server, Standing,
-    as_json, in_order, reliable_without_notice,
+    as_json, by_name, in_order, names_as_json, reliable_without_notice,
 };
 use crate::limits::micros;
+use crate::name::Name;
 use crate::secret::Secret;
 
-const LOOK: &str = "
-SELECT id, lock_kind, secret_key, owner, fencing_token,
+macro_rules! columns {
+    () => {
+        "id, lock_kind, secret_key, owner, fencing_token,
        CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
-       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), ttl_micros, waiters
-FROM {table} WHERE lock_name = ?1";
+       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), ttl_micros, waiters"
+    };
+}
+
+const LOOK: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?1");
+
+const LOOK_ALL: &str = concat!(
+    "SELECT ",
+    columns!(),
+    ", lock_name FROM {table}
+WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))"
+);
 
 const CREATE: &str = "
 INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
+ON CONFLICT (lock_name) DO NOTHING";
+
+const CREATE_ALL: &str = "
+INSERT INTO {table} (lock_name, lock_kind)
+SELECT CAST(unhex(value) AS TEXT), ?2 FROM json_each(?1) WHERE TRUE ORDER BY key
 ON CONFLICT (lock_name) DO NOTHING";
 
 /// The new number is never below the clock's microseconds, so that a row that was cleaned away does not bring a number
@@ -110,7 +127,8 @@ FROM (
         expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now',
             printf('+%d.%03d seconds', abs(ttl_micros) / 1000000 + 2, abs(ttl_micros) / 1000 % 1000)) AS is_too_far
     FROM {table}
-    WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00.000000') AS due
+    WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
+        AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00.000000') AS due
 WHERE id = due.due_id AND (due.is_too_far OR (ttl_micros > 0 AND expire_time <= due.after_notice))";
 
 const SETTLE: &str = "
@@ -138,22 +156,35 @@ pub(super) async fn look(
     name: &str,
 ) -> sqlx::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
-    row.map(|row| {
-        Ok(LockRow {
-            id: row.try_get(0)?,
-            kind: Kind::parse(row.try_get(1)?),
-            secret_key: row.try_get(2)?,
-            owner: row.try_get(3)?,
-            fencing_token: row.try_get(4)?,
-            created: row.try_get(5)?,
-            acquired: row.try_get(6)?,
-            expires: row.try_get(7)?,
-            remaining: row.try_get(8)?,
-            ttl: row.try_get(9)?,
-            waiters: row.try_get(10)?,
-        })
+    row.as_ref().map(lock_row).transpose()
+}
+
+pub(super) async fn look_all(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    names: &[Name],
+) -> sqlx::Result<Vec<Option<LockRow>>> {
+    let query = sqlx::query(server.table.sql(LOOK_ALL)).bind(names_as_json(names));
+    let rows = query.fetch_all(connection).await?;
+    let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lock_row(row)?));
+    let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
+    Ok(by_name(names, found))
+}
+
+fn lock_row(row: &SqliteRow) -> sqlx::Result<LockRow> {
+    Ok(LockRow {
+        id: row.try_get(0)?,
+        kind: Kind::parse(row.try_get(1)?),
+        secret_key: row.try_get(2)?,
+        owner: row.try_get(3)?,
+        fencing_token: row.try_get(4)?,
+        created: row.try_get(5)?,
+        acquired: row.try_get(6)?,
+        expires: row.try_get(7)?,
+        remaining: row.try_get(8)?,
+        ttl: row.try_get(9)?,
+        waiters: row.try_get(10)?,
     })
-    .transpose()
 }
 
 pub(super) async fn create(
@@ -164,6 +195,36 @@ pub(super) async fn create(
 ) -> sqlx::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
     query.execute(connection).await.map(|_| true)
+}
+
+pub(super) async fn create_all(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    names: &[Name],
+    kind: Kind,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(server.table.sql(CREATE_ALL)).bind(names_as_json(names)).bind(kind.as_str());
+    query.execute(connection).await.map(|_| true)
+}
+
+/// One after the other: nothing here goes over a network.
+pub(super) async fn acquire_all(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    claims: &[Claim],
+) -> sqlx::Result<Vec<Option<Grant>>> {
+    let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
+    let mut grants = Vec::with_capacity(claims.len());
+    for claim in claims {
+        let grant = acquire(&mut transaction, server, claim).await?;
+        if grant.is_none() {
+            transaction.rollback().await?;
+            return Ok(vec![None; claims.len()]);
+        }
+        grants.push(grant);
+    }
+    transaction.commit().await?;
+    Ok(grants)
 }
 
 pub(super) async fn acquire(
@@ -194,10 +255,10 @@ pub(super) async fn acquire(
 pub(super) async fn give_notice(
     connection: &mut SqliteConnection,
     server: &Server,
-    name: &str,
-) -> sqlx::Result<bool> {
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(name).execute(connection).await?;
-    Ok(given.rows_affected() > 0)
+    names: &[Name],
+) -> sqlx::Result<u64> {
+    let query = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names_as_json(names));
+    Ok(query.execute(connection).await?.rows_affected())
 }
 
 pub(super) async fn settle(

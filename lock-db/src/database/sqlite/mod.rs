@@ -10,6 +10,7 @@ mod schema;
 mod snapshots;
 mod transaction;
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use super::{
     Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots, Place,
     Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
 };
+use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
 
@@ -100,12 +102,46 @@ impl LockDatabase for Sqlite {
         lease::acquire(connection, server, claim).await
     }
 
+    async fn look_all(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+        lease::look_all(connection, server, names).await
+    }
+
+    async fn create_all(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> sqlx::Result<bool> {
+        lease::create_all(connection, server, names, kind).await
+    }
+
+    async fn acquire_all(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        claims: &[Claim],
+    ) -> sqlx::Result<Vec<Option<Grant>>> {
+        lease::acquire_all(connection, server, claims).await
+    }
+
+    /// As `probe`.
+    async fn unlocked(
+        _connection: &mut SqliteConnection,
+        _server: &Server,
+        names: &[Name],
+    ) -> sqlx::Result<HashSet<String>> {
+        Ok(names.iter().map(|name| (**name).to_owned()).collect())
+    }
+
     async fn give_notice(
         connection: &mut SqliteConnection,
         server: &Server,
-        name: &str,
-    ) -> sqlx::Result<bool> {
-        lease::give_notice(connection, server, name).await
+        names: &[Name],
+    ) -> sqlx::Result<u64> {
+        lease::give_notice(connection, server, names).await
     }
 
     async fn settle(connection: &mut SqliteConnection, server: &Server, name: &str) -> sqlx::Result<bool> {

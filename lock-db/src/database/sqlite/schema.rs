@@ -111,6 +111,7 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
         cluster: Cluster::SinglePrimary,
         is_mariadb: false,
         keeps_counter: false,
+        longest_message: usize::MAX,
         is_ascii_only: false,
     }))
 }

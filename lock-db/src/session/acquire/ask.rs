@@ -1,14 +1,14 @@
 //! One attempt: what is asked of the database, and what it answers.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Attempt, SHORTEST_PAUSE};
 use crate::Kind;
 use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
 use crate::error::Failure;
 use crate::name::Name;
-use crate::session::core::{Granted, deadline};
+use crate::session::core::Granted;
 
 pub(super) enum Reply {
     Granted(Vec<Granted>),
@@ -30,6 +30,8 @@ pub(super) enum Reply {
     RowIsMade(Name),
     /// The name is used as something else.
     WrongKind(Name, Kind),
+    /// It was granted, in an answer that took so long that too little of the TTL was left. It is ours for another attempt.
+    TooLate(Duration),
 }
 
 impl Attempt {
@@ -39,7 +41,7 @@ impl Attempt {
         let looks_first = self.looks_first || (self.bell.is_some() && self.wait.is_some());
         if looks_first
             && !may_claim
-            && let Some(in_the_way) = self.look_at_all().await?
+            && let Some(in_the_way) = self.look_first().await?
         {
             return Ok(in_the_way);
         }
@@ -47,7 +49,7 @@ impl Attempt {
         let mut free = Vec::new();
         for _ in 0..2 {
             match self.claim().await {
-                Ok(Some(granted)) => return Ok(Reply::Granted(granted)),
+                Ok(Some(reply)) => return Ok(reply),
                 Ok(None) => {}
                 // Who keeps us from writing keeps nobody from reading that there is a holder.
                 Err(failure) if failure.is_busy() => {
@@ -68,25 +70,34 @@ impl Attempt {
             return Ok(Reply::RowIsBusy(free));
         }
         // Else its row was made, and could not be seen.
-        Err(if self.came_too_late {
-            self.core.lane.no_answer(self.started.elapsed())
-        } else {
-            (self.core.not_written)()
-        })
+        Err((self.core.not_written)())
     }
 
-    /// The first name that is in the way.
-    async fn look_at_all(&mut self) -> Result<Option<Reply>, Failure> {
-        for position in 0..self.claims.len() {
-            if let Some(in_the_way) = self.look(position).await? {
-                return Ok(Some(in_the_way));
+    /// Whether one of them is in the way. Of several only the one is looked at that was in the way the last time: when that is free, the
+    /// claim tells.
+    async fn look_first(&mut self) -> Result<Option<Reply>, Failure> {
+        let Some(position) = self.was_in_the_way.filter(|_| self.claims.len() > 1) else {
+            return self.look_at_all().await;
+        };
+        let core = Rc::clone(&self.core);
+        let Some(Claim { name, .. }) = self.claims.get(position) else { return Ok(None) };
+        match core.lane.look(name).await? {
+            Some(row) if row.kind == Kind::Insert && row.is_free() => Ok(None),
+            Some(row) if row.kind == Kind::Insert && !row.notice_is_due() && !self.is_own(position, &row) => {
+                let (name, remaining) = (name.clone(), row.remaining());
+                Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }))
             }
+            _ => self.look_at_all().await,
         }
-        Ok(None)
     }
 
-    /// Sends the claims to the database.
-    async fn claim(&mut self) -> Result<Option<Vec<Granted>>, Failure> {
+    /// Whether one of them is in the way, and which.
+    async fn look_at_all(&mut self) -> Result<Option<Reply>, Failure> {
+        if self.claims.len() == 1 { self.look(0).await } else { self.look_at_several().await }
+    }
+
+    /// Sends the claims to the database. Answers what came of it, unless one of them was not free.
+    async fn claim(&mut self) -> Result<Option<Reply>, Failure> {
         // What an earlier attempt may have got is not settled by what this one does not get.
         let unsettled_before = self.unsettled.get();
         let (grants, server, sent) = match self.core.lane.acquire(self.claims.clone(), &self.unsettled).await
@@ -101,10 +112,10 @@ impl Attempt {
             self.unsettled.set(unsettled_before);
             return Ok(None);
         };
-        // An answer that took longer than the lease lasts is worth nothing. What it granted is ours for another attempt.
-        if self.claims.iter().any(|claim| Instant::now() >= deadline(sent, claim.ttl)) {
-            self.came_too_late = true;
-            return Ok(None);
+        // What is left has to do for the first renewal. What was granted is ours for another attempt.
+        let took = sent.elapsed();
+        if self.claims.iter().any(|claim| took > claim.ttl / 2) {
+            return Ok(Some(Reply::TooLate(took)));
         }
         let hand_off = self.core.queues.hand_off();
         let granted = self.claims.iter().zip(grants).map(|(claim, grant)| {
@@ -121,7 +132,63 @@ impl Attempt {
             let turns = if others_wait { numbers.min(hand_off.turns) } else { numbers };
             Granted { key, numbers, turns, others_wait, ttl, sent }
         });
-        Ok(Some(granted.collect()))
+        Ok(Some(Reply::Granted(granted.collect())))
+    }
+
+    /// `look` for several, which have no places in queues, in one statement.
+    async fn look_at_several(&mut self) -> Result<Option<Reply>, Failure> {
+        let core = Rc::clone(&self.core);
+        let names: Vec<Name> = self.claims.iter().map(|claim| claim.name.clone()).collect();
+        let rows = core.lane.look_all(&names).await?;
+        let (mut missing, mut free, mut over, mut held) = (Vec::new(), Vec::new(), Vec::new(), None);
+        for (position, (name, row)) in names.into_iter().zip(rows).enumerate() {
+            match row {
+                None => missing.push(name),
+                Some(row) if row.kind != Kind::Insert => return Ok(Some(Reply::WrongKind(name, row.kind))),
+                Some(row) if self.is_own(position, &row) => {}
+                Some(row) if row.is_free() => free.push((name, row)),
+                Some(row) if row.notice_is_due() => over.push((name, row)),
+                Some(row) => held = held.or(Some((position, name, row))),
+            }
+        }
+        self.was_in_the_way = held.as_ref().map(|(position, ..)| *position);
+        if let Some((_, name, row)) = &held {
+            // Whatever becomes of the others.
+            self.answered.set(true);
+            self.is_held_by(name.clone(), row.clone());
+        }
+        // To all of them at once, also when another one is held for longer: each takes its time.
+        let told = if over.is_empty() { Ok(0) } else { self.give_notice_to(&over).await };
+        if let Some((_, name, row)) = held {
+            let remaining = row.remaining();
+            return Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }));
+        }
+        if let Some((name, row)) = over.iter().max_by_key(|(_, row)| row.notice()).cloned() {
+            let is_over = over.iter().all(|(_, row)| row.remaining().is_zero());
+            return Ok(Some(match told? {
+                0 => Reply::RowIsBusy(over),
+                // A deadline that lay too far ahead is drawn in: the next look tells how far.
+                _ if !is_over => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
+                _ => Reply::Noticed { name, row },
+            }));
+        }
+        self.seen_free = free;
+        if !missing.is_empty()
+            && let Some(name) = core.lane.create_all(&missing, Kind::Insert).await?
+        {
+            return Ok(Some(Reply::RowIsMade(name)));
+        }
+        Ok(None)
+    }
+
+    async fn give_notice_to(&self, over: &[(Name, LockRow)]) -> Result<u64, Failure> {
+        let names: Vec<Name> = over.iter().map(|(name, _)| name.clone()).collect();
+        self.core.lane.give_notice(&names).await
+    }
+
+    /// By a request whose answer was lost: the claims are in the order of their names.
+    fn is_own(&self, position: usize, row: &LockRow) -> bool {
+        self.claims.get(position).is_some_and(|claim| claim.secret.as_str() == row.secret_key)
     }
 
     /// Looks whether a name is in the way, and makes its row when there is none. Who waits takes a place in the queue.
@@ -137,8 +204,7 @@ impl Attempt {
         if row.kind != Kind::Insert {
             return Ok(Some(Reply::WrongKind(name, row.kind)));
         }
-        if self.claims.iter().any(|claim| claim.secret.as_str() == row.secret_key) {
-            // By a request whose answer was lost.
+        if self.is_own(position, &row) {
             return Ok(None);
         }
         let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
@@ -197,10 +263,10 @@ impl Attempt {
         if ahead == 0 && row.notice_is_due() {
             // A deadline that lay too far ahead is drawn in: the next look tells how far.
             let is_over = row.remaining().is_zero();
-            return Ok(Some(match core.lane.give_notice(&name).await? {
-                true if is_over => Reply::Noticed { name, row },
-                true => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
-                false => Reply::RowIsBusy(vec![(name, row)]),
+            return Ok(Some(match core.lane.give_notice(std::slice::from_ref(&name)).await? {
+                0 => Reply::RowIsBusy(vec![(name, row)]),
+                _ if is_over => Reply::Noticed { name, row },
+                _ => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
             }));
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);

@@ -1,5 +1,7 @@
 //! What keeps a lock from an attempt, and what the caller is told in the end.
 
+use std::time::Duration;
+
 use super::{ACTION, Attempt, OFTEN_ENOUGH};
 use crate::Error;
 use crate::database::{Fault, LockRow, Probe};
@@ -19,6 +21,8 @@ pub(super) enum Obstacle {
     Transaction(Name),
     /// The database itself.
     Failure(Failure),
+    /// A network on which a grant takes so long that too little is left of its TTL.
+    Network(Duration),
 }
 
 impl Attempt {
@@ -39,7 +43,7 @@ impl Attempt {
     /// Whether free rows could not be had because another transaction has one of them locked. If none was, each time that somebody
     /// looked, they can't be written at all.
     pub(super) async fn is_one_locked(&mut self, rows: Vec<(Name, LockRow)>) -> Result<bool, Error> {
-        for (name, row) in rows {
+        for (name, row) in self.likely_locked(rows).await? {
             match self.core.lane.probe(&name).await {
                 Ok(Probe::Locked) => {
                     self.met.not_locked = 0;
@@ -66,6 +70,21 @@ impl Attempt {
         Ok(false)
     }
 
+    /// The first of several rows that may be locked.
+    async fn likely_locked(&mut self, rows: Vec<(Name, LockRow)>) -> Result<Vec<(Name, LockRow)>, Error> {
+        if rows.len() < 2 {
+            return Ok(rows);
+        }
+        let names: Vec<Name> = rows.iter().map(|(name, _)| name.clone()).collect();
+        match self.core.lane.unlocked(&names).await {
+            Ok(unlocked) => {
+                Ok(rows.into_iter().find(|(name, _)| !unlocked.contains(&**name)).into_iter().collect())
+            }
+            // The probe meets the same, and tells.
+            Err(_) => Ok(rows.into_iter().take(1).collect()),
+        }
+    }
+
     /// For messages.
     fn name(&self) -> Option<&Name> {
         self.claims.first().map(|claim| &claim.name)
@@ -85,6 +104,11 @@ impl Attempt {
             Obstacle::Held(name, row) | Obstacle::RowLocked(name, row) => (name, Some(row)),
             Obstacle::Transaction(name) => (name, None),
             Obstacle::Failure(failure) => return failure.into_error(ACTION, self.name()),
+            Obstacle::Network(took) => {
+                let name = self.name().map(Name::to_string).unwrap_or_default();
+                let ttl = self.claims.first().map_or(Duration::ZERO, |claim| claim.ttl);
+                return Error::TtlTooShort { name, ttl, took };
+            }
             Obstacle::Unknown => {
                 return self.core.lane.no_answer(waited).into_error(ACTION, self.name());
             }

@@ -8,6 +8,7 @@ mod earlier;
 mod server;
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ use crate::secret::Secret;
 const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// Migrations wait for other processes that migrate.
 const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
+/// How many names are looked at in one statement, so that others come in between.
+const TOGETHER: usize = 1000;
 /// The leases, if all were free; what kind of server granted them; and when the statement was sent, from where on their TTL
 /// counts.
 type Acquired = (Option<Vec<Grant>>, Server, Instant);
@@ -41,14 +44,14 @@ enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
     Locate(bool, Reply<Server>),
     OnRow(Name, OnRow),
+    OnRows(Vec<Name>, OnRows),
     Mark(LeaseKey, Reply<bool>),
     Listen(Reply<()>),
     Call(Call),
     TakeBaton(i64, Reply<bool>),
     GiveBaton(i64),
     Renew(Vec<Renewal>, Duration, Reply<(Renewed, Instant)>),
-    /// `true`: in a statement of its own.
-    Release(Return, Duration, bool, Reply<Standing>),
+    Release(Return, Duration, Reply<Standing>),
     Migrate(Reply<()>),
     Check(Reply<Vec<String>>),
     OldSnapshots(Reply<OldSnapshots>),
@@ -58,12 +61,30 @@ enum Operation {
 enum OnRow {
     Look(Reply<Option<LockRow>>),
     Create(Kind, Reply<bool>),
-    GiveNotice(Reply<bool>),
     Settle(Reply<bool>),
     Probe(Reply<Probe>),
     Stand(Place, Reply<bool>),
     SetWaiters(String, String, Reply<bool>),
     RemoveWaiter(Secret, Reply<()>),
+}
+
+/// The same for several rows.
+enum OnRows {
+    Look(Reply<Vec<Option<LockRow>>>),
+    Create(Kind, Reply<bool>),
+    GiveNotice(Reply<u64>),
+    Unlocked(Reply<HashSet<String>>),
+}
+
+impl OnRows {
+    fn is_forgotten(&self) -> bool {
+        match self {
+            Self::Look(reply) => reply.is_closed(),
+            Self::Create(_, reply) => reply.is_closed(),
+            Self::GiveNotice(reply) => reply.is_closed(),
+            Self::Unlocked(reply) => reply.is_closed(),
+        }
+    }
 }
 
 impl OnRow {
@@ -72,7 +93,6 @@ impl OnRow {
             Self::Look(reply) => reply.is_closed(),
             Self::Probe(reply) => reply.is_closed(),
             Self::Create(_, reply)
-            | Self::GiveNotice(reply)
             | Self::Settle(reply)
             | Self::Stand(_, reply)
             | Self::SetWaiters(_, _, reply) => reply.is_closed(),
@@ -88,6 +108,7 @@ impl Operation {
             Self::Acquire(_, _, reply) => reply.is_closed(),
             Self::Locate(_, reply) => reply.is_closed(),
             Self::OnRow(_, operation) => operation.is_forgotten(),
+            Self::OnRows(_, operation) => operation.is_forgotten(),
             Self::TakeBaton(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Listen(reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
@@ -168,9 +189,52 @@ impl Lane {
         self.on_row(name, |reply| OnRow::Create(kind, reply)).await
     }
 
-    /// Gives notice to the holder of a lease that has run out.
-    pub(super) async fn give_notice(&self, name: &Name) -> Result<bool, Failure> {
-        self.on_row(name, OnRow::GiveNotice).await
+    /// `look` for several names, in order.
+    pub(super) async fn look_all(&self, names: &[Name]) -> Result<Vec<Option<LockRow>>, Failure> {
+        let mut rows = Vec::with_capacity(names.len());
+        for names in names.chunks(TOGETHER) {
+            rows.extend(self.on_rows(names, OnRows::Look).await?);
+        }
+        Ok(rows)
+    }
+
+    /// `create` for several names. Answers one whose row an open transaction has made.
+    pub(super) async fn create_all(&self, names: &[Name], kind: Kind) -> Result<Option<Name>, Failure> {
+        for names in names.chunks(TOGETHER) {
+            let create = async |names| self.on_rows(names, |reply| OnRows::Create(kind, reply)).await;
+            while !create(names).await? {
+                // Which one it is shows where the names are fewer.
+                let mut kept = names;
+                while kept.len() > 1 {
+                    let (first, others) = kept.split_at(kept.len() / 2);
+                    kept = if create(first).await? { others } else { first };
+                }
+                if let [name] = kept
+                    && !create(kept).await?
+                {
+                    return Ok(Some(name.clone()));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives notice to the holders of leases that have run out. Answers how many of them were told.
+    pub(super) async fn give_notice(&self, names: &[Name]) -> Result<u64, Failure> {
+        let mut given = 0;
+        for names in names.chunks(TOGETHER) {
+            given += self.on_rows(names, OnRows::GiveNotice).await?;
+        }
+        Ok(given)
+    }
+
+    /// Those of several names whose rows no other transaction has locked.
+    pub(super) async fn unlocked(&self, names: &[Name]) -> Result<HashSet<String>, Failure> {
+        let mut unlocked = HashSet::with_capacity(names.len());
+        for names in names.chunks(TOGETHER) {
+            unlocked.extend(self.on_rows(names, OnRows::Unlocked).await?);
+        }
+        Ok(unlocked)
     }
 
     /// Makes sure that nothing of the last holder of a free lock can be committed any more.
@@ -249,15 +313,9 @@ impl Lane {
 
     /// With `at_least` others get the lock when so much time has passed since it was granted, if it has not yet.
     ///
-    /// What travels with others is `Busy` also while a transaction is open that the lease guards, or when another process writes into
-    /// the row that very moment; `alone` it is not.
-    pub(super) async fn release(
-        &self,
-        lease: Return,
-        at_least: Duration,
-        alone: bool,
-    ) -> Result<Standing, Failure> {
-        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(lease, at_least, alone, reply)).await
+    /// What travels with others may be `Busy` also when another process writes into the row that very moment.
+    pub(super) async fn release(&self, lease: Return, at_least: Duration) -> Result<Standing, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Release(lease, at_least, reply)).await
     }
 
     pub(super) async fn migrate(&self) -> Result<(), Failure> {
@@ -275,6 +333,14 @@ impl Lane {
 
     async fn on_row<T>(&self, name: &Name, operation: impl FnOnce(Reply<T>) -> OnRow) -> Result<T, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::OnRow(name.clone(), operation(reply))).await
+    }
+
+    async fn on_rows<T>(
+        &self,
+        names: &[Name],
+        operation: impl FnOnce(Reply<T>) -> OnRows,
+    ) -> Result<T, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::OnRows(names.to_vec(), operation(reply))).await
     }
 
     /// The request is in the queue when the future is first polled; requests of one lane are carried out in order.

@@ -1,21 +1,21 @@
 //! The end of a lane that has the connection.
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection, Pool};
+use sqlx::{Connection as _, Pool};
 use tokio::select;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use super::earlier::Earlier;
-use super::{Acquired, MIGRATION_LIMIT, OnRow, Operation, Reply, STATEMENT_LIMIT};
+use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::connecting::telling_why;
 use crate::database::{
-    Call, Claim, Fault, Found, Grant, Location, LockDatabase, OldSnapshots, Return, Server, Standing,
+    Call, Claim, Fault, Found, Grant, Location, LockDatabase, LockRow, OldSnapshots, Return, Server, Standing,
 };
 use crate::error::Failure;
 use crate::name::Name;
@@ -42,11 +42,11 @@ impl Exchange {
     /// Answers what does not belong here.
     fn take(&mut self, operation: Operation) -> Option<Operation> {
         match operation {
-            Operation::Release(one, at_least, alone, reply) => {
+            Operation::Release(one, at_least, reply) => {
                 // Also when it goes alone: what comes for the name after it goes after it.
                 let is_first = self.names.insert(one.name.clone());
-                if alone || !is_first || !at_least.is_zero() {
-                    return Some(Operation::Release(one, at_least, alone, reply));
+                if !is_first || !at_least.is_zero() {
+                    return Some(Operation::Release(one, at_least, reply));
                 }
                 self.returns.push((one, reply));
                 None
@@ -135,13 +135,17 @@ impl<DB: LockDatabase> Worker<DB> {
                 }
             }
             let mut exchange = Exchange::default();
-            let mut others = Vec::new();
+            let (mut looks, mut others) = (Vec::new(), Vec::new());
             for operation in round.drain(..) {
                 if !operation.is_forgotten() {
-                    others.extend(exchange.take(operation));
+                    match exchange.take(operation) {
+                        Some(Operation::OnRow(name, OnRow::Look(reply))) => looks.push((name, reply)),
+                        other => others.extend(other),
+                    }
                 }
             }
             self.exchange(exchange).await;
+            self.look(looks).await;
             for operation in others {
                 if !operation.is_forgotten() {
                     self.carry_out(operation).await;
@@ -251,12 +255,35 @@ impl<DB: LockDatabase> Worker<DB> {
                 Err(refused) => tracing::debug!(error = %refused.source, "one by one instead"),
             }
         }
-        let returns =
-            returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, true, reply));
+        let returns = returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, reply));
         let claims =
             claims.into_iter().map(|(claim, begun, reply)| Operation::Acquire(vec![claim], begun, reply));
         for operation in returns.chain(claims) {
             self.carry_out(operation).await;
+        }
+    }
+
+    /// In one statement. Those who wait for many names look often.
+    async fn look(&mut self, mut looks: Vec<(Name, Reply<Option<LockRow>>)>) {
+        if looks.len() < 2 {
+            for (name, reply) in looks {
+                self.on_row(&name, OnRow::Look(reply)).await;
+            }
+            return;
+        }
+        looks.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut names: Vec<Name> = looks.iter().map(|(name, _)| name.clone()).collect();
+        names.dedup();
+        let rows = self
+            .on_connection(STATEMENT_LIMIT, async |c, server| DB::look_all(c, server, &names).await)
+            .await;
+        let rows = rows.map(|rows| names.iter().zip(rows).collect::<HashMap<_, _>>());
+        for (name, reply) in looks {
+            let row = match &rows {
+                Ok(rows) => Ok(rows.get(&name).cloned().flatten()),
+                Err(failure) => Err(failure.another()),
+            };
+            let _ = reply.send(row);
         }
     }
 
@@ -283,6 +310,7 @@ impl<DB: LockDatabase> Worker<DB> {
                 self.answer(reply, async |_, server| Ok(server.clone())).await;
             }
             Operation::OnRow(name, operation) => self.on_row(&name, operation).await,
+            Operation::OnRows(names, operation) => self.on_rows(&names, operation).await,
             Operation::Mark(lease, reply) => {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
@@ -306,7 +334,7 @@ impl<DB: LockDatabase> Worker<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
-            Operation::Release(lease, at_least, _, reply) if at_least.is_zero() => {
+            Operation::Release(lease, at_least, reply) if at_least.is_zero() => {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, &lease).await)
                     .await;
@@ -314,7 +342,7 @@ impl<DB: LockDatabase> Worker<DB> {
                 let _ = reply.send(answer.map(|released| released.standing));
                 self.call(call.as_slice()).await;
             }
-            Operation::Release(Return { name, secret, .. }, at_least, _, reply) => {
+            Operation::Release(Return { name, secret, .. }, at_least, reply) => {
                 self.answer(reply, async |c, server| {
                     DB::release_later(c, server, &name, &secret, at_least).await
                 })
@@ -359,9 +387,6 @@ impl<DB: LockDatabase> Worker<DB> {
             OnRow::Create(kind, reply) => {
                 self.answer(reply, async |c, server| DB::create(c, server, name, kind).await).await;
             }
-            OnRow::GiveNotice(reply) => {
-                self.answer(reply, async |c, server| DB::give_notice(c, server, name).await).await;
-            }
             OnRow::Settle(reply) => {
                 self.answer(reply, async |c, server| DB::settle(c, server, name).await).await;
             }
@@ -377,6 +402,23 @@ impl<DB: LockDatabase> Worker<DB> {
             }
             OnRow::RemoveWaiter(secret, reply) => {
                 self.answer(reply, async |c, server| DB::remove_waiter(c, server, name, &secret).await).await;
+            }
+        }
+    }
+
+    async fn on_rows(&mut self, names: &[Name], operation: OnRows) {
+        match operation {
+            OnRows::Look(reply) => {
+                self.answer(reply, async |c, server| DB::look_all(c, server, names).await).await;
+            }
+            OnRows::Create(kind, reply) => {
+                self.answer(reply, async |c, server| DB::create_all(c, server, names, kind).await).await;
+            }
+            OnRows::GiveNotice(reply) => {
+                self.answer(reply, async |c, server| DB::give_notice(c, server, names).await).await;
+            }
+            OnRows::Unlocked(reply) => {
+                self.answer(reply, async |c, server| DB::unlocked(c, server, names).await).await;
             }
         }
     }
@@ -520,7 +562,7 @@ async fn find_table<DB: LockDatabase>(
     }
 }
 
-/// Takes them all or none: one statement, or one transaction for several.
+/// Takes them all or none.
 async fn acquire_all<DB: LockDatabase>(
     connection: &mut DB::Connection,
     server: &Server,
@@ -529,25 +571,21 @@ async fn acquire_all<DB: LockDatabase>(
     if let [claim] = claims {
         return Ok(DB::acquire(connection, server, claim).await?.map(|grant| vec![grant]));
     }
-    let grants = acquire_in_transaction::<DB>(connection, server, claims).await?;
-    DB::after_short(connection).await?;
-    Ok(grants)
-}
-
-async fn acquire_in_transaction<DB: LockDatabase>(
-    connection: &mut DB::Connection,
-    server: &Server,
-    claims: &[Claim],
-) -> sqlx::Result<Option<Vec<Grant>>> {
-    let mut transaction = connection.begin_with(DB::BEGIN_SHORT).await?;
-    let mut grants = Vec::with_capacity(claims.len());
-    for claim in claims {
-        let Some(grant) = DB::acquire(&mut transaction, server, claim).await? else {
-            transaction.rollback().await?;
-            return Ok(None);
-        };
-        grants.push(grant);
+    let grants = DB::acquire_all(connection, server, claims).await?;
+    let (mut all, mut undone) = (Vec::with_capacity(claims.len()), Vec::new());
+    for (grant, Claim { name, secret, .. }) in grants.into_iter().zip(claims) {
+        if let Some(grant) = grant {
+            all.push(grant);
+            undone.push(Return { name: name.clone(), secret: secret.clone(), place: None });
+        }
     }
-    transaction.commit().await?;
-    Ok(Some(grants))
+    if all.len() == claims.len() {
+        return Ok(Some(all));
+    }
+    if !undone.is_empty() {
+        // What a trigger keeps one of them from. Without an answer they may be ours.
+        let given_back = DB::exchange(connection, server, &undone, &[]).await;
+        given_back.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
+    }
+    Ok(None)
 }

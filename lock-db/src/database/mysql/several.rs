@@ -1,0 +1,192 @@
+//! Several leases for one caller: each step is one message, whatever the number of names, as long as the server takes it in one.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::{AssertSqlSafe, Connection, MySql, Row};
+
+use super::lease::{self, LOOK_ALL};
+use super::together::exchange_as_json;
+use super::{literal, mariadb, parts};
+use crate::Kind;
+use crate::database::{Claim, Grant, LockDatabase, LockRow, Server, by_name, names_as_json, outcome_unknown};
+use crate::limits::micros;
+use crate::name::Name;
+
+/// `ACQUIRE` for all or none of several names, which have no places in queues: the rows are locked and counted, and written if
+/// all of them are there.
+const ACQUIRE_ALL: &str = "
+UPDATE (
+    SELECT found.*, COUNT(*) OVER () AS how_many
+    FROM (
+        SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time,
+            lease.secret_key = asked.secret_key AS is_again, lease.previous_token AS last_previous, asked.secret_key
+        FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+        STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+            ON lease.lock_name = UNHEX(asked.lock_name)
+        WHERE lease.lock_kind = 'insert'
+            AND (lease.secret_key = asked.secret_key
+                OR (lease.expire_time <= UTC_TIMESTAMP(6)
+                    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')))
+        LIMIT 1000000
+        FOR UPDATE OF lease SKIP LOCKED) AS found) AS unlocked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
+        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
+    lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
+    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
+    lease.secret_key = unlocked.secret_key,
+    lease.owner = ?,
+    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
+    lease.ttl_micros = ?
+WHERE unlocked.how_many = ?";
+
+const GRANTED_ALL: &str = "
+SELECT lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '', lease.fencing_token - lease.previous_token
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+    ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE lease.secret_key = asked.secret_key";
+
+const UNLOCKED: &str = "
+SELECT lease.lock_name
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+FOR UPDATE OF lease SKIP LOCKED";
+
+/// Takes back what `BEGIN_SHORT` set for longer than its transaction.
+const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
+
+pub(super) async fn look(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+) -> sqlx::Result<Vec<Option<LockRow>>> {
+    let mut found = Vec::with_capacity(names.len());
+    for part in parts(names, server, in_json) {
+        let query = sqlx::query(server.table.sql(LOOK_ALL)).bind(names_as_json(part));
+        for row in query.fetch_all(&mut *connection).await? {
+            found.push((row.try_get(11)?, lease::lock_row(&row)?));
+        }
+    }
+    Ok(by_name(names, found))
+}
+
+/// Looks first, as `lease::create` does, and for the same reason. IGNORE passes over what others make at the same time; no name is
+/// cut, as the column was seen to hold the longest one.
+///
+/// A list of values, and no SELECT: such an insert would lock the counter of the table to its end, and use up numbers.
+pub(super) async fn create(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    kind: Kind,
+) -> sqlx::Result<bool> {
+    let rows = look(connection, server, names).await?;
+    let missing: Vec<&Name> =
+        names.iter().zip(rows).filter_map(|(name, row)| row.is_none().then_some(name)).collect();
+    for part in parts(&missing, server, |name| in_json(name)) {
+        let values: Vec<String> =
+            part.iter().map(|name| format!("({},'{}')", literal(name), kind.as_str())).collect();
+        let (table, values) = (server.table.name(), values.join(","));
+        let insert = format!("INSERT IGNORE INTO {table} (lock_name, lock_kind) VALUES {values}");
+        sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *connection).await?;
+    }
+    Ok(true)
+}
+
+pub(super) async fn acquire(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claims: &[Claim],
+) -> sqlx::Result<Vec<Option<Grant>>> {
+    let nothing = || vec![None; claims.len()];
+    let parts = parts(claims, server, |claim| in_json(&claim.name));
+    let rows = if let [all] = &*parts {
+        acquire_part(connection, server, all, true).await?
+    } else {
+        let rows = acquire_parts(connection, server, &parts).await?;
+        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map_err(outcome_unknown)?;
+        rows
+    };
+    let Some(rows) = rows else { return Ok(nothing()) };
+    let mut grants = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? };
+        grants.insert(row.try_get::<String, _>(0)?, grant);
+    }
+    Ok(claims.iter().map(|claim| grants.get(claim.secret.as_str()).copied()).collect())
+}
+
+/// What does not go in one message, in one transaction.
+async fn acquire_parts(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    parts: &[&[Claim]],
+) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+    let mut transaction = connection.begin_with(MySql::BEGIN_SHORT).await?;
+    let mut rows = Vec::new();
+    for part in parts {
+        let Some(found) = acquire_part(&mut transaction, server, part, false).await? else {
+            transaction.rollback().await?;
+            return Ok(None);
+        };
+        rows.extend(found);
+    }
+    transaction.commit().await?;
+    Ok(Some(rows))
+}
+
+/// `None`: not all of them are free.
+async fn acquire_part(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claims: &[Claim],
+    is_whole: bool,
+) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+    let (asked, all) = (exchange_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
+    let ttl = claims.first().map_or(0, |claim| micros(claim.ttl));
+    if server.is_mariadb {
+        let rows = mariadb::acquire_all(connection, server, &asked, &owner, is_whole.then_some(all)).await?;
+        let is_some = if is_whole { !rows.is_empty() } else { rows.len() == claims.len() };
+        return Ok(is_some.then_some(rows));
+    }
+    let query = sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(&asked).bind(owner.as_ref());
+    let acquired = query.bind(ttl).bind(ttl).bind(all).execute(&mut *connection).await?;
+    if acquired.rows_affected() == 0 {
+        return Ok(None);
+    }
+    // They are ours already: an error is no answer to the question whether they are.
+    let rows = sqlx::query(server.table.sql(GRANTED_ALL)).bind(asked).fetch_all(connection).await;
+    rows.map(Some).map_err(outcome_unknown)
+}
+
+pub(super) async fn unlocked(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+) -> sqlx::Result<HashSet<String>> {
+    let mut found = HashSet::with_capacity(names.len());
+    for part in parts(names, server, in_json) {
+        let names = names_as_json(part);
+        let rows = if server.is_mariadb {
+            mariadb::unlocked(connection, server, &names).await?
+        } else {
+            sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(&mut *connection).await?
+        };
+        for row in &rows {
+            found.insert(String::from_utf8_lossy(row.try_get::<&[u8], _>(0)?).into_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// How many bytes a name takes in JSON, with what goes with it.
+pub(super) fn in_json(name: &Name) -> usize {
+    const BESIDE_IT: usize = 128;
+    name.len() * 2 + BESIDE_IT
+}
