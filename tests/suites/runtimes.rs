@@ -18,7 +18,6 @@ for_each_database! {
     one_after_the_other,
     side_by_side,
     with_connections_of_the_application,
-    dead_connections_of_the_pool,
     an_end_with_open_transactions,
     paused_leases (current_thread),
     paused_guarded_transactions (current_thread),
@@ -30,6 +29,7 @@ for_each_database! {
     paused_waits_for_the_pool (current_thread),
     ;
     on servers:
+    dead_connections_of_the_pool,
     a_connection_that_dies_with_its_runtime,
 }
 
@@ -191,7 +191,7 @@ async fn with_connections_of_the_application<T: TestDatabase>(database: &T) {
 }
 
 /// A pool that does not look at its connections before it hands them out: all of them are dead, and tries get a lock, too.
-async fn dead_connections_of_the_pool<T: TestDatabase>(database: &T) {
+async fn dead_connections_of_the_pool<T: TestServer>(database: &T) {
     let connections = 4;
     let pool = PoolOptions::<T::Database>::new()
         .max_connections(connections)
@@ -201,36 +201,23 @@ async fn dead_connections_of_the_pool<T: TestDatabase>(database: &T) {
         .unwrap();
     let locks = Locks::new(pool.clone());
     locks.migrate().await.unwrap();
-    let makes = async || {
-        let pool = pool.clone();
-        let all = async move || {
-            let mut all = Vec::new();
-            for _ in 0..connections {
-                all.push(pool.acquire().await.unwrap());
-            }
-            for connection in all {
-                pool_gets(connection).await;
-            }
-        };
-        as_test(Kind::OneThread, all).await;
+    let all_die = async || {
+        let mut all = Vec::new();
+        for _ in 0..connections {
+            all.push(pool.acquire().await.unwrap());
+        }
+        drop(all);
+        eventually(PATIENCE, async || pool.num_idle() == usize::try_from(connections).unwrap()).await;
+        database.end_connections().await;
     };
-    makes().await;
+    all_die().await;
     let guard = locks.row_lock("a").try_acquire().await.unwrap().expect("is free");
     guard.commit().await.unwrap();
-    makes().await;
+    all_die().await;
     locks.row_lock("a").acquire().await.unwrap().commit().await.unwrap();
-    makes().await;
     let lease = locks.insert_lock("b").acquire().await.unwrap();
+    all_die().await;
     lease.begin().await.unwrap().commit().await.unwrap();
-}
-
-/// Gives a connection back before the runtime ends.
-async fn pool_gets<DB: Backend>(connection: sqlx::pool::PoolConnection<DB>) {
-    drop(connection);
-    for _ in 0..10 {
-        tokio::task::yield_now().await;
-    }
-    tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
 async fn an_end_with_open_transactions<T: TestDatabase>(database: &T) {

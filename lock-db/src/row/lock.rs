@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use sqlx::pool::PoolConnection;
+use tokio::runtime::is_rt_shutdown_err;
 use tokio::select;
 use tokio::sync::oneshot;
 use tracing::Instrument;
@@ -341,6 +342,12 @@ async fn take<DB: LockDatabase>(
             may_wait = in_time(attempt, answer, place).await?.and_then(Result::ok).and_then(Result::ok);
             continue;
         };
+        // A connection whose runtime has ended may still get a quick answer through, such as that to BEGIN.
+        let is_dead = matches!(&error, Error::Database { source: sqlx::Error::Io(error), .. } if is_rt_shutdown_err(error));
+        if is_dead && !answer.is_closed() && dead <= attempt.locks.pool().options().get_max_connections() {
+            dead += 1;
+            continue;
+        }
         // Nothing was locked and nothing else done in the transaction, so beginning anew is safe.
         let again = match &error {
             Error::Database { source, .. } => {
