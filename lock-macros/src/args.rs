@@ -25,6 +25,7 @@ pub(crate) struct Options {
     pub(crate) ttl: Option<Given<Length>>,
     pub(crate) wait: Option<Given<Length>>,
     pub(crate) at_least: Option<Given<Length>>,
+    pub(crate) at_most: Option<Given<Length>>,
     pub(crate) mode: Option<Given<Mode>>,
     pub(crate) locks: Option<Given<Expr>>,
     pub(crate) tx: Option<Given<Expr>>,
@@ -105,29 +106,37 @@ impl Options {
             (Mode::Insert, Some(tx)) => {
                 let objection =
                     "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out";
-                return Err(self.mode.as_ref().map_or_else(
-                    || Error::new(tx.key.span(), objection),
-                    |mode| exclude(&tx.key, objection, &mode.key),
-                ));
+                return Err(Error::new(tx.key.span(), objection));
             }
-            (Mode::Insert, None) => {}
+            (Mode::Insert, None) => self.check_lengths()?,
             (Mode::Row, _) => self.check_row()?,
         }
-        if let Some(tx) = &self.tx {
-            self.check_transaction(&tx.key)?;
+        if self.tx.is_some() { self.check_transaction() } else { Ok(()) }
+    }
+
+    /// Where both are known.
+    fn check_lengths(&self) -> Result<()> {
+        let fixed = |given: &Option<Given<Length>>| match given {
+            Some(Given { value: Length::Fixed(length), .. }) => Some(*length),
+            _ => None,
+        };
+        match (&self.at_most, fixed(&self.at_least), fixed(&self.at_most)) {
+            (Some(Given { key, .. }), Some(at_least), Some(at_most)) if at_most < at_least => {
+                Err(Error::new(key.span(), "`at_most` is shorter than `at_least`"))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn check_row(&self) -> Result<()> {
-        let Some(mode) = &self.mode else { return Ok(()) };
-        if let Some(ttl) = &self.ttl {
-            let objection = "a row lock has no `ttl`: it ends with its transaction";
-            return Err(exclude(&ttl.key, objection, &mode.key));
-        }
-        if let Some(at_least) = &self.at_least {
-            let objection = "a row lock can't be kept `at_least` so long: it ends with its transaction";
-            return Err(exclude(&at_least.key, objection, &mode.key));
+        for (given, objection) in [
+            (&self.ttl, "a row lock has no `ttl`: it ends with its transaction"),
+            (&self.at_least, "a row lock can't be kept `at_least` so long: it ends with its transaction"),
+            (&self.at_most, "a row lock can't be taken back after `at_most`: it ends with its transaction"),
+        ] {
+            if let Some(given) = given {
+                return Err(Error::new(given.key.span(), objection));
+            }
         }
         match &self.lease {
             Some(lease) if self.locks.is_none() && self.tx.is_none() => Err(Error::new(
@@ -139,16 +148,16 @@ impl Options {
         }
     }
 
-    fn check_transaction(&self, tx: &Ident) -> Result<()> {
+    fn check_transaction(&self) -> Result<()> {
         if let Some(lease) = &self.lease {
             let objection = "there is no guard to bind: your own transaction holds the lock";
-            return Err(exclude(&lease.key, objection, tx));
+            return Err(Error::new(lease.key.span(), objection));
         }
         match &self.reentrant {
             Some(Given { key, value: false }) => {
                 let objection = "a transaction always takes its own locks again: they last until it ends, not until \
                                  the function does";
-                Err(exclude(key, objection, tx))
+                Err(Error::new(key.span(), objection))
             }
             _ => Ok(()),
         }
@@ -157,13 +166,6 @@ impl Options {
     pub(crate) fn mode(&self) -> Mode {
         self.mode.as_ref().map_or(Mode::Insert, |mode| mode.value)
     }
-}
-
-/// Two options that can't stand together: an error that points at both.
-fn exclude(option: &Ident, objection: &str, other: &Ident) -> Error {
-    let mut error = Error::new(option.span(), objection);
-    error.combine(Error::new(other.span(), format!("`{option}` can't stand together with this `{other}`")));
-    error
 }
 
 impl Mode {

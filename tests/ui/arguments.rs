@@ -54,4 +54,19 @@ async fn calls(tx: &mut sqlx::SqliteConnection, method: impl Method) -> Result<u
     Ok(Item { field: 1 }.field)
 }
 
+#[distributed_lock("a", lockAtMostFor = "10m")]
+async fn as_elsewhere() -> Result<(), Error> {
+    Ok(())
+}
+
+#[distributed_lock("a", wait = "-1s")]
+async fn negative() -> Result<(), Error> {
+    Ok(())
+}
+
+#[distributed_lock("a", at_least = "10m", at_most = "5m")]
+async fn contradiction() -> Result<(), Error> {
+    Ok(())
+}
+
 fn main() {}

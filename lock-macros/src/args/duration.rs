@@ -1,9 +1,9 @@
-//! The values of `ttl`, `wait` and `at_least`.
+//! The values of `ttl`, `wait`, `at_least` and `at_most`.
 
 use std::time::Duration;
 
 use syn::spanned::Spanned;
-use syn::{Error, Expr, Lit, Result};
+use syn::{Error, Expr, ExprUnary, Lit, Result, UnOp};
 
 /// What lock-db takes at run time; a literal is held against the same limits while compiling.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
@@ -19,7 +19,7 @@ pub(crate) enum Length {
 
 impl Length {
     pub(super) fn parse_ttl(value: Expr) -> Result<Self> {
-        Self::parse(value, |ttl| {
+        Self::parse("ttl", value, |ttl| {
             if ttl.is_zero() {
                 return Some(
                     "a `ttl` of zero is over at once: write \"30s\", or leave it out for the default",
@@ -30,16 +30,29 @@ impl Length {
     }
 
     pub(super) fn parse_wait(value: Expr) -> Result<Self> {
-        Self::parse(value, |_| None)
+        Self::parse("wait", value, |_| None)
     }
 
     pub(super) fn parse_at_least(value: Expr) -> Result<Self> {
-        Self::parse(value, |at_least| {
+        Self::parse("at_least", value, |at_least| {
             at_least.is_zero().then_some("an `at_least` of zero has no effect: leave it out")
         })
     }
 
-    fn parse(value: Expr, objection: impl FnOnce(Duration) -> Option<&'static str>) -> Result<Self> {
+    pub(super) fn parse_at_most(value: Expr) -> Result<Self> {
+        Self::parse("at_most", value, |at_most| {
+            (at_most < SHORTEST_TTL).then_some("an `at_most` is 50ms at least, as a `ttl` is")
+        })
+    }
+
+    fn parse(
+        option: &str,
+        value: Expr,
+        objection: impl FnOnce(Duration) -> Option<&'static str>,
+    ) -> Result<Self> {
+        if is_negative(&value) {
+            return Err(Error::new(value.span(), format!("`{option}` can't be negative")));
+        }
         let length = match super::literal(&value) {
             Some(Lit::Str(text)) => {
                 read(&text.value()).map_err(|message| Error::new(value.span(), message))?
@@ -57,6 +70,16 @@ impl Length {
         match objection(length).or(too_long) {
             Some(message) => Err(Error::new(value.span(), message)),
             None => Ok(Self::Fixed(length)),
+        }
+    }
+}
+
+/// `"-1s"`, `-1`.
+fn is_negative(value: &Expr) -> bool {
+    match value {
+        Expr::Unary(ExprUnary { op: UnOp::Neg(_), expr, .. }) => super::literal(expr).is_some(),
+        value => {
+            matches!(super::literal(value), Some(Lit::Str(text)) if text.value().trim_start().starts_with('-'))
         }
     }
 }

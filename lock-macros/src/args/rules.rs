@@ -26,15 +26,28 @@ pub(super) const RULES: &[Rule] = &[
             "expires",
             "expiry",
             "expiration",
+            "expire_time",
+            "expire_after",
+            "expires_in",
+            "lease_duration",
+            "lock_ttl",
+            "lock_timeout",
             "lock_at_most_for",
-            "at_most",
         ],
         read: |options, key, input| read_length(&mut options.ttl, key, input, Length::parse_ttl),
     },
     Rule {
         key: "wait",
         example: r#"wait = "5s""#,
-        also_called: &["timeout", "acquire_timeout", "wait_time", "wait_for", "max_wait"],
+        also_called: &[
+            "timeout",
+            "acquire_timeout",
+            "blocking_timeout",
+            "wait_timeout",
+            "wait_time",
+            "wait_for",
+            "max_wait",
+        ],
         read: |options, key, input| read_length(&mut options.wait, key, input, Length::parse_wait),
     },
     Rule {
@@ -42,6 +55,20 @@ pub(super) const RULES: &[Rule] = &[
         example: r#"at_least = "30s""#,
         also_called: &["lock_at_least_for", "atleast", "min", "minimum", "hold_for"],
         read: |options, key, input| read_length(&mut options.at_least, key, input, Length::parse_at_least),
+    },
+    Rule {
+        key: "at_most",
+        example: r#"at_most = "10m""#,
+        also_called: &[
+            "atmost",
+            "max_hold",
+            "max_hold_time",
+            "max_duration",
+            "max_run_time",
+            "execution_timeout",
+            "run_timeout",
+        ],
+        read: |options, key, input| read_length(&mut options.at_most, key, input, Length::parse_at_most),
     },
     Rule {
         key: "mode",
@@ -70,7 +97,17 @@ pub(super) const RULES: &[Rule] = &[
     Rule {
         key: "skip",
         example: "skip",
-        also_called: &["try", "try_lock", "skip_if_locked", "nowait", "no_wait", "optional"],
+        also_called: &[
+            "try",
+            "try_lock",
+            "skip_if_locked",
+            "skip_locked",
+            "nowait",
+            "no_wait",
+            "optional",
+            "blocking",
+            "disallow_concurrent_execution",
+        ],
         read: |options, key, input| read_flag(&mut options.skip, key, input),
     },
     Rule {
@@ -155,7 +192,12 @@ pub(super) fn unknown(word: &str, has_value: bool) -> String {
         return "the name comes first and without a key: `#[distributed_lock(\"order:{order_id}\")]`"
             .to_owned();
     }
-    if let Some(rule) = meant(word) {
+    let as_here = snake_case(word);
+    let known = RULES.iter().find(|rule| rule.key == as_here || rule.also_called.contains(&&*as_here));
+    if let Some(rule) = known {
+        return format!("unknown option `{word}`: it is `{}` here", rule.key);
+    }
+    if let Some(rule) = meant(&as_here) {
         return format!("unknown option `{word}`; did you mean `{}`?", rule.key);
     }
     if has_value {
@@ -168,17 +210,28 @@ pub(super) fn unknown(word: &str, has_value: bool) -> String {
     )
 }
 
-/// The option that somebody who wrote `word` most likely had in mind.
+/// `lockAtMostFor`, as annotations elsewhere are written, in the words of here.
+fn snake_case(word: &str) -> String {
+    let mut words = String::new();
+    let mut was_lowercase = false;
+    for letter in word.chars() {
+        if letter.is_uppercase() && was_lowercase {
+            words.push('_');
+        }
+        was_lowercase = letter.is_lowercase();
+        words.extend(letter.to_lowercase());
+    }
+    words
+}
+
+/// The option that was most likely meant by a word that is almost one.
 fn meant(word: &str) -> Option<&'static Rule> {
-    let synonym = RULES.iter().find(|rule| rule.also_called.contains(&word));
-    synonym.or_else(|| {
-        RULES
-            .iter()
-            .map(|rule| (edits(word, rule.key), rule))
-            .filter(|(edits, rule)| edits * 2 <= rule.key.len().max(word.chars().count()))
-            .min_by_key(|(edits, _)| *edits)
-            .map(|(_, rule)| rule)
-    })
+    RULES
+        .iter()
+        .map(|rule| (edits(word, rule.key), rule))
+        .filter(|(edits, rule)| edits * 2 <= rule.key.len().max(word.chars().count()))
+        .min_by_key(|(edits, _)| *edits)
+        .map(|(_, rule)| rule)
 }
 
 /// How many letters have to be put in, left out or exchanged to get from one word to the other (Levenshtein).

@@ -12,25 +12,13 @@ fn args(text: &str) -> Args {
 /// What the error points at, and what it says.
 fn refusal(text: &str) -> (String, String) {
     let Err(error) = syn::parse_str::<Args>(text) else { panic!("accepted: {text}") };
+    assert_eq!(error.clone().into_iter().count(), 1, "one error for one mistake: {text}");
     (error.span().source_text().unwrap_or_default(), error.to_string())
 }
 
 #[track_caller]
 fn refused(text: &str, at: &str, message: &str) {
     assert_eq!(refusal(text), (at.to_owned(), message.to_owned()));
-}
-
-/// As [`refused`], with one error for each of the two places.
-#[track_caller]
-fn refused_at_both(text: &str, (at, message): (&str, &str), other: &str) {
-    let Err(error) = syn::parse_str::<Args>(text) else { panic!("accepted: {text}") };
-    let places = error.into_iter().map(|error| (error.span().source_text().unwrap(), error.to_string()));
-    let excluded = format!("`{at}` can't stand together with this `{other}`");
-    assert_eq!(
-        places.collect::<Vec<_>>(),
-        [(at.to_owned(), message.to_owned()), (other.to_owned(), excluded)],
-        "{text}"
-    );
 }
 
 fn fixed_name(text: &str) -> String {
@@ -160,29 +148,40 @@ fn unknown_options() {
     refused(r#""a", tll = "3s""#, "tll", "unknown option `tll`; did you mean `ttl`?");
     refused(r#""a", lock = a"#, "lock", "unknown option `lock`; did you mean `locks`?");
     refused(r#""a", txn = a"#, "txn", "unknown option `txn`; did you mean `tx`?");
-    refused(r#""a", timeout = "3s""#, "timeout", "unknown option `timeout`; did you mean `wait`?");
+    refused(r#""a", at_lest = a"#, "at_lest", "unknown option `at_lest`; did you mean `at_least`?");
     // As other libraries call them.
     for (theirs, ours) in [
+        ("lockAtMostFor", "ttl"),
         ("lock_at_most_for", "ttl"),
-        ("lock_at_least_for", "at_least"),
-        ("at_lest", "at_least"),
+        ("lockAtLeastFor", "at_least"),
+        ("leaseTime", "ttl"),
+        ("lease_time", "ttl"),
+        ("expire", "ttl"),
+        ("acquireTimeout", "wait"),
         ("acquire_timeout", "wait"),
+        ("timeout", "wait"),
+        ("waitTime", "wait"),
+        ("blocking_timeout", "wait"),
+        ("blocking", "skip"),
+        ("max_hold_time", "at_most"),
+        ("TTL", "ttl"),
+        ("atMost", "at_most"),
+        ("transaction", "tx"),
         ("guard", "lease"),
         ("try_lock", "skip"),
         ("reentrancy", "reentrant"),
     ] {
-        let message = format!("unknown option `{theirs}`; did you mean `{ours}`?");
+        let message = format!("unknown option `{theirs}`: it is `{ours}` here");
         refused(&format!(r#""a", {theirs} = 1"#), theirs, &message);
     }
-    refused(r#""a", transaction = tx"#, "transaction", "unknown option `transaction`; did you mean `tx`?");
     refused(
         r#""a", colour = 3"#,
         "colour",
-        "unknown option `colour`; there are `ttl`, `wait`, `at_least`, `mode`, `locks`, `tx`, `lease`, `skip`, `reentrant`, \
-         `crate`",
+        "unknown option `colour`; there are `ttl`, `wait`, `at_least`, `at_most`, `mode`, `locks`, `tx`, `lease`, `skip`, \
+         `reentrant`, `crate`",
     );
-    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `at_least = \"30s\"`, `mode = row`, `locks = self.locks`, `tx = tx`, \
-                    `lease = lease`, `skip`, `reentrant = false`, `crate = my_crate::lock_db`";
+    let examples = "`ttl = \"30s\"`, `wait = \"5s\"`, `at_least = \"30s\"`, `at_most = \"10m\"`, `mode = row`, \
+                    `locks = self.locks`, `tx = tx`, `lease = lease`, `skip`, `reentrant = false`, `crate = my_crate::lock_db`";
     refused(r#""a", "b""#, r#""b""#, &format!("expected an option: {examples}"));
     refused(
         r#""a", order_id"#,
@@ -258,6 +257,15 @@ fn limits_of_durations() {
     );
     let no_effect = "an `at_least` of zero has no effect: leave it out";
     refused(r#""a", at_least = "0s""#, r#""0s""#, no_effect);
+    refused(r#""a", at_most = "49ms""#, r#""49ms""#, "an `at_most` is 50ms at least, as a `ttl` is");
+    refused(r#""a", at_most = "366days""#, r#""366days""#, "too long: 365 days at most");
+    assert_eq!(fixed_length(args(r#""a", at_most = "50ms""#).options.at_most), Duration::from_millis(50));
+    for option in ["ttl", "wait", "at_least", "at_most"] {
+        let negative = format!("`{option}` can't be negative");
+        refused(&format!("\"a\", {option} = \"-1s\""), "\"-1s\"", &negative);
+        refused(&format!("\"a\", {option} = \" - 1s\""), "\" - 1s\"", &negative);
+        refused(&format!("\"a\", {option} = -1"), "-1", &negative);
+    }
     refused(r#""a", at_least = "366days""#, r#""366days""#, "too long: 365 days at most");
     assert_eq!(fixed_length(args(r#""a", at_least = "1h""#).options.at_least), Duration::from_hours(1));
     refused(r#""a", ttl = "49ms""#, r#""49ms""#, "a `ttl` needs 50ms at least, to be renewed in time");
@@ -281,19 +289,25 @@ fn modes() {
 
 #[test]
 fn options_that_exclude_each_other() {
-    let no_ttl = ("ttl", "a row lock has no `ttl`: it ends with its transaction");
-    refused_at_both(r#""a", mode = row, ttl = "3s""#, no_ttl, "mode");
-    refused_at_both(r#""a", ttl = "3s", mode = row, tx = tx"#, no_ttl, "mode");
-    let not_kept = ("at_least", "a row lock can't be kept `at_least` so long: it ends with its transaction");
-    refused_at_both(r#""a", at_least = "1m", mode = row"#, not_kept, "mode");
-    refused_at_both(r#""a", mode = row, tx = tx, at_least = self.at_least"#, not_kept, "mode");
+    let no_ttl = "a row lock has no `ttl`: it ends with its transaction";
+    refused(r#""a", mode = row, ttl = "3s""#, "ttl", no_ttl);
+    refused(r#""a", ttl = "3s", mode = row, tx = tx"#, "ttl", no_ttl);
+    let not_kept = "a row lock can't be kept `at_least` so long: it ends with its transaction";
+    refused(r#""a", at_least = "1m", mode = row"#, "at_least", not_kept);
+    refused(r#""a", mode = row, tx = tx, at_least = self.at_least"#, "at_least", not_kept);
+    let not_taken_back = "a row lock can't be taken back after `at_most`: it ends with its transaction";
+    refused(r#""a", mode = row, at_most = "1m""#, "at_most", not_taken_back);
     let needs_row = "only a row lock is held by a transaction: write `mode = row` as well, or leave `tx` out";
     refused(r#""a", tx = transaction"#, "tx", needs_row);
-    refused_at_both(r#""a", mode = insert, tx = transaction"#, ("tx", needs_row), "mode");
-    let nothing_to_bind = ("lease", "there is no guard to bind: your own transaction holds the lock");
-    refused_at_both(r#""a", mode = row, tx = tx, lease = lease"#, nothing_to_bind, "tx");
+    refused(r#""a", mode = insert, tx = transaction"#, "tx", needs_row);
+    let nothing_to_bind = "there is no guard to bind: your own transaction holds the lock";
+    refused(r#""a", mode = row, tx = tx, lease = lease"#, "lease", nothing_to_bind);
     let always = "a transaction always takes its own locks again: they last until it ends, not until the function does";
-    refused_at_both(r#""a", reentrant = false, mode = row, tx = tx"#, ("reentrant", always), "tx");
+    refused(r#""a", reentrant = false, mode = row, tx = tx"#, "reentrant", always);
+    let too_short = "`at_most` is shorter than `at_least`";
+    refused(r#""a", at_least = "2m", at_most = "1m""#, "at_most", too_short);
+    args(r#""a", at_most = "1m", at_least = "1m""#);
+    args(r#""a", at_most = "1m", at_least = a"#);
     args(r#""a", reentrant = true, mode = row, tx = tx, skip"#);
 }
 
