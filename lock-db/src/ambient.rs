@@ -11,14 +11,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use self::shared_transaction::SharedTransaction;
-use crate::__private::Asked;
+use crate::__private::{Ask, Taken, TakingLock};
 use crate::database::LockDatabase;
+use crate::error::INSTALL;
 use crate::insert::{Hold, LeaseOptions};
-use crate::reentry::{self, Entered, Held, Inside, Lock};
+use crate::reentry::{self, Entered, Held, Lock};
 use crate::runtime::Runtime;
 use crate::{Error, Lease, Locks};
 
 pub use self::lease::AmbientLease;
+use self::lease::AnyLease;
 pub(crate) use self::shared_transaction::RowCall;
 
 static INSTALLED: OnceLock<Arc<dyn AnyLocks>> = OnceLock::new();
@@ -32,10 +34,13 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// Locks of whatever database.
 pub(crate) trait AnyLocks: Send + Sync {
     /// An insert lock, entered again if the caller is inside of it.
-    fn any_lease<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<(AmbientLease, Inside), Error>>;
+    fn lease(self: Arc<Self>, ask: Box<Ask>) -> TakingLock;
 
     /// A row lock in a transaction of its own, entered again if the caller is inside of it.
-    fn any_row<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<RowCall, Error>>;
+    fn row(self: Arc<Self>, ask: Box<Ask>) -> TakingLock;
+
+    /// What the body of an annotated function sees of a hold.
+    fn lease_of(&self, hold: Arc<Hold>) -> Box<dyn AnyLease>;
 
     fn as_any(&self) -> &dyn Any;
 
@@ -46,15 +51,16 @@ pub(crate) trait AnyLocks: Send + Sync {
 }
 
 impl<DB: LockDatabase> AnyLocks for Locks<DB> {
-    fn any_lease<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<(AmbientLease, Inside), Error>> {
-        Box::pin(async move {
-            let (lease, inside) = self.annotated_lease(asked).await?;
-            Ok((AmbientLease { lease: Box::new(lease) }, inside))
-        })
+    fn lease(self: Arc<Self>, ask: Box<Ask>) -> TakingLock {
+        Box::pin(async move { Ok(ask.or_skipped(self.annotated_lease(&ask).await)?.map(Taken::lease)) })
     }
 
-    fn any_row<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<RowCall, Error>> {
-        Box::pin(self.annotated_row(asked))
+    fn row(self: Arc<Self>, ask: Box<Ask>) -> TakingLock {
+        Box::pin(async move { Ok(ask.or_skipped(self.annotated_row(&ask).await)?.map(Taken::Row)) })
+    }
+
+    fn lease_of(&self, hold: Arc<Hold>) -> Box<dyn AnyLease> {
+        Box::new(Lease::new(hold, self.clone()))
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -84,61 +90,59 @@ pub(crate) fn scoped() -> Option<reentry::Instance> {
 
 /// What annotated functions take.
 impl<DB: LockDatabase> Locks<DB> {
-    pub(crate) async fn annotated_lease(&self, asked: Asked<'_>) -> Result<(Lease<DB>, Inside), Error> {
-        let lock = self.reentry_key(asked.name)?;
-        let Asked { ttl, at_least, at_most, .. } = asked;
+    async fn annotated_lease(&self, ask: &Ask) -> Result<Entered<Hold>, Error> {
+        let lock = self.reentry_key(&ask.name)?;
+        let &Ask { ttl, at_least, at_most, .. } = ask;
         let options = LeaseOptions { ttl, at_least, at_most, fair: None };
         options.check(self.default_ttl())?;
-        let patience = asked.patience(self.default_wait())?;
-        let entered = if let Some(entered) = self.nested::<Hold>(&lock, asked, patience).await? {
+        let patience = ask.patience(self.default_wait())?;
+        if let Some(entered) = self.nested::<Hold>(&lock, ask, patience).await? {
             entered.held.keep_for(at_least);
-            entered
-        } else {
-            let hold = self.hold(asked.name, &options, patience).await?;
-            // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
-            let none = || if patience.is_some() { Error::Closed } else { asked.taken_elsewhere() };
-            taken(lock, hold.ok_or_else(none)?, asked)
-        };
-        Ok((Lease::new(entered.held, self.clone()), entered.inside))
+            return Ok(entered);
+        }
+        let hold = self.hold(&ask.name, &options, patience).await?;
+        // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
+        let none = || if patience.is_some() { Error::Closed } else { ask.taken_elsewhere() };
+        Ok(taken(lock, hold.ok_or_else(none)?, ask))
     }
 
-    async fn annotated_row(&self, asked: Asked<'_>) -> Result<RowCall, Error> {
-        let lock = self.reentry_key(asked.name)?;
-        let patience = asked.patience(self.default_wait())?;
-        if let Some(entered) = self.nested(&lock, asked, patience).await? {
+    async fn annotated_row(&self, ask: &Ask) -> Result<RowCall, Error> {
+        let lock = self.reentry_key(&ask.name)?;
+        let patience = ask.patience(self.default_wait())?;
+        if let Some(entered) = self.nested(&lock, ask, patience).await? {
             return Ok(RowCall::inner(entered));
         }
         let runtime = Runtime::current()?;
-        let request = self.row_lock(asked.name);
+        let request = self.row_lock(&*ask.name);
         #[cfg_attr(not(feature = "testing"), allow(unused_mut))]
         let mut guard = if let Some(wait) = patience {
             request.wait(wait).acquire().await?
         } else {
-            request.try_acquire().await?.ok_or_else(|| asked.taken_elsewhere())?
+            request.try_acquire().await?.ok_or_else(|| ask.taken_elsewhere())?
         };
         #[cfg(feature = "testing")]
         guard.is_of_function();
         let (shared, outcome) = SharedTransaction::new(guard, runtime);
-        Ok(RowCall::outermost(taken(lock, shared, asked), outcome))
+        Ok(RowCall::outermost(taken(lock, shared, ask), outcome))
     }
 
     /// Enters the lock again that the caller is inside of, unless the function does not want that.
     async fn nested<H: Held>(
         &self,
         lock: &Lock,
-        asked: Asked<'_>,
+        ask: &Ask,
         patience: Option<Duration>,
     ) -> Result<Option<Entered<H>>, Error> {
-        if asked.is_reentrant {
+        if ask.is_reentrant {
             return reentry::enter(lock, patience.unwrap_or_default()).await;
         }
         reentry::refuse_nested(lock).map(|()| None)
     }
 }
 
-fn taken<H: Held>(lock: Lock, held: H, asked: Asked<'_>) -> Entered<H> {
+fn taken<H: Held>(lock: Lock, held: H, ask: &Ask) -> Entered<H> {
     let held = Arc::new(held);
-    if asked.is_reentrant { Entered::first(lock, held) } else { Entered::only(lock, held) }
+    if ask.is_reentrant { Entered::first(lock, held) } else { Entered::only(lock, held) }
 }
 
 pub(crate) fn not_installed(name: &str, reason: String) -> Error {
@@ -154,9 +158,9 @@ impl<DB: LockDatabase> Locks<DB> {
     /// [`Error::InvalidOption`] when there is one already, which stays.
     pub fn install(&self) -> Result<(), Error> {
         INSTALLED.set(Arc::new(self.clone())).map_err(|_| Error::InvalidOption {
-            option: "install",
-            value: "called twice".into(),
-            reason: "the process has its `Locks` already; use `locks.scope(..)` for a task",
+            option: INSTALL,
+            value: INSTALLED.get().map_or(DB::NAME, |installed| installed.database()).into(),
+            reason: "for a second database write `locks = …` in the attribute, or run its calls inside `locks.scope(..)`",
         })
     }
 

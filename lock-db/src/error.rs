@@ -72,7 +72,7 @@ pub enum Error {
     },
 
     /// An option has a value that can't work. Nothing was sent.
-    #[error("option `{option}` can't be {value}: {reason}")]
+    #[error("{}", invalid_option(option, value, reason))]
     InvalidOption {
         /// The option.
         option: &'static str,
@@ -241,8 +241,8 @@ impl std::fmt::Display for NoReentry {
                  outside of the lock, or leave `reentrant = false` out"
             }
             Self::GuardInUse => {
-                "a function around this one has bound its guard by `lease = …`: hand the guard on as an argument, and take \
-                 it there by `tx = …` instead"
+                "a function around this one has bound its guard by `lease = …`: hand the guard on as an argument (`guard: &mut RowGuard<_>`), \
+                 and take it there by `tx = guard` instead"
             }
         })
     }
@@ -283,6 +283,16 @@ impl std::fmt::Display for Loss {
             }
         })
     }
+}
+
+/// As the option of [`Error::InvalidOption`], with the database of the `Locks` that is installed as its value.
+pub(crate) const INSTALL: &str = "install";
+
+fn invalid_option(option: &str, value: &str, reason: &str) -> String {
+    if option == INSTALL {
+        return format!("`install()` was called already: this process uses its {value} `Locks`; {reason}");
+    }
+    format!("option `{option}` can't be {value}: {reason}")
 }
 
 impl Error {

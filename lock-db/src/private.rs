@@ -1,36 +1,45 @@
 //! What the code that `#[distributed_lock]` writes calls. Not part of the public interface: it changes together with
 //! the macro, which is released in the same version.
+//!
+//! Each annotated function is compiled with its own copy of what is generic over its body, and each nested call has the
+//! frames of all that polls on its stack. So as little as possible is generic here, and little of it is polled around a body:
+//! [`run`] and [`Call`] only hand on, and `call.rs` does the work, once for all functions.
 
 #[path = "private/ask.rs"]
 mod ask;
-#[path = "private/held.rs"]
-mod held;
+#[path = "private/bound.rs"]
+mod bound;
+#[path = "private/call.rs"]
+mod call;
 #[path = "private/name.rs"]
 mod name;
 #[path = "private/output.rs"]
 mod output;
+#[path = "private/transaction.rs"]
+mod transaction;
 
 use std::sync::Arc;
 
-use sqlx::Transaction;
-use sqlx::pool::PoolConnection;
-
-pub use self::ask::{Ask, Asked, Policy, Skips, Waits, ask};
-pub(crate) use self::held::LeaseHandle;
-pub use self::held::{HeldIn, HeldLease, HeldRow, HeldRowGuard};
+pub use self::ask::{Ask, ask};
+pub use self::bound::{Binding, Bound, LeaseHandle};
+use self::bound::{BindsGuard, BindsLease};
+pub use self::call::{Call, Lock, run, run_or_skip, run_row, run_row_or_skip};
+pub(crate) use self::call::{Taken, TakingLock};
 pub use self::name::{NamesLock, name};
 pub use self::output::{LockedOutput, SkippableOutput};
+pub use self::transaction::{HeldIn, IsTransaction, row_in, run_in, transaction};
 use crate::ambient::{self, AmbientLease, AnyLocks};
 use crate::database::LockDatabase;
-use crate::{Error, Lease, Locks};
+use crate::insert::Hold;
+use crate::{Error, Lease, Locks, RowGuard};
 
 /// Where an annotated function finds its locks when it names none: in its task, else in its process.
 #[derive(Clone)]
 pub struct Source(Option<Arc<dyn AnyLocks>>);
 
 impl Source {
-    fn locks(&self, name: &str) -> Result<&dyn AnyLocks, Error> {
-        self.0.as_deref().ok_or_else(|| ambient::not_installed(name, "no `Locks` is installed".into()))
+    fn locks(&self, name: &str) -> Result<Arc<dyn AnyLocks>, Error> {
+        self.0.clone().ok_or_else(|| ambient::not_installed(name, "no `Locks` is installed".into()))
     }
 }
 
@@ -47,167 +56,87 @@ pub fn explicit<DB: LockDatabase>(locks: &Locks<DB>) -> Locks<DB> {
 }
 
 /// What `locks = …` and its absence have in common.
-pub trait TakesLocks {
+pub trait TakesLocks: Clone + Send + 'static {
     /// What the body sees of an insert lock.
-    type Lease;
+    type Lease: LeaseHandle;
 
-    fn lease(&self, asked: Asked<'_>) -> impl Future<Output = Result<HeldLease<Self::Lease>, Error>> + Send;
+    /// The same, whatever the database: what follows is compiled once, and not for each function.
+    fn source(self) -> Source;
 
-    fn row(&self, asked: Asked<'_>) -> impl Future<Output = Result<HeldRow, Error>> + Send;
+    #[allow(private_interfaces)]
+    fn lease_of(&self, hold: Arc<Hold>) -> Result<Self::Lease, Error>;
 }
 
 impl TakesLocks for Source {
     type Lease = AmbientLease;
 
-    async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<AmbientLease>, Error> {
-        let (lease, inside) = self.locks(asked.name)?.any_lease(asked).await?;
-        Ok(HeldLease { taken: Some((lease, inside)) })
+    fn source(self) -> Source {
+        self
     }
 
-    async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
-        let call = self.locks(asked.name)?.any_row(asked).await?;
-        Ok(HeldRow { taken: Some(call) })
+    #[allow(private_interfaces)]
+    fn lease_of(&self, hold: Arc<Hold>) -> Result<AmbientLease, Error> {
+        let lease = self.locks(hold.name().shown())?.lease_of(hold);
+        Ok(AmbientLease { lease })
     }
 }
 
 impl<DB: LockDatabase> TakesLocks for Locks<DB> {
     type Lease = Lease<DB>;
 
-    // Boxed, as the other one is: the future is part of the annotated function's own.
-    async fn lease(&self, asked: Asked<'_>) -> Result<HeldLease<Lease<DB>>, Error> {
-        let (lease, inside) = Box::pin(self.annotated_lease(asked)).await?;
-        Ok(HeldLease { taken: Some((lease, inside)) })
+    fn source(self) -> Source {
+        Source(Some(Arc::new(self)))
     }
 
-    async fn row(&self, asked: Asked<'_>) -> Result<HeldRow, Error> {
-        let call = self.any_row(asked).await?;
-        Ok(HeldRow { taken: Some(call) })
+    #[allow(private_interfaces)]
+    fn lease_of(&self, hold: Arc<Hold>) -> Result<Lease<DB>, Error> {
+        Ok(Lease::new(hold, self.clone()))
     }
 }
 
 /// Takes an insert lock, or enters it again.
-pub async fn insert<S: TakesLocks, P: Policy>(
-    source: S,
-    ask: Ask<'_, P>,
-) -> Result<P::Taken<HeldLease<S::Lease>>, Error> {
-    #[cfg(feature = "testing")]
-    if ask.asked.is_switched_off()? {
-        return ask.settle(Ok(HeldLease { taken: None }));
-    }
-    ask.settle(source.lease(ask.asked).await)
+#[must_use]
+pub fn insert(locks: impl TakesLocks, ask: Box<Ask>) -> Lock {
+    take(&locks.source(), ask, AnyLocks::lease)
 }
 
 /// Takes a row lock in a transaction of its own, or enters it again.
-pub async fn row<P: Policy>(source: impl TakesLocks, ask: Ask<'_, P>) -> Result<P::Taken<HeldRow>, Error> {
+#[must_use]
+pub fn row(locks: impl TakesLocks, ask: Box<Ask>) -> Lock {
+    take(&locks.source(), ask, AnyLocks::row)
+}
+
+/// Takes an insert lock as [`insert`], whose lease the body binds.
+#[must_use]
+pub fn insert_bound<L: TakesLocks>(locks: L, mut ask: Box<Ask>) -> (Lock, Binding<L::Lease>) {
+    ask.binds();
+    let (binding, slot) = Binding::new();
+    (insert(locks.clone(), ask).binding(BindsLease { locks, slot }), binding)
+}
+
+/// Takes a row lock as [`row`], whose guard the body binds.
+#[must_use]
+pub fn row_bound<DB: LockDatabase>(locks: Locks<DB>, mut ask: Box<Ask>) -> (Lock, Binding<RowGuard<DB>>) {
+    ask.binds();
+    let (binding, slot) = Binding::new();
+    (row(locks, ask).binding(BindsGuard(slot)), binding)
+}
+
+fn take(source: &Source, ask: Box<Ask>, from: fn(Arc<dyn AnyLocks>, Box<Ask>) -> TakingLock) -> Lock {
     #[cfg(feature = "testing")]
-    if ask.asked.is_switched_off()? {
-        return ask.settle(Ok(HeldRow { taken: None }));
+    match ask.is_switched_off() {
+        Ok(false) => {}
+        Ok(true) => return Lock::switched_off(),
+        Err(error) => return Lock::refused(error),
     }
-    ask.settle(source.row(ask.asked).await)
-}
-
-/// Takes a row lock as [`row`], and hands its guard to the body.
-pub async fn row_guard<DB: LockDatabase, P: Policy>(
-    locks: Locks<DB>,
-    ask: Ask<'_, P>,
-) -> Result<P::Taken<HeldRowGuard<DB>>, Error> {
-    #[cfg(feature = "testing")]
-    ask.asked.is_switched_off()?;
-    let held = locks.row(ask.asked).await.and_then(|held| HeldRowGuard::bind(held, ask.asked.name));
-    ask.settle(held)
-}
-
-/// Takes a row lock in the caller's transaction. Within one transaction the database itself is re-entrant, so frames have no
-/// part in it.
-pub async fn row_in<T: InTransaction, P: Policy>(
-    source: impl SourceFor<T::Database>,
-    ask: Ask<'_, P>,
-    transaction: &mut T,
-) -> Result<P::Taken<HeldIn>, Error> {
-    #[cfg(feature = "testing")]
-    if ask.asked.is_switched_off()? {
-        return ask.settle(Ok(HeldIn { held: None }));
-    }
-    let Asked { name, .. } = ask.asked;
-    let locks = source.find(name)?;
-    let lock = locks.row_lock(name);
-    let connection = transaction.connection();
-    let held = match ask.asked.patience(locks.default_wait())? {
-        // A caller that waits gets it or an error.
-        Some(wait) => lock.take_in(connection, Some(wait)).await.and_then(|held| held.ok_or(Error::Closed)),
-        None => lock
-            .take_in(connection, None)
-            .await
-            .and_then(|held| held.ok_or_else(|| ask.asked.taken_elsewhere())),
-    };
-    ask.settle(held.map(|held| HeldIn { held: Some(held) }))
-}
-
-/// Locks of the database that a transaction is in.
-pub trait SourceFor<DB: LockDatabase> {
-    fn find(&self, name: &str) -> Result<Locks<DB>, Error>;
-}
-
-impl<DB: LockDatabase> SourceFor<DB> for Locks<DB> {
-    fn find(&self, _name: &str) -> Result<Locks<DB>, Error> {
-        Ok(self.clone())
+    match source.locks(&ask.name) {
+        Ok(locks) => Lock::taking(from(locks, ask)),
+        Err(error) => Lock::refused(error),
     }
 }
 
-impl<DB: LockDatabase> SourceFor<DB> for Source {
-    fn find(&self, name: &str) -> Result<Locks<DB>, Error> {
-        let locks = self.locks(name)?;
-        locks.as_any().downcast_ref::<Locks<DB>>().cloned().ok_or_else(|| {
-            let (installed, wanted) = (locks.database(), DB::NAME);
-            let reason = format!("the transaction is of {wanted}, the ambient `Locks` of {installed}");
-            ambient::not_installed(name, reason)
-        })
-    }
-}
-
-/// What `tx = …` may be.
-#[diagnostic::on_unimplemented(
-    message = "`{Self}` is no transaction that a row lock can be taken in",
-    label = "expected a `sqlx::Transaction` or a connection of PostgreSQL, MySQL or SQLite",
-    note = "the cargo feature of the database has to be on in lock-db, too: `postgres`, `mysql` or `sqlite`"
-)]
-pub trait InTransaction {
-    type Database: LockDatabase;
-
-    fn connection(&mut self) -> &mut <Self::Database as sqlx::Database>::Connection;
-}
-
-impl<DB: LockDatabase> InTransaction for Transaction<'_, DB> {
-    type Database = DB;
-
-    fn connection(&mut self) -> &mut DB::Connection {
-        self
-    }
-}
-
-impl<DB: LockDatabase> InTransaction for PoolConnection<DB> {
-    type Database = DB;
-
-    fn connection(&mut self) -> &mut DB::Connection {
-        self
-    }
-}
-
-macro_rules! connections {
-    ($($feature:literal $database:ty, $connection:ty;)*) => {$(
-        #[cfg(feature = $feature)]
-        impl InTransaction for $connection {
-            type Database = $database;
-
-            fn connection(&mut self) -> &mut Self {
-                self
-            }
-        }
-    )*};
-}
-
-connections! {
-    "postgres" sqlx::Postgres, sqlx::PgConnection;
-    "mysql" sqlx::MySql, sqlx::MySqlConnection;
-    "sqlite" sqlx::Sqlite, sqlx::SqliteConnection;
+/// For an answer that is never given.
+#[must_use]
+pub fn closed() -> Error {
+    Error::Closed
 }

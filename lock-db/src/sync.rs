@@ -105,6 +105,13 @@ mod chosen {
             self.0.with(|value| value.borrow().as_ref().map(read)).ok_or(NotInScope)
         }
 
+        pub(crate) fn sync_scope<R>(&'static self, value: T, part: impl FnOnce() -> R) -> R {
+            let outer = self.0.with(|current| current.replace(Some(value)));
+            let output = part();
+            self.0.with(|current| current.replace(outer));
+            output
+        }
+
         pub(crate) fn scope<F: Future>(
             &'static self,
             value: T,

@@ -1,12 +1,13 @@
 //! The code that the attribute writes. It changes the body of the function in place and keeps the signature as it is.
 
 mod function;
+mod further;
 mod output;
 
 use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::{Attribute, Expr, ItemFn, Result, Stmt, Type};
+use syn::{Expr, ItemFn, Result, Stmt, Type};
 
 use self::function::AsyncBody;
 use crate::args::{Args, Given, Length, Mode, Name};
@@ -31,48 +32,25 @@ pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
 }
 
 fn lock(args: Args, mut function: ItemFn) -> Result<ItemFn> {
-    let mut locks = vec![args];
-    locks.extend(further_locks(&mut function));
-    for Given { value: lease, .. } in locks.iter().filter_map(|args| args.options.lease.as_ref()) {
+    if let Some(Given { value: lease, .. }) = &args.options.lease {
         function::check_binding(&function.sig, lease)?;
     }
     let bindings = function::async_trait_bindings(&function.sig);
     let (block, shape) = function::async_block(&function.sig, &mut function.block)?;
     let output = output::of(&function.sig, shape)?;
-    let mut body = function::split(block, bindings);
-    for args in locks.iter().rev() {
-        body.statements = Code { args, output: output.as_ref() }.locked(&body);
+    let code = Code { args, output };
+    if !further::lock_inside(block, &code) {
+        let body = function::split(block, bindings);
+        let locked = code.locked(&body);
+        block.stmts = body.bindings.into_iter().chain(locked).collect();
     }
-    block.stmts = body.bindings.into_iter().chain(body.statements).collect();
     Ok(function)
 }
 
-/// The locks of the same function that are written below. By itself each attribute would wrap what those above it have
-/// made, and so take its lock before them; who reads the source expects it the other way round.
-fn further_locks(function: &mut ItemFn) -> Vec<Args> {
-    let read = |attribute: &Attribute| -> Option<Args> {
-        let path = attribute.path();
-        // What can't be read stays where it is, and says so by itself.
-        path.segments
-            .last()
-            .filter(|last| last.ident == "distributed_lock")
-            .and_then(|_| attribute.parse_args().ok())
-    };
-    let mut locks = Vec::new();
-    function.attrs.retain(|attribute| match read(attribute) {
-        Some(args) => {
-            locks.push(args);
-            false
-        }
-        None => true,
-    });
-    locks
-}
-
 /// What the written code depends on.
-struct Code<'a> {
-    args: &'a Args,
-    output: Option<&'a Type>,
+struct Code {
+    args: Args,
+    output: Option<Type>,
 }
 
 /// The span of everything that is not the caller's: names of ours and of the caller can't meet, and lints know that
@@ -86,7 +64,7 @@ fn ours_at(code: &impl ToTokens) -> Span {
     ours().located_at(code.span())
 }
 
-impl Code<'_> {
+impl Code {
     /// `lock_db::__private`; mistakes in how it is used are shown at the span.
     fn private(&self, span: Span) -> TokenStream {
         let given = self.args.options.lock_db.as_ref().map(|given| given.value.to_token_stream());
@@ -96,102 +74,136 @@ impl Code<'_> {
 
     /// The body: take the lock, run the statements under it, and return what came of it.
     fn locked(&self, body: &AsyncBody) -> Vec<Stmt> {
-        let taken = self.taken(body.receiver.as_ref());
-        let run = self.run(body);
-        let refused = self.on_output("LockedOutput", "refused", &quote_spanned!(ours()=> __error));
-        let not_refused = if self.args.options.skip.is_some() {
-            let skipped = self.on_output("SkippableOutput", "skipped", &TokenStream::new());
-            quote_spanned! {ours()=>
-                ::core::result::Result::Ok(::core::option::Option::Some(__held)) => #run,
-                ::core::result::Result::Ok(::core::option::Option::None) => ::core::result::Result::Ok(#skipped),
-            }
-        } else {
-            quote_spanned!(ours()=> ::core::result::Result::Ok(__held) => #run,)
+        let options = &self.args.options;
+        let code = match (options.mode(), &options.tx) {
+            (Mode::Row, Some(Given { value: tx, .. })) => self.in_transaction(tx, body),
+            (mode, _) => self.by_itself(mode, body),
         };
         // A lifetime that is too short is noticed here: it then points at the return type.
-        let returned = quote_spanned! {self.at_output()=>
-            match __outcome {
-                ::core::result::Result::Ok(__output) => __output,
-                ::core::result::Result::Err(__error) => #refused,
-            }
-        };
-        let code = quote_spanned! {ours()=>
-            let __taken = #taken;
-            let __outcome = match __taken {
-                #not_refused
-                ::core::result::Result::Err(__error) => ::core::result::Result::Err(__error),
-            };
-            #returned
-        };
-        vec![Stmt::Expr(Expr::Verbatim(code), None)]
+        let returned = quote_spanned!(self.at_output()=> __output);
+        vec![Stmt::Expr(Expr::Verbatim(quote_spanned!(ours()=> #code #returned)), None)]
     }
 
-    /// Takes the lock. All that it evaluates is gone behind it, so that the body may move the arguments.
-    fn taken(&self, receiver: Option<&Ident>) -> TokenStream {
+    /// A lock that the function takes and ends. All that is evaluated for it is gone before the body, which may move the
+    /// arguments.
+    fn by_itself(&self, mode: Mode, body: &AsyncBody) -> TokenStream {
+        let private = self.private(ours());
+        let options = &self.args.options;
+        let binds = options.lease.is_some();
+        let take = match mode {
+            Mode::Insert if binds => "insert_bound",
+            Mode::Insert => "insert",
+            Mode::Row if binds => "row_bound",
+            Mode::Row => "row",
+        };
+        let run = match (mode, options.skip.is_some()) {
+            (Mode::Insert, false) => "run",
+            (Mode::Insert, true) => "run_or_skip",
+            (Mode::Row, false) => "run_row",
+            (Mode::Row, true) => "run_row_or_skip",
+        };
+        let (take, run) = (Ident::new(take, ours()), Ident::new(run, ours()));
+        let ask = self.ask(body.receiver.as_ref());
+        let bound = if binds {
+            quote_spanned!(ours()=> (__lock, __binding))
+        } else {
+            quote_spanned!(ours()=> __lock)
+        };
+        let mut answers = self.on_output("LockedOutput", "refused");
+        if mode == Mode::Row {
+            let stands = self.on_output("LockedOutput", "stands");
+            answers.extend(quote_spanned!(ours()=> , #stands));
+        }
+        if options.skip.is_some() {
+            let skipped = self.on_output("SkippableOutput", "skipped");
+            answers.extend(quote_spanned!(ours()=> , #skipped));
+        }
+        let body = self.body(body);
+        quote_spanned! {ours()=>
+            let #bound = { #ask #private::#take(__locks, __ask) };
+            let __output = #private::#run(__lock, #body, #answers).await;
+        }
+    }
+
+    /// A lock in the caller's transaction, which ends it.
+    fn in_transaction(&self, tx: &Expr, body: &AsyncBody) -> TokenStream {
+        let private = self.private(ours());
+        let ask = self.ask(body.receiver.as_ref());
+        let tokens = with_receiver(tx, body.receiver.as_ref());
+        let at_tx = self.private(ours_at(tx));
+        let span = ours_at(tx);
+        let transaction = quote_spanned!(span=> #at_tx::transaction(&mut *(#tokens)));
+        let connection = quote_spanned!(span=> __transaction.connection());
+        let refused = self.on_output("LockedOutput", "refused");
+        // Without `skip` there is always a lock or an error.
+        let skipped = if self.args.options.skip.is_some() {
+            let skipped = self.on_output("SkippableOutput", "skipped");
+            quote_spanned!(ours()=> #skipped())
+        } else {
+            quote_spanned!(ours()=> #refused(#private::closed()))
+        };
+        let body = self.body(body);
+        quote_spanned! {ours()=>
+            let __held = {
+                #ask
+                let mut __transaction = #transaction;
+                #private::row_in(__locks, __ask, #connection).await
+            };
+            let __output = match __held {
+                ::core::result::Result::Ok(::core::option::Option::Some(__held)) => {
+                    #private::run_in(__held, #body).await
+                }
+                ::core::result::Result::Ok(::core::option::Option::None) => #skipped,
+                ::core::result::Result::Err(__error) => #refused(__error),
+            };
+        }
+    }
+
+    /// What is asked for, as `__locks` and `__ask`: the name, and the options that were given.
+    fn ask(&self, receiver: Option<&Ident>) -> TokenStream {
         let private = self.private(ours());
         let options = &self.args.options;
         let locks = self.source(receiver);
         let name = self.name(receiver);
-        let ask = self.ask(receiver);
-        let taken = match (options.mode(), &options.tx) {
-            (Mode::Insert, _) => quote_spanned!(ours()=> #private::insert(__locks, #ask).await),
-            (Mode::Row, None) if options.lease.is_some() => {
-                quote_spanned!(ours()=> #private::row_guard(__locks, #ask).await)
-            }
-            (Mode::Row, None) => quote_spanned!(ours()=> #private::row(__locks, #ask).await),
-            (Mode::Row, Some(Given { value: tx, .. })) => {
-                let tokens = with_receiver(tx, receiver);
-                let (span, private) = (ours_at(tx), self.private(ours_at(tx)));
-                quote_spanned!(span=> #private::row_in(__locks, #ask, &mut *(#tokens)).await)
-            }
-        };
-        quote_spanned! {ours()=>
-            {
-                let __locks = #locks;
-                let __name = #name;
-                #taken
-            }
-        }
-    }
-
-    /// What is asked for: the name, and the options that were given.
-    fn ask(&self, receiver: Option<&Ident>) -> TokenStream {
-        let private = self.private(ours());
-        let options = &self.args.options;
-        let mut ask = quote_spanned!(ours()=> #private::ask(&*__name));
-        for (method, given) in
-            [("ttl", &options.ttl), ("wait", &options.wait), ("at_least", &options.at_least)]
-        {
+        let mut calls = TokenStream::new();
+        for (method, given) in [
+            ("ttl", &options.ttl),
+            ("wait", &options.wait),
+            ("at_least", &options.at_least),
+            ("at_most", &options.at_most),
+        ] {
             if let Some(given) = given {
                 let (method, length) = (Ident::new(method, ours()), length(given, receiver));
-                ask.extend(quote_spanned!(ours()=> .#method(#length)));
+                calls.extend(quote_spanned!(ours()=> __ask.#method(#length);));
             }
         }
         if matches!(options.reentrant, Some(Given { value: false, .. })) {
-            ask.extend(quote_spanned!(ours()=> .not_reentrant()));
-        }
-        if options.lease.is_some() {
-            ask.extend(quote_spanned!(ours()=> .with_lease()));
+            calls.extend(quote_spanned!(ours()=> __ask.not_reentrant();));
         }
         if options.skip.is_some() {
-            ask.extend(quote_spanned!(ours()=> .or_skip()));
+            calls.extend(quote_spanned!(ours()=> __ask.or_skip();));
         }
-        ask
+        let mutable = (!calls.is_empty()).then(|| quote_spanned!(ours()=> mut));
+        quote_spanned! {ours()=>
+            let __locks = #locks;
+            let #mutable __ask = #private::ask(#name);
+            #calls
+        }
     }
 
-    /// Calls a function of a trait that the return type has to have. Nothing else needs the type to be of a certain form:
+    /// A function of a trait that the return type has to have. Nothing else needs the type to be of a certain form:
     /// so a wrong one is reported once, there.
-    fn on_output(&self, of_trait: &str, function: &str, arguments: &TokenStream) -> TokenStream {
+    fn on_output(&self, of_trait: &str, function: &str) -> TokenStream {
         let span = self.at_output();
         let private = self.private(span);
-        let output = self.output.filter(|output| !output::contains_impl_trait(output));
+        let output = self.output.as_ref().filter(|output| !output::contains_impl_trait(output));
         let output = output.map_or_else(|| quote_spanned!(span=> _), ToTokens::to_token_stream);
         let (of_trait, function) = (Ident::new(of_trait, span), Ident::new(function, span));
-        quote_spanned!(span=> <#output as #private::#of_trait>::#function(#arguments))
+        quote_spanned!(span=> <#output as #private::#of_trait>::#function)
     }
 
     fn at_output(&self) -> Span {
-        self.output.map_or_else(ours, ours_at)
+        self.output.as_ref().map_or_else(ours, ours_at)
     }
 
     fn source(&self, receiver: Option<&Ident>) -> TokenStream {
@@ -223,62 +235,46 @@ impl Code<'_> {
         }
     }
 
-    /// Runs the body and ends the lock.
+    /// The body, as a future. The call that it is an argument of boxes it: it would otherwise be copied into each future on
+    /// the way, and functions with a lock that call one another would more than triple in size with each call.
     ///
-    /// The body is boxed: it would otherwise be copied into each future on the way, and functions with a lock that call
-    /// one another would more than triple in size with each call.
-    fn run(&self, body: &AsyncBody) -> TokenStream {
+    /// `further.rs` knows the forms of what is written here.
+    fn body(&self, body: &AsyncBody) -> TokenStream {
         // Items in front of other statements stay there: a lint wants them so.
         let items = body.statements.iter().take_while(|statement| matches!(statement, Stmt::Item(_))).count();
         let (items, statements) = body.statements.split_at(items);
         let return_edge = self.return_edge();
         let mut block = Group::new(Delimiter::Brace, quote!(#(#items)* #return_edge #(#statements)*));
         block.set_span(body.end);
-        let body = quote_spanned!(ours()=> ::std::boxed::Box::pin(async move #block));
-        let options = &self.args.options;
-        let lease = options.lease.as_ref().map(|given| &given.value);
-        match (options.mode(), &options.tx) {
-            (Mode::Insert, _) => {
-                let binding = lease.map(|lease| quote_spanned!(ours()=> let #lease = __held.lease();));
-                quote_spanned! {ours()=>
-                    {
-                        #binding
-                        let __body = #body;
-                        let __outcome = __held.run(__body).await;
-                        __held.end(__outcome).await
-                    }
-                }
+        let Some(Given { value: lease, .. }) = &self.args.options.lease else {
+            return quote_spanned!(ours()=> async move #block);
+        };
+        let (bound, reference) = match self.args.options.mode() {
+            Mode::Insert => (quote_spanned!(ours()=> __bound), quote_spanned!(ours()=> &*__bound)),
+            Mode::Row => (quote_spanned!(ours()=> mut __bound), quote_spanned!(ours()=> &mut *__bound)),
+        };
+        // As what a function returns, it may be coerced to that.
+        let of_type = self.output.as_ref().map(|output| {
+            let output = output::erase_impl_trait(output);
+            quote_spanned!(ours()=> : #output)
+        });
+        // What the last expression of the body borrows from the guard is dropped with its statement, and so before the guard,
+        // in the older editions, too.
+        quote_spanned! {ours()=>
+            async move {
+                let #bound = __binding.bound();
+                let #lease = #reference;
+                let __output #of_type = #block;
+                #[allow(unreachable_code)]
+                __output
             }
-            (Mode::Row, None) => {
-                let parts =
-                    lease.map(|lease| quote_spanned!(ours()=> let mut __held = __held; let (#lease, __inside) = __held.parts();));
-                let inside = if lease.is_some() { "__inside" } else { "__held" };
-                let inside = Ident::new(inside, ours());
-                let stands = self.on_output("LockedOutput", "stands", &quote_spanned!(ours()=> &__output));
-                quote_spanned! {ours()=>
-                    {
-                        #parts
-                        let __body = #body;
-                        let __output = #inside.run(__body).await;
-                        let __stands = #stands;
-                        __held.end(__output, __stands).await
-                    }
-                }
-            }
-            // The transaction is the caller's, and so is its end.
-            (Mode::Row, Some(_)) => quote_spanned! {ours()=>
-                {
-                    let __body = #body;
-                    ::core::result::Result::Ok(__held.run(__body).await)
-                }
-            },
         }
     }
 
     /// Never runs. It tells the compiler what the block returns before it looks at the statements: they may then rely on
     /// coercions as in a function.
     fn return_edge(&self) -> Option<TokenStream> {
-        let output = output::erase_impl_trait(self.output?);
+        let output = output::erase_impl_trait(self.output.as_ref()?);
         Some(quote_spanned! {ours_at(&output)=>
             if let ::core::option::Option::Some(__output) = ::core::option::Option::None::<#output> {
                 return __output;

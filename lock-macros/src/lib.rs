@@ -72,6 +72,7 @@ use proc_macro::TokenStream;
 /// | [`ttl`](#ttl-and-wait) | a duration | the default of the `Locks`: 30 s |
 /// | [`wait`](#ttl-and-wait) | a duration | the default of the `Locks`: 30 s |
 /// | [`at_least`](#at_least) | a duration | zero |
+/// | [`at_most`](#at_most) | a duration | no limit |
 /// | [`skip`](#skip) | none | after the wait it fails |
 /// | [`mode`](#mode) | `insert`, `row` | `insert` |
 /// | [`lease`](#lease-the-guard-in-the-body) | a name | the body does not see the guard |
@@ -117,6 +118,23 @@ use proc_macro::TokenStream;
 /// The function does not wait for that: the release writes the moment, by the database's clock, into the row, so that it
 /// holds whatever becomes of this process. A process that dies before the body has ended leaves the lock free after its
 /// `ttl`, as ever: the work was not done.
+///
+/// ## `at_most`
+///
+/// ```
+/// # use lock_db::{Error, distributed_lock};
+/// /// An import that hangs is stopped after an hour, and the next one may run.
+/// #[distributed_lock("import", at_most = "1h")]
+/// async fn import() -> Result<(), Error> {
+///     // …
+/// #   Ok(())
+/// }
+/// ```
+///
+/// For how long the call may have the lock, counted from the grant: 50 ms to 365 days, and no less than `at_least`. Then
+/// the lock is released, the body's future is dropped at the `.await` where it stands, and the function returns
+/// `Error::Lost` (`Loss::HeldTooLong`). A nested call keeps to the time of the lock that it enters. See
+/// `InsertLock::at_most`.
 ///
 /// ## `skip`
 ///
@@ -184,6 +202,18 @@ use proc_macro::TokenStream;
 /// A row lock binds the guard of its transaction. Functions that are called from the body get the guard as an argument and
 /// take it by [`tx`](#tx-the-callers-transaction); a nested function that binds the same guard gets `Error::Reentry`.
 ///
+/// ```
+/// # use lock_db::{Error, Locks, RowGuard, distributed_lock};
+/// # use sqlx::Postgres;
+/// # #[distributed_lock("stock:{sku}", mode = row, lease = guard, locks = locks)]
+/// # async fn order(locks: &Locks<Postgres>, sku: i64) -> Result<(), Error> { take_out(locks, guard, sku).await }
+/// #[distributed_lock("stock:{sku}", mode = row, tx = guard, locks = locks)]
+/// async fn take_out(locks: &Locks<Postgres>, guard: &mut RowGuard<Postgres>, sku: i64) -> Result<(), Error> {
+///     // …
+/// #   Ok(())
+/// }
+/// ```
+///
 /// ## `tx`: the caller's transaction
 ///
 /// ```
@@ -197,8 +227,12 @@ use proc_macro::TokenStream;
 /// ```
 ///
 /// Takes the row lock in this transaction: no second connection, and the lock ends when the caller commits or rolls
-/// back, which may be after the function has returned. It may be a `&mut Transaction`, a `mut tx: Transaction` that the
-/// body commits, or a `&mut` connection that is in a transaction.
+/// back, which may be after the function has returned. It may be a `&mut Transaction`, a `&mut RowGuard`, a
+/// `&mut GuardedTransaction`, one of them by value (`mut tx: Transaction`) that the body commits, or a `&mut` connection
+/// that is in a transaction. In a function that is generic over the database that is a `&mut DB::Connection` where
+/// `DB: LockDatabase`, or a `&mut C` where `C: sqlx::Connection, C::Database: LockDatabase<Connection = C>`.
+///
+/// A guard of the same lock enters it again, in its own transaction: nothing is waited for.
 ///
 /// ## `locks`
 ///
@@ -323,13 +357,9 @@ use proc_macro::TokenStream;
 /// ```text
 /// async fn pay(order_id: i64) -> Result<Receipt, PayError> {
 ///     let name = format!("order:{order_id}");
-///     let held = match ambient_locks().insert_lock(name).ttl(…).wait(…).acquire_or_enter_again().await {
-///         Ok(held) => held,
-///         Err(error) => return Err(PayError::from(error)),
-///     };
-///     let body = Box::pin(async move { /* the body as it was; `?` and `return` end here */ });
-///     let outcome = held.run(body).await;         // on loss `body` is dropped, and this is the error
-///     held.end(outcome).await                     // releases, and waits for that
+///     let lock = ambient_locks().insert_lock(name).ttl(…).wait(…);
+///     // Takes the lock, or enters it again; runs the body, and drops it on loss; releases the lock, and waits for that.
+///     run(lock, async move { /* the body as it was; `?` and `return` end here */ }, PayError::from).await
 /// }
 /// ```
 ///
@@ -352,7 +382,8 @@ use proc_macro::TokenStream;
 /// ```
 ///
 /// Two locks on one function are an exception: they are taken as they are read, **from the top down**, and released the
-/// other way round. Write them in the same order everywhere.
+/// other way round, also where the attribute has another name (`use lock_db::distributed_lock as locked`). Write them in the
+/// same order everywhere.
 ///
 /// ```
 /// # use lock_db::{Error, distributed_lock};

@@ -23,6 +23,8 @@ mod names;
 mod outcomes;
 #[path = "macro_forms/rows.rs"]
 mod rows;
+#[path = "macro_forms/several.rs"]
+mod several;
 
 use std::fmt::Display;
 use std::sync::Arc;

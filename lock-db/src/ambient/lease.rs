@@ -112,7 +112,6 @@ pub(crate) trait AnyLease: std::fmt::Debug + Send + Sync {
     fn lost(&self) -> BoxFuture<'_, ()>;
     fn database(&self) -> &'static str;
     fn as_any(&self) -> &dyn Any;
-    fn hold(&self) -> &Hold;
     fn into_hold(self: Box<Self>) -> Arc<Hold>;
 }
 
@@ -147,10 +146,6 @@ impl<DB: LockDatabase> AnyLease for Lease<DB> {
 
     fn as_any(&self) -> &dyn Any {
         self
-    }
-
-    fn hold(&self) -> &Hold {
-        LeaseHandle::hold(self)
     }
 
     fn into_hold(self: Box<Self>) -> Arc<Hold> {

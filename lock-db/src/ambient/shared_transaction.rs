@@ -8,9 +8,7 @@
 //! ends last.
 
 use std::any::Any;
-use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -210,14 +208,14 @@ impl RowCall {
         Self { shared: Some(held), role, inside }
     }
 
-    /// Runs the body, from which others may enter.
-    pub(crate) async fn run<F: Future>(&self, body: F) -> F::Output {
-        let mut body = pin!(self.inside.scope(body));
-        poll_fn(|context| {
-            let _poll = self.begin_poll();
-            body.as_mut().poll(context)
-        })
-        .await
+    pub(crate) fn inside(&self) -> &Inside {
+        &self.inside
+    }
+
+    /// Polls the body, from which others may enter.
+    pub(crate) fn poll_in<R>(&self, poll: impl FnOnce() -> R) -> R {
+        let _poll = self.begin_poll();
+        self.inside.enter(poll)
     }
 
     fn begin_poll(&self) -> Option<BodyPoll> {
@@ -294,11 +292,12 @@ impl RowCall {
     /// # Errors
     ///
     /// [`Error::Reentry`] when another body works with it.
-    pub(crate) fn take_guard<DB: LockDatabase>(&self, name: &str) -> Result<RowGuard<DB>, Error> {
-        let in_use = || Error::Reentry { name: name.to_owned(), reason: NoReentry::GuardInUse };
+    pub(crate) fn take_guard<DB: LockDatabase>(&self) -> Result<RowGuard<DB>, Error> {
+        let name = || self.shared.as_ref().map(|shared| shared.name.clone()).unwrap_or_default();
+        let in_use = || Error::Reentry { name: name(), reason: NoReentry::GuardInUse };
         let guard = self.shared.as_ref().and_then(|shared| shared.slot().take()).ok_or_else(in_use)?;
         // A frame belongs to one `Locks`, and so to one database.
-        let gone = |_| Error::Lost { name: name.to_owned(), reason: Loss::TransactionEnded };
+        let gone = |_| Error::Lost { name: name(), reason: Loss::TransactionEnded };
         guard.into_any().downcast::<RowGuard<DB>>().map(|guard| *guard).map_err(gone)
     }
 

@@ -144,7 +144,7 @@ impl Hold {
         if Arc::strong_count(&self) > 1 {
             self.check()?;
         }
-        Arc::into_inner(self).map_or(Ok(GivenUp(None)), Self::release)
+        Arc::into_inner(self).map_or(Ok(GivenUp(None)), Self::begin_release)
     }
 
     /// Runs work under the lease. When the lease is lost first, the work is dropped where it stands; not when the work
@@ -166,7 +166,12 @@ impl Hold {
         }
     }
 
-    fn release(self) -> Result<GivenUp, Error> {
+    /// As the last owner.
+    pub(crate) async fn release(self) -> Result<(), Error> {
+        self.begin_release()?.end().await
+    }
+
+    fn begin_release(self) -> Result<GivenUp, Error> {
         if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
             return Ok(GivenUp(None));
         }

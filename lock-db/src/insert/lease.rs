@@ -32,7 +32,7 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
 #[must_use = "the lock is released as soon as the lease is dropped"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    pub(crate) hold: Arc<Hold>,
+    hold: Arc<Hold>,
     locks: Locks<DB>,
 }
 
@@ -47,6 +47,10 @@ impl<DB: LockDatabase> Lease<DB> {
         #[cfg(feature = "testing")]
         locks.lease_is_open(&hold);
         Self::new(hold, locks)
+    }
+
+    pub(crate) fn into_hold(self) -> Arc<Hold> {
+        self.hold
     }
 
     /// The name of the lock.

@@ -1,33 +1,34 @@
 //! What an annotated function asks for, and what becomes of it when somebody else has the lock.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use crate::error::WaitingFor;
 use crate::{Error, limits};
 
-/// A lock that is asked for, by the options of the attribute.
-#[derive(Clone, Copy)]
-pub struct Ask<'a, P = Waits> {
-    pub(crate) asked: Asked<'a>,
-    policy: P,
-}
-
-#[derive(Clone, Copy)]
-/// What a lock is asked for with, whatever the policy.
-pub struct Asked<'a> {
-    pub(crate) name: &'a str,
+/// A lock that is asked for, by the options of the attribute. It owns its name, so that taking the lock borrows nothing from
+/// the function.
+pub struct Ask {
+    pub(crate) name: Cow<'static, str>,
     pub(crate) ttl: Option<Duration>,
     wait: Option<Duration>,
     pub(crate) at_least: Duration,
     pub(crate) at_most: Option<Duration>,
     skips: bool,
     pub(crate) is_reentrant: bool,
-    binds_lease: bool,
+    #[cfg(feature = "testing")]
+    binds_guard: bool,
 }
 
 #[must_use]
-pub fn ask(name: &str) -> Ask<'_> {
-    let asked = Asked {
+#[allow(clippy::unnecessary_box_returns)]
+pub fn ask(name: impl Into<Cow<'static, str>>) -> Box<Ask> {
+    ask_named(name.into())
+}
+
+#[allow(clippy::unnecessary_box_returns)]
+fn ask_named(name: Cow<'static, str>) -> Box<Ask> {
+    Box::new(Ask {
         name,
         ttl: None,
         wait: None,
@@ -35,65 +36,47 @@ pub fn ask(name: &str) -> Ask<'_> {
         at_most: None,
         skips: false,
         is_reentrant: true,
-        binds_lease: false,
-    };
-    Ask { asked, policy: Waits }
+        #[cfg(feature = "testing")]
+        binds_guard: false,
+    })
 }
 
-impl<'a> Ask<'a> {
-    #[must_use]
-    pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.asked.ttl = Some(ttl);
-        self
+/// Boxed, and changed where it is: in unoptimised programs all that the function hands on stays on the stack of every call
+/// inside of it, as often as it was handed on.
+impl Ask {
+    pub fn ttl(&mut self, ttl: Duration) {
+        self.ttl = Some(ttl);
     }
 
-    #[must_use]
-    pub fn wait(mut self, wait: Duration) -> Self {
-        self.asked.wait = Some(wait);
-        self
+    pub fn wait(&mut self, wait: Duration) {
+        self.wait = Some(wait);
     }
 
-    #[must_use]
-    pub fn at_least(mut self, at_least: Duration) -> Self {
-        self.asked.at_least = at_least;
-        self
+    pub fn at_least(&mut self, at_least: Duration) {
+        self.at_least = at_least;
     }
 
-    #[must_use]
-    pub fn at_most(mut self, at_most: Duration) -> Self {
-        self.asked.at_most = Some(at_most);
-        self
+    pub fn at_most(&mut self, at_most: Duration) {
+        self.at_most = Some(at_most);
     }
 
-    #[must_use]
-    pub fn not_reentrant(mut self) -> Self {
-        self.asked.is_reentrant = false;
-        self
+    pub fn not_reentrant(&mut self) {
+        self.is_reentrant = false;
     }
 
-    #[must_use]
-    pub fn with_lease(mut self) -> Self {
-        self.asked.binds_lease = true;
-        self
+    pub fn or_skip(&mut self) {
+        self.skips = true;
     }
 
-    #[must_use]
-    pub fn or_skip(mut self) -> Ask<'a, Skips> {
-        self.asked.skips = true;
-        Ask { asked: self.asked, policy: Skips }
-    }
-}
-
-impl<P: Policy> Ask<'_, P> {
-    pub(crate) fn settle<H>(&self, taken: Result<H, Error>) -> Result<P::Taken<H>, Error> {
-        match taken {
-            Ok(held) => Ok(self.policy.taken(held)),
-            Err(error) => self.policy.not_taken(error),
+    /// The body binds the guard, so it can't run without one.
+    #[cfg_attr(not(feature = "testing"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
+    pub(super) fn binds(&mut self) {
+        #[cfg(feature = "testing")]
+        {
+            self.binds_guard = true;
         }
     }
-}
 
-impl Asked<'_> {
     /// How long to wait. `None`: not at all, which is what `skip` does unless a `wait` says otherwise.
     pub(crate) fn patience(&self, default: Duration) -> Result<Option<Duration>, Error> {
         match self.wait {
@@ -105,11 +88,11 @@ impl Asked<'_> {
     /// Whether the function is to run without its lock.
     #[cfg(feature = "testing")]
     pub(crate) fn is_switched_off(&self) -> Result<bool, Error> {
-        let is_switched_off = crate::testing::runs_without_lock(self.name, self.ttl, self.wait)?;
+        let is_switched_off = crate::testing::runs_without_lock(&self.name, self.ttl, self.wait)?;
         limits::check_at_least(self.at_least)?;
         limits::check_at_most(self.at_most, self.at_least)?;
-        if is_switched_off && self.binds_lease {
-            return Err(crate::testing::no_lease(self.name));
+        if is_switched_off && self.binds_guard {
+            return Err(crate::testing::no_lease(&self.name));
         }
         Ok(is_switched_off)
     }
@@ -117,58 +100,24 @@ impl Asked<'_> {
     /// Somebody has it, and nobody waits.
     pub(crate) fn taken_elsewhere(&self) -> Error {
         Error::Timeout {
-            name: self.name.to_owned(),
+            name: self.name.clone().into_owned(),
             waited: Duration::ZERO,
             waiting_for: WaitingFor::Lock,
             held_by: None,
         }
     }
-}
 
-/// What becomes of a call that finds the lock held elsewhere.
-pub trait Policy: Copy {
-    type Taken<H>;
-
-    fn taken<H>(self, held: H) -> Self::Taken<H>;
-
-    fn not_taken<H>(self, error: Error) -> Result<Self::Taken<H>, Error>;
-}
-
-/// It fails when its wait is over.
-#[derive(Clone, Copy)]
-pub struct Waits;
-
-impl Policy for Waits {
-    type Taken<H> = H;
-
-    fn taken<H>(self, held: H) -> H {
-        held
-    }
-
-    fn not_taken<H>(self, error: Error) -> Result<H, Error> {
-        Err(error)
-    }
-}
-
-/// It is skipped. Only when the lock was held: a pool without connections, say, is no reason to believe that somebody
-/// else does the work.
-#[derive(Clone, Copy)]
-pub struct Skips;
-
-impl Policy for Skips {
-    type Taken<H> = Option<H>;
-
-    fn taken<H>(self, held: H) -> Option<H> {
-        Some(held)
-    }
-
-    fn not_taken<H>(self, error: Error) -> Result<Option<H>, Error> {
-        match error {
-            Error::Timeout { waiting_for: WaitingFor::Lock | WaitingFor::Sibling, name, .. } => {
+    /// The lock, unless it is held elsewhere and the function is to be skipped then. Only when it was *held*: a pool without
+    /// connections, say, is no reason to believe that somebody else does the work.
+    pub(crate) fn or_skipped<T>(&self, taken: Result<T, Error>) -> Result<Option<T>, Error> {
+        match taken {
+            Err(Error::Timeout { waiting_for: WaitingFor::Lock | WaitingFor::Sibling, name, .. })
+                if self.skips =>
+            {
                 tracing::debug!(lock = name, "held elsewhere: the annotated function is skipped");
                 Ok(None)
             }
-            error => Err(error),
+            taken => taken.map(Some),
         }
     }
 }

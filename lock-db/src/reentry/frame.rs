@@ -1,7 +1,9 @@
 //! Frames: the holders that the calling code is inside of.
 
 use std::any::Any;
+use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -117,6 +119,36 @@ impl Inside {
     /// Runs the work of the call, from which others may enter.
     pub(crate) fn scope<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
         Arc::clone(&self.frames).scope(work)
+    }
+
+    /// Runs a part of the work, such as one poll.
+    pub(crate) fn enter<R>(&self, part: impl FnOnce() -> R) -> R {
+        FRAMES.sync_scope(Arc::clone(&self.frames), part)
+    }
+
+    /// Drops a part of the work. That may be when the thread's locals are gone already, where nobody can be inside of
+    /// anything; tokio knows what to do then when it drops a future, and only then.
+    pub(crate) fn drop_within(&self, drops: impl FnOnce()) {
+        drop(self.scope(WhenDropped(Some(drops))));
+    }
+}
+
+/// A future that is not polled.
+struct WhenDropped<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Future for WhenDropped<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+}
+
+impl<F: FnOnce()> Drop for WhenDropped<F> {
+    fn drop(&mut self) {
+        if let Some(drops) = self.0.take() {
+            drops();
+        }
     }
 }
 

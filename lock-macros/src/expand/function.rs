@@ -172,7 +172,7 @@ pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
 /// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
 /// wrapped it already: then the arguments still have their own names.
 pub(super) fn split(block: &mut Block, bindings: Option<usize>) -> AsyncBody {
-    let end = Span::mixed_site().located_at(block.brace_token.span.close());
+    let end = end_of(block);
     let mut statements = mem::take(&mut block.stmts);
     let edge = usize::from(matches!(statements.first(), Some(Stmt::Expr(Expr::If(_), _))));
     let bound = bindings.map_or(0, |count| edge + count);
@@ -180,8 +180,15 @@ pub(super) fn split(block: &mut Block, bindings: Option<usize>) -> AsyncBody {
         return AsyncBody { bindings: Vec::new(), receiver: None, statements, end };
     }
     let behind = statements.split_off(bound);
-    let receiver = statements.iter().find_map(receiver).cloned();
+    let receiver = statements.iter().find_map(|statement| match statement {
+        Stmt::Local(local) => receiver(local).cloned(),
+        _ => None,
+    });
     AsyncBody { bindings: statements, receiver, statements: behind, end }
+}
+
+pub(super) fn end_of(block: &Block) -> Span {
+    Span::mixed_site().located_at(block.brace_token.span.close())
 }
 
 /// `let x = x;` or `let (a, b) = { let __arg = __arg; __arg };`
@@ -198,10 +205,8 @@ fn is_binding(statement: &Stmt) -> bool {
 }
 
 /// The name in `let __self = self;`.
-fn receiver(statement: &Stmt) -> Option<&Ident> {
-    let Stmt::Local(Local { pat: Pat::Ident(pattern), init: Some(init), .. }) = statement else {
-        return None;
-    };
+pub(super) fn receiver(local: &Local) -> Option<&Ident> {
+    let (Pat::Ident(pattern), Some(init)) = (&local.pat, &local.init) else { return None };
     match &*init.expr {
         Expr::Path(path) if path.path.is_ident("self") => Some(&pattern.ident),
         _ => None,

@@ -35,6 +35,15 @@ fn points_at(item: &str) -> String {
     error.err().unwrap().span().source_text().unwrap()
 }
 
+#[track_caller]
+fn in_order(code: &str, parts: &[&str]) {
+    let mut rest = code;
+    for part in parts {
+        let at = rest.find(part).unwrap_or_else(|| panic!("`{part}` is missing or out of order: {code}"));
+        rest = &rest[at..];
+    }
+}
+
 const FUNCTION: &str = "async fn f(id: i64) -> Result<i64, Error> { Ok(id) }";
 
 const PRIVATE: &str = ":: lock_db :: __private ::";
@@ -42,80 +51,126 @@ const PRIVATE: &str = ":: lock_db :: __private ::";
 #[test]
 fn an_insert_lock() {
     let code = function(r#""a:{id}", ttl = "1500ms""#, FUNCTION);
-    let taken = format!(
-        "{PRIVATE} insert (__locks , {PRIVATE} ask (& * __name) . ttl (:: core :: time :: Duration :: new (1u64 , \
-         500000000u32))) . await"
-    );
-    assert!(code.contains(&taken), "{code}");
-    assert!(code.contains(":: lock_db :: __private :: ambient ()"), "{code}");
-    assert!(code.contains(r#":: std :: format ! ("a:{id}")"#), "{code}");
-    assert!(code.contains("__held . run (__body) . await"), "{code}");
-    assert!(!code.contains("__held . lease"), "{code}");
+    let order = [
+        "let __locks = :: lock_db :: __private :: ambient () ;",
+        r#"let mut __ask = :: lock_db :: __private :: ask (:: std :: format ! ("a:{id}")) ;"#,
+        "__ask . ttl (:: core :: time :: Duration :: new (1u64 , 500000000u32)) ;",
+        ":: lock_db :: __private :: insert (__locks , __ask)",
+        ":: lock_db :: __private :: run (__lock , async move {",
+        "< Result < i64 , Error > as :: lock_db :: __private :: LockedOutput > :: refused) . await",
+        "__output",
+    ];
+    in_order(&code, &order);
+    assert!(!code.contains("__bound"), "{code}");
+    let code = function(r#""a", at_least = "1s", at_most = "2s", wait = WAIT"#, FUNCTION);
+    in_order(&code, &["__ask . wait (", "__ask . at_least (", "__ask . at_most ("]);
 }
 
 #[test]
 fn row_locks() {
     let code = function(r#""a", mode = row"#, FUNCTION);
-    assert!(code.contains("__private :: row (__locks"), "{code}");
-    assert!(code.contains("__held . end (__output , __stands)"), "{code}");
+    let order = [
+        "__private :: row (__locks",
+        "__private :: run_row (__lock , async move",
+        ":: refused , <",
+        ":: stands)",
+    ];
+    in_order(&code, &order);
     let code = function(r#""a", mode = row, tx = tx"#, FUNCTION);
-    assert!(code.contains("__private :: row_in (__locks") && code.contains("& mut * (tx)"), "{code}");
-    assert!(code.contains("Ok (__held . run (__body) . await)"), "{code}");
-    assert!(!code.contains("__held . end"), "{code}");
+    let order = [
+        "__private :: transaction (& mut * (tx))",
+        "__private :: row_in (__locks , __ask , __transaction . connection ()) . await",
+        "__private :: run_in (__held , async move",
+    ];
+    in_order(&code, &order);
 }
 
 #[test]
 fn guards_for_the_body() {
     let code = function(r#""a", lease = lease"#, FUNCTION);
-    assert!(code.contains("ask (& * __name) . with_lease ()"), "{code}");
-    assert!(code.contains("let lease = __held . lease () ; let __body ="), "{code}");
+    let order = [
+        "let (__lock , __binding) = {",
+        "insert_bound (__locks , __ask)",
+        "async move { let __bound = __binding . bound () ; let lease = & * __bound ; let __output : Result < i64 , Error > = {",
+    ];
+    in_order(&code, &order);
     let code = function(r#""a", lease = guard, mode = row, locks = locks"#, FUNCTION);
-    assert!(code.contains("__private :: row_guard (__locks"), "{code}");
-    assert!(code.contains("let (guard , __inside) = __held . parts () ; let __body ="), "{code}");
+    in_order(&code, &["row_bound (__locks", "let mut __bound", "let guard = & mut * __bound ;"]);
     refused(r#""a", lease = id"#, FUNCTION, &["the function has an argument `id` already"]);
 }
 
 #[test]
 fn skipping_and_entering_again() {
     let code = function(r#""a", skip"#, FUNCTION);
-    assert!(code.contains("ask (& * __name) . or_skip ()"), "{code}");
-    let skipped = format!("< Result < i64 , Error > as {PRIVATE} SkippableOutput > :: skipped ()");
-    assert!(code.contains(&skipped), "{code}");
+    assert!(code.contains("__ask . or_skip () ;"), "{code}");
+    let skipped = format!("< Result < i64 , Error > as {PRIVATE} SkippableOutput > :: skipped");
+    in_order(&code, &["run_or_skip (__lock , async move", ":: refused ,", &skipped]);
+    let code = function(r#""a", skip, mode = row"#, FUNCTION);
+    in_order(&code, &["run_row_or_skip (__lock , async move", ":: refused ,", ":: stands ,", ":: skipped"]);
     let code = function(r#""a", reentrant = false, wait = self.wait, skip"#, FUNCTION);
-    assert!(code.contains(". not_reentrant () . or_skip ()"), "{code}");
+    assert!(code.contains("__ask . not_reentrant () ; __ask . or_skip () ;"), "{code}");
     let code = function(r#""a", reentrant = true"#, FUNCTION);
     assert!(!code.contains("reentrant") && !code.contains("skip"), "{code}");
 }
 
+/// As the compiler does it: each attribute with what the one above it has made.
+fn below(upper: &str, lower: &str, item: &str) -> String {
+    let code = function(upper, item);
+    function(lower, &code)
+}
+
 #[test]
 fn several_locks_are_taken_from_the_top_down() {
-    let item = "#[first] #[lock_db::distributed_lock(\"b\", ttl = \"1s\")] #[second] #[distributed_lock(\"c\", skip)] \
-                async fn f() -> R { work() }";
+    // Whatever the lower one is called.
+    let item = "#[first] #[locked(\"b\", ttl = \"1s\")] async fn f() -> R { work() }";
+    assert!(function(r#""a""#, item).starts_with(r#"# [first] # [locked ("b" , ttl = "1s")] async fn f"#));
+
+    for (options, last) in
+        [("", ""), (", lease = lease", ", lease = lease"), ("", ", mode = row, tx = tx"), (", skip", "")]
+    {
+        let item = "async fn f() -> R { const A: u8 = 1; work() }";
+        let code = below(&format!("\"a\"{options}"), &format!("\"b\"{options}"), item);
+        let code = function(&format!("\"c\"{last}"), &code);
+        let order = ["ask (\"a\")", "ask (\"b\")", "ask (\"c\")", "const A", "None :: < R >", "work ()"];
+        in_order(&code, &order);
+        assert_eq!(code.matches("None :: < R >").count(), 3, "one for each body: {code}");
+    }
+
+    // The lower one is named by the guard of the upper one.
+    let code = below(r#""a", lease = upper"#, "upper.name()", "async fn f() -> R { work() }");
+    in_order(&code, &["let upper =", "(upper . name ())", "work ()"]);
+}
+
+#[test]
+fn several_locks_with_other_attributes_between() {
+    let code = below("self.first()", "self.second()", ASYNC_TRAIT);
+    in_order(&code, &["let (a , b)", "(__self . first ())", "(__self . second ())", "let __ret : R"]);
+
+    // As `#[tracing::instrument]` wraps that: seen from outside, `self` has its own name again.
+    let code = function("self.first()", ASYNC_TRAIT);
+    let (before, after) = code.split_once("async move {").unwrap();
+    let (inside, behind) = after.rsplit_once("})").unwrap();
+    let instrumented =
+        format!("{before} async move {{ let span = span!(); async move {{ {inside} }}.await }}) {behind}");
+    let code = function("self.second()", &instrumented);
+    let order = ["let span", "let (a , b)", "(__self . first ())", "(__self . second ())", "let __ret : R"];
+    in_order(&code, &order);
+
+    // As `#[tokio::test]` writes it.
+    let code = function("first()", "async fn f() -> Result<(), E> { work() }");
+    let (_, body) = code.split_once('{').unwrap();
+    let waited_for =
+        format!("fn f() -> Result<(), E> {{ let body = async {{ {body}; return block_on(body); }}");
+    let code = function("second()", &waited_for);
+    in_order(&code, &["let body = async {", "(first ())", "(second ())", "work ()", "block_on"]);
+}
+
+/// What only looks like a lock from afar.
+#[test]
+fn code_of_others_is_no_lock() {
+    let item = "async fn f() -> R { async fn inner() -> R { lock_db::__private::run(a, async move { b() }, c).await } run(a, async move { d() }).await }";
     let code = function(r#""a""#, item);
-    let order = ["# [first] # [second]", "__name = \"a\"", "__name = \"b\"", "__name = \"c\"", "work ()"];
-    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
-    assert!(places.is_sorted() && !code.contains("distributed_lock"), "{code}");
-
-    // One that is wrong says so itself, once.
-    let code =
-        function(r#""a""#, "#[distributed_lock(tll)] #[distributed_lock] async fn f() -> R { work() }");
-    assert!(code.starts_with("# [distributed_lock] async"), "{code}");
-    let code = function(r#""a""#, "#[distributed_lock(1)] async fn f() -> R { work() }");
-    assert!(code.starts_with("# [distributed_lock (1)] async"), "{code}");
-
-    let code = function(
-        "self.name()",
-        &format!("#[distributed_lock(\"b:{{self}}\", locks = self.locks)] {}", ASYNC_TRAIT.trim()),
-    );
-    let order = [
-        "let (a , b)",
-        "__self . name ()",
-        "self = __self",
-        "explicit (& (__self . locks))",
-        "let __ret : R",
-    ];
-    let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
-    assert!(places[..2].is_sorted() && places[4] > places[3], "{code}");
+    in_order(&code, &["ask (\"a\")", "async fn inner", "b ()", "d ()"]);
 }
 
 #[test]
@@ -138,7 +193,7 @@ fn attributes_and_items_keep_their_places() {
                 work(); Ok(()) }";
     let code = function(r#""a""#, item);
     assert!(code.starts_with("# [doc"), "{code}");
-    let order = ["# ! [allow (unused)]", "__taken", "const A", "use b :: C", "if let", "work ()"];
+    let order = ["# ! [allow (unused)]", "__ask", "const A", "use b :: C", "if let", "work ()"];
     let places: Vec<_> = order.iter().map(|part| code.find(part).unwrap()).collect();
     assert!(places.is_sorted(), "{code}");
 }
@@ -148,7 +203,7 @@ fn impl_trait_is_not_named_in_the_body() {
     let code = function(r#""a""#, "async fn f() -> Result<Vec<impl Iterator<Item = u8>>, E> { Ok(vec![]) }");
     assert_eq!(code.matches("impl").count(), 1, "{code}");
     assert!(code.contains("None :: < Result < Vec < _ > , E > >"), "{code}");
-    assert!(code.contains("< _ as :: lock_db :: __private :: LockedOutput > :: refused"), "{code}");
+    assert!(code.contains("< _ as :: lock_db :: __private :: LockedOutput > :: refused)"), "{code}");
 }
 
 /// As `#[async_trait]` writes it.
@@ -182,11 +237,7 @@ fn async_trait_functions() {
         "None :: < R >",
         "let __ret : R",
     ];
-    let mut rest = code.as_str();
-    for part in order {
-        let at = rest.find(part).unwrap_or_else(|| panic!("`{part}` is missing or out of order: {code}"));
-        rest = &rest[at..];
-    }
+    in_order(&code, &order);
     assert!(code.contains("Box :: pin (async move"), "{code}");
 
     let code = function(r#""a:{self}""#, ASYNC_TRAIT);

@@ -21,6 +21,8 @@ for_each_database! {
     a_panic_rolls_it_back_and_frees_the_lock,
     a_dropped_call_rolls_it_back_and_frees_the_lock,
     one_body_at_a_time_works_with_the_transaction,
+    a_guard_is_handed_on,
+    guards_that_a_function_takes_over,
 }
 
 async fn with_account<T: TestDatabase>(database: &T) -> Locks<T::Database> {
@@ -230,4 +232,100 @@ async fn one_body_at_a_time_works_with_the_transaction<T: TestDatabase>(database
     assert_eq!(balances(database).await, 1);
     around(&locks).await.unwrap();
     assert_eq!(balances(database).await, 3);
+}
+
+/// As the message of `NoReentry::GuardInUse` advises.
+#[distributed_lock("account", mode = row, tx = guard, locks = locks)]
+async fn on_guard<DB: Backend>(locks: &Locks<DB>, guard: &mut RowGuard<DB>) -> Result<(), Error> {
+    deposit::<DB>(guard).await;
+    Ok(())
+}
+
+/// Whatever database it is.
+#[distributed_lock("account", mode = row, tx = connection, locks = locks)]
+async fn on_any<DB: Backend>(locks: &Locks<DB>, connection: &mut DB::Connection) -> Result<(), Error> {
+    deposit::<DB>(connection).await;
+    Ok(())
+}
+
+/// Whatever connection it is.
+#[distributed_lock("other", mode = row, tx = connection, locks = locks, skip)]
+async fn on_connection<C>(locks: &Locks<C::Database>, connection: &mut C) -> Result<(), Error>
+where
+    C: sqlx::Connection,
+    C::Database: LockDatabase<Connection = C>,
+{
+    assert!(connection.is_in_transaction());
+    Ok(())
+}
+
+#[distributed_lock("other", mode = row, tx = transaction, locks = locks)]
+async fn on_guarded<DB: Backend>(
+    locks: &Locks<DB>,
+    transaction: &mut GuardedTransaction<DB>,
+) -> Result<(), Error> {
+    deposit::<DB>(transaction).await;
+    Ok(())
+}
+
+#[distributed_lock("other", mode = row, tx = transaction, locks = locks)]
+async fn on_transaction<DB: Backend>(
+    locks: &Locks<DB>,
+    transaction: &mut sqlx::Transaction<'_, DB>,
+) -> Result<(), Error> {
+    deposit::<DB>(transaction).await;
+    Ok(())
+}
+
+#[distributed_lock("account", mode = row, lease = guard, locks = locks)]
+async fn hands_on<DB: Backend>(locks: &Locks<DB>, fails: bool) -> Result<(), Error> {
+    on_guard(locks, guard).await?;
+    on_any(locks, guard).await?;
+    on_connection(locks, &mut **guard).await?;
+    if fails { Err(Error::Closed) } else { Ok(()) }
+}
+
+async fn a_guard_is_handed_on<T: TestDatabase>(database: &T) {
+    let locks = with_account(database).await;
+    let failed = hands_on(&locks, true).await;
+    assert!(matches!(failed, Err(Error::Closed)), "{failed:?}");
+    assert_eq!(balances(database).await, 0);
+    hands_on(&locks, false).await.unwrap();
+    assert_eq!(balances(database).await, 2);
+    locks.row_lock("account").try_acquire().await.unwrap().unwrap().rollback().await.unwrap();
+}
+
+#[distributed_lock("account", mode = row, tx = guard, locks = locks)]
+async fn takes_over<DB: Backend>(locks: &Locks<DB>, mut guard: RowGuard<DB>) -> Result<(), Error> {
+    deposit::<DB>(&mut guard).await;
+    guard.commit().await
+}
+
+#[distributed_lock("other", mode = row, tx = transaction, locks = locks)]
+async fn takes_over_guarded<DB: Backend>(
+    locks: &Locks<DB>,
+    mut transaction: GuardedTransaction<DB>,
+) -> Result<(), Error> {
+    deposit::<DB>(&mut transaction).await;
+    transaction.commit().await
+}
+
+async fn guards_that_a_function_takes_over<T: TestDatabase>(database: &T) {
+    let locks = with_account(database).await;
+    let guard = locks.row_lock("account").acquire().await.unwrap();
+    takes_over(&locks, guard).await.unwrap();
+    assert_eq!(balances(database).await, 1);
+    locks.row_lock("account").try_acquire().await.unwrap().unwrap().rollback().await.unwrap();
+
+    let lease = locks.insert_lock("lease").acquire().await.unwrap();
+    let mut transaction = lease.begin().await.unwrap();
+    on_guarded(&locks, &mut transaction).await.unwrap();
+    takes_over_guarded(&locks, transaction).await.unwrap();
+    assert_eq!(balances(database).await, 3);
+    lease.release().await.unwrap();
+
+    let mut transaction = database.pool(2).await.begin().await.unwrap();
+    on_transaction(&locks, &mut transaction).await.unwrap();
+    transaction.commit().await.unwrap();
+    assert_eq!(balances(database).await, 4);
 }

@@ -9,6 +9,13 @@ use futures_util::future::poll_immediate;
 use tokio::runtime::Handle;
 
 use super::*;
+
+impl RowCall {
+    async fn run<F: Future>(&self, body: F) -> F::Output {
+        let mut body = std::pin::pin!(body);
+        std::future::poll_fn(|context| self.poll_in(|| body.as_mut().poll(context))).await
+    }
+}
 use crate::reentry::{Instance, Lock, enter};
 use crate::runtime::Runtime;
 
