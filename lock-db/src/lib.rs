@@ -12,6 +12,7 @@ mod bounds;
 mod clock;
 mod connecting;
 mod database;
+mod dropped_at_once;
 mod error;
 mod in_transaction;
 mod info;

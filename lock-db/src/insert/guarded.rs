@@ -29,7 +29,7 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 /// orders the two, and no clock, pause or network can change that.
 ///
 /// The lease is released only when its last guarded transaction has ended. Dropping the transaction rolls it back.
-#[must_use = "the transaction is rolled back when it is dropped"]
+#[must_use = "bind it to a name (`let mut transaction = …`); `let _ = …` rolls it back at once"]
 #[clippy::has_significant_drop]
 pub struct GuardedTransaction<DB: LockDatabase> {
     transaction: OwnTransaction<DB, KeptByTransaction>,

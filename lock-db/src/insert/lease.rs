@@ -10,6 +10,7 @@ use super::{GuardedTransaction, release_quietly};
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::clock::timeout;
 use crate::database::{Fault, Guarded, LockDatabase};
+use crate::dropped_at_once::Watched;
 use crate::error::{Failure, Loss, WaitingFor};
 use crate::session::Request;
 use crate::{Error, Locks};
@@ -29,16 +30,16 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
 ///
 /// The clock behind `is_held` is the operating system's monotonic clock, which stands still while a machine is
 /// suspended.
-#[must_use = "the lock is released as soon as the lease is dropped"]
+#[must_use = "bind it to a name (`let _lease = …`); `let _ = …` releases it at once"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    hold: Arc<Hold>,
+    hold: Watched<Arc<Hold>>,
     locks: Locks<DB>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
     pub(crate) fn new(hold: Arc<Hold>, locks: Locks<DB>) -> Self {
-        Self { hold, locks }
+        Self { hold: Watched::unwatched(hold), locks }
     }
 
     /// A guard that the caller holds, rather than a function around it.
@@ -46,11 +47,16 @@ impl<DB: LockDatabase> Lease<DB> {
         let hold = Arc::new(hold);
         #[cfg(feature = "testing")]
         locks.lease_is_open(&hold);
-        Self::new(hold, locks)
+        Self { hold: Watched::new(hold, |hold| hold.name().shown().into()), locks }
+    }
+
+    /// One of several that are handed out together.
+    pub(super) fn unwatched(self) -> Self {
+        Self::new(self.hold.into_inner(), self.locks)
     }
 
     pub(crate) fn into_hold(self) -> Arc<Hold> {
-        self.hold
+        self.hold.into_inner()
     }
 
     /// The name of the lock.
@@ -111,7 +117,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// [`Error::Lost`] when there is nothing left to enter.
     pub fn reenter(&self) -> Result<Self, Error> {
         self.hold.check()?;
-        Ok(Self { hold: Arc::clone(&self.hold), locks: self.locks.clone() })
+        Ok(Self::new(Arc::clone(&self.hold), self.locks.clone()))
     }
 
     /// Begins a transaction on a connection of the application's pool that commits only while this lease is ours.
@@ -323,11 +329,11 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The release goes on when the future is dropped; only the answer is lost.
     pub async fn release(self) -> Result<(), Error> {
-        self.hold.give_up().await
+        self.into_hold().give_up().await
     }
 
     pub(super) fn begin_to_release(self) -> Result<GivenUp, Error> {
-        self.hold.begin_to_give_up()
+        self.into_hold().begin_to_give_up()
     }
 
     pub(super) async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::{Lease, LeaseOptions};
 use crate::database::LockDatabase;
+use crate::dropped_at_once::Watched;
 use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
 use crate::{Error, Kind, Locks, limits};
 
@@ -106,18 +107,20 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     async fn take(self, wait: Option<Duration>) -> Result<Option<Leases<DB>>, Error> {
         let names = in_order(&self.locks, &self.names)?;
         let holds = self.locks.hold_all(names, &self.options, wait).await?;
-        Ok(holds.map(|holds| Leases {
-            leases: holds.into_iter().map(|hold| Lease::of_caller(hold, self.locks.clone())).collect(),
+        Ok(holds.map(|holds| {
+            let lease = |hold| Lease::of_caller(hold, self.locks.clone()).unwatched();
+            let leases: Vec<_> = holds.into_iter().map(lease).collect();
+            Leases { leases: Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into()) }
         }))
     }
 }
 
 /// Several insert locks that were taken together. Each is a [`Lease`] of its own; dropping this releases them all.
-#[must_use = "the locks are released as soon as the leases are dropped"]
+#[must_use = "bind them to a name (`let _leases = …`); `let _ = …` releases them at once"]
 #[clippy::has_significant_drop]
 #[derive(Debug)]
 pub struct Leases<DB: LockDatabase> {
-    leases: Vec<Lease<DB>>,
+    leases: Watched<Vec<Lease<DB>>>,
 }
 
 impl<DB: LockDatabase> Leases<DB> {
@@ -162,7 +165,7 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// As [`Lease::verify_in`].
     pub async fn verify_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
-        for lease in &self.leases {
+        for lease in self.leases.iter() {
             lease.verify_in(transaction).await?;
         }
         Ok(())
@@ -180,7 +183,7 @@ impl<DB: LockDatabase> Leases<DB> {
     /// The releases go on when the future is dropped; only the answer is lost.
     pub async fn release(self) -> Result<(), Error> {
         // All of them are on their way before the first is waited for, so that they travel together.
-        let released: Vec<_> = self.leases.into_iter().map(Lease::begin_to_release).collect();
+        let released: Vec<_> = self.leases.into_inner().into_iter().map(Lease::begin_to_release).collect();
         let mut result = Ok(());
         for released in released {
             let released = match released {

@@ -7,6 +7,7 @@ use crate::Error;
 #[cfg(feature = "testing")]
 use crate::Locks;
 use crate::database::LockDatabase;
+use crate::dropped_at_once::Watched;
 use crate::error::Failure;
 use crate::in_transaction::Counted;
 use crate::own_transaction::{Condition, OwnTransaction};
@@ -16,11 +17,11 @@ use crate::turns::Turn;
 ///
 /// [`commit`](Self::commit) or [`rollback`](Self::rollback) end the transaction and with it the lock. Dropping the guard
 /// rolls back in the background.
-#[must_use = "the lock is released as soon as the guard is dropped"]
+#[must_use = "bind it to a name (`let mut guard = …`); `let _ = …` rolls back and releases the lock at once"]
 #[clippy::has_significant_drop]
 pub struct RowGuard<DB: LockDatabase> {
     /// With the turn, so that the next caller of this process comes when the lock is free.
-    transaction: OwnTransaction<DB, Arc<Turn>>,
+    transaction: Watched<OwnTransaction<DB, Arc<Turn>>>,
     condition: Condition,
     counted: Counted,
     /// As long as it is the caller's.
@@ -34,6 +35,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
         condition: Condition,
         counted: Counted,
     ) -> Self {
+        let transaction = Watched::new(transaction, |_| condition.name().shown().into());
         Self {
             transaction,
             condition,
@@ -78,7 +80,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// The commit goes on when the future is dropped; only the answer is lost.
     pub async fn commit(self) -> Result<(), Error> {
         let Self { transaction, condition, counted, .. } = self;
-        transaction.commit(condition, |_ended| drop(counted)).await
+        transaction.into_inner().commit(condition, |_ended| drop(counted)).await
     }
 
     /// Rolls the transaction back, which frees the lock.
@@ -92,7 +94,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     /// The rollback goes on when the future is dropped; only the answer is lost.
     pub async fn rollback(self) -> Result<(), Error> {
         let Self { transaction, condition, counted: _counted, .. } = self;
-        transaction.roll_back().await.map_err(|error| {
+        transaction.into_inner().roll_back().await.map_err(|error| {
             Failure::new::<DB>(error).into_error("roll back the transaction", Some(condition.name()))
         })
     }
