@@ -125,13 +125,14 @@ async fn leases_outlive_connections_that_are_ended<T: TestServer>(database: &T) 
 async fn a_holder_hears_soon_that_a_failover_forgot_its_grant<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_mins(2);
     drop(database.locks().await);
-    let before = database.activity().await.connections;
+    let connections = async || database.activity().await.connections;
+    eventually(PATIENCE, async || connections().await == 0).await;
     let locks = Locks::new(database.pool(1).await);
     let lease = locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
     let hears = T::NAME == "postgres";
     if hears {
         // The one of the pool and both private ones, long before the first renewal.
-        eventually(TTL / 6, async || database.activity().await.connections == before + 3).await;
+        eventually(TTL / 6, async || connections().await == 3).await;
     }
     let forget =
         "UPDATE distributed_lock SET secret_key = '', expire_time = '1970-01-01 00:00:00', ttl_micros = 0";
