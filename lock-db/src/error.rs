@@ -186,7 +186,7 @@ pub enum Error {
     Closed,
 
     /// The database answered with an error that is no matter of locking.
-    #[error("could not {action}{}: {}{source}{}", on_lock(.name.as_deref()), in_the_way(.source), of_runtime(.source))]
+    #[error("could not {action}{}: {}{}{}", on_lock(.name.as_deref()), in_the_way(.source), said(.source), of_runtime(.source))]
     Database {
         /// What was tried.
         action: &'static str,
@@ -393,6 +393,21 @@ impl Failure {
         Self::new::<DB>(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
     }
 
+    /// A private connection that was not made, because of the application's hook.
+    pub(crate) fn hook<DB: LockDatabase>(failure: HookFailure) -> Self {
+        Self::new::<DB>(failure.into())
+    }
+
+    /// For messages.
+    pub(crate) fn text(&self) -> String {
+        said(&self.source)
+    }
+
+    /// Whether a hook of the application's pool keeps the connection from being made.
+    pub(crate) fn is_hook(&self) -> bool {
+        hook_failure(&self.source).is_some()
+    }
+
     /// The same for another who asked together with the first: the errors of sqlx can't be cloned.
     pub(crate) fn another(&self) -> Self {
         Self { fault: self.fault, source: another_source(&self.source), folder: self.folder }
@@ -509,8 +524,43 @@ impl Failure {
     }
 }
 
+/// What a hook of the application's pool did instead of letting a private connection through.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum HookFailure {
+    #[error("the pool's 'after_connect' hook panicked: {0}")]
+    Panicked(String),
+    /// Or it has returned errors: sqlx logs them, passes none on, and tries again.
+    #[error("the pool's 'after_connect' hook has let no connection through for {}s", .0.as_secs_f32().round())]
+    Waits(Duration),
+}
+
+impl From<HookFailure> for sqlx::Error {
+    fn from(failure: HookFailure) -> Self {
+        let kind = match failure {
+            HookFailure::Waits(_) => std::io::ErrorKind::TimedOut,
+            HookFailure::Panicked(_) => std::io::ErrorKind::Other,
+        };
+        Self::Io(std::io::Error::new(kind, failure))
+    }
+}
+
+fn hook_failure(source: &sqlx::Error) -> Option<&HookFailure> {
+    match source {
+        sqlx::Error::Io(error) => error.get_ref()?.downcast_ref(),
+        _ => None,
+    }
+}
+
+/// What stands in a message: what a hook did is no error in the communication with the database.
+fn said(source: &sqlx::Error) -> String {
+    hook_failure(source).map_or_else(|| source.to_string(), HookFailure::to_string)
+}
+
 /// An error with the same text, and retryable if that is.
 fn another_source(source: &sqlx::Error) -> sqlx::Error {
+    if let Some(failure) = hook_failure(source) {
+        return failure.clone().into();
+    }
     match source {
         sqlx::Error::Io(error) => sqlx::Error::Io(std::io::Error::new(error.kind(), error.to_string())),
         source if database::passes(source) || database::is_busy(source) => {

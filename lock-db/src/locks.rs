@@ -367,7 +367,8 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         #[cfg(all(feature = "testing", not(debug_assertions)))]
         crate::testing::warn_of_optimised_program();
         let Self { pool, label, schema, name_prefix, default_ttl, default_wait, hand_off, fair, .. } = self;
-        let (location, owner) = (Arc::new(Location::new(schema)), owner(&label));
+        let (location, owner) =
+            (Arc::new(Location::new(schema, DB::keeps_statements(&pool.connect_options()))), owner(&label));
         let private = pool.clone();
         #[cfg(feature = "testing")]
         let private = self.private.unwrap_or(private);

@@ -41,6 +41,9 @@ mod sealed {
     impl Sealed for sqlx::Sqlite {}
 }
 
+/// How many statements a private connection keeps prepared: more than there are.
+pub(crate) const PRIVATE_STATEMENTS: usize = 100;
+
 /// A database that can keep locks: `sqlx::Postgres`, `sqlx::MySql` (MySQL 8.0 and MariaDB 10.6 or later) and
 /// `sqlx::Sqlite`, each with the cargo feature of its name. Sealed: the methods are no part of the public interface.
 ///
@@ -85,6 +88,27 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     #[doc(hidden)]
     const COMMITS_WITH_CHECK: bool = false;
 
+    /// Whether a network may lose a connection without a word.
+    #[doc(hidden)]
+    const IS_REMOTE: bool = true;
+
+    /// The options of a private connection, by those that the application's pool has: it keeps statements prepared, whatever they say.
+    #[doc(hidden)]
+    fn private_options(
+        options: &<Self::Connection as sqlx::Connection>::Options,
+    ) -> <Self::Connection as sqlx::Connection>::Options;
+
+    /// Which database they lead to, on whichever host.
+    #[doc(hidden)]
+    fn database_name(options: &<Self::Connection as sqlx::Connection>::Options) -> String;
+
+    /// Whether a connection with these options keeps statements prepared, or else leaves each one that has a name on the server.
+    #[doc(hidden)]
+    #[must_use]
+    fn keeps_statements(_options: &<Self::Connection as sqlx::Connection>::Options) -> bool {
+        true
+    }
+
     /// Sets up a private connection, once, before its first use, and gives its session a number by which
     /// [`end_session`](Self::end_session) finds it. Behind a pooler that shares its sessions among clients it has none.
     #[doc(hidden)]
@@ -100,6 +124,16 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
         _session: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send {
         async { Ok(true) }
+    }
+
+    /// Whether the session with this number is known to do nothing, or to be gone. `own` is the number of the one that asks.
+    #[doc(hidden)]
+    fn is_idle(
+        _connection: &mut Self::Connection,
+        _session: i64,
+        _own: i64,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(false) }
     }
 
     /// Finds the table, in this schema or else where the connection looks first, and what kind of server has it.

@@ -9,6 +9,7 @@ use sqlx::AssertSqlSafe;
 
 /// What a connection found out about the server behind it, in one go before its first use.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "facts that have nothing to do with each other")]
 pub struct Server {
     pub table: Arc<Table>,
     pub cluster: Cluster,
@@ -21,6 +22,9 @@ pub struct Server {
     /// Whether an owner outside of ASCII can't be stored, because of the encoding of the database or the
     /// character set of the column.
     pub is_ascii_only: bool,
+    /// Whether the application's connections keep statements prepared. Where they don't, sqlx leaves each one on a PostgreSQL server
+    /// that has a name.
+    pub keeps_statements: bool,
 }
 
 #[cfg(any(feature = "postgres", feature = "mysql"))]
@@ -46,6 +50,7 @@ impl Server {
             keeps_counter: false,
             longest_message: usize::MAX,
             is_ascii_only: false,
+            keeps_statements: true,
         }
     }
 }
@@ -65,12 +70,13 @@ pub enum Cluster {
 pub(crate) struct Location {
     /// As the builder was told.
     schema: Option<String>,
+    keeps_statements: bool,
     found: Mutex<Option<Server>>,
 }
 
 impl Location {
-    pub(crate) fn new(schema: Option<String>) -> Self {
-        Self { schema, found: Mutex::default() }
+    pub(crate) fn new(schema: Option<String>, keeps_statements: bool) -> Self {
+        Self { schema, keeps_statements, found: Mutex::default() }
     }
 
     /// As the builder was told, else where the table was found the first time.
@@ -84,6 +90,7 @@ impl Location {
 
     /// The same table as before stays the same, with the statements that are prepared already.
     pub(crate) fn set(&self, mut server: Server) -> Server {
+        server.keeps_statements = self.keeps_statements;
         let mut found = self.lock();
         if let Some(before) = &*found
             && before.table.is_same(&server.table)

@@ -11,7 +11,7 @@ use crate::database::{Call, LeaseKey};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::reentry::Held;
-use crate::session::{LeaseState, Queues, Request};
+use crate::session::{ASK_LIMIT, LeaseState, Queues, Request, answer_to};
 use crate::sync::{AtomicBool, AtomicUsize};
 use crate::{Error, Kind};
 
@@ -87,7 +87,7 @@ impl Hold {
             let (answer, answered) = oneshot::channel();
             let request = Request::Mark { lease: key.clone(), answer };
             self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
-            answered.await.unwrap_or_else(|_| Err(self.lost(Loss::Closed)))?;
+            self.answer(answered, "verify the lock").await?;
             self.is_marked.store(true, Ordering::SeqCst);
         }
         Ok(key)
@@ -184,6 +184,16 @@ impl Hold {
         Ok(GivenUp(Some((self, answered))))
     }
 
+    async fn answer(
+        &self,
+        answered: oneshot::Receiver<Result<(), Error>>,
+        action: &'static str,
+    ) -> Result<(), Error> {
+        let about = (action, Some(self.name().clone()));
+        let answer = answer_to(&self.session, answered, ASK_LIMIT, about).await;
+        answer.unwrap_or_else(|| Err(self.lost(Loss::Closed)))
+    }
+
     /// The session has released it already, or is about to.
     fn was_taken_back(&self) -> bool {
         self.lease.told_loss() == Some(Loss::HeldTooLong)
@@ -218,7 +228,7 @@ pub(super) struct GivenUp(Option<(Hold, oneshot::Receiver<Result<(), Error>>)>);
 impl GivenUp {
     pub(super) async fn end(self) -> Result<(), Error> {
         match self.0 {
-            Some((hold, answered)) => answered.await.unwrap_or_else(|_| Err(hold.lost(Loss::Closed))),
+            Some((hold, answered)) => hold.answer(answered, "release").await,
             None => Ok(()),
         }
     }

@@ -104,6 +104,8 @@ struct Attempt {
 #[derive(Default)]
 struct Met {
     failures: u32,
+    /// ... because of a hook of the application.
+    hooks: u32,
     /// A free row that could not be written.
     busy: u32,
     /// ... and was not locked when somebody looked.
@@ -315,7 +317,16 @@ impl Attempt {
             return Err(failure.into_error(ACTION, name.as_ref()));
         }
         self.met.failures += 1;
-        let closed_while_idle = is_gone && self.met.failures == 1 && !is_silence;
+        if failure.is_hook() {
+            self.met.hooks += 1;
+            // Once may be chance. Each further attempt would run the application's hook again, for nothing.
+            if self.met.hooks > 1 {
+                let name = self.name_for(&failure).cloned();
+                return Err(failure.into_error(ACTION, name.as_ref()));
+            }
+        }
+        let is_first = self.met.failures == 1 || failure.is_hook();
+        let closed_while_idle = is_gone && is_first && !is_silence;
         self.fails(failure);
         // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is just made again.
         if closed_while_idle {

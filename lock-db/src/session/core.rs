@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::{ConnectOptions, Pool};
+use sqlx::Pool;
 use tokio::runtime::Builder;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{LocalSet, spawn_local};
@@ -31,9 +31,8 @@ use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
 
-/// One for what callers wait for, one for renewals, which must not wait behind it.
-const CONNECTIONS: u32 = 2;
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a thread waits for the next connection to make.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long requests under way may take when everybody is gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 /// How long a plain read is tried while somebody is in the way, and how often.
@@ -59,24 +58,21 @@ pub(super) fn start<DB: LockDatabase>(
     hand_off: HandOff,
     owner: &Arc<str>,
 ) -> Result<Way, Error> {
-    let connect_options = application.connect_options();
-    DB::check_options(&connect_options, location.schema().as_deref())?;
-    let options = application
-        .options()
-        .clone()
-        .max_connections(CONNECTIONS)
-        .min_connections(0)
-        .acquire_timeout(CONNECT_LIMIT)
-        .idle_timeout(None)
-        .max_lifetime(None)
-        .test_before_acquire(false);
+    DB::check_options(&application.connect_options(), location.schema().as_deref())?;
+    let application = application.clone();
     let (sender, requests) = mpsc::unbounded_channel();
     let weak = sender.downgrade();
     let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
     let queues = Queues::new(weak.clone(), hand_off, Secret::generate()?, reports);
     let location = Arc::clone(location);
     let way = Way { requests: sender, queues: Arc::clone(&queues) };
-    let runtime = Builder::new_current_thread().enable_all().build().map_err(no_thread)?;
+    let runtime = Builder::new_current_thread()
+        .enable_all()
+        // Of the threads on which connections are made.
+        .thread_name("lock-db")
+        .thread_keep_alive(KEEP_ALIVE)
+        .build()
+        .map_err(no_thread)?;
     std::thread::Builder::new()
         .name("lock-db".into())
         .spawn(move || {
@@ -84,15 +80,14 @@ pub(super) fn start<DB: LockDatabase>(
             runtime.block_on(async {
                 local
                     .run_until(async move {
-                        // Secrets belong in no log.
-                        let pool =
-                            options.connect_lazy_with((*connect_options).clone().disable_statement_logging());
-                        let core = Core::new(pool, &location, weak, queues);
+                        let core = Core::new(application, &location, weak, queues);
                         serve(&core, requests).await;
                     })
                     .await;
                 let _in_time = timeout(FINISH_LIMIT, local).await;
             });
+            // A hook of the application may block a thread for ever.
+            runtime.shutdown_background();
         })
         .map_err(no_thread)?;
     Ok(way)
@@ -177,6 +172,9 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     failed => failed,
                 });
             })),
+            Request::Answer(answer) => {
+                let _caller_may_be_gone = answer.send(());
+            }
             Request::Check { answer } => drop(spawn_local(async move {
                 let _ = answer.send(core.check().await);
             })),
@@ -211,6 +209,7 @@ pub(super) struct Core {
     pub(super) connects_ahead: Cell<bool>,
     /// Why the last renewal failed, if it did.
     pub(super) not_renewed: RefCell<Option<String>>,
+    misses_second: Cell<bool>,
     /// How long the last renewal took, and since when one is under way.
     pub(super) renewal_took: Cell<Duration>,
     pub(super) renewing_since: Cell<Option<Instant>>,
@@ -259,6 +258,7 @@ impl Core {
             is_renewing: Cell::default(),
             connects_ahead: Cell::default(),
             not_renewed: RefCell::default(),
+            misses_second: Cell::default(),
             renewal_took: Cell::default(),
             renewing_since: Cell::default(),
             queues,
@@ -354,6 +354,22 @@ impl Core {
     fn renewals_take(&self) -> Duration {
         let so_far = self.renewing_since.get().map(|since| since.elapsed()).unwrap_or_default();
         self.renewal_took.get().max(so_far)
+    }
+
+    /// Leases are renewed by the first connection, because the second can't be had or does not answer. Said once.
+    pub(super) fn misses_second(&self, failure: &Failure) {
+        if !self.misses_second.replace(true) {
+            tracing::warn!(
+                error = failure.text(),
+                "the connection for renewals can't be used: leases are renewed over the one for everything else"
+            );
+        }
+    }
+
+    pub(super) fn has_second(&self) {
+        if self.misses_second.replace(false) {
+            tracing::info!("leases are renewed over a connection of their own again");
+        }
     }
 
     pub(super) fn shortest_ttl(&self) -> Option<Duration> {

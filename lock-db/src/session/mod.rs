@@ -6,6 +6,7 @@
 
 mod acquire;
 mod alarm;
+mod answers;
 mod baton;
 mod busy;
 mod calls;
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use sqlx::Pool;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub(crate) use self::answers::answer_to;
 pub(crate) use self::lease_state::LeaseState;
 pub(crate) use self::queues::{HandOff, Queues};
 use self::request::Acquire;
@@ -33,11 +35,15 @@ use crate::Error;
 use crate::clock;
 use crate::database::{Claim, Location, LockDatabase};
 use crate::insert::Hold;
+use crate::limits::FIRST_ANSWER;
 use crate::name::Name;
 use crate::sync::{Mutex, MutexGuard};
 
 /// How long `close` waits for the last releases.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the session has for most of what it is asked, unless it is seen to be at work.
+pub(crate) const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The way to a session: started by the first request, ended by `close` or when nobody can send any more.
 pub(crate) struct Session {
@@ -80,7 +86,7 @@ impl Session {
         fair: bool,
         at_most: Option<Duration>,
     ) -> Result<Option<Vec<Hold>>, Error> {
-        let queues = self.way()?.queues;
+        let Way { queues, requests } = self.way()?;
         if fair {
             for claim in &mut claims {
                 claim.place = Some(queues.place().clone());
@@ -91,7 +97,7 @@ impl Session {
         let names = claims.iter().map(|claim| claim.name.clone()).collect();
         let waiting = Waiting { number, names, queues: &queues, answered };
         queues.enter(Acquire { number, claims, turns: Vec::new(), wait, at_most, started, answer });
-        waiting.answer().await
+        waiting.answer(requests, wait, started).await
     }
 
     /// Sends a request and waits for its answer.
@@ -100,8 +106,9 @@ impl Session {
         request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
     ) -> Result<T, Error> {
         let (answer, answered) = oneshot::channel();
-        self.way()?.requests.send(request(answer)).map_err(|_| Error::Closed)?;
-        answered.await.unwrap_or(Err(Error::Closed))
+        let requests = self.way()?.requests;
+        requests.send(request(answer)).map_err(|_| Error::Closed)?;
+        answer_to(&requests, answered, ASK_LIMIT, ("get an answer", None)).await.unwrap_or(Err(Error::Closed))
     }
 
     fn way(&self) -> Result<Way, Error> {
@@ -170,8 +177,17 @@ struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    async fn answer(mut self) -> Result<Option<Vec<Hold>>, Error> {
-        (&mut self.answered).await.unwrap_or(Err(Error::Closed))
+    /// The session answers when the wait is over, and a try soon.
+    async fn answer(
+        mut self,
+        requests: mpsc::UnboundedSender<Request>,
+        wait: Option<Duration>,
+        started: Instant,
+    ) -> Result<Option<Vec<Hold>>, Error> {
+        let limit = wait.map_or(ASK_LIMIT, |wait| wait.saturating_sub(started.elapsed()) + FIRST_ANSWER);
+        let requests = requests.downgrade();
+        let action = (acquire::ACTION, self.names.first().cloned());
+        answer_to(&requests, &mut self.answered, limit, action).await.unwrap_or(Err(Error::Closed))
     }
 }
 

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::select;
 
 use super::baton;
-use super::core::{Core, Held};
+use super::core::{Core, Held, twice};
 use super::release;
 use crate::database::{Fault, Renewal, Renewed, Standing};
-use crate::error::Loss;
+use crate::error::{Failure, Loss};
 use crate::jitter::jitter;
 
 /// How many leases travel in one statement.
@@ -82,19 +82,28 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
 async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     // Of all leases, not only of this batch: those that come due next wait behind this statement.
     let shortest = core.shortest_ttl().map_or(LONGEST_STATEMENT, |ttl| ttl / 3);
-    let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
+    let leases: Vec<Renewal> = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
     let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
     // One with a short TTL can't wait for the end of the slice; after that slice it need not.
-    let lane = if baton::is_in_the_way(core) { &core.lane } else { &core.renewals };
+    let is_second = !baton::is_in_the_way(core);
+    let lane = if is_second { &core.renewals } else { &core.lane };
     core.renewing_since.set(Some(Instant::now()));
-    let mut renewed = lane.renew(leases, limit).await;
+    // The connection may have been closed while it was idle.
+    let mut renewed = twice(async || lane.renew(leases.clone(), limit).await).await;
     core.renewal_took.set(core.renewing_since.take().map(|since| since.elapsed()).unwrap_or_default());
-    // A server that lets this process have no second connection: a limit of its account, say.
-    if matches!(&renewed, Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence()) {
-        let leases = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
-        renewed = core.lane.renew(leases, limit).await;
+    // A server that lets this process have no second connection, because of a limit of its account say; or nothing but silence there.
+    match renewed {
+        Err(failure) if is_second && failure.fault == Fault::Disconnected => {
+            let by_the_first = core.lane.renew(leases, limit).await;
+            if by_the_first.is_ok() {
+                core.misses_second(&failure);
+            }
+            renewed = if by_the_first.is_ok() { by_the_first } else { Err(failure) };
+        }
+        Ok(_) if is_second => core.has_second(),
+        _ => {}
     }
-    core.not_renewed.replace(renewed.as_ref().err().map(|failure| failure.source.to_string()));
+    core.not_renewed.replace(renewed.as_ref().err().map(Failure::text));
     match renewed {
         Ok((Renewed { standings, looked }, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {

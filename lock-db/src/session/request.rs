@@ -75,6 +75,8 @@ pub(crate) enum Request {
     Check {
         answer: Answer<Vec<String>>,
     },
+    /// Answered at once, if the session's thread runs.
+    Answer(oneshot::Sender<()>),
     /// Dropped when everything is released.
     Close {
         done: watch::Sender<()>,

@@ -20,12 +20,13 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use sqlx::{MySql, Pool, Row};
 
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots, Place,
-    Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing, hexadecimal,
+    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
+    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
+    Standing, hexadecimal,
 };
 use crate::Kind;
 use crate::name::Name;
@@ -43,9 +44,21 @@ impl LockDatabase for MySql {
     const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
+    fn private_options(options: &MySqlConnectOptions) -> MySqlConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    fn database_name(options: &MySqlConnectOptions) -> String {
+        options.get_database().unwrap_or_default().to_owned()
+    }
+
     async fn prepare(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
         schema::prepare(connection).await?;
         session::mark(connection, session).await
+    }
+
+    async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+        session::is_idle(connection, session, own).await
     }
 
     async fn end_session(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {

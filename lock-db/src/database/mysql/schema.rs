@@ -141,6 +141,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
         keeps_counter: kind.keeps_counter,
         longest_message,
         is_ascii_only: !columns.get("owner").is_some_and(|column| has_all_characters(&column.kind)),
+        keeps_statements: true,
     }))
 }
 

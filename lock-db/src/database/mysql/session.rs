@@ -32,6 +32,19 @@ pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> sqlx
     }
 }
 
+/// Where user locks are refused nothing is known of it.
+pub(super) async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+    let known: Option<i64> = sqlx::query_scalar(FIND).bind(name(own)).fetch_one(&mut *connection).await?;
+    let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;
+    let Some(id) = id else { return Ok(known.is_some()) };
+    for row in sqlx::raw_sql(SESSIONS).fetch_all(&mut *connection).await? {
+        if row.try_get_unchecked::<i64, _>("Id")? == id {
+            return Ok(row.try_get_unchecked::<&str, _>("Command")? == "Sleep");
+        }
+    }
+    Ok(true)
+}
+
 /// `true`: it has ended.
 pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
     let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;

@@ -26,13 +26,10 @@ fn channel(listener: u32) -> String {
     format!("lock_db_{listener:08x}")
 }
 
-/// A new connection, made like those of `pool`, that can listen.
+/// A connection that can listen, the only one of `pool`. Dropped, it goes back into it, which may take as long as a dead network takes
+/// to be noticed.
 pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
-    // A pool of its own: dropped, the connection goes back into it, which may take as long as a dead network takes to be
-    // noticed.
-    let options = (*pool.connect_options()).clone();
-    let own = pool.options().clone().max_connections(1).connect_lazy_with(options);
-    let mut listening = PgListener::connect_with(&own).await?;
+    let mut listening = PgListener::connect_with(pool).await?;
     listening.ignore_pool_close_event(true);
     listening.eager_reconnect(false);
     Ok(listening)

@@ -38,12 +38,13 @@ mod transaction;
 use std::collections::HashSet;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgListener};
-use sqlx::{Pool, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener};
+use sqlx::{ConnectOptions, Pool, Postgres};
 
 use super::{
     Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
-    Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
+    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
+    Standing,
 };
 use crate::Kind;
 use crate::name::Name;
@@ -59,8 +60,25 @@ impl LockDatabase for Postgres {
     const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
+    fn private_options(options: &PgConnectOptions) -> PgConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    fn database_name(options: &PgConnectOptions) -> String {
+        options.get_database().unwrap_or_else(|| options.get_username()).to_owned()
+    }
+
+    fn keeps_statements(options: &PgConnectOptions) -> bool {
+        let url = options.to_url_lossy();
+        !url.query_pairs().any(|(option, value)| option == "statement-cache-capacity" && value == "0")
+    }
+
     async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
         schema::prepare(connection, session).await
+    }
+
+    async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+        session::is_idle(connection, session, own).await
     }
 
     async fn end_session(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {

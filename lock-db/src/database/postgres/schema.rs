@@ -172,6 +172,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         keeps_counter: false,
         longest_message: usize::MAX,
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
+        keeps_statements: true,
     }))
 }
 

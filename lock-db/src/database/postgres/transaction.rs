@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, Postgres, Row};
+use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
 use super::sequence;
@@ -276,9 +276,16 @@ SELECT CAST(CASE current_setting('lock_db.mark', true) WHEN '1' THEN '1' ELSE 'l
 /// The transaction that begins with it is empty: it is there for the COMMIT of the handle, which would warn without one.
 const COMMIT: &str = "COMMIT AND CHAIN";
 
+/// Whether statements stay prepared on a connection of the application, by those that do. Some do where it keeps any: see
+/// [`Server::keeps_statements`].
+fn keeps(connection: &PgConnection) -> bool {
+    connection.cached_statements_size() > 0
+}
+
 /// Whether its snapshot stays what it is from its first statement on.
 pub(super) async fn has_snapshot(transaction: &mut PgConnection) -> sqlx::Result<bool> {
-    let level: String = sqlx::query_scalar(SHOW_LEVEL).fetch_one(transaction).await?;
+    let level: String =
+        sqlx::query_scalar(SHOW_LEVEL).persistent(keeps(transaction)).fetch_one(transaction).await?;
     Ok(!matches!(&*level, "read committed" | "read uncommitted"))
 }
 
@@ -318,7 +325,7 @@ async fn begin_anew(connection: &mut PgConnection) -> sqlx::Result<()> {
 
 pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
     let sql = if names_server(server) { IS_ON_SERVER } else { IS_HERE };
-    let query = sqlx::query_scalar(sql).bind(server.table.name());
+    let query = sqlx::query_scalar(sql).persistent(server.keeps_statements).bind(server.table.name());
     query.bind(&*server.table.identity).fetch_one(connection).await
 }
 
@@ -328,6 +335,7 @@ async fn lock_at_once(
     claim: &RowClaim,
 ) -> sqlx::Result<RowAttempt> {
     let row = sqlx::query(server.table.sql(if claim.is_try { LOCK_ROW_OR_FAIL } else { LOCK_ROW_AT_ONCE }))
+        .persistent(server.keeps_statements)
         .bind(&*claim.row.name)
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
@@ -355,6 +363,7 @@ async fn wait_and_lock(
     slice: Duration,
 ) -> sqlx::Result<RowAttempt> {
     let is_here: bool = sqlx::query_scalar(if names_server(server) { TELL_ON_SERVER } else { TELL })
+        .persistent(server.keeps_statements)
         .bind(&*claim.row.name)
         .bind(claim.kind.as_str())
         .bind(claim.secret.as_str())
@@ -387,11 +396,11 @@ fn number(row: &PgRow) -> sqlx::Result<i64> {
 }
 
 pub(super) async fn has_used_table(connection: &mut PgConnection) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_USED_TABLE).fetch_one(connection).await
+    sqlx::query_scalar(HAS_USED_TABLE).persistent(keeps(connection)).fetch_one(connection).await
 }
 
 pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(WAS_ITS_OWN).bind(secret).fetch_one(connection).await
+    sqlx::query_scalar(WAS_ITS_OWN).bind(secret).persistent(keeps(connection)).fetch_one(connection).await
 }
 
 pub(super) async fn commit_locked(connection: &mut PgConnection) -> sqlx::Result<Guarded> {
@@ -454,6 +463,7 @@ pub(super) async fn guard(
     }
     let limit = format!("{}ms", Postgres::GUARD_LIMIT.as_millis());
     let query = sqlx::query(lease.server.table.sql(if release { GUARD_AND_RELEASE } else { GUARD }))
+        .persistent(lease.server.keeps_statements)
         .bind(&*lease.row.name)
         .bind(lease.secret.as_str())
         .bind(limit)

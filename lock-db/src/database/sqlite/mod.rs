@@ -18,8 +18,9 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, Sqlite};
 
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots, Place,
-    Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server, Standing,
+    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
+    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
+    Standing,
 };
 use crate::name::Name;
 use crate::secret::Secret;
@@ -27,6 +28,7 @@ use crate::{Error, Kind};
 
 impl LockDatabase for Sqlite {
     const FOLDER: &'static str = "sqlite";
+    const IS_REMOTE: bool = false;
     const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
     const SETTLES_IN_TRANSACTION: bool = true;
@@ -37,6 +39,14 @@ impl LockDatabase for Sqlite {
 
     fn check_options(options: &SqliteConnectOptions, schema: Option<&str>) -> Result<(), Error> {
         schema::check_options(options, schema)
+    }
+
+    fn private_options(options: &SqliteConnectOptions) -> SqliteConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    fn database_name(options: &SqliteConnectOptions) -> String {
+        options.get_filename().to_string_lossy().into_owned()
     }
 
     async fn prepare(connection: &mut SqliteConnection, _session: i64) -> sqlx::Result<()> {

@@ -113,6 +113,7 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
         keeps_counter: false,
         longest_message: usize::MAX,
         is_ascii_only: false,
+        keeps_statements: true,
     }))
 }
 

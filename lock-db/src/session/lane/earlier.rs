@@ -37,11 +37,25 @@ impl Earlier {
 
     /// The number of a new session. The one before was lost.
     pub(super) fn next(&mut self) -> i64 {
-        self.is_given_up();
-        let number = getrandom::u64().unwrap_or_default() >> 1;
-        let number = i64::try_from(number).unwrap_or_default();
-        self.current = Some(number);
+        let number = any_number();
+        self.goes_on_with(number);
         number
+    }
+
+    /// Of the connection that is there.
+    pub(super) fn current(&self) -> Option<i64> {
+        self.current
+    }
+
+    /// The connection before was lost; this is the number of the present one.
+    pub(super) fn goes_on_with(&mut self, number: i64) {
+        self.is_given_up();
+        self.current = Some(number);
+    }
+
+    /// The connection was closed while nothing was under way on it.
+    pub(super) fn is_closed(&mut self) {
+        self.current = None;
     }
 
     /// The connection is gone, perhaps in the middle of a statement.
@@ -90,4 +104,10 @@ impl Earlier {
         self.attempts = 0;
         Ok(true)
     }
+}
+
+/// For a new session.
+pub(super) fn any_number() -> i64 {
+    let number = getrandom::u64().unwrap_or_default() >> 1;
+    i64::try_from(number).unwrap_or_default()
 }

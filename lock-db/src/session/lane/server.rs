@@ -9,21 +9,27 @@ use std::time::{Duration, Instant};
 use sqlx::{Connection as _, Pool};
 use tokio::select;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::task::spawn_local;
+use tokio::time::{sleep, sleep_until, timeout};
 
-use super::earlier::Earlier;
+use super::connector::Connector;
+use super::earlier::{Earlier, any_number};
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
-use crate::connecting::telling_why;
 use crate::database::{
     Call, Claim, Fault, Found, Grant, Location, LockDatabase, LockRow, OldSnapshots, Return, Server, Standing,
 };
 use crate::error::Failure;
+use crate::jitter::jitter;
 use crate::name::Name;
 use crate::session::calls::Calls;
 
 /// How long nothing listens after a server did not answer: a connection that is left alone in a network that is dead takes
 /// long to end.
 const DEAF_FOR: Duration = Duration::from_mins(5);
+/// How long a connection that has answered before may be silent before a second one is made. Less than the time for a first answer.
+const SILENCE: Duration = Duration::from_millis(700);
+/// How long a connection may take to end.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// How many requests are taken from the queue at once.
 const ROUND: usize = 256;
 
@@ -63,14 +69,15 @@ impl Exchange {
 }
 
 pub(super) struct Worker<DB: LockDatabase> {
-    /// Only makes connections, with the options and hooks of the application's pool. None is ever returned to it.
-    pool: Pool<DB>,
+    connector: Connector<DB>,
     connection: Option<Private<DB>>,
     location: Arc<Location>,
     answered: Rc<Cell<Option<Instant>>>,
     calls: Rc<Calls>,
     may_listen: bool,
     deaf_until: Option<Instant>,
+    /// How long answers take, lately.
+    pace: Duration,
     earlier: Earlier,
     lost: Rc<Notify>,
 }
@@ -79,10 +86,12 @@ pub(super) struct Worker<DB: LockDatabase> {
 struct Private<DB: LockDatabase> {
     way: Way<DB>,
     server: Option<Server>,
+    /// When it is to be closed, by the pool's `max_lifetime`.
+    retires: Option<Instant>,
 }
 
 /// A connection, which may listen.
-enum Way<DB: LockDatabase> {
+pub(super) enum Way<DB: LockDatabase> {
     Plain(DB::Connection),
     Listening(DB::Listening),
 }
@@ -98,7 +107,7 @@ impl<DB: LockDatabase> Way<DB> {
 
 impl<DB: LockDatabase> Worker<DB> {
     pub(super) fn new(
-        pool: Pool<DB>,
+        application: Pool<DB>,
         location: &Arc<Location>,
         answered: &Rc<Cell<Option<Instant>>>,
         calls: &Rc<Calls>,
@@ -106,13 +115,14 @@ impl<DB: LockDatabase> Worker<DB> {
         lost: &Rc<Notify>,
     ) -> Self {
         Self {
-            pool,
+            connector: Connector::new(application, location),
             connection: None,
             location: Arc::clone(location),
             answered: Rc::clone(answered),
             calls: Rc::clone(calls),
             may_listen,
             deaf_until: None,
+            pace: Duration::ZERO,
             earlier: Earlier::default(),
             lost: Rc::clone(lost),
         }
@@ -122,13 +132,19 @@ impl<DB: LockDatabase> Worker<DB> {
         let mut round = Vec::with_capacity(ROUND);
         loop {
             let rest = self.earlier.pause();
+            let retires = self.connection.as_ref().and_then(|connection| connection.retires);
+            if retires.is_some_and(|at| at <= Instant::now()) {
+                self.retire();
+                continue;
+            }
             select! {
                 biased;
                 count = queue.recv_many(&mut round, ROUND) => if count == 0 { break },
                 () = self.called() => continue,
+                () = at(retires), if retires.is_some() => continue,
                 () = sleep(rest.unwrap_or_default()), if rest.is_some() => {
                     // What it was doing could be carried out late, and nobody may ask for anything any more.
-                    if self.on_bare_connection(STATEMENT_LIMIT, async |_| Ok(())).await.is_err() {
+                    if self.on_bare_connection(STATEMENT_LIMIT, SILENCE, async |_| Ok(())).await.is_err() {
                         self.earlier.remain();
                     }
                     continue;
@@ -153,7 +169,7 @@ impl<DB: LockDatabase> Worker<DB> {
             }
         }
         if let Some(Private { way: Way::Plain(connection), .. }) = self.connection {
-            let _in_time = timeout(Duration::from_secs(1), connection.close()).await;
+            let _in_time = timeout(CLOSE_LIMIT, connection.close()).await;
         }
     }
 
@@ -169,7 +185,7 @@ impl<DB: LockDatabase> Worker<DB> {
     }
 
     /// On the connection that renews leases, which is never given up for it.
-    async fn listen(&mut self) -> sqlx::Result<()> {
+    async fn listen(&mut self) -> Result<(), Failure> {
         if self.calls.listener() != 0 {
             return Ok(());
         }
@@ -177,7 +193,7 @@ impl<DB: LockDatabase> Worker<DB> {
             self.connection = Some(self.connect().await?);
         }
         if let Some(Private { way: Way::Listening(listening), .. }) = &mut self.connection {
-            if DB::listen(listening, self.calls.number()).await? {
+            if DB::listen(listening, self.calls.number()).await.map_err(Failure::new::<DB>)? {
                 self.calls.begin();
             } else {
                 self.calls.can_not_begin();
@@ -188,7 +204,7 @@ impl<DB: LockDatabase> Worker<DB> {
 
     async fn listen_in_time(&mut self, reply: Reply<()>) {
         let answer = match timeout(STATEMENT_LIMIT, self.listen()).await {
-            Ok(listening) => listening.map_err(Failure::new::<DB>),
+            Ok(listening) => listening,
             Err(_elapsed) => {
                 self.deaf_until = Some(Instant::now() + DEAF_FOR);
                 Err(Failure::no_answer::<DB>(STATEMENT_LIMIT))
@@ -199,6 +215,17 @@ impl<DB: LockDatabase> Worker<DB> {
             self.earlier.is_given_up();
         }
         let _ = reply.send(answer);
+    }
+
+    /// Closes a connection that has become as old as those of the pool may, or with which the pool's options may have changed since. The
+    /// next operation makes another one; until it listens again, those who wait look.
+    fn retire(&mut self) {
+        let Some(Private { way, .. }) = self.connection.take() else { return };
+        self.earlier.is_closed();
+        if matches!(way, Way::Listening(_)) {
+            self.calls.end();
+        }
+        close(way);
     }
 
     fn give_up_connection(&mut self) {
@@ -318,7 +345,9 @@ impl<DB: LockDatabase> Worker<DB> {
             Operation::Call(call) => self.call(&[call]).await,
             Operation::TakeBaton(row, reply) => {
                 let answer = self
-                    .on_connection(STATEMENT_LIMIT, async |c, server| DB::take_baton(c, server, row).await)
+                    .on_table(STATEMENT_LIMIT, STATEMENT_LIMIT, async |c, server| {
+                        DB::take_baton(c, server, row).await
+                    })
                     .await;
                 if let Err(Ok(true)) = reply.send(answer) {
                     self.give_baton(row).await;
@@ -351,7 +380,7 @@ impl<DB: LockDatabase> Worker<DB> {
             Operation::Migrate(reply) => {
                 let schema = self.location.schema();
                 let answer = self
-                    .on_bare_connection(MIGRATION_LIMIT, async |c| {
+                    .on_bare_connection(MIGRATION_LIMIT, MIGRATION_LIMIT, async |c| {
                         DB::migrate(c, schema.as_deref()).await.map_err(Failure::new::<DB>)
                     })
                     .await;
@@ -439,7 +468,7 @@ impl<DB: LockDatabase> Worker<DB> {
             return;
         }
         let called = self
-            .on_bare_connection(STATEMENT_LIMIT, async |c| {
+            .on_bare_connection(STATEMENT_LIMIT, SILENCE, async |c| {
                 DB::call(c, calls).await.map_err(Failure::new::<DB>)
             })
             .await;
@@ -463,10 +492,20 @@ impl<DB: LockDatabase> Worker<DB> {
         limit: Duration,
         operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
     ) -> Result<T, Failure> {
+        self.on_table(limit, SILENCE, operation).await
+    }
+
+    /// The same for one that waits on the server.
+    async fn on_table<T>(
+        &mut self,
+        limit: Duration,
+        silence: Duration,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+    ) -> Result<T, Failure> {
         let known = self.connection.as_ref().and_then(|connection| connection.server.clone());
         let location = Arc::clone(&self.location);
         let answer = self
-            .on_bare_connection(limit, async move |connection| {
+            .on_bare_connection(limit, silence, async move |connection| {
                 let server = match known {
                     Some(server) => server,
                     None => find_table::<DB>(connection, &location).await?,
@@ -491,62 +530,156 @@ impl<DB: LockDatabase> Worker<DB> {
     }
 
     /// Runs one operation, and gives the connection up when it is broken or does not answer in time.
+    ///
+    /// One that is silent for longer than `silence` may have been dropped while it was idle, by a network that tells nobody. So a second one
+    /// is made; when the server knows of no work on the first, that one counts as broken, and the next attempt has the second at hand.
     async fn on_bare_connection<T>(
         &mut self,
         limit: Duration,
+        silence: Duration,
         operation: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let kept = self.connection.take();
-        let listened = matches!(kept, Some(Private { way: Way::Listening(_), .. }));
-        let was_connected = kept.is_some();
-        let running = async {
-            let mut connection = match kept {
-                Some(connection) => connection,
-                None => self.connect().await?,
-            };
-            let used = connection.way.connection().await?;
-            if self.earlier.is_some() && !self.earlier.end::<DB>(used).await? {
-                return Ok((connection, Err(Failure::session_remains::<DB>()), true));
-            }
-            let result = operation(used).await;
-            let is_good = !matches!(result, Err(Failure { fault: Fault::Disconnected, .. }));
-            Ok((connection, result, is_good))
+        let asked = Instant::now();
+        let deadline = asked + limit;
+        let (mut connection, may_be_dropped) = match self.connection.take() {
+            Some(connection) => (connection, DB::IS_REMOTE),
+            None => match timeout(limit, self.connect()).await {
+                Ok(made) => (made?, false),
+                Err(_elapsed) => return Err(self.is_silent(limit)),
+            },
         };
-        let result = match timeout(limit, running).await {
-            Ok(Ok((connection, result, is_good))) => {
-                if is_good {
-                    self.connection = Some(connection);
-                    self.answered.set(Some(Instant::now()));
+        let silence = if may_be_dropped { silence.max(3 * self.pace) } else { limit };
+        let listening = self.is_to_listen();
+        let Self { earlier, connector, .. } = self;
+        let known = earlier.current();
+        let running = async {
+            let used = connection.way.connection().await.map_err(Failure::new::<DB>)?;
+            if earlier.is_some() && !earlier.end::<DB>(used).await.map_err(Failure::new::<DB>)? {
+                return Ok(Err(Failure::session_remains::<DB>()));
+            }
+            match operation(used).await {
+                Err(failure) if failure.fault == Fault::Disconnected => Err(failure),
+                result => Ok(result),
+            }
+        };
+        let second = async {
+            sleep(silence).await;
+            match known {
+                Some(known) => in_place_of(connector, listening, known).await,
+                None => std::future::pending().await,
+            }
+        };
+        let outcome = select! {
+            biased;
+            result = running => Outcome::Answer(result),
+            (way, number) = second, if silence < limit => Outcome::Second(way, number),
+            () = sleep_until(deadline.into()) => Outcome::Silence,
+        };
+        match outcome {
+            Outcome::Answer(Ok(result)) => {
+                let now = Instant::now();
+                if silence < limit {
+                    self.pace = now.duration_since(asked).max(self.pace * 7 / 8);
                 }
+                self.connection = Some(connection);
+                self.answered.set(Some(now));
                 result
             }
-            Ok(Err(not_connected)) => Err(Failure::new::<DB>(not_connected)),
-            Err(_elapsed) => {
-                self.deaf_until = Some(Instant::now() + DEAF_FOR);
-                Err(Failure::no_answer::<DB>(limit))
+            Outcome::Answer(Err(broken)) => {
+                self.leaves(&connection);
+                Err(broken)
             }
-        };
-        if self.connection.is_none() {
-            self.earlier.is_given_up();
-            if listened {
-                self.calls.end();
+            Outcome::Second(way, number) => {
+                tracing::debug!("a private connection was dropped without a word: another one is used");
+                self.leaves(&connection);
+                self.earlier.goes_on_with(number);
+                self.connection = Some(self.private(way));
+                Err(Failure::new::<DB>(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())))
             }
-            if was_connected {
-                self.lost.notify_one();
+            Outcome::Silence => {
+                self.leaves(&connection);
+                Err(self.is_silent(limit))
             }
         }
-        result
     }
 
-    async fn connect(&mut self) -> sqlx::Result<Private<DB>> {
-        let is_deaf = self.deaf_until.is_some_and(|until| Instant::now() < until);
-        let mut way = if DB::CALLS && self.may_listen && !is_deaf {
-            Way::Listening(telling_why(&self.pool, DB::connect_listening(&self.pool)).await?)
-        } else {
-            Way::Plain(telling_why(&self.pool, self.pool.acquire()).await?.detach())
+    /// A connection that is broken or silent.
+    fn leaves(&mut self, connection: &Private<DB>) {
+        self.earlier.is_given_up();
+        if matches!(connection.way, Way::Listening(_)) {
+            self.calls.end();
+        }
+        self.lost.notify_one();
+    }
+
+    fn is_silent(&mut self, limit: Duration) -> Failure {
+        self.deaf_until = Some(Instant::now() + DEAF_FOR);
+        Failure::no_answer::<DB>(limit)
+    }
+
+    async fn connect(&mut self) -> Result<Private<DB>, Failure> {
+        let mut way = self.connector.make(self.is_to_listen()).await?;
+        let prepared = async { DB::prepare(way.connection().await?, self.earlier.next()).await };
+        prepared.await.map_err(Failure::new::<DB>)?;
+        Ok(self.private(way))
+    }
+
+    fn is_to_listen(&self) -> bool {
+        DB::CALLS && self.may_listen && self.deaf_until.is_none_or(|until| until <= Instant::now())
+    }
+
+    fn private(&self, way: Way<DB>) -> Private<DB> {
+        // Not all of a process at once, and none later than the pool's own would be.
+        let age = |lifetime: Duration| lifetime.mul_f64(0.8) + jitter(lifetime / 5);
+        let retires =
+            self.connector.lifetime().and_then(|lifetime| Instant::now().checked_add(age(lifetime)));
+        Private { way, server: None, retires }
+    }
+}
+
+/// What became of an operation.
+enum Outcome<DB: LockDatabase, T> {
+    /// `Err`: the connection is broken.
+    Answer(Result<Result<T, Failure>, Failure>),
+    /// The connection was dropped, and this one is there, with the number of its session.
+    Second(Way<DB>, i64),
+    Silence,
+}
+
+/// Another connection, if the server knows of no work on the first: work there is waited for.
+async fn in_place_of<DB: LockDatabase>(
+    connector: &mut Connector<DB>,
+    listening: bool,
+    first: i64,
+) -> (Way<DB>, i64) {
+    let number = any_number();
+    if let Ok(mut way) = connector.make(listening).await {
+        let is_idle = async {
+            let connection = way.connection().await?;
+            DB::prepare(connection, number).await?;
+            DB::is_idle(connection, first, number).await
         };
-        DB::prepare(way.connection().await?, self.earlier.next()).await?;
-        Ok(Private { way, server: None })
+        if is_idle.await.unwrap_or(false) {
+            return (way, number);
+        }
+        close(way);
+    }
+    std::future::pending().await
+}
+
+/// Aside.
+fn close<DB: LockDatabase>(way: Way<DB>) {
+    if let Way::Plain(connection) = way {
+        drop(spawn_local(async move {
+            let _in_time = timeout(CLOSE_LIMIT, connection.close()).await;
+        }));
+    }
+}
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 
