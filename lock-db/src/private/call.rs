@@ -112,7 +112,7 @@ impl Lock {
 
 /// Runs the body under the lock.
 pub fn run<B: Future>(lock: Lock, body: B, refused: fn(Error) -> B::Output) -> Call<B> {
-    Call::new(lock, body, Answers { refused, skipped: None, stands: None })
+    Call::new(lock, body, refused, None, None)
 }
 
 /// As [`run`], in a function with `skip`.
@@ -122,7 +122,7 @@ pub fn run_or_skip<B: Future>(
     refused: fn(Error) -> B::Output,
     skipped: fn() -> B::Output,
 ) -> Call<B> {
-    Call::new(lock, body, Answers { refused, skipped: Some(skipped), stands: None })
+    Call::new(lock, body, refused, None, Some(skipped))
 }
 
 /// Runs the body under a row lock, whose transaction ends by what `stands` says.
@@ -132,7 +132,7 @@ pub fn run_row<B: Future>(
     refused: fn(Error) -> B::Output,
     stands: fn(&B::Output) -> bool,
 ) -> Call<B> {
-    Call::new(lock, body, Answers { refused, skipped: None, stands: Some(stands) })
+    Call::new(lock, body, refused, Some(stands), None)
 }
 
 /// As [`run_row`], in a function with `skip`.
@@ -143,15 +143,7 @@ pub fn run_row_or_skip<B: Future>(
     stands: fn(&B::Output) -> bool,
     skipped: fn() -> B::Output,
 ) -> Call<B> {
-    Call::new(lock, body, Answers { refused, skipped: Some(skipped), stands: Some(stands) })
-}
-
-/// What the function returns when it is not the body that says so.
-struct Answers<T> {
-    refused: fn(Error) -> T,
-    skipped: Option<fn() -> T>,
-    /// Whether it is what the function is there for, and no error.
-    stands: Option<fn(&T) -> bool>,
+    Call::new(lock, body, refused, Some(stands), Some(skipped))
 }
 
 /// The future of an annotated function: all of it that is compiled for each of them.
@@ -168,30 +160,19 @@ pub struct Call<B: Future> {
 struct Work<B: Future> {
     body: Option<Pin<Box<B>>>,
     output: Option<B::Output>,
+    /// Whether that is what the function is there for, and no error.
     stands: Option<fn(&B::Output) -> bool>,
 }
 
 impl<B: Future> Call<B> {
-    fn new(lock: Lock, body: B, Answers { refused, skipped, stands }: Answers<B::Output>) -> Self {
-        let work = Work { body: Some(Box::pin(body)), output: None, stands };
-        Self { work, lock, refused, skipped }
-    }
-
-    /// Not inlined, as its like below: what it needs would otherwise be on the stack of every call inside of the body.
-    #[inline(never)]
-    fn answer(&mut self) -> B::Output {
-        let error = match self.lock.0.take_answer() {
-            Outcome::Refused(error) => error,
-            Outcome::Ended => match self.work.output.take() {
-                Some(output) => return output,
-                None => Error::Closed,
-            },
-            Outcome::Skipped => match self.skipped {
-                Some(skipped) => return skipped(),
-                None => Error::Closed,
-            },
-        };
-        (self.refused)(error)
+    fn new(
+        lock: Lock,
+        body: B,
+        refused: fn(Error) -> B::Output,
+        stands: Option<fn(&B::Output) -> bool>,
+        skipped: Option<fn() -> B::Output>,
+    ) -> Self {
+        Self { work: Work { body: Some(Box::pin(body)), output: None, stands }, lock, refused, skipped }
     }
 }
 
@@ -204,7 +185,7 @@ impl<B: Future> Future for Call<B> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<B::Output> {
         let this = self.get_mut();
         ready!(this.lock.0.poll(&mut this.work, context));
-        Poll::Ready(this.answer())
+        Poll::Ready(answer(&mut this.lock.0, &mut this.work.output, this.refused, this.skipped))
     }
 }
 
@@ -215,41 +196,48 @@ impl<B: Future> Drop for Call<B> {
     }
 }
 
+/// Of what the function returns alone. Not inlined, as its like below: what it needs would otherwise be on the stack of every
+/// call inside of the body.
+#[inline(never)]
+fn answer<T>(
+    state: &mut State,
+    output: &mut Option<T>,
+    refused: fn(Error) -> T,
+    skipped: Option<fn() -> T>,
+) -> T {
+    let error = match std::mem::replace(&mut state.answer, Outcome::Ended) {
+        Outcome::Refused(error) => error,
+        Outcome::Ended => match output.take() {
+            Some(output) => return output,
+            None => Error::Closed,
+        },
+        Outcome::Skipped => match skipped {
+            Some(skipped) => return skipped(),
+            None => Error::Closed,
+        },
+    };
+    refused(error)
+}
+
 /// What a call does, whatever the body.
 trait Works {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()>;
+    /// Ready with whether the body has returned what the function is there for.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<bool>;
 
     /// Drops the body where it stands.
     fn stop(&mut self);
-
-    fn has_body(&self) -> bool;
-
-    /// Whether the body has returned what the function is there for.
-    fn stands(&self) -> bool;
 }
 
 impl<B: Future> Works for Work<B> {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        if let Some(body) = &mut self.body {
-            self.output = Some(ready!(body.as_mut().poll(context)));
-            self.body = None;
-        }
-        Poll::Ready(())
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        let Some(body) = &mut self.body else { return Poll::Ready(false) };
+        let output = self.output.insert(ready!(body.as_mut().poll(context)));
+        self.body = None;
+        Poll::Ready(self.stands.is_none_or(|stands| stands(output)))
     }
 
     fn stop(&mut self) {
         self.body = None;
-    }
-
-    fn has_body(&self) -> bool {
-        self.body.is_some()
-    }
-
-    fn stands(&self) -> bool {
-        match (&self.output, self.stands) {
-            (Some(output), Some(stands)) => stands(output),
-            (output, _) => output.is_some(),
-        }
     }
 }
 
@@ -260,18 +248,14 @@ enum Outcome {
 }
 
 impl State {
-    fn take_answer(&mut self) -> Outcome {
-        std::mem::replace(&mut self.answer, Outcome::Ended)
-    }
-
     /// Thin, as what it polls the body by: it is on the stack of every call inside of the body.
     fn poll(&mut self, work: &mut dyn Works, context: &mut Context<'_>) -> Poll<()> {
         if let Phase::Taking(_) = &self.phase {
             ready!(self.poll_taking(context));
         }
         if let Phase::Held(taken) = &mut self.phase {
-            ready!(taken.poll_body(work, context));
-            self.end(work);
+            let stands = ready!(taken.poll_body(work, context));
+            self.end(work, stands);
         }
         self.poll_ending(context)
     }
@@ -297,7 +281,7 @@ impl State {
 
     /// Begins to end the lock behind the body.
     #[inline(never)]
-    fn end(&mut self, work: &mut dyn Works) {
+    fn end(&mut self, work: &mut dyn Works, stands: bool) {
         self.stop(work);
         self.unbind();
         let Phase::Held(taken) = std::mem::replace(&mut self.phase, Phase::Ended) else { return };
@@ -311,7 +295,6 @@ impl State {
                 Err(lost) => self.answer = Outcome::Refused(lost),
             },
             Taken::Row(call) => {
-                let stands = work.stands();
                 self.phase = Phase::Ending(Box::pin(async move {
                     let ended = call.end(stands).await;
                     if stands { ended } else { Ok(()) }
@@ -334,9 +317,6 @@ impl State {
 
     /// Drops the body where it stands, inside of its lock.
     fn stop(&self, work: &mut dyn Works) {
-        if !work.has_body() {
-            return;
-        }
         let inside = match &self.phase {
             Phase::Held(taken) => taken.inside(),
             _ => None,
@@ -363,15 +343,16 @@ impl Drop for State {
 }
 
 impl Taken {
-    fn poll_body(&mut self, work: &mut dyn Works, context: &mut Context<'_>) -> Poll<()> {
+    fn poll_body(&mut self, work: &mut dyn Works, context: &mut Context<'_>) -> Poll<bool> {
         match self {
             #[cfg(feature = "testing")]
             Self::SwitchedOff => work.poll(context),
             Self::Lease(call) => {
-                if call.inside.enter(|| work.poll(context)).is_ready() {
-                    return Poll::Ready(());
+                let polled = call.inside.enter(|| work.poll(context));
+                if polled.is_pending() {
+                    return call.poll_loss(context);
                 }
-                call.poll_loss(context)
+                polled
             }
             Self::Row(call) => call.poll_in(|| work.poll(context)),
         }
@@ -382,7 +363,7 @@ impl LeaseCall {
     /// Ready when the lease is lost: the body is dropped then where it stands. Not when the body itself has released it,
     /// with the commit of a transaction.
     #[inline(never)]
-    fn poll_loss(&mut self, context: &mut Context<'_>) -> Poll<()> {
+    fn poll_loss(&mut self, context: &mut Context<'_>) -> Poll<bool> {
         if !self.looks_for_loss {
             return Poll::Pending;
         }
@@ -397,7 +378,7 @@ impl LeaseCall {
             return Poll::Pending;
         }
         self.lost = Some(loss);
-        Poll::Ready(())
+        Poll::Ready(false)
     }
 
     /// `None`: there is nothing to wait for, as it is not the last handle.
