@@ -35,7 +35,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
         condition: Condition,
         counted: Counted,
     ) -> Self {
-        let transaction = Watched::new(transaction, |_| condition.name().shown().into());
+        let transaction = Watched::unwatched(transaction);
         Self {
             transaction,
             condition,
@@ -43,6 +43,11 @@ impl<DB: LockDatabase> RowGuard<DB> {
             #[cfg(feature = "testing")]
             shown: None,
         }
+    }
+
+    pub(super) fn handed_out(mut self) -> Self {
+        self.transaction.is_handed_out(self.condition.name().shown());
+        self
     }
 
     #[cfg(feature = "testing")]

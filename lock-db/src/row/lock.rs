@@ -95,7 +95,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let guard = self.in_task(Some(wait)).await?.ok_or(Error::Closed)?;
         #[cfg(feature = "testing")]
         let guard = guard.of_caller(&locks);
-        Ok(guard)
+        Ok(guard.handed_out())
     }
 
     /// As [`acquire`](Self::acquire), without waiting for the holder: `None` when somebody has it.
@@ -113,7 +113,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let guard = self.in_task(None).await?;
         #[cfg(feature = "testing")]
         let guard = guard.map(|guard| guard.of_caller(&locks));
-        Ok(guard)
+        Ok(guard.map(RowGuard::handed_out))
     }
 
     /// Takes the lock in the caller's transaction: no other connection is used, and the end of the transaction frees it.
