@@ -530,7 +530,7 @@ pub(crate) enum HookFailure {
     #[error("the pool's 'after_connect' hook panicked: {0}")]
     Panicked(String),
     /// Or it has returned errors: sqlx logs them, passes none on, and tries again.
-    #[error("the pool's 'after_connect' hook has let no connection through for {}s", .0.as_secs_f32().round())]
+    #[error("the pool's 'after_connect' hook has not returned for {}s, or has returned errors", .0.as_secs_f32().round())]
     Waits(Duration),
 }
 

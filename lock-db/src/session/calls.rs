@@ -95,6 +95,11 @@ impl Calls {
         self.places.borrow_mut().remove(name).is_some()
     }
 
+    /// Whether this process stands in any queue.
+    pub(super) fn waits(&self) -> bool {
+        !self.places.borrow().is_empty()
+    }
+
     pub(super) fn ring(&self, id: i64) {
         for bell in self.places.borrow().values().filter(|bell| bell.id == id) {
             // Kept for a waiter that is busy at the moment.

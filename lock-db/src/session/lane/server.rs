@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_local;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use super::connector::Connector;
+use super::connector::{CONNECT_LIMIT, Connector, WaitsForHook, no_answer};
 use super::earlier::{Earlier, any_number};
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{
@@ -28,6 +28,8 @@ use crate::session::calls::Calls;
 const DEAF_FOR: Duration = Duration::from_mins(5);
 /// How long a connection that has answered before may be silent before a second one is made. Less than the time for a first answer.
 const SILENCE: Duration = Duration::from_millis(700);
+/// Or so many times what answers, and connections, have taken lately.
+const PACES: u32 = 8;
 /// How long a connection may take to end.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// How many requests are taken from the queue at once.
@@ -88,6 +90,7 @@ struct Private<DB: LockDatabase> {
     server: Option<Server>,
     /// When it is to be closed, by the pool's `max_lifetime`.
     retires: Option<Instant>,
+    used: Instant,
 }
 
 /// A connection, which may listen.
@@ -113,9 +116,10 @@ impl<DB: LockDatabase> Worker<DB> {
         calls: &Rc<Calls>,
         may_listen: bool,
         lost: &Rc<Notify>,
+        waits_for_hook: &WaitsForHook,
     ) -> Self {
         Self {
-            connector: Connector::new(application, location),
+            connector: Connector::new(application, location, waits_for_hook),
             connection: None,
             location: Arc::clone(location),
             answered: Rc::clone(answered),
@@ -132,7 +136,7 @@ impl<DB: LockDatabase> Worker<DB> {
         let mut round = Vec::with_capacity(ROUND);
         loop {
             let rest = self.earlier.pause();
-            let retires = self.connection.as_ref().and_then(|connection| connection.retires);
+            let retires = self.retires_at();
             if retires.is_some_and(|at| at <= Instant::now()) {
                 self.retire();
                 continue;
@@ -215,6 +219,15 @@ impl<DB: LockDatabase> Worker<DB> {
             self.earlier.is_given_up();
         }
         let _ = reply.send(answer);
+    }
+
+    /// By the pool's `max_lifetime`, or by its `idle_timeout`, unless others may call.
+    fn retires_at(&self) -> Option<Instant> {
+        let Private { retires, used, .. } = self.connection.as_ref()?;
+        let is_awaited = self.may_listen && self.calls.waits();
+        let idle = self.connector.idle_timeout().filter(|_| !is_awaited);
+        let idle = idle.and_then(|timeout| used.checked_add(timeout));
+        retires.iter().copied().chain(idle).min()
     }
 
     /// Closes a connection that has become as old as those of the pool may, or with which the pool's options may have changed since. The
@@ -378,6 +391,11 @@ impl<DB: LockDatabase> Worker<DB> {
                 .await;
             }
             Operation::Migrate(reply) => {
+                // What takes long has no limit by which a connection that was dropped would be noticed.
+                if self.connection.is_some() {
+                    let ping = async |c: &mut DB::Connection| c.ping().await.map_err(Failure::new::<DB>);
+                    let _another_is_made = self.on_bare_connection(STATEMENT_LIMIT, SILENCE, ping).await;
+                }
                 let schema = self.location.schema();
                 let answer = self
                     .on_bare_connection(MIGRATION_LIMIT, MIGRATION_LIMIT, async |c| {
@@ -541,14 +559,18 @@ impl<DB: LockDatabase> Worker<DB> {
     ) -> Result<T, Failure> {
         let asked = Instant::now();
         let deadline = asked + limit;
-        let (mut connection, may_be_dropped) = match self.connection.take() {
-            Some(connection) => (connection, DB::IS_REMOTE),
-            None => match timeout(limit, self.connect()).await {
-                Ok(made) => (made?, false),
+        let kept = self.connection.take();
+        let may_be_dropped = DB::IS_REMOTE && kept.is_some();
+        let mut connection = if let Some(connection) = kept {
+            connection
+        } else {
+            let limit = limit.min(CONNECT_LIMIT);
+            match timeout(limit, self.connect()).await {
+                Ok(made) => made?,
                 Err(_elapsed) => return Err(self.is_silent(limit)),
-            },
+            }
         };
-        let silence = if may_be_dropped { silence.max(3 * self.pace) } else { limit };
+        let silence = if may_be_dropped { silence.max(PACES * self.pace) } else { limit };
         let listening = self.is_to_listen();
         let Self { earlier, connector, .. } = self;
         let known = earlier.current();
@@ -581,6 +603,7 @@ impl<DB: LockDatabase> Worker<DB> {
                 if silence < limit {
                     self.pace = now.duration_since(asked).max(self.pace * 7 / 8);
                 }
+                connection.used = now;
                 self.connection = Some(connection);
                 self.answered.set(Some(now));
                 result
@@ -614,13 +637,15 @@ impl<DB: LockDatabase> Worker<DB> {
 
     fn is_silent(&mut self, limit: Duration) -> Failure {
         self.deaf_until = Some(Instant::now() + DEAF_FOR);
-        Failure::no_answer::<DB>(limit)
+        no_answer::<DB>(self.connector.waits_for_hook(), limit)
     }
 
     async fn connect(&mut self) -> Result<Private<DB>, Failure> {
+        let asked = Instant::now();
         let mut way = self.connector.make(self.is_to_listen()).await?;
         let prepared = async { DB::prepare(way.connection().await?, self.earlier.next()).await };
         prepared.await.map_err(Failure::new::<DB>)?;
+        self.pace = self.pace.max(asked.elapsed() / 4);
         Ok(self.private(way))
     }
 
@@ -633,7 +658,7 @@ impl<DB: LockDatabase> Worker<DB> {
         let age = |lifetime: Duration| lifetime.mul_f64(0.8) + jitter(lifetime / 5);
         let retires =
             self.connector.lifetime().and_then(|lifetime| Instant::now().checked_add(age(lifetime)));
-        Private { way, server: None, retires }
+        Private { way, server: None, retires, used: Instant::now() }
     }
 }
 
