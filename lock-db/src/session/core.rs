@@ -205,7 +205,7 @@ pub(super) struct Core {
     pub(super) calls: Rc<Calls>,
     pub(super) baton: Baton,
     pub(super) is_renewing: Cell<bool>,
-    /// Whether leases were renewed for the sake of the connection.
+    /// Whether the connection for renewals was made, or tried, before the first of them.
     pub(super) connects_ahead: Cell<bool>,
     /// Why the last renewal failed, if it did.
     pub(super) not_renewed: RefCell<Option<String>>,
@@ -344,8 +344,7 @@ impl Core {
         ended
     }
 
-    /// Whether leases are renewed ahead of time, so that the connection for that is there: once, and only where it notices by itself that
-    /// the server has gone.
+    /// Whether the connection for renewals is made ahead of them: once, and only where it notices by itself that the server has gone.
     pub(super) fn may_connect_ahead(&self) -> bool {
         !self.connects_ahead.get() && self.renewals.could_notice_loss()
     }

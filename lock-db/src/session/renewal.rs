@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::select;
+use tokio::task::spawn_local;
 
 use super::baton;
 use super::core::{Core, Held, twice};
@@ -36,8 +37,7 @@ pub(super) async fn renew(core: Rc<Core>) {
             () = core.due.sleep_until(next.into_iter().chain(connects).min()) => {}
         }
         if connects_at(&core).is_some_and(|at| at <= Instant::now()) {
-            core.connects_ahead.set(true);
-            renew_within(&core, Duration::ZERO, numbers(&core));
+            connect_ahead(&core);
         }
         let (together, alone) = take_due(&core, Instant::now());
         core.is_renewing.set(true);
@@ -48,13 +48,29 @@ pub(super) async fn renew(core: Rc<Core>) {
     }
 }
 
-/// When leases are renewed ahead of time, for the sake of the connection: it notices at once that the server has gone, see
-/// `watch_connections`.
+/// When the connection is made ahead of the first renewal: it notices at once that the server has gone, see `watch_connections`.
 fn connects_at(core: &Core) -> Option<Instant> {
     if !core.may_connect_ahead() {
         return None;
     }
     core.leases.borrow().values().map(Held::is_held_on).min()
+}
+
+/// Renews nothing. When it fails the first renewal connects.
+fn connect_ahead(core: &Rc<Core>) {
+    core.connects_ahead.set(true);
+    let (core, limit) = (Rc::clone(core), limit(core));
+    drop(spawn_local(async move {
+        if let Err(failure) = core.renewals.connect(limit).await {
+            tracing::debug!(error = %failure.source, "the connection for renewals could not be made yet");
+        }
+    }));
+}
+
+/// How long a renewal may take. Of all leases: those that come due next wait behind it.
+fn limit(core: &Core) -> Duration {
+    let shortest = core.shortest_ttl().map_or(LONGEST_STATEMENT, |ttl| ttl / 3);
+    shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT)
 }
 
 /// A lease that is due: its number, and what to ask for.
@@ -80,10 +96,8 @@ fn take_due(core: &Core, now: Instant) -> (Vec<Due>, Vec<Due>) {
 }
 
 async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
-    // Of all leases, not only of this batch: those that come due next wait behind this statement.
-    let shortest = core.shortest_ttl().map_or(LONGEST_STATEMENT, |ttl| ttl / 3);
     let leases: Vec<Renewal> = batch.iter().map(|(_, renewal)| renewal.clone()).collect();
-    let limit = shortest.clamp(SHORTEST_STATEMENT, LONGEST_STATEMENT);
+    let limit = limit(core);
     // One with a short TTL can't wait for the end of the slice; after that slice it need not.
     let is_second = !baton::is_in_the_way(core);
     let lane = if is_second { &core.renewals } else { &core.lane };

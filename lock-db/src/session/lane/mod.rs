@@ -44,6 +44,7 @@ type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 enum Operation {
     Acquire(Vec<Claim>, Rc<Cell<bool>>, Reply<Acquired>),
+    Connect(Duration, Reply<()>),
     Locate(bool, Reply<Server>),
     OnRow(Name, OnRow),
     OnRows(Vec<Name>, OnRows),
@@ -108,6 +109,7 @@ impl Operation {
     fn is_forgotten(&self) -> bool {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
+            Self::Connect(_, reply) => reply.is_closed(),
             Self::Locate(_, reply) => reply.is_closed(),
             Self::OnRow(_, operation) => operation.is_forgotten(),
             Self::OnRows(_, operation) => operation.is_forgotten(),
@@ -178,6 +180,11 @@ impl Lane {
         begun: &Rc<Cell<bool>>,
     ) -> Result<Acquired, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Acquire(claims, Rc::clone(begun), reply)).await
+    }
+
+    /// Makes the connection, if that was not done yet, in `limit` at most.
+    pub(super) async fn connect(&self, limit: Duration) -> Result<(), Failure> {
+        self.ask(limit, |reply| Operation::Connect(limit, reply)).await
     }
 
     /// Finds the table, if that was not done yet, or `anew`.

@@ -343,6 +343,10 @@ impl<DB: LockDatabase> Worker<DB> {
                     .await;
                 let _ = reply.send(answer);
             }
+            Operation::Connect(limit, reply) => {
+                let answer = self.on_bare_connection(limit, async |_| Ok(())).await;
+                let _ = reply.send(answer);
+            }
             Operation::Locate(anew, reply) => {
                 if let Some(connection) = self.connection.as_mut().filter(|_| anew) {
                     connection.server = None;
