@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::{Attempt, SHORTEST_PAUSE};
+use super::{Attempt, Obstacle, SHORTEST_PAUSE};
 use crate::Kind;
 use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, Waiters};
 use crate::error::Failure;
@@ -173,12 +173,23 @@ impl Attempt {
             }));
         }
         self.seen_free = free;
-        if !missing.is_empty()
-            && let Some(name) = core.lane.create_all(&missing, Kind::Insert).await?
-        {
+        if let Some(name) = self.create_rows(&missing).await? {
             return Ok(Some(Reply::RowIsMade(name)));
         }
         Ok(None)
+    }
+
+    /// Answers one whose row an open transaction has made. First that of the last time: among all of them it would have to be found again.
+    async fn create_rows(&self, names: &[Name]) -> Result<Option<Name>, Failure> {
+        let lane = &self.core.lane;
+        if let Obstacle::Transaction(last) = &self.last
+            && names.len() > 1
+            && let Some(last) = names.iter().find(|name| *name == last)
+            && let Some(name) = lane.create_all(std::slice::from_ref(last), Kind::Insert).await?
+        {
+            return Ok(Some(name));
+        }
+        lane.create_all(names, Kind::Insert).await
     }
 
     async fn give_notice_to(&self, over: &[(Name, LockRow)]) -> Result<u64, Failure> {
