@@ -344,7 +344,7 @@ impl<DB: LockDatabase> Worker<DB> {
                 let _ = reply.send(answer);
             }
             Operation::Connect(limit, reply) => {
-                let answer = self.on_bare_connection(limit, async |_| Ok(())).await;
+                let answer = self.on_bare_connection(limit, SILENCE, async |_| Ok(())).await;
                 let _ = reply.send(answer);
             }
             Operation::Locate(anew, reply) => {
