@@ -129,8 +129,9 @@ async fn named<T: TestServer>(database: &T, act: Act, words: &str) {
     }
     let error = locks.info("a").await.unwrap_err();
     assert!(matches!(error, Error::Database { .. }) && error.is_retryable(), "{error:?}");
-    // Few attempts, whatever the wait.
-    assert!(hook.calls() <= 3 * 11, "{} calls", hook.calls());
+    // Few attempts, whatever the wait; sqlx itself tries again after an error, for five seconds.
+    let most = if words.contains("panicked") { 3 * 11 } else { 3 * 11 * 20 };
+    assert!(hook.calls() <= most, "{} calls", hook.calls());
     hook.does([Act::Nothing]);
     assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_some());
 }

@@ -109,12 +109,11 @@ impl Operation {
     fn is_forgotten(&self) -> bool {
         match self {
             Self::Acquire(_, _, reply) => reply.is_closed(),
-            Self::Connect(_, reply) => reply.is_closed(),
             Self::Locate(_, reply) => reply.is_closed(),
             Self::OnRow(_, operation) => operation.is_forgotten(),
             Self::OnRows(_, operation) => operation.is_forgotten(),
             Self::TakeBaton(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
-            Self::Listen(reply) => reply.is_closed(),
+            Self::Connect(_, reply) | Self::Listen(reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
             Self::OldSnapshots(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),

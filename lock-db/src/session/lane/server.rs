@@ -620,6 +620,8 @@ impl<DB: LockDatabase> Worker<DB> {
                 tracing::debug!("a private connection was dropped without a word: another one is used");
                 self.leaves(&connection);
                 self.earlier.goes_on_with(number);
+                // If it was only far away, more time is left the next time.
+                self.pace = self.pace.max(asked.elapsed() / 4);
                 self.connection = Some(self.private(way));
                 Err(Failure::new::<DB>(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())))
             }
