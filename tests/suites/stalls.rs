@@ -160,7 +160,9 @@ async fn a_table_that_is_locked<T: TestServer>(database: &T) {
         _ => ("LOCK TABLES distributed_lock WRITE", "UNLOCK TABLES"),
     };
     let other = Mutex::new(database.connection().await);
-    let run = async |sql: &str| drop(T::Database::run(&mut *other.lock().await, sql).await.unwrap());
+    let run = async |sql: &str| {
+        T::Database::run(&mut *other.lock().await, sql).await.unwrap();
+    };
     goes_through(database, database.url(), true, async || run(lock).await, async || run(unlock).await).await;
 }
 
@@ -198,8 +200,8 @@ async fn a_request_that_comes_after_the_next_ones<T: TestServer>(database: &T) {
     far.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
 
     proxy.strand();
-    let asked = far.insert_lock("a").ttl(LONG_TTL).wait(Duration::from_millis(1)).acquire().await;
-    assert!(asked.is_err(), "nothing is heard");
+    // Dropped at once where it was granted by way of the next connection.
+    drop(far.insert_lock("a").ttl(LONG_TTL).wait(Duration::from_millis(1)).acquire().await);
     // Another request, on the next connection.
     far.insert_lock("b").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
     let allowed = 4;
