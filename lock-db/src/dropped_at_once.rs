@@ -16,6 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(debug_assertions)]
+use crate::name::escaped;
+
+#[cfg(debug_assertions)]
 const AT_ONCE: Duration = Duration::from_micros(20);
 
 /// What a guard keeps, and whether anybody has looked at it.
@@ -105,7 +108,7 @@ impl Drop for Watch {
         let held_for = self.handed_out.elapsed();
         if held_for < AT_ONCE && !*self.is_used.get_mut() && !std::thread::panicking() {
             tracing::info!(
-                lock = &*self.name,
+                lock = %escaped(&self.name),
                 ?held_for,
                 "released as soon as it was taken, and never used: if that was `let _ = …`, bind the guard to a name \
                  (`let _lease = …`); the lint `let_underscore_drop` finds such places"

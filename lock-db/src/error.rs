@@ -1,10 +1,17 @@
 //! The one error type.
 
+mod words;
+
+pub(crate) use self::words::lost as lost_how;
+
 use std::time::Duration;
 
 use crate::database::{self, Fault, LockDatabase};
-use crate::name::Name;
+use crate::name::{Name, escaped};
 use crate::{Kind, LockInfo};
+
+/// See [`LockDatabase::FOLDER`].
+const SQLITE: &str = "sqlite";
 
 /// As the action of [`Error::Database`]: the only one that may be done although it failed, and must not be done twice.
 pub(crate) const COMMIT: &str = "commit the transaction";
@@ -15,8 +22,8 @@ pub(crate) const COMMIT: &str = "commit the transaction";
 pub enum Error {
     /// The lock was not free within the wait that the caller allowed.
     #[error(
-        "gave up on lock `{name}` after {waited:.3?}, waiting for {waiting_for}{}: try again later, or allow a longer `wait`",
-        holder(.held_by.as_deref())
+        "gave up on lock `{}` after {waited:.3?}, waiting for {waiting_for}{}: try again later, or allow a longer `wait`",
+        escaped(.name), words::holder(.held_by.as_deref())
     )]
     Timeout {
         /// The name of the lock.
@@ -31,18 +38,22 @@ pub enum Error {
 
     /// The lock is no longer ours: somebody else may hold it by now.
     #[error(
-        "lock `{name}` is lost: {reason}; stop the work that it protects, and begin anew with a new lock"
+        "lock `{}` is lost: {}; stop the work that it protects, and begin anew with a new lock",
+        escaped(.name), words::lost(*.reason, .taken_over_by.as_deref())
     )]
     Lost {
         /// The name of the lock.
         name: String,
         /// How it was noticed.
         reason: Loss,
+        /// Who has taken it over, if that is known.
+        taken_over_by: Option<Box<LockInfo>>,
     },
 
     /// The database ended the transaction to break a deadlock. Nothing of it was kept.
     #[error(
-        "the database ended the transaction that was locking `{name}` to break a deadlock: roll back and run the whole transaction again; take several locks in one order"
+        "the database ended the transaction that was locking `{}` to break a deadlock: roll back and run the whole transaction again; take several locks in one order",
+        escaped(.name)
     )]
     Deadlock {
         /// The name of the lock.
@@ -53,7 +64,8 @@ pub enum Error {
 
     /// The transaction's snapshot is older than the last holder's commit: going on would work on old data.
     #[error(
-        "the transaction began before the last holder of lock `{name}` committed and would read old data: roll back and run the whole transaction again, with the lock as its first statement"
+        "the transaction began before the last holder of lock `{}` committed and would read old data: roll back and run the whole transaction again, with the lock as its first statement",
+        escaped(.name)
     )]
     Serialization {
         /// The name of the lock.
@@ -63,7 +75,10 @@ pub enum Error {
     },
 
     /// The name can't be stored on every database. Nothing was sent.
-    #[error("`{name}` can't be the name of a lock: {reason}; a name has 1 to 255 bytes of UTF-8 without NUL")]
+    #[error(
+        "`{}` can't be the name of a lock: {reason}; a name has 1 to 255 bytes of UTF-8 without NUL",
+        escaped(.name)
+    )]
     InvalidName {
         /// The name, shortened.
         name: String,
@@ -87,7 +102,8 @@ pub enum Error {
     ///
     /// Not retryable: a lease that was had by luck would be lost by the next answer that is as slow as the others.
     #[error(
-        "lock `{name}` can't be kept with a `ttl` of {ttl:?}: an answer of the database took {took:.0?}, and a lease needs twice that and more; allow a longer `ttl`"
+        "lock `{}` can't be kept with a `ttl` of {ttl:?}: an answer of the database took {took:.0?}, and a lease needs twice that and more; allow a longer `ttl`",
+        escaped(.name)
     )]
     TtlTooShort {
         /// The name of the lock; of several, the first one.
@@ -100,7 +116,8 @@ pub enum Error {
 
     /// The name belongs to the other kind of lock. The two do not exclude each other, so one name never has both.
     #[error(
-        "`{name}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, delete its row from `distributed_lock`"
+        "`{}` is used as {found} and can't be taken as {wanted}: use another name; or, once no program uses the old kind any more, delete its row from `distributed_lock`",
+        escaped(.name)
     )]
     WrongKind {
         /// The name of the lock.
@@ -112,7 +129,7 @@ pub enum Error {
     },
 
     /// A lock can't be entered again: by way of an owner whose own hold has ended, or because of `reentrant = false`.
-    #[error("lock `{name}` can't be entered again: {reason}")]
+    #[error("lock `{}` can't be entered again: {reason}", escaped(.name))]
     Reentry {
         /// The name of the lock.
         name: String,
@@ -123,7 +140,8 @@ pub enum Error {
     /// An annotated function succeeded, but the transaction of its row lock was rolled back: another function that shared
     /// the transaction failed. Nothing of it was kept.
     #[error(
-        "the transaction of row lock `{name}` was rolled back, because another annotated function that shared it returned an error, panicked, was dropped or was left unfinished: nothing of it was kept; fix that failure, and call the outermost function again"
+        "the transaction of row lock `{}` was rolled back, because another annotated function that shared it returned an error, panicked, was dropped or was left unfinished: nothing of it was kept; fix that failure, and call the outermost function again",
+        escaped(.name)
     )]
     RolledBack {
         /// The name of the lock.
@@ -132,7 +150,8 @@ pub enum Error {
 
     /// The connection is not in a transaction, so a row lock would end with its own statement.
     #[error(
-        "lock `{name}` was asked for on a connection that is not in a transaction, where it would end at once: call `pool.begin()` first (a BEGIN sent as text is not seen)"
+        "lock `{}` was asked for on a connection that is not in a transaction, where it would end at once: call `pool.begin()` first (a BEGIN sent as text is not seen)",
+        escaped(.name)
     )]
     NotInTransaction {
         /// The name of the lock.
@@ -141,7 +160,8 @@ pub enum Error {
 
     /// An annotated function was called where no `Locks` is known.
     #[error(
-        "lock `{name}`: {reason}: call `locks.install()` once in `main`, before the first annotated function; or run the call inside `locks.scope(..)`, again in each task that it spawns; or write `locks = …` in the attribute"
+        "lock `{}`: {reason}: call `locks.install()` once in `main`, before the first annotated function; or run the call inside `locks.scope(..)`, again in each task that it spawns; or write `locks = …` in the attribute",
+        escaped(.name)
     )]
     NotInstalled {
         /// The name of the lock.
@@ -174,7 +194,8 @@ pub enum Error {
     /// The transaction is in another database than the table `distributed_lock` of this `Locks`, or its connection has a
     /// temporary table of that name, which hides the true one (MySQL, MariaDB). Nothing was done in it.
     #[error(
-        "lock `{name}` was asked for in a transaction that does not reach the table `distributed_lock` of this `Locks`: begin it on the pool that the `Locks` was made with, and without a temporary table of that name"
+        "lock `{}` was asked for in a transaction that does not reach the table `distributed_lock` of this `Locks`: begin it on the pool that the `Locks` was made with, and without a temporary table of that name",
+        escaped(.name)
     )]
     ForeignTransaction {
         /// The name of the lock.
@@ -186,12 +207,14 @@ pub enum Error {
     Closed,
 
     /// The database answered with an error that is no matter of locking.
-    #[error("could not {action}{}: {}{}{}", on_lock(.name.as_deref()), in_the_way(.source), said(.source), of_runtime(.source))]
+    #[error("could not {}: {}", words::tried(.action, .name.as_deref(), *.within, .source), words::cause(.source))]
     Database {
         /// What was tried.
         action: &'static str,
         /// The name of the lock, if it was about one.
         name: Option<String>,
+        /// The wait that the caller allowed, if it was over by then.
+        within: Option<Duration>,
         /// What sqlx or the database said.
         source: sqlx::Error,
     },
@@ -254,8 +277,12 @@ impl std::fmt::Display for NoReentry {
 pub enum Loss {
     /// The lease could not be renewed in time, so that the database may have given it to somebody else.
     NotRenewed,
-    /// The row carries another secret key: somebody else has it, or it was released by hand.
+    /// The row carries another secret key: somebody else has it.
     TakenOver,
+    /// Its row says that it was released, and nothing in this process has done that.
+    ReleasedByHand,
+    /// Its row was deleted from `distributed_lock`.
+    RowDeleted,
     /// The transaction or connection that held it is gone.
     TransactionEnded,
     /// The `Locks` was closed, which releases what is still held.
@@ -274,6 +301,8 @@ impl std::fmt::Display for Loss {
         formatter.write_str(match self {
             Self::NotRenewed => "its lease could not be renewed in time",
             Self::TakenOver => "the table names another owner, or it was released by hand",
+            Self::ReleasedByHand => "released by hand",
+            Self::RowDeleted => "its row was deleted from `distributed_lock`",
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",
             Self::HeldTooLong => "it was held for as long as `at_most` allows",
@@ -292,7 +321,7 @@ fn invalid_option(option: &str, value: &str, reason: &str) -> String {
     if option == INSTALL {
         return format!("`install()` was called already: this process uses its {value} `Locks`; {reason}");
     }
-    format!("option `{option}` can't be {value}: {reason}")
+    format!("option `{option}` can't be {}: {reason}", escaped(value))
 }
 
 impl Error {
@@ -322,7 +351,9 @@ impl Error {
                 waiting_for: *waiting_for,
                 held_by: held_by.clone(),
             },
-            Self::Lost { name, reason } => Self::Lost { name: name.clone(), reason: *reason },
+            Self::Lost { name, reason, taken_over_by } => {
+                Self::Lost { name: name.clone(), reason: *reason, taken_over_by: taken_over_by.clone() }
+            }
             Self::RolledBack { name } => Self::RolledBack { name: name.clone() },
             Self::Deadlock { name, source } => {
                 Self::Deadlock { name: name.clone(), source: another_source(source) }
@@ -330,16 +361,37 @@ impl Error {
             Self::Serialization { name, source } => {
                 Self::Serialization { name: name.clone(), source: source.as_ref().map(another_source) }
             }
-            Self::Database { action, name, source } => {
-                Self::Database { action, name: name.clone(), source: another_source(source) }
+            Self::Database { action, name, within, source } => {
+                Self::Database { action, name: name.clone(), within: *within, source: another_source(source) }
             }
             // The end of a transaction does not return these.
             error => Self::Database {
                 action: COMMIT,
                 name: error.name().map(str::to_owned),
+                within: None,
                 source: sqlx::Error::Io(std::io::Error::other(error.to_string())),
             },
         }
+    }
+
+    pub(crate) fn lost(name: impl Into<String>, reason: Loss) -> Self {
+        Self::Lost { name: name.into(), reason, taken_over_by: None }
+    }
+
+    /// Of what was done for a lock.
+    pub(crate) fn about(mut self, lock: &Name) -> Self {
+        if let Self::Database { name, .. } = &mut self {
+            name.get_or_insert_with(|| lock.given());
+        }
+        self
+    }
+
+    /// For a caller whose wait is over.
+    pub(crate) fn within(mut self, wait: Option<Duration>) -> Self {
+        if let Self::Database { within, .. } = &mut self {
+            *within = wait;
+        }
+        self
     }
 
     /// The name of the lock that it was about, if it was about one.
@@ -378,7 +430,8 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new<DB: LockDatabase>(source: sqlx::Error) -> Self {
-        Self { fault: DB::classify(&source), source, folder: DB::FOLDER }
+        let fault = DB::classify(&source);
+        Self { fault, source: words::of_database(DB::NAME, source), folder: DB::FOLDER }
     }
 
     /// Of no database.
@@ -389,18 +442,13 @@ impl Failure {
 
     /// A server that does not answer, whatever it does with what it was sent.
     pub(crate) fn no_answer<DB: LockDatabase>(limit: Duration) -> Self {
-        let message = format!("{} did not answer within {limit:?}", DB::NAME);
+        let message = format!("{} did not answer within {limit:.3?}", DB::NAME);
         Self::new::<DB>(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
     }
 
     /// A private connection that was not made, because of the application's hook.
     pub(crate) fn hook<DB: LockDatabase>(failure: HookFailure) -> Self {
         Self::new::<DB>(failure.into())
-    }
-
-    /// For messages.
-    pub(crate) fn text(&self) -> String {
-        said(&self.source)
     }
 
     /// Whether a hook of the application's pool keeps the connection from being made.
@@ -451,6 +499,24 @@ impl Failure {
         Self { fault: Fault::Disconnected, source, folder: DB::FOLDER }
     }
 
+    /// On SQLite, where whoever writes keeps everybody from writing. `is_free`: the lock, as far as others can see.
+    pub(crate) fn written_by_others(self, name: &Name, is_free: bool) -> Self {
+        if self.folder != SQLITE || self.fault != Fault::Busy {
+            return self;
+        }
+        let message = if is_free {
+            format!(
+                "nobody holds `{name}`, but another transaction, perhaps your own, is writing to this SQLite database"
+            )
+        } else {
+            format!(
+                "another transaction, perhaps your own, is writing to this SQLite database, and may hold `{name}`"
+            )
+        };
+        let source = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::WouldBlock, message));
+        Self { source, ..self }
+    }
+
     /// A row that is free, is locked by nobody, and still was not written.
     pub(crate) fn not_written<DB: LockDatabase>() -> Self {
         let message = "the lock is free and its row is not locked, but writing it has no effect: is there a trigger on \
@@ -487,7 +553,7 @@ impl Failure {
     /// For the caller: `action` completes "could not …".
     pub(crate) fn into_error(self, action: &'static str, name: Option<&Name>) -> Error {
         let Self { fault, source, folder } = self;
-        let known = || name.map(Name::to_string).unwrap_or_default();
+        let known = || name.map(Name::given).unwrap_or_default();
         match fault {
             Fault::TableMissing => Error::SchemaMissing {
                 reason: "the table `distributed_lock` does not exist".into(),
@@ -514,11 +580,11 @@ impl Failure {
                 name: known(),
                 reason: "the database has an encoding in which it can't be stored",
             },
-            Fault::TransactionEnded => Error::Lost { name: known(), reason: Loss::TransactionEnded },
+            Fault::TransactionEnded => Error::lost(known(), Loss::TransactionEnded),
             Fault::Deadlock => Error::Deadlock { name: known(), source },
             Fault::Serialization => Error::Serialization { name: known(), source: Some(source) },
             Fault::Busy | Fault::Disconnected | Fault::Passing | Fault::Refused | Fault::Other => {
-                Error::Database { action, name: name.map(Name::to_string), source }
+                Error::Database { action, name: name.map(Name::given), within: None, source }
             }
         }
     }
@@ -544,16 +610,18 @@ impl From<HookFailure> for sqlx::Error {
     }
 }
 
-fn hook_failure(source: &sqlx::Error) -> Option<&HookFailure> {
+pub(crate) fn hook_failure(source: &sqlx::Error) -> Option<&HookFailure> {
     match source {
         sqlx::Error::Io(error) => error.get_ref()?.downcast_ref(),
         _ => None,
     }
 }
 
-/// What stands in a message: what a hook did is no error in the communication with the database.
-fn said(source: &sqlx::Error) -> String {
-    hook_failure(source).map_or_else(|| source.to_string(), HookFailure::to_string)
+/// In one line, for logs.
+impl std::fmt::Display for Failure {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&words::cause(&self.source))
+    }
 }
 
 /// An error with the same text, and retryable if that is.
@@ -562,7 +630,7 @@ fn another_source(source: &sqlx::Error) -> sqlx::Error {
         return failure.clone().into();
     }
     match source {
-        sqlx::Error::Io(error) => sqlx::Error::Io(std::io::Error::new(error.kind(), error.to_string())),
+        sqlx::Error::Io(error) => sqlx::Error::Io(words::another(error)),
         source if database::passes(source) || database::is_busy(source) => {
             sqlx::Error::Io(std::io::Error::other(source.to_string()))
         }
@@ -580,34 +648,6 @@ pub(crate) fn is_connection_failure(error: &sqlx::Error) -> bool {
             | sqlx::Error::PoolTimedOut
             | sqlx::Error::WorkerCrashed
     )
-}
-
-fn holder(info: Option<&LockInfo>) -> String {
-    match info {
-        Some(LockInfo { owner, acquired_at, held_until: Some(until), .. }) => {
-            format!(" (held by {owner} since {acquired_at}, until {until} at least)")
-        }
-        Some(LockInfo { owner, acquired_at, held_until: None, kind: Kind::Row, .. }) => {
-            format!(" (held by {owner} since {acquired_at})")
-        }
-        _ => String::new(),
-    }
-}
-
-fn in_the_way(source: &sqlx::Error) -> &'static str {
-    if database::is_busy(source) { "another transaction keeps the others from writing: " } else { "" }
-}
-
-fn of_runtime(source: &sqlx::Error) -> &'static str {
-    let sqlx::Error::Io(error) = source else { return "" };
-    if !tokio::runtime::is_rt_shutdown_err(error) {
-        return "";
-    }
-    " (the runtime that made the connection has ended: give each runtime a pool of its own)"
-}
-
-fn on_lock(name: Option<&str>) -> String {
-    name.map(|name| format!(" (lock `{name}`)")).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -636,7 +676,7 @@ mod tests {
     fn a_commit_without_an_answer_is_not_made_again() {
         let broken = |action| {
             let source = sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
-            Error::Database { action, name: None, source }
+            Error::Database { action, name: None, within: None, source }
         };
         assert!(!broken(COMMIT).is_retryable());
         let knows_a_database = cfg!(any(feature = "postgres", feature = "mysql", feature = "sqlite"));

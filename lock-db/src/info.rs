@@ -72,4 +72,8 @@ pub struct LockInfo {
     /// Until when the lease is valid, by the database's clock. `None` when it is free: released or run out. Always
     /// `None` for a row lock, which the table can't show: it lives in the transaction that holds it.
     pub held_until: Option<DateTime<Utc>>,
+    /// When the last holder gave it back, if it is held beyond that ([`at_least`](crate::InsertLock::at_least)).
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Whether it is known that this process has it, by way of the same [`Locks`](crate::Locks).
+    pub is_here: bool,
 }

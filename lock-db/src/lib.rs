@@ -22,6 +22,7 @@ mod interleavings;
 mod jitter;
 mod limits;
 mod locks;
+mod long_hold;
 mod name;
 mod own_transaction;
 mod reentry;

@@ -24,6 +24,9 @@ pub(crate) const MOST_TURNS: u32 = 4096;
 /// How many locks may be taken together: all of them are written in one transaction, behind which others wait.
 pub(crate) const MOST_NAMES: usize = 10_000;
 
+/// Else one warning would follow the other.
+pub(crate) const SHORTEST_WARNING: Duration = Duration::from_secs(1);
+
 /// Below this the renewal of a lease is a race with the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
 /// Above this no clock arithmetic of any of the databases is asked to go.

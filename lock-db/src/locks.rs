@@ -8,11 +8,12 @@ use sqlx::Pool;
 use crate::database::{Location, LockDatabase};
 use crate::in_transaction::{Counts, KnownRows};
 use crate::insert::{InsertLock, InsertLocks};
-use crate::limits::{DEFAULT_HAND_OFF, DEFAULT_TTL, DEFAULT_WAIT, MOST_TURNS};
+use crate::limits::{DEFAULT_HAND_OFF, DEFAULT_TTL, DEFAULT_WAIT, MOST_TURNS, SHORTEST_WARNING};
+use crate::long_hold::WarnAfter;
 use crate::name::Name;
 use crate::reentry::{Instance, Lock};
 use crate::row::{RowLock, RowLocks, RowQueues};
-use crate::session::{HandOff, Request, Session};
+use crate::session::{HandOff, Request, Session, Watched};
 use crate::{CheckReport, Error, LockInfo, name};
 
 /// The locks of a database. Cheap to clone; make one for each pool and keep it as long as the program runs.
@@ -61,6 +62,7 @@ impl<DB: LockDatabase> Locks<DB> {
             default_ttl: DEFAULT_TTL,
             default_wait: DEFAULT_WAIT,
             hand_off: DEFAULT_HAND_OFF,
+            warn_after: WarnAfter::TimesTtl,
             fair: true,
             #[cfg(feature = "testing")]
             kept: None,
@@ -261,6 +263,7 @@ pub struct LocksBuilder<DB: LockDatabase> {
     default_ttl: Duration,
     default_wait: Duration,
     hand_off: HandOff,
+    warn_after: WarnAfter,
     fair: bool,
     #[cfg(feature = "testing")]
     kept: Option<Kept>,
@@ -279,6 +282,7 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
             default_ttl: self.default_ttl,
             default_wait: self.default_wait,
             hand_off: self.hand_off,
+            warn_after: self.warn_after,
             fair: self.fair,
             #[cfg(feature = "testing")]
             kept: self.kept.clone(),
@@ -347,6 +351,20 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         self
     }
 
+    /// After how long a lock that is still held is warned of, once and then each time that twice as much has passed: a WARN of the
+    /// crate `tracing` with the name, the owner, since when, and the fencing token. `None`: never.
+    ///
+    /// It is for work that hangs and guards that are never dropped, which keep a lock as long as their process lives. Leases
+    /// with an [`at_most`](InsertLock::at_most) have an end, and are not warned of; nor are locks in transactions of the
+    /// caller, of which only the database knows how long they last.
+    ///
+    /// One second at least. Default: ten times the TTL of a lease, 30 seconds at least; five minutes for a row lock.
+    pub fn warn_after(mut self, time: impl Into<Option<Duration>>) -> Self {
+        self.warn_after =
+            time.into().map_or(WarnAfter::Never, |time| WarnAfter::After(time.max(SHORTEST_WARNING)));
+        self
+    }
+
     /// Drops this only when the `Locks` and all its clones are gone.
     #[cfg(feature = "testing")]
     pub(crate) fn keeping(mut self, kept: Kept) -> Self {
@@ -366,14 +384,27 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     pub fn build(self) -> Locks<DB> {
         #[cfg(all(feature = "testing", not(debug_assertions)))]
         crate::testing::warn_of_optimised_program();
-        let Self { pool, label, schema, name_prefix, default_ttl, default_wait, hand_off, fair, .. } = self;
+        let Self {
+            pool,
+            label,
+            schema,
+            name_prefix,
+            default_ttl,
+            default_wait,
+            hand_off,
+            warn_after,
+            fair,
+            ..
+        } = self;
         let (location, owner) =
             (Arc::new(Location::new(schema, DB::keeps_statements(&pool.connect_options()))), owner(&label));
         let private = pool.clone();
         #[cfg(feature = "testing")]
         let private = self.private.unwrap_or(private);
+        let row_queues = RowQueues::new(pool.options().get_max_connections());
+        let watched = Watched { warn_after, turns: Arc::clone(&row_queues.turns) };
         let shared = Shared {
-            session: Session::new(private, Arc::clone(&location), hand_off, Arc::clone(&owner)),
+            session: Session::new(private, Arc::clone(&location), hand_off, Arc::clone(&owner), watched),
             location,
             name_prefix: name_prefix.into(),
             owner,
@@ -382,7 +413,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
             fair,
             known_rows: KnownRows::default(),
             counts: Arc::default(),
-            row_queues: RowQueues::new(pool.options().get_max_connections()),
+            row_queues,
             pool,
             instance: Instance::new(),
             #[cfg(feature = "testing")]

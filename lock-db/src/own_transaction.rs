@@ -81,7 +81,7 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
             let committing = commit(transaction, condition, runtime.clone());
             let committed = bounded(COMMIT_LIMIT, &runtime, committing)
                 .await
-                .unwrap_or_else(|error| Err(unknown(&name, error)));
+                .unwrap_or_else(|error| Err(unknown(name.shown(), error)));
             ended(&committed);
             drop(kept);
             committed.map(drop)
@@ -89,10 +89,12 @@ impl<DB: LockDatabase, K: Send + 'static> OwnTransaction<DB, K> {
         match timeout(COMMIT_LIMIT + GRACE, task).await {
             Ok(Ok(committed)) => committed,
             // The runtime was shut down in the middle of it.
-            Ok(Err(error)) if begun.load(Ordering::SeqCst) => Err(unknown(&name, io::Error::other(error))),
+            Ok(Err(error)) if begun.load(Ordering::SeqCst) => {
+                Err(unknown(name.shown(), io::Error::other(error)))
+            }
             // It was shut down before.
             Ok(Err(_shut_down)) => Err(runtime::ended(COMMIT, &name)),
-            Err(_elapsed) => Err(unknown(&name, no_answer(COMMIT_LIMIT))),
+            Err(_elapsed) => Err(unknown(name.shown(), no_answer(COMMIT_LIMIT))),
         }
     }
 
@@ -160,15 +162,13 @@ async fn commit<DB: LockDatabase>(
     };
     let failed = |failure: Failure| match failure.fault {
         Fault::Busy => Error::Timeout {
-            name: name.to_string(),
+            name: name.given(),
             waited: DB::GUARD_LIMIT,
             waiting_for: WaitingFor::Lock,
             held_by: None,
         },
         // Nothing is kept without a COMMIT.
-        Fault::Disconnected if !DB::COMMITS_WITH_CHECK => {
-            Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded }
-        }
+        Fault::Disconnected if !DB::COMMITS_WITH_CHECK => Error::lost(name.given(), Loss::TransactionEnded),
         _ => failure.into_error(COMMIT, Some(name)),
     };
     let error = match checked.map_err(Failure::new::<DB>) {
@@ -185,9 +185,9 @@ async fn commit<DB: LockDatabase>(
             return Ok(call);
         }
         Ok(Guarded::NotOurs | Guarded::Stale | Guarded::Elsewhere) => {
-            Error::Lost { name: name.to_string(), reason: Loss::TakenOver }
+            Error::lost(name.given(), Loss::TakenOver)
         }
-        Ok(Guarded::Ended) => Error::Lost { name: name.to_string(), reason: Loss::TransactionEnded },
+        Ok(Guarded::Ended) => Error::lost(name.given(), Loss::TransactionEnded),
         Err(failure) => failed(failure),
     };
     let _rolled_back = roll_back(transaction, &runtime).await;
@@ -210,7 +210,7 @@ async fn roll_back<DB: LockDatabase>(
 
 /// Nobody knows whether the COMMIT was carried out.
 pub(crate) fn unknown(name: &str, source: io::Error) -> Error {
-    Error::Database { action: COMMIT, name: Some(name.to_owned()), source: source.into() }
+    Error::Database { action: COMMIT, name: Some(name.to_owned()), within: None, source: source.into() }
 }
 
 impl<DB: LockDatabase, K: Send + 'static> Deref for OwnTransaction<DB, K> {

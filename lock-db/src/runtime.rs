@@ -83,5 +83,5 @@ const TASK_ENDED: &str =
 /// What is told of a task that ended with its runtime, or had not begun by then. Of what it was to do, nothing is kept.
 pub(crate) fn ended(action: &'static str, name: &Name) -> Error {
     let source = io::Error::new(io::ErrorKind::ConnectionAborted, TASK_ENDED);
-    Error::Database { action, name: Some(name.to_string()), source: source.into() }
+    Error::Database { action, name: Some(name.given()), within: None, source: source.into() }
 }

@@ -4,12 +4,14 @@
 //! that its own neighbour holds nor keeps a connection busy with waiting for it.
 
 use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use tokio::select;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::LockInfo;
 use crate::error::Failure;
+use crate::long_hold::LongHold;
 use crate::name::Name;
 use crate::sync::{HashMap, Mutex, MutexGuard};
 
@@ -26,6 +28,8 @@ struct Entry {
     /// With one permit.
     queue: Weak<Semaphore>,
     known: Known,
+    /// By a caller of this process.
+    held: Option<LongHold>,
 }
 
 /// What the caller that has the turn for a name knows of the lock. Those behind it know no more: that the lock is held is said only of
@@ -83,6 +87,23 @@ impl Turns {
         }
     }
 
+    /// Tells of those that callers of this process have held for long.
+    pub(crate) fn held_long(
+        &self,
+        after: Duration,
+        now: Instant,
+        next: &mut Option<Instant>,
+        mut tell: impl FnMut(&LockInfo, Instant),
+    ) {
+        for Entry { known, held, .. } in self.names().values_mut() {
+            if let (Known::Held(Some(info)), Some(held)) = (known, held)
+                && held.is_due(after, now, next)
+            {
+                tell(info, held.since);
+            }
+        }
+    }
+
     /// The turn, if no other caller has it or waits for it.
     pub(crate) fn try_enter(self: &Arc<Self>, name: &Name) -> Option<Turn> {
         let queue = self.queue(name);
@@ -101,7 +122,7 @@ impl Turns {
             return queue;
         }
         let queue = Arc::new(Semaphore::new(1));
-        let entry = Entry { queue: Arc::downgrade(&queue), known: Known::Nothing };
+        let entry = Entry { queue: Arc::downgrade(&queue), known: Known::Nothing, held: None };
         names.insert(name.clone(), entry);
         queue
     }
@@ -129,7 +150,10 @@ impl Turn {
 
     fn set(&self, known: Known) {
         let mut names = self.turns.names();
-        let before = names.get_mut(&self.name).map(|entry| std::mem::replace(&mut entry.known, known));
+        let before = names.get_mut(&self.name).map(|entry| {
+            entry.held = matches!(known, Known::Held(Some(_))).then(|| LongHold::new(Instant::now()));
+            std::mem::replace(&mut entry.known, known)
+        });
         drop(names);
         drop(before);
     }

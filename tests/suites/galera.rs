@@ -226,7 +226,7 @@ async fn work(
             );
             if MySql::find_number(&mut transaction, &sql).await? == Some(0) {
                 let name = lease.name().to_owned();
-                return Err(Failed::Lock(Error::Lost { name, reason: Loss::TakenOver }));
+                return Err(Failed::Lock(Error::Lost { name, reason: Loss::TakenOver, taken_over_by: None }));
             }
         }
     }

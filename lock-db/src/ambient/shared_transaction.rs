@@ -127,7 +127,7 @@ async fn end(guard: Option<Box<dyn AnyRowGuard>>, is_doomed: bool, name: String)
     let Some(guard) = guard else {
         // A body has exchanged the guard for another one, so its transaction may have ended in any
         // way.
-        return Err(Error::Lost { name, reason: Loss::TransactionEnded });
+        return Err(Error::lost(name, Loss::TransactionEnded));
     };
     if !is_doomed {
         return guard.commit().await;
@@ -297,7 +297,7 @@ impl RowCall {
         let in_use = || Error::Reentry { name: name(), reason: NoReentry::GuardInUse };
         let guard = self.shared.as_ref().and_then(|shared| shared.slot().take()).ok_or_else(in_use)?;
         // A frame belongs to one `Locks`, and so to one database.
-        let gone = |_| Error::Lost { name: name(), reason: Loss::TransactionEnded };
+        let gone = |_| Error::lost(name(), Loss::TransactionEnded);
         guard.into_any().downcast::<RowGuard<DB>>().map(|guard| *guard).map_err(gone)
     }
 

@@ -53,6 +53,9 @@ pub trait LockDatabase: sealed::Sealed + sqlx::Database + Sized {
     /// The folder of the migrations.
     #[doc(hidden)]
     const FOLDER: &'static str;
+
+    /// Whether a transaction has to wait on the server for a second and more before that looks for a deadlock.
+    const SEARCHES_LATE: bool = false;
     /// Whether `lock_row` makes a missing row itself, in the caller's transaction. On InnoDB it must not: others would wait there
     /// with locks that end in deadlocks.
     #[doc(hidden)]

@@ -218,6 +218,8 @@ pub enum RowAttempt {
         fencing_token: i64,
         /// The secret that was there before.
         before: String,
+        /// What it wrote as its own, if that was drawn by the server.
+        secret: Option<Secret>,
     },
     /// Another transaction has it.
     Busy,
@@ -254,7 +256,7 @@ pub struct LockRow {
     /// Until `expires`; zero or less when that is past.
     pub remaining: i64,
     /// How long the deadline lies ahead at most, when nothing is wrong with the clock: the TTL of the present lease; below
-    /// zero for how long a lock is kept by `at_least`; zero once a takeover has given notice, and when the row is settled.
+    /// zero for how long a lock was to be kept by `at_least` when it was given back; zero once a takeover has given notice, and when the row is settled.
     pub ttl: i64,
     /// The processes that wait: see [`Waiters`].
     pub waiters: String,
@@ -317,13 +319,15 @@ impl LockRow {
     pub(crate) fn into_info(self, name: &Name) -> LockInfo {
         let held = self.kind == Kind::Insert && self.remaining > 0;
         LockInfo {
-            name: name.to_string(),
+            name: name.given(),
             kind: self.kind,
             owner: self.owner,
             fencing_token: self.fencing_token,
             created_at: timestamp(self.created),
             acquired_at: timestamp(self.acquired),
             held_until: held.then(|| timestamp(self.expires)),
+            finished_at: (held && self.ttl < 0).then(|| timestamp(self.expires.saturating_add(self.ttl))),
+            is_here: false,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{Error, Kind, LockInfo, Locks};
 /// How long one statement may wait on the server: a caller who has gone is noticed in between. Half of what is promised, as
 /// PostgreSQL counts it once for the turn in the queue, and once more for the holder; and less than the second after which
 /// sqlx calls a statement slow.
-const SLICE: Duration = Duration::from_millis(950);
+const SLICE: Duration = Duration::from_millis(800);
 /// The first one is longer than the second after which PostgreSQL looks for a deadlock. Of those who wait for each other
 /// the last one to come finds it.
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
@@ -70,7 +70,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// What is to be done before the caller's transaction locks anything. `None`: the lock is not free, and this is a try.
     pub(super) async fn find_in(&self, transaction: &mut DB::Connection) -> Result<Option<Found>, Error> {
         if !transaction.is_in_transaction() {
-            return Err(Error::NotInTransaction { name: self.name.to_string() });
+            return Err(Error::NotInTransaction { name: self.name.given() });
         }
         self.find(transaction, false, &mut |_| true).await
     }
@@ -121,8 +121,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         loop {
             let asked = Instant::now();
             let held_by = match self.step(connection, &server, &claim, slice).await? {
-                Step::Done(RowAttempt::Locked { fencing_token, before }) => {
-                    return Ok(Some(Locked { fencing_token, secret: claim.secret, before }));
+                Step::Done(RowAttempt::Locked { fencing_token, before, secret }) => {
+                    let secret = secret.unwrap_or(claim.secret);
+                    return Ok(Some(Locked { fencing_token, secret, before }));
                 }
                 Step::Done(RowAttempt::WrongKind) => return Err(self.wrong_kind()),
                 Step::Done(RowAttempt::Unwritten) => {
@@ -138,7 +139,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     let is_same = is_same_row && server.table.identity == before;
                     // A session that finds another table each time finds none that is this transaction's.
                     if is_same || found_anew > MOST_TABLES {
-                        return Err(Error::ForeignTransaction { name: self.name.to_string() });
+                        return Err(Error::ForeignTransaction { name: self.name.given() });
                     }
                     if claim.row.id == 0 && !DB::ROW_IS_MADE_IN_TRANSACTION {
                         return Err(self.stale(connection).await);
@@ -148,7 +149,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 Step::Done(RowAttempt::Missing) => {
                     // Cleaned away since it was seen last. What is there for others is there for a read that locks, too.
                     if self.is_same_row(connection, &mut claim).await? {
-                        return Err(Error::ForeignTransaction { name: self.name.to_string() });
+                        return Err(Error::ForeignTransaction { name: self.name.given() });
                     }
                     return Err(self.stale(connection).await);
                 }
@@ -198,16 +199,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 (None, None) => return Ok(None),
             };
             if left.is_zero() {
-                if let Some(failure) = stalled {
-                    return Err(failure.into_error(ACTION, Some(self.name)));
-                }
-                let mut holder = self.holder_here();
-                if held_by {
-                    let look = DB::look(connection, &server, self.name);
-                    let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
-                    holder = row.map(|row| Box::new(self.info(row)));
-                }
-                return Err(self.timed_out(WaitingFor::Lock, holder));
+                return Err(match stalled {
+                    Some(failure) => failure.into_error(ACTION, Some(self.name)).within(self.wait),
+                    None => self.was_held(connection, &server, held_by).await,
+                });
             }
             if !may_wait(stalled.as_ref()) {
                 return Ok(None);
@@ -218,8 +213,20 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if held_by || (!slice.is_zero() && asked.elapsed() < slice / 2) {
                 sleep(jitter(pause).min(left)).await;
             }
-            slice = left.min(if slice.is_zero() { FIRST_SLICE } else { SLICE });
+            let is_first = slice.is_zero();
+            slice = left.min(if is_first && DB::SEARCHES_LATE { FIRST_SLICE } else { SLICE });
         }
+    }
+
+    /// `is_lease`: its holder stands in the row.
+    async fn was_held(&self, connection: &mut DB::Connection, server: &Server, is_lease: bool) -> Error {
+        let mut holder = self.holder_here();
+        if is_lease {
+            let look = DB::look(connection, server, self.name);
+            let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
+            holder = row.map(|row| Box::new(self.info(row)));
+        }
+        self.timed_out(WaitingFor::Lock, holder)
     }
 
     async fn step(
@@ -237,14 +244,19 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             Err(failure) => failure,
         };
         if failure.is_busy() {
-            return Ok(Step::Stalled(failure));
+            return Ok(Step::Stalled(failure.written_by_others(self.name, false)));
         }
         // It may be the table that is another one by now.
         self.locks.known_rows().forget(self.name);
         if DB::lacks_right(&failure.source)
             && let Err(Error::Database { source, .. }) = self.ask(|answer| Request::Check { answer }).await
         {
-            return Err(Error::Database { action: ACTION, name: Some(self.name.to_string()), source });
+            return Err(Error::Database {
+                action: ACTION,
+                name: Some(self.name.given()),
+                within: None,
+                source,
+            });
         }
         Err(failure.into_error(ACTION, Some(self.name)))
     }
@@ -283,17 +295,17 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     fn wrong_kind(&self) -> Error {
         let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
-        Error::WrongKind { name: self.name.to_string(), wanted: self.kind, found }
+        Error::WrongKind { name: self.name.given(), wanted: self.kind, found }
     }
 
     /// The transaction can only be rolled back.
     pub(super) async fn stale(&self, connection: &mut DB::Connection) -> Error {
         bounds::doom::<DB>(connection).await;
-        Error::Serialization { name: self.name.to_string(), source: None }
+        Error::Serialization { name: self.name.given(), source: None }
     }
 
     pub(crate) fn timed_out(&self, waiting_for: WaitingFor, held_by: Option<Box<LockInfo>>) -> Error {
-        let (name, waited) = (self.name.to_string(), self.started.elapsed());
+        let (name, waited) = (self.name.given(), self.started.elapsed());
         Error::Timeout { name, waited, waiting_for, held_by }
     }
 

@@ -168,7 +168,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 self.ensure_row_for(connection, server).await?
             };
             if row.kind != Kind::Insert {
-                let name = self.name.to_string();
+                let name = self.name.given();
                 return Err(Error::WrongKind { name, wanted: self.kind, found: row.kind });
             }
             if row.is_settled() || (DB::SETTLES_IN_TRANSACTION && row.is_free()) {
@@ -293,15 +293,25 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Asks the session, not much longer than the wait, and again while something is in the way that passes.
     pub(super) async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
+        let mut told = None;
         loop {
-            let limit = self.left().unwrap_or(TRY_LIMIT).max(SHORTEST_ANSWER);
-            let answer = self.ask_within(limit, &request).await;
+            let limit = self.left().unwrap_or(TRY_LIMIT);
+            let limit = if told.is_none() { limit.max(SHORTEST_ANSWER) } else { limit };
+            let answer = match (self.ask_within(limit, &request).await, told.take()) {
+                // What was told before says more than a silence.
+                (Err(Error::Database { source, .. }), Some(told)) if Failure::is_silent(&source) => Err(told),
+                (answer, _) => answer,
+            };
             let left = self.left().unwrap_or_else(|| SHORTEST_ANSWER.saturating_sub(self.started.elapsed()));
             match answer {
                 Err(error @ Error::Database { .. }) if error.is_retryable() && !left.is_zero() => {
                     tracing::debug!(lock = %self.name, %error, "asked again");
+                    told = Some(error);
                 }
-                answer => return answer,
+                answer => {
+                    let within = self.wait.filter(|_| left.is_zero());
+                    return answer.map_err(|error| error.about(self.name).within(within));
+                }
             }
             sleep(jitter(PAUSE).min(left)).await;
         }

@@ -68,7 +68,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
             Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
-                name: hold.lease.name().to_string(),
+                name: hold.lease.name().given(),
                 waited: locks.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
                 held_by: None,
@@ -129,7 +129,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         // Others may have the lock a moment before we hear of it.
         let in_doubt = release.then(|| Hold::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        let (under_way, lease) = (hold.lease.commit_begins(), Arc::clone(&hold.lease));
+        let (under_way, refused) = (hold.lease.commit_begins(), hold.clone());
         let ended = move |ended: &Result<Option<Call>, Error>| {
             match ended {
                 Ok(call) => {
@@ -140,7 +140,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
                 }
                 Err(Error::Lost { reason: Loss::TakenOver, .. }) => {
                     under_way.never_comes();
-                    hold.is_lost(Loss::TakenOver);
+                    hold.is_lost();
                 }
                 // It would pass its guard also after another transaction of the same lease.
                 Err(Error::Database { source, .. }) if is_disconnected(source) => drop(under_way),
@@ -148,14 +148,14 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             }
             drop(in_doubt);
         };
-        transaction.commit(condition, ended).await.map_err(|error| match error {
+        match transaction.commit(condition, ended).await {
             // The database tells only that it is not ours.
-            Error::Lost { name, reason: Loss::TakenOver } => {
-                let reason = lease.told_loss().filter(|loss| *loss == Loss::HeldTooLong);
-                Error::Lost { name, reason: reason.unwrap_or(Loss::TakenOver) }
-            }
-            error => error,
-        })
+            Err(Error::Lost { reason: Loss::TakenOver, .. }) => Err(match refused.lease.told_loss() {
+                Some(Loss::HeldTooLong) => refused.lost(Loss::HeldTooLong),
+                _ => refused.taken_over().await,
+            }),
+            committed => committed,
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use crate::database::{Call, LeaseKey};
 use crate::error::Loss;
@@ -14,6 +15,9 @@ use crate::reentry::Held;
 use crate::session::{ASK_LIMIT, LeaseState, Queues, Request, answer_to};
 use crate::sync::{AtomicBool, AtomicUsize};
 use crate::{Error, Kind};
+
+/// How long the news of a loss waits for what has become of the lock.
+const LOOK_LIMIT: Duration = Duration::from_millis(100);
 
 /// What keeps a lease: the last owner of this releases it.
 pub(crate) struct Hold {
@@ -125,13 +129,32 @@ impl Hold {
     /// whether another process has the lock by now.
     pub(super) fn refuse_after_loss(&self) -> Result<(), Error> {
         match self.lease.told_loss() {
-            Some(reason @ (Loss::TakenOver | Loss::HeldTooLong | Loss::Released)) => Err(self.lost(reason)),
+            Some(
+                reason @ (Loss::TakenOver
+                | Loss::ReleasedByHand
+                | Loss::RowDeleted
+                | Loss::HeldTooLong
+                | Loss::Released),
+            ) => Err(self.lost(reason)),
             _ => Ok(()),
         }
     }
 
     pub(super) fn lost(&self, reason: Loss) -> Error {
-        Error::Lost { name: self.lease.name().to_string(), reason }
+        self.lease.lost_error(reason)
+    }
+
+    /// What the database said of the lease is that it is not ours. Who has it is asked for a moment.
+    pub(super) async fn taken_over(&self) -> Error {
+        let (answer, answered) = oneshot::channel();
+        let name = self.name().clone();
+        let _session_may_be_gone = self.session.send(Request::Look { name, answer });
+        if let Ok(Ok(Ok(Some(row)))) = timeout(LOOK_LIMIT, answered).await
+            && row.fencing_token > self.lease.key.fencing_token
+        {
+            self.lease.is_taken_over_by(Box::new(row.into_info(self.name())));
+        }
+        self.lost(Loss::TakenOver)
     }
 
     /// Gives up one handle, and releases with the last one.
@@ -200,9 +223,9 @@ impl Hold {
     }
 
     /// The database has said that the lease is gone: this holder is told at once, and so is everything that waits for that.
-    pub(crate) fn is_lost(&self, loss: Loss) {
-        self.lease.ends(loss);
-        let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease), loss });
+    pub(crate) fn is_lost(&self) {
+        self.lease.ends(Loss::TakenOver);
+        let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease) });
     }
 
     /// From now on until the database tells, nobody knows whether a transaction has released it. The watchdog asks as soon

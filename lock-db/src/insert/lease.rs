@@ -253,18 +253,18 @@ impl<DB: LockDatabase> Lease<DB> {
                 }
                 let is_still_ours = self.is_still_ours().await;
                 if is_foreign && matches!(is_still_ours, Ok(true)) {
-                    return Err(Error::ForeignTransaction { name: name.to_string() });
+                    return Err(Error::ForeignTransaction { name: name.given() });
                 }
                 bounds::doom::<DB>(transaction).await;
                 if is_still_ours? {
-                    return Err(Error::Serialization { name: name.to_string(), source: None });
+                    return Err(Error::Serialization { name: name.given(), source: None });
                 }
-                self.hold.is_lost(Loss::TakenOver);
-                Err(self.hold.lost(Loss::TakenOver))
+                self.hold.is_lost();
+                Err(self.hold.taken_over().await)
             }
             Ok(Guarded::Stale) => {
                 bounds::doom::<DB>(transaction).await;
-                Err(Error::Serialization { name: name.to_string(), source: None })
+                Err(Error::Serialization { name: name.given(), source: None })
             }
             Ok(Guarded::Ended) => {
                 bounds::doom::<DB>(transaction).await;
@@ -272,14 +272,14 @@ impl<DB: LockDatabase> Lease<DB> {
             }
             Err(failure) => {
                 if failure.fault == Fault::TableMissing && matches!(self.is_still_ours().await, Ok(true)) {
-                    return Err(Error::ForeignTransaction { name: name.to_string() });
+                    return Err(Error::ForeignTransaction { name: name.given() });
                 }
                 if failure.ends_transaction() {
                     bounds::doom::<DB>(transaction).await;
                 }
                 if failure.fault == Fault::Busy {
                     return Err(Error::Timeout {
-                        name: name.to_string(),
+                        name: name.given(),
                         waited: DB::GUARD_LIMIT,
                         waiting_for: WaitingFor::Lock,
                         held_by: None,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Hold, Lease};
 use crate::database::{Claim, LockDatabase};
 use crate::in_transaction::{Attempt, HeldInTransaction};
-use crate::name::Name;
+use crate::name::{Name, escaped};
 use crate::reentry::{self, Entered};
 use crate::secret::Secret;
 use crate::{Error, Kind, Locks, limits};
@@ -346,7 +346,12 @@ impl<DB: LockDatabase> Locks<DB> {
 
 /// The work is done and stands, so a release that fails is only told to the operator.
 pub(crate) fn release_quietly(released: Result<(), Error>) {
-    if let Err(error) = released {
-        tracing::warn!(%error, "a lock could not be released after its work was done");
+    match released {
+        // A loss was told when it was noticed, and `close` releases everything.
+        Ok(()) | Err(Error::Lost { .. } | Error::Closed) => {}
+        Err(error) => {
+            let lock = escaped(error.name().unwrap_or_default());
+            tracing::warn!(%lock, %error, "a lock could not be released after its work was done");
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use crate::error::WaitingFor;
+use crate::name::escaped;
 use crate::{Error, limits};
 
 /// A lock that is asked for, by the options of the attribute. It owns its name, so that taking the lock borrows nothing from
@@ -114,7 +115,7 @@ impl Ask {
             Err(Error::Timeout { waiting_for: WaitingFor::Lock | WaitingFor::Sibling, name, .. })
                 if self.skips =>
             {
-                tracing::debug!(lock = name, "held elsewhere: the annotated function is skipped");
+                tracing::debug!(lock = %escaped(&name), "held elsewhere: the annotated function is skipped");
                 Ok(None)
             }
             taken => taken.map(Some),

@@ -393,7 +393,7 @@ impl LeaseCall {
         if let Some(reason) = lost {
             // In front of `inside`.
             drop(hold);
-            return Err(Error::Lost { name: lease.name().to_string(), reason });
+            return Err(lease.lost_error(reason));
         }
         let Some(last) = hold.and_then(Arc::into_inner) else { return Ok(None) };
         Ok(Some(Box::pin(async move {

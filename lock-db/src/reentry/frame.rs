@@ -190,7 +190,7 @@ pub(crate) async fn enter<H: Held>(lock: &Lock, wait: Duration) -> Result<Option
             continue;
         }
         if frame.kind != H::KIND {
-            let name = lock.name.to_string();
+            let name = lock.name.given();
             return Err(Error::WrongKind { name, wanted: H::KIND, found: frame.kind });
         }
         if !frame.is_open {
@@ -227,7 +227,7 @@ impl Frame {
         if self.held.strong_count() == 0 {
             return Ok(());
         }
-        Err(Error::Reentry { name: self.lock.name.to_string(), reason: NoReentry::NotReentrant })
+        Err(Error::Reentry { name: self.lock.name.given(), reason: NoReentry::NotReentrant })
     }
 
     /// Waits for the gate, and becomes an inner call. `None`: this one is there no more.
@@ -269,7 +269,7 @@ impl Frame {
     /// `None` when there is nothing left to wait for.
     async fn wait_for_pass(&self, started: Instant, wait: Duration) -> Result<Option<Pass>, Error> {
         let timed_out = || Error::Timeout {
-            name: self.lock.name.to_string(),
+            name: self.lock.name.given(),
             waited: started.elapsed(),
             waiting_for: WaitingFor::Sibling,
             held_by: None,
@@ -308,9 +308,9 @@ impl Frame {
     }
 
     fn ended(&self) -> Error {
-        let name = self.lock.name.to_string();
+        let name = self.lock.name.given();
         match self.told_loss() {
-            Some(reason) => Error::Lost { name, reason },
+            Some(reason) => Error::lost(name, reason),
             None => Error::Reentry { name, reason: NoReentry::HoldEnded },
         }
     }

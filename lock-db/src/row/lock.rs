@@ -205,18 +205,17 @@ impl<DB: LockDatabase> RowLock<DB> {
         };
         runtime.spawn(task.in_current_span());
         let attempt = Attempt { locks: &locks, name: &own_name, kind: Kind::Row, wait, started };
-        select! {
+        let error = select! {
             biased;
-            answer = &mut answered => answer.unwrap_or_else(|_| Err(runtime::ended(ACTION, &own_name))),
-            error = attempt.over() => match &error {
-                // What the task has been told since counts more.
-                Error::Database { source, .. } if Failure::is_silent(source) => {
-                    let last = timeout(LAST_WORD, answered).await;
-                    last.ok().and_then(Result::ok).unwrap_or(Err(error))
-                }
-                _ => Err(error),
-            },
+            answer = &mut answered => return answer.unwrap_or_else(|_| Err(runtime::ended(ACTION, &own_name))),
+            error = attempt.over() => error,
+        };
+        // What the task has been told since counts more.
+        let is_silence = matches!(&error, Error::Database { source, .. } if Failure::is_silent(source));
+        if !is_silence {
+            return Err(error);
         }
+        timeout(LAST_WORD, answered).await.ok().and_then(Result::ok).unwrap_or(Err(error))
     }
 }
 
@@ -231,13 +230,15 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn gives_up(&self) -> Error {
         let in_the_way = |known: &Known| match known {
             Known::Held(held_by) => Some(Error::Timeout {
-                name: self.name.to_string(),
+                name: self.name.given(),
                 waited: self.started.elapsed(),
                 waiting_for: WaitingFor::Lock,
                 held_by: held_by.clone(),
             }),
             Known::NoConnection => Some(self.timed_out(WaitingFor::Connection, None)),
-            Known::Failure(failure) => Some(failure.another().into_error(ACTION, Some(self.name))),
+            Known::Failure(failure) => {
+                Some(failure.another().into_error(ACTION, Some(self.name)).within(self.wait))
+            }
             Known::Nothing => None,
         };
         let told = self.locks.row_queues().turns.learns(self.name, in_the_way);
@@ -328,6 +329,7 @@ async fn take<DB: LockDatabase>(
                 continue;
             }
             Err(NotBegun::Failure(failure) | NotBegun::Dead(failure)) => {
+                let failure = failure.written_by_others(attempt.name, false);
                 turn.learn(Known::Failure(failure.another()));
                 Some(failure.into_error(BEGIN, Some(attempt.name)))
             }
@@ -360,7 +362,7 @@ async fn take<DB: LockDatabase>(
         let in_time = attempt.wait.is_some_and(|wait| attempt.started.elapsed() < wait);
         let is_silence = matches!(&error, Error::Database { source, .. } if Failure::is_silent(source));
         if !again || answer.is_closed() || (!in_time && (broken > 1 || is_silence)) {
-            return Err(error);
+            return Err(if in_time { error } else { error.within(attempt.wait) });
         }
         if let Error::Database { source, .. } = error {
             turn.learn(Known::Failure(Failure::new::<DB>(source)));
@@ -469,12 +471,14 @@ async fn begin<DB: LockDatabase>(
 fn held_here<DB: LockDatabase>(attempt: &Attempt<'_, DB>, fencing_token: i64) -> LockInfo {
     let now = Utc::now();
     LockInfo {
-        name: attempt.name.to_string(),
+        name: attempt.name.given(),
         kind: Kind::Row,
         owner: attempt.locks.owner().to_string(),
         fencing_token,
         created_at: now,
         acquired_at: now,
         held_until: None,
+        finished_at: None,
+        is_here: true,
     }
 }

@@ -219,7 +219,7 @@ impl Attempt {
                 Ok(Reply::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
                 Ok(Reply::RowIsMade(name)) => self.after_a_row_that_is_made(name),
                 Ok(Reply::WrongKind(name, found)) => {
-                    let name = name.to_string();
+                    let name = name.given();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
                 Ok(Reply::TooLate(took)) => self.after_a_late_grant(took)?,

@@ -51,7 +51,12 @@ pub(crate) async fn answer_to<T>(
                 "the thread of this `Locks` has not run for {SIGN_OF_LIFE:?}: it is stopped or blocked"
             );
             let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message));
-            return Some(Err(Error::Database { action, name: name.map(|name| name.to_string()), source }));
+            return Some(Err(Error::Database {
+                action,
+                name: name.map(|name| name.given()),
+                within: None,
+                source,
+            }));
         }
     }
 }

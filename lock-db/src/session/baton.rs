@@ -96,7 +96,7 @@ async fn take(core: &Core, name: &str, row: i64) -> bool {
             Ok(false) => return false,
             Err(failure) => {
                 if failure.fault != Fault::Disconnected && !failure.passes() {
-                    tracing::debug!(error = %failure.source, "no user lock: whoever waits looks");
+                    tracing::debug!(error = %failure, "no user lock: whoever waits looks");
                     core.baton.is_refused.set(true);
                 }
                 return false;

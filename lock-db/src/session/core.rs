@@ -18,6 +18,7 @@ use super::busy::Busy;
 use super::calls::Calls;
 use super::lane::Lane;
 use super::lease_state::LeaseState;
+use super::long_holds::{self, Watched};
 use super::old_snapshots::{self, OldSnapshots};
 use super::queues::{HandOff, Queues, Reports, Turn};
 use super::request::Request;
@@ -25,8 +26,9 @@ use super::{Way, acquire, release, renewal};
 use crate::database::{
     Cluster, Fault, LeaseKey, Location, LockDatabase, LockRow, Place, Renewal, reliable_without_notice,
 };
-use crate::error::{Failure, Loss};
+use crate::error::{Failure, Loss, lost_how};
 use crate::insert::Hold;
+use crate::long_hold::LongHold;
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
@@ -42,6 +44,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 const A_WAIT: Duration = Duration::from_secs(1);
 /// For a statement on a private connection that an open transaction of the caller waits for.
 const MARK_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the news of a loss waits for what has become of the lock.
+const LOOK_LIMIT: Duration = Duration::from_millis(100);
 /// How soon the end of a transaction that has released a lease is noticed.
 const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// Between two renewals of a lease whose row is locked by another transaction.
@@ -57,6 +61,7 @@ pub(super) fn start<DB: LockDatabase>(
     location: &Arc<Location>,
     hand_off: HandOff,
     owner: &Arc<str>,
+    watched: &Watched,
 ) -> Result<Way, Error> {
     DB::check_options(&application.connect_options(), location.schema().as_deref())?;
     let application = application.clone();
@@ -64,7 +69,7 @@ pub(super) fn start<DB: LockDatabase>(
     let weak = sender.downgrade();
     let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
     let queues = Queues::new(weak.clone(), hand_off, Secret::generate()?, reports);
-    let location = Arc::clone(location);
+    let (location, watched) = (Arc::clone(location), watched.clone());
     let way = Way { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread()
         .enable_all()
@@ -81,7 +86,7 @@ pub(super) fn start<DB: LockDatabase>(
                 local
                     .run_until(async move {
                         let core = Core::new(application, &location, weak, queues);
-                        serve(&core, requests).await;
+                        serve(&core, requests, watched).await;
                     })
                     .await;
                 let _in_time = timeout(FINISH_LIMIT, local).await;
@@ -97,16 +102,18 @@ fn no_thread(error: std::io::Error) -> Error {
     Error::Database {
         action: "start the thread that keeps the locks",
         name: None,
+        within: None,
         source: sqlx::Error::Io(error),
     }
 }
 
 /// Answers requests until everybody is gone or the session is closed. Each is a task of its own.
-async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) {
+async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>, watched: Watched) {
     spawn_local(renewal::renew(Rc::clone(core)));
     spawn_local(renewal::watch_deadlines(Rc::clone(core)));
     spawn_local(old_snapshots::watch(Rc::clone(core)));
     spawn_local(renewal::watch_connections(Rc::clone(core)));
+    spawn_local(long_holds::watch(Rc::clone(core), watched));
     let queues = Arc::clone(&core.queues);
     let watching = spawn_local(async move { queues.watch_waits().await });
     while let Some(request) = requests.recv().await {
@@ -126,10 +133,11 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     let released = release::release(&core, &lease, given_up, answer.is_some()).await;
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
+                        // A loss was told when it was noticed.
+                        (None, Ok(()) | Err(Error::Lost { .. } | Error::Closed)) => {}
                         (None, Err(error)) => {
                             tracing::warn!(lock = %lease.name(), %error, "a dropped lock could not be released");
                         }
-                        (None, Ok(())) => {}
                     }
                     drop(busy);
                 }));
@@ -141,7 +149,7 @@ async fn serve(core: &Rc<Core>, mut requests: mpsc::UnboundedReceiver<Request>) 
                     core.lane.call(call);
                 }
             }
-            Request::Lost { lease, loss } => core.lose(lease.number, loss),
+            Request::Lost { lease } => core.is_taken_over(&lease),
             Request::HandedOn { until } => core.over.no_later_than(until),
             Request::Locate { anew, answer } => drop(spawn_local(async move {
                 let found = twice(async || core.lane.locate(anew).await).await;
@@ -237,6 +245,7 @@ pub(super) struct Held {
     pub(super) next_renewal: Instant,
     /// Whether other processes stood in the queue at the grant.
     pub(super) others_wait: bool,
+    long_hold: LongHold,
     lost: watch::Sender<Option<Loss>>,
 }
 
@@ -296,6 +305,7 @@ impl Core {
             deadline,
             next_renewal: sent + ttl / 3,
             others_wait,
+            long_hold: LongHold::new(Instant::now()),
             lost,
         };
         self.due.no_later_than(held.next_renewal);
@@ -319,22 +329,7 @@ impl Core {
     pub(super) fn end(&self, number: u64, loss: Loss) -> Option<Held> {
         let ended = self.leases.borrow_mut().remove(&number);
         if let Some(held) = &ended {
-            let (name, fencing_token) = (held.state.name(), held.state.last_fencing_token());
-            match loss {
-                Loss::Closed | Loss::Released => {
-                    tracing::debug!(lock = %name, fencing_token, "lock ended: {loss}");
-                }
-                Loss::NotRenewed if self.not_renewed.borrow().is_some() => {
-                    let cause = self.not_renewed.borrow().clone().unwrap_or_default();
-                    tracing::warn!(lock = %name, fencing_token, cause, "lock lost: {loss}");
-                }
-                Loss::NotRenewed if self.renewals_take() > held.ttl / 3 => {
-                    let (took, ttl) = (self.renewals_take(), held.ttl);
-                    let why = "renewals take so long on this network: allow a longer `ttl`";
-                    tracing::warn!(lock = %name, fencing_token, ?took, ?ttl, "lock lost: {loss}; {why}");
-                }
-                _ => tracing::warn!(lock = %name, fencing_token, "lock lost: {loss}"),
-            }
+            self.tell_operator(&held.state, loss);
             if loss == Loss::Released {
                 // Whoever is told may take it again at once.
                 held.state.pass_turn();
@@ -359,7 +354,7 @@ impl Core {
     pub(super) fn misses_second(&self, failure: &Failure) {
         if !self.misses_second.replace(true) {
             tracing::warn!(
-                error = failure.text(),
+                error = %failure,
                 "the connection for renewals can't be used: leases are renewed over the one for everything else"
             );
         }
@@ -369,6 +364,52 @@ impl Core {
         if self.misses_second.replace(false) {
             tracing::info!("leases are renewed over a connection of their own again");
         }
+    }
+
+    /// Once for each lease, wherever its loss was noticed.
+    pub(super) fn tell_operator(&self, lease: &LeaseState, loss: Loss) {
+        let (lock, fencing_token) = (lease.name(), lease.last_fencing_token());
+        if matches!(loss, Loss::Closed | Loss::Released) {
+            tracing::debug!(%lock, fencing_token, "lock ended: {loss}");
+            return;
+        }
+        let not_renewed = self.not_renewed.borrow();
+        let error = not_renewed.as_deref().filter(|_| loss == Loss::NotRenewed);
+        let (took, ttl) = (self.renewals_take(), lease.key.ttl);
+        if loss == Loss::NotRenewed && error.is_none() && took > ttl / 3 {
+            let why = "renewals take so long on this network: allow a longer `ttl`";
+            tracing::warn!(%lock, fencing_token, ?took, ?ttl, "lock lost: {loss}; {why}");
+            return;
+        }
+        let how = lost_how(loss, lease.taken_over_by());
+        tracing::warn!(%lock, fencing_token, error, "lock lost: {how}");
+    }
+
+    /// What became of a lease that is not ours any more, by a look at its row. The news of the loss does not wait for it longer than that.
+    pub(super) async fn find_out(&self, lease: &LeaseState) -> Loss {
+        let Ok(Ok(row)) = timeout(LOOK_LIMIT, self.lane.look(lease.name())).await else {
+            return Loss::TakenOver;
+        };
+        let Some(row) = row else { return Loss::RowDeleted };
+        if row.secret_key == lease.key.secret.as_str() {
+            return if row.expires == 0 { Loss::ReleasedByHand } else { Loss::TakenOver };
+        }
+        if row.fencing_token > lease.key.fencing_token {
+            lease.is_taken_over_by(Box::new(row.into_info(lease.name())));
+        }
+        Loss::TakenOver
+    }
+
+    /// A lease whose row is not ours any more. It counts as lost from now on; who waits for that is told in a moment, with what is found out.
+    pub(super) fn is_taken_over(self: &Rc<Self>, lease: &Arc<LeaseState>) {
+        if !lease.is_gone() {
+            return;
+        }
+        let (core, lease) = (Rc::clone(self), Arc::clone(lease));
+        drop(spawn_local(async move {
+            let loss = core.find_out(&lease).await;
+            core.lose(lease.number, loss);
+        }));
     }
 
     pub(super) fn shortest_ttl(&self) -> Option<Duration> {
@@ -385,7 +426,7 @@ impl Core {
             let core = Rc::clone(self);
             drop(spawn_local(async move {
                 if let Err(failure) = core.renewals.listen().await {
-                    tracing::debug!(error = %failure.source, "nothing calls when a lock is free");
+                    tracing::debug!(error = %failure, "nothing calls when a lock is free");
                 }
                 core.calls.was_asked();
             }));
@@ -415,11 +456,11 @@ impl Core {
                 if row.kind == kind {
                     return Ok((row, missing));
                 }
-                return Err(Error::WrongKind { name: name.to_string(), wanted: kind, found: row.kind });
+                return Err(Error::WrongKind { name: name.given(), wanted: kind, found: row.kind });
             }
             if missing {
                 // Some transaction, perhaps the caller's own, has locked the place where the row belongs, or the whole table.
-                let stale = || Error::Serialization { name: name.to_string(), source: None };
+                let stale = || Error::Serialization { name: name.given(), source: None };
                 return Err(in_the_way.map_or_else(stale, failed));
             }
             missing = true;
@@ -516,6 +557,15 @@ impl Held {
     /// When it is over for its holder, if nothing else happens.
     pub(super) fn ends(&self) -> Instant {
         self.state.held_until_at_most().map_or(self.deadline, |until| until.min(self.deadline))
+    }
+
+    /// Of its present holder.
+    pub(super) fn long_hold(&mut self) -> &mut LongHold {
+        let since = self.state.held_since();
+        if self.long_hold.since != since {
+            self.long_hold = LongHold::new(since);
+        }
+        &mut self.long_hold
     }
 
     pub(super) fn renewal(&self) -> Renewal {

@@ -1,7 +1,7 @@
 //! What the session and the guard of a lease share.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
@@ -13,7 +13,7 @@ use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
-use crate::{Kind, LockInfo};
+use crate::{Error, Kind, LockInfo};
 
 /// A lease as its guard sees it, and those to whom it is handed on.
 #[derive(Debug)]
@@ -41,6 +41,9 @@ pub(crate) struct LeaseState {
     at_least: Mutex<Duration>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
+    /// The database has said that the row is not ours any more; what has become of it is being found out.
+    gone: AtomicBool,
+    taken_over_by: OnceLock<Box<LockInfo>>,
     /// What the database said in a transaction, before the session has heard of it.
     ended: watch::Sender<Option<Loss>>,
 }
@@ -73,6 +76,8 @@ impl LeaseState {
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
             lost,
+            gone: AtomicBool::new(false),
+            taken_over_by: OnceLock::new(),
             ended: watch::Sender::new(None),
         };
         (Arc::new(state), sender)
@@ -94,13 +99,15 @@ impl LeaseState {
         let (now, held_for) = (Utc::now(), self.hold_time.since().elapsed());
         let since = now - held_for;
         LockInfo {
-            name: self.name().to_string(),
+            name: self.name().given(),
             kind: Kind::Insert,
             owner: owner.to_owned(),
             fencing_token: self.last_fencing_token(),
             created_at: since,
             acquired_at: since,
             held_until: Some(now + self.deadline.left()),
+            finished_at: None,
+            is_here: true,
         }
     }
 
@@ -218,6 +225,10 @@ impl LeaseState {
         self.hold_time.until()
     }
 
+    pub(super) fn held_since(&self) -> Instant {
+        self.hold_time.since()
+    }
+
     /// Until when its present holder may have it, if there is a limit.
     pub(super) fn held_until_at_most(&self) -> Option<Instant> {
         self.hold_time.until()
@@ -231,11 +242,32 @@ impl LeaseState {
     /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
     pub(crate) fn loss(&self) -> Option<Loss> {
         match self.told_loss() {
+            None if self.gone.load(Ordering::Acquire) => Some(Loss::TakenOver),
             None if self.is_held_too_long() => Some(Loss::HeldTooLong),
             None if self.lost.has_changed().is_err() || self.deadline.is_past() => Some(Loss::NotRenewed),
             None if self.is_in_doubt() => Some(Loss::Released),
             noticed => noticed,
         }
+    }
+
+    /// It is not ours any more, from now on. `false`: that is known.
+    pub(super) fn is_gone(&self) -> bool {
+        !self.gone.swap(true, Ordering::AcqRel)
+    }
+
+    /// The first that was seen to have it counts.
+    pub(crate) fn is_taken_over_by(&self, info: Box<LockInfo>) {
+        let _known_already = self.taken_over_by.set(info);
+    }
+
+    pub(crate) fn taken_over_by(&self) -> Option<&LockInfo> {
+        self.taken_over_by.get().map(|info| &**info)
+    }
+
+    /// For its holder.
+    pub(crate) fn lost_error(&self, reason: Loss) -> Error {
+        let taken_over_by = self.taken_over_by.get().filter(|_| reason == Loss::TakenOver).cloned();
+        Error::Lost { name: self.name().given(), reason, taken_over_by }
     }
 
     /// A loss that was told.

@@ -14,6 +14,7 @@ mod core;
 mod hold_time;
 mod lane;
 mod lease_state;
+mod long_holds;
 mod old_snapshots;
 mod queues;
 mod release;
@@ -28,6 +29,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::answers::answer_to;
 pub(crate) use self::lease_state::LeaseState;
+pub(crate) use self::long_holds::Watched;
 pub(crate) use self::queues::{HandOff, Queues};
 use self::request::Acquire;
 pub(crate) use self::request::{Answer, Request};
@@ -72,8 +74,9 @@ impl Session {
         location: Arc<Location>,
         hand_off: HandOff,
         owner: Arc<str>,
+        watched: Watched,
     ) -> Self {
-        let start = move || core::start(&pool, &location, hand_off, &owner);
+        let start = move || core::start(&pool, &location, hand_off, &owner, &watched);
         Self { state: Mutex::new(State::Idle(Box::new(start))) }
     }
 

@@ -11,6 +11,7 @@ use tokio::select;
 use tokio::sync::Notify;
 
 use super::core::Core;
+use crate::name::in_one_line;
 
 /// So many rows were written since the last look, at least: below that nothing is slow.
 const GRANTS: u32 = 2_000;
@@ -52,13 +53,13 @@ pub(super) async fn watch(core: Rc<Core>) {
             // What this account may not see, `Locks::check` tells those who ask.
             Ok(seen) => match seen.found {
                 Some(text) => {
-                    tracing::warn!("{text}");
+                    tracing::warn!("{}", in_one_line(&text));
                     SILENCE
                 }
                 None => PAUSE,
             },
             Err(failure) => {
-                tracing::debug!(error = %failure.source, "old snapshots could not be looked for");
+                tracing::debug!(error = %failure, "old snapshots could not be looked for");
                 PAUSE
             }
         };

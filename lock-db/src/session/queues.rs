@@ -120,6 +120,11 @@ impl Queues {
         self.hand_off
     }
 
+    /// This process, as others see it.
+    pub(super) fn owner(&self) -> &str {
+        &self.reports.owner
+    }
+
     pub(super) fn place(&self) -> &Secret {
         &self.place
     }
@@ -367,10 +372,12 @@ impl Queues {
         let held_by = match front {
             Front::Holds(lease) => Some(Box::new(lease.info(&self.reports.owner))),
             Front::IsHeldElsewhere(info) => info.clone(),
-            Front::Fails(failure) => return failure.another().into_error(ACTION, name),
+            Front::Fails(failure) => {
+                return failure.another().into_error(ACTION, name).within(waiting.wait);
+            }
             Front::Asks => return (self.reports.no_answer)(waited).into_error(ACTION, name),
         };
-        let name = name.map(Name::to_string).unwrap_or_default();
+        let name = name.map(Name::given).unwrap_or_default();
         Error::Timeout { name, waited, waiting_for: WaitingFor::Lock, held_by }
     }
 

@@ -35,20 +35,25 @@ pub(super) async fn release(
     given_up: GivenUp,
     somebody_waits: bool,
 ) -> Result<(), Error> {
-    let GivenUp { held, loss } = given_up;
+    let GivenUp { held, loss, was_told } = given_up;
     let ttl = lease.key.ttl;
     // One that is lost already is given back behind the answer.
     let until = if somebody_waits || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
     let released = put_down(core, lease, held, until).await;
-    let lost = |reason| Error::Lost { name: lease.name().to_string(), reason };
+    let lost = |reason| {
+        if !was_told {
+            core.tell_operator(lease, reason);
+        }
+        lease.lost_error(reason)
+    };
     match (loss, released) {
         // Released before: by a transaction that has committed, or that has not and left it to us.
         (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
-        (None, Ok(Standing::NotOurs)) => Err(lost(Loss::TakenOver)),
+        (None, Ok(Standing::NotOurs)) => Err(lost(core.find_out(lease).await)),
         (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
             give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
-            let source = sqlx::Error::Protocol("a transaction has the lock's row locked".into());
-            Err(Error::Database { action: "release", name: Some(lease.name().to_string()), source })
+            let source = sqlx::Error::Protocol("another transaction has its row locked; it is released when that ends, or free when its TTL is over".into());
+            Err(Error::Database { action: "release", name: Some(lease.name().given()), within: None, source })
         }
         (None | Some(Loss::Released), Err(failure)) => {
             give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
@@ -71,13 +76,16 @@ pub(super) struct GivenUp {
     /// With the turn of this process.
     held: Option<Held>,
     loss: Option<Loss>,
+    /// Whether the operator has heard of that.
+    was_told: bool,
 }
 
 /// Takes a lease out of the renewal, before anything else happens to it: nothing renews what is being released, and `close` does not
 /// release it once more. The turn of this process goes to the next waiter at the end, when the row is free.
 pub(super) fn give_up(core: &Core, lease: &LeaseState) -> GivenUp {
     let loss = lease.loss();
-    GivenUp { held: core.leases.borrow_mut().remove(&lease.number), loss }
+    let held = core.leases.borrow_mut().remove(&lease.number);
+    GivenUp { was_told: held.is_none(), held, loss }
 }
 
 /// Takes a lease back from a holder that has had it for as long as it may. The holder is told first.
@@ -88,7 +96,7 @@ pub(super) fn take_back(core: &Rc<Core>, number: u64) {
         let lease = Arc::clone(&held.state);
         let until = Until::ItsEnd(held.ttl);
         if let Err(failure) = put_down(&core, &lease, Some(held), until).await {
-            let (lock, error) = (lease.name(), &failure.source);
+            let (lock, error) = (lease.name(), &failure);
             tracing::debug!(%lock, %error, "not released: it is free when its TTL is over");
         }
         drop(busy);
@@ -140,7 +148,7 @@ pub(super) fn leave_queue(core: &Rc<Core>, name: &Name) {
     let (core, name, busy) = (Rc::clone(core), name.clone(), core.busy.enter());
     spawn_local(async move {
         if let Err(failure) = core.lane.remove_waiter(&name, core.queues.place()).await {
-            tracing::debug!(lock = %name, error = %failure.source, "a place in the queue stays until it is over");
+            tracing::debug!(lock = %name, error = %failure, "a place in the queue stays until it is over");
         }
         drop(busy);
     });

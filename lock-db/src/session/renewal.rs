@@ -11,7 +11,7 @@ use super::baton;
 use super::core::{Core, Held, twice};
 use super::release;
 use crate::database::{Fault, Renewal, Renewed, Standing};
-use crate::error::{Failure, Loss};
+use crate::error::Loss;
 use crate::jitter::jitter;
 
 /// How many leases travel in one statement.
@@ -62,7 +62,7 @@ fn connect_ahead(core: &Rc<Core>) {
     let (core, limit) = (Rc::clone(core), limit(core));
     drop(spawn_local(async move {
         if let Err(failure) = core.renewals.connect(limit).await {
-            tracing::debug!(error = %failure.source, "the connection for renewals could not be made yet");
+            tracing::debug!(error = %failure, "the connection for renewals could not be made yet");
         }
     }));
 }
@@ -117,7 +117,9 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
         Ok(_) if is_second => core.has_second(),
         _ => {}
     }
-    core.not_renewed.replace(renewed.as_ref().err().map(Failure::text));
+    let error = renewed.as_ref().err().map(ToString::to_string);
+    let is_news = *core.not_renewed.borrow() != error;
+    core.not_renewed.replace(error);
     match renewed {
         Ok((Renewed { standings, looked }, sent)) => {
             for ((key, _), standing) in batch.iter().zip(standings) {
@@ -149,12 +151,13 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
             if failure.fault == Fault::Disconnected {
                 renew_within(core, jitter(WHILE_AWAY), batch.iter().map(|(number, _)| *number));
             }
-            tracing::debug!(leases = batch.len(), error = %failure.source, "leases could not be renewed yet");
+            tracing::debug!(leases = batch.len(), error = %failure, "leases could not be renewed yet");
         }
-        // That does not look as if it would pass.
-        Err(failure) => {
-            tracing::warn!(leases = batch.len(), error = %failure.source, "leases can't be renewed");
+        // That does not look as if it would pass. Said once, however many leases and attempts there are.
+        Err(failure) if is_news => {
+            tracing::warn!(leases = batch.len(), error = %failure, "leases can't be renewed: they are lost at their deadlines if that lasts");
         }
+        Err(failure) => tracing::debug!(leases = batch.len(), error = %failure, "leases can't be renewed"),
     }
 }
 
@@ -176,7 +179,7 @@ fn is_gone(core: &Rc<Core>, number: u64) {
         core.lose(number, Loss::Released);
         core.call_next(&state.key.row.name);
     } else {
-        core.lose(number, Loss::TakenOver);
+        core.is_taken_over(&state);
     }
 }
 

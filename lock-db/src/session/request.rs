@@ -8,7 +8,6 @@ use tokio::sync::{oneshot, watch};
 use super::queues::Turn;
 
 use crate::database::{Call, Claim, LeaseKey, LockRow, Server};
-use crate::error::Loss;
 use crate::insert::Hold;
 use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
 use crate::name::Name;
@@ -37,7 +36,6 @@ pub(crate) enum Request {
     /// The database has refused a commit by this lease.
     Lost {
         lease: Arc<LeaseState>,
-        loss: Loss,
     },
     /// A lease went from hand to hand to a holder that may have it until then.
     HandedOn {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::guards::{self, Guard};
 use crate::database::LockDatabase;
 use crate::in_transaction::HeldInTransaction;
+use crate::name::escaped;
 use crate::reentry::Instance;
 use crate::{Kind, Locks, ambient, reentry, testing};
 
@@ -138,7 +139,7 @@ fn find(name: &str, locks: Option<Instance>) -> Result<(), String> {
     let frames = frames.map(|frame| format!("`{}` ({})", frame.name, frame.kind));
     let in_transactions = in_transactions
         .iter()
-        .map(|lock| format!("`{}` ({} in the caller's transaction)", lock.name, Kind::Row));
+        .map(|lock| format!("`{}` ({} in the caller's transaction)", escaped(&lock.name), Kind::Row));
     for lock in frames.chain(in_transactions) {
         // A lock that was entered again counts once.
         if !held.contains(&lock) {
@@ -146,7 +147,7 @@ fn find(name: &str, locks: Option<Instance>) -> Result<(), String> {
         }
     }
     let held = if held.is_empty() { "no lock".to_owned() } else { held.join(", ") };
-    let mut message = format!("lock `{name}` is not held here: this code runs under {held}");
+    let mut message = format!("lock `{}` is not held here: this code runs under {held}", escaped(name));
     // Those in transactions may have ended.
     let open = guards.iter().filter(|guard| !guard.is_in_transaction());
     let open: Vec<_> = open

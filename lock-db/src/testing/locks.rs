@@ -164,5 +164,5 @@ impl Drop for Folder {
 }
 
 fn failed(action: &'static str, source: sqlx::Error) -> Error {
-    Error::Database { action, name: None, source }
+    Error::Database { action, name: None, within: None, source }
 }

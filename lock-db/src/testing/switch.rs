@@ -74,7 +74,7 @@ pub(crate) fn runs_without_lock(
     ttl.map(limits::check_ttl).transpose()?;
     wait.map(limits::check_wait).transpose()?;
     tracing::warn!(
-        lock,
+        lock = %name::escaped(lock),
         "running WITHOUT this lock: `lock_db::testing::without_locks` has switched locking off"
     );
     Ok(true)
@@ -84,7 +84,10 @@ pub(crate) fn runs_without_lock(
 pub(crate) fn no_lease(lock: &str) -> Error {
     Error::InvalidOption {
         option: "lease",
-        value: format!("bound for lock `{lock}` inside of `lock_db::testing::without_locks`"),
+        value: format!(
+            "bound for lock `{}` inside of `lock_db::testing::without_locks`",
+            name::escaped(lock)
+        ),
         reason: "there is no lease without its lock; test this function with `lock_db::testing::locks()`",
     }
 }

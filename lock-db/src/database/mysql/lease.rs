@@ -97,7 +97,8 @@ UPDATE (
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
-    lease.ttl_micros = IF(unlocked.moment > UTC_TIMESTAMP(6), -?, 0),
+    lease.ttl_micros = IF(unlocked.moment > UTC_TIMESTAMP(6),
+        -TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), unlocked.moment), 0),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
 
 /// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
@@ -344,9 +345,8 @@ pub(super) async fn release_later(
     let released = if server.is_mariadb {
         mariadb::release_later(connection, server, name, secret, at_least).await
     } else {
-        let at_least = micros(at_least);
-        let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(at_least).bind(name.as_bytes());
-        let query = query.bind(secret.as_str()).bind(at_least);
+        let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(micros(at_least)).bind(name.as_bytes());
+        let query = query.bind(secret.as_str());
         query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
     };
     released_or_not(connection, server, name, secret, released?).await

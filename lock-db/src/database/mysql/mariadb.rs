@@ -78,14 +78,15 @@ RETURNING id";
 
 const RELEASE_LATER: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
-SELECT id, lock_name, TIMESTAMPADD(MICROSECOND, ?, LEAST(acquire_time, UTC_TIMESTAMP(6))), -?
+SELECT id, lock_name, TIMESTAMPADD(MICROSECOND, ?, LEAST(acquire_time, UTC_TIMESTAMP(6))), 0
 FROM {table} AS held FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND secret_key = ?
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     secret_key = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), '', distributed_lock.secret_key),
-    ttl_micros = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(ttl_micros), 0),
+    ttl_micros = IF(VALUES(expire_time) > UTC_TIMESTAMP(6),
+        -TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), VALUES(expire_time)), 0),
     expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')
 RETURNING id";
 
@@ -324,8 +325,7 @@ pub(super) async fn release_later(
     secret: &Secret,
     at_least: Duration,
 ) -> sqlx::Result<bool> {
-    let at_least = micros(at_least);
-    let query = insert(server, RELEASE_LATER).bind(at_least).bind(at_least);
+    let query = insert(server, RELEASE_LATER).bind(micros(at_least));
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
 

@@ -14,6 +14,7 @@ use crate::Kind;
 use crate::database::{
     Cluster, Fault, Guarded, LeaseKey, LockDatabase, LockRow, RowAttempt, RowClaim, Server,
 };
+use crate::secret::Secret;
 
 const UNMARK: &str = "
 SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1), @lock_db_released = NULL";
@@ -37,7 +38,10 @@ const RELEASED: &str = "lock_db_released_";
 /// In a transaction of ours, which begins without this.
 const RELEASED_IN_MARKED: &str = "OR @lock_db_released <=> fencing_token";
 
-/// The secrets of the locks that transactions on this connection have taken last, one behind the other.
+/// What the server draws for a lock: statements in the application's connection go as text, which logs show, and so do not tell it.
+const DRAWN: &str = "@lock_db_drawn";
+
+/// Digests of the secrets of the locks that transactions on this connection have taken last, one behind the other.
 const TAKEN: &str = "@lock_db_taken";
 const MOST_TAKEN: usize = 64 * 32;
 
@@ -226,7 +230,8 @@ pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKe
 
 /// The variable outlives the transaction, so it only tells when the answer is no.
 pub(super) async fn may_be_its_own(connection: &mut MySqlConnection, secret: &str) -> sqlx::Result<bool> {
-    let sql = format!("SELECT COALESCE(INSTR({TAKEN}, {}), 0) > 0", literal(secret));
+    let digest = digest(secret);
+    let sql = format!("SELECT COALESCE(INSTR({TAKEN}, '{}'), 0) > 0", digest.get(..32).unwrap_or(&digest));
     let found = fetch_optional(connection, sql).await?;
     found.map_or(Ok(false), |row| row.try_get(0))
 }
@@ -338,27 +343,31 @@ async fn lock_and_write(
         return Ok(RowAttempt::Stale);
     }
 
-    let (fencing_token, secret) = (last.saturating_add(1).max(now), literal(claim.secret.as_str()));
+    let (fencing_token, seed) = (last.saturating_add(1).max(now), literal(claim.secret.as_str()));
+    let (secret, digest) = (format!("CONVERT({DRAWN} USING ascii)"), format!("LEFT(SHA2({DRAWN}, 256), 32)"));
     let sql = format!(
-        "UPDATE {table}
-        SET fencing_token = {fencing_token}, secret_key = CONVERT({secret} USING ascii),
+        "SET {DRAWN} = LEFT(SHA2(CONCAT({seed}, UUID(), RAND()), 256), 32);
+        UPDATE {table}
+        SET fencing_token = {fencing_token}, secret_key = {secret},
             owner = CONVERT({} USING utf8mb4), acquire_time = UTC_TIMESTAMP(6)
         WHERE id = {id} AND lock_name = {name};
-        SET {TAKEN} = IF({TAKEN} IS NULL, {secret}, RIGHT(CONCAT({TAKEN}, {secret}), {MOST_TAKEN}));
-        SELECT fencing_token = {fencing_token} AND secret_key = CONVERT({secret} USING ascii)
+        SET {TAKEN} = IF({TAKEN} IS NULL, {digest}, RIGHT(CONCAT({TAKEN}, {digest}), {MOST_TAKEN}));
+        SELECT fencing_token = {fencing_token} AND secret_key = {secret}, secret_key
         FROM {table} WHERE id = {id}{}",
         literal(&claim.owner),
         note(server, USED),
     );
     let written = fetch_optional(connection, sql).await?;
-    if !written.map_or(Ok(false), |row| row.try_get(0))? {
+    let is_written = written.as_ref().map_or(Ok(false), |row| row.try_get(0))?;
+    let Some(written) = written.filter(|_| is_written) else {
         // A trigger may have its own idea of the row. On a cluster the write of another node may have ended the transaction.
         return Ok(match server.cluster {
             Cluster::SinglePrimary => RowAttempt::Unwritten,
             Cluster::MultiPrimary => RowAttempt::Stale,
         });
-    }
-    Ok(RowAttempt::Locked { fencing_token, before })
+    };
+    let secret = Some(Secret::drawn_by_server(written.try_get(1)?));
+    Ok(RowAttempt::Locked { fencing_token, before, secret })
 }
 
 /// By the savepoint that `lock_row` and `guard` leave: the transaction keeps the table from being altered since then.
@@ -414,13 +423,17 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::
     Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?.pop())
 }
 
+fn digest(secret: &str) -> String {
+    let digest = sha2::Sha256::digest(secret);
+    digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"))
+}
+
 /// A statement in the application's connection goes as text, which its log shows when it takes long; so it tells a digest of
 /// the secret only.
 ///
 /// A released lease guards nothing, except in the transaction that releases it: `or_released` tells which that is.
 fn is_ours(lease: &LeaseKey, or_released: &str) -> String {
-    let digest = sha2::Sha256::digest(lease.secret.as_str());
-    let digits = digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"));
+    let digits = digest(lease.secret.as_str());
     format!(
         "id = {} AND lock_name = {} AND fencing_token = {token} AND SHA2(secret_key, 256) = '{digits}'
         AND (expire_time > '1970-01-01 00:00:00' {or_released})",

@@ -148,10 +148,11 @@ const RELEASE_LATER: &str = concat!(
     "
 UPDATE {table} AS lease
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00+00' ELSE until.moment END,
-    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -$3::bigint END,
+    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -GREATEST(until.left_over, 1) END,
     secret_key = CASE WHEN until.passed THEN lease.secret_key ELSE '' END
 FROM (
-    SELECT ctid, moment, moment <= clock_timestamp() AS passed
+    SELECT ctid, moment, moment <= clock_timestamp() AS passed,
+        (extract(epoch FROM moment - clock_timestamp()) * 1000000)::bigint AS left_over
     FROM (
         SELECT ctid, LEAST(acquire_time, clock_timestamp()) + $3::bigint * interval '1 microsecond' AS moment
         FROM {table} WHERE ctid = ",

@@ -52,6 +52,7 @@ use crate::secret::Secret;
 
 impl LockDatabase for Postgres {
     const FOLDER: &'static str = "postgres";
+    const SEARCHES_LATE: bool = true;
     /// After an error the server itself refuses all but a rollback. The mark tells a transaction that its owner's own COMMIT or
     /// ROLLBACK has ended: it goes with the transaction.
     const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";

@@ -1,11 +1,14 @@
 //! Locks and guards in transactions.
 
 use std::fmt::Write as _;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
+use sqlx::{AssertSqlSafe, Connection, Postgres, Row, SqlSafeStr};
 
 use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
 use super::sequence;
@@ -154,7 +157,7 @@ macro_rules! tell {
             ",
     set_config('lock_db.name', $1, true), set_config('lock_db.kind', $2, true),
     set_config('lock_db.secret', $3, true), set_config('lock_db.owner', $4, true),
-    set_config('lock_db.limit', $5, true)"
+    set_config('lock_db.limit', $5, true), set_config('lock_db.outcome', '', true)"
         )
     };
 }
@@ -183,7 +186,9 @@ pub(super) const DOLLAR_QUOTE: &str = "$lock_db$";
 ///
 /// A `statement_timeout` would end the transaction as well, so the wait stays below it. It counts the turn in the queue
 /// and the wait for the holder together, the lock timeout each.
-const WAIT_AND_LOCK: &str = "
+macro_rules! wait_and_lock {
+    () => {
+        "
 DO $lock_db$
 DECLARE
     limit_before text :=
@@ -247,9 +252,22 @@ EXCEPTION
     WHEN lock_not_available THEN
         PERFORM set_config('lock_db.outcome', CASE WHEN has_table THEN 'busy' ELSE 'no table' END, true);
     WHEN SQLSTATE 'LDB01' THEN PERFORM set_config('lock_db.outcome', SQLERRM, true);
-END $lock_db$;
-SELECT current_setting('lock_db.outcome'), current_setting('lock_db.token', true),
-    current_setting('lock_db.last_secret', true)";
+END $lock_db$"
+    };
+}
+
+macro_rules! outcome {
+    () => {
+        "
+SELECT current_setting('lock_db.outcome', true), current_setting('lock_db.token', true),
+    current_setting('lock_db.last_secret', true), current_setting('lock_db.limit', true)"
+    };
+}
+
+const WAIT_AND_LOCK: &str = wait_and_lock!();
+const OUTCOME: &str = outcome!();
+/// For who does not wait: in one message.
+const LOCK_OR_NOT: &str = concat!(wait_and_lock!(), ";", outcome!());
 
 const WAS_ITS_OWN: &str =
     "SELECT COALESCE(position($1 IN current_setting('lock_db.taken', true)) > 0, false)";
@@ -353,7 +371,7 @@ async fn lock_at_once(
         let could_be_locked = claim.is_try || row.try_get(3)?;
         return Ok(if could_be_locked { RowAttempt::Unwritten } else { RowAttempt::Busy });
     };
-    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(2)? })
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(2)?, secret: None })
 }
 
 async fn wait_and_lock(
@@ -376,11 +394,24 @@ async fn wait_and_lock(
     if !is_here {
         return Ok(RowAttempt::ForeignTransaction);
     }
-    let rows = sqlx::raw_sql(server.table.sql(WAIT_AND_LOCK)).fetch_all(&mut *connection).await?;
-    let outcome = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    let outcome = if slice.is_zero() {
+        let rows = sqlx::raw_sql(server.table.sql(LOCK_OR_NOT)).fetch_all(&mut *connection).await?;
+        rows.into_iter().next_back().ok_or(sqlx::Error::RowNotFound)?
+    } else {
+        wait_for(connection, server.table.sql(WAIT_AND_LOCK)).await?;
+        sqlx::query(OUTCOME).fetch_one(&mut *connection).await?
+    };
+    let outcome = &outcome;
+    // With the transaction its settings end.
+    if outcome.try_get::<Option<&str>, _>(3)?.is_none_or(str::is_empty) {
+        return Err(sqlx::Error::BeginFailed);
+    }
     Ok(match outcome.try_get::<&str, _>(0)? {
-        "locked" => RowAttempt::Locked { fencing_token: number(outcome)?, before: outcome.try_get(2)? },
-        "busy" => RowAttempt::Busy,
+        "locked" => {
+            RowAttempt::Locked { fencing_token: number(outcome)?, before: outcome.try_get(2)?, secret: None }
+        }
+        // Or it was not even begun.
+        "busy" | "" => RowAttempt::Busy,
         "no table" => RowAttempt::TableLocked,
         "kind" => RowAttempt::WrongKind,
         "unwritten" => RowAttempt::Unwritten,
@@ -389,6 +420,22 @@ async fn wait_and_lock(
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
     })
+}
+
+/// Sends statements, and waits for their end beside the call that has sent them. sqlx warns of each call that takes longer than a second,
+/// with the whole text, and a wait for a lock is no slow statement. What is left on the connection when the wait is cut short is
+/// what a dropped call leaves in any case.
+async fn wait_for(connection: &mut PgConnection, sql: impl SqlSafeStr) -> sqlx::Result<()> {
+    let sent = {
+        let mut call = pin!(sqlx::raw_sql(sql).execute(&mut *connection));
+        // Polled once, it has put the statements on their way: nothing else was.
+        poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await
+    };
+    match sent {
+        Poll::Ready(done) => done.map(drop),
+        // Answered behind them, with their error if there is one.
+        Poll::Pending => connection.ping().await,
+    }
 }
 
 fn number(row: &PgRow) -> sqlx::Result<i64> {

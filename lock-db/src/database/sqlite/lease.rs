@@ -100,10 +100,11 @@ WHERE lock_name = ?1 AND secret_key = ?2";
 const RELEASE_LATER: &str = "
 UPDATE {table}
 SET expire_time = CASE WHEN until.passed THEN '1970-01-01 00:00:00.000000' ELSE until.moment END,
-    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -?4 END,
+    ttl_micros = CASE WHEN until.passed THEN 0 ELSE -max(until.left_over, 1) END,
     secret_key = CASE WHEN until.passed THEN secret_key ELSE '' END
 FROM (
-    SELECT id, moment, moment <= strftime('%Y-%m-%d %H:%M:%f000', 'now') AS passed
+    SELECT id, moment, moment <= strftime('%Y-%m-%d %H:%M:%f000', 'now') AS passed,
+        CAST(round((unixepoch(moment, 'subsec') - unixepoch('now', 'subsec')) * 1000) AS INTEGER) * 1000 AS left_over
     FROM (
         SELECT id, strftime('%Y-%m-%d %H:%M:%f000',
             min(acquire_time, strftime('%Y-%m-%d %H:%M:%f000', 'now')), ?3) AS moment
@@ -321,7 +322,7 @@ pub(super) async fn release_later(
     at_least: Duration,
 ) -> sqlx::Result<Standing> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
-    let query = query.bind(later_by(at_least)).bind(micros(at_least));
+    let query = query.bind(later_by(at_least));
     query.execute(connection).await.map(|done| released_or_not(&done))
 }
 

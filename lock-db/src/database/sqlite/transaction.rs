@@ -120,7 +120,7 @@ async fn lock_and_write(
         .fetch_optional(connection)
         .await?;
     let Some(fencing_token) = written else { return Ok(RowAttempt::Unwritten) };
-    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(1)? })
+    Ok(RowAttempt::Locked { fencing_token, before: row.try_get(1)?, secret: None })
 }
 
 pub(super) async fn commit_locked(

@@ -53,8 +53,13 @@ impl Attempt {
                 Ok(None) => {}
                 // Who keeps us from writing keeps nobody from reading that there is a holder.
                 Err(failure) if failure.is_busy() => {
-                    let in_the_way = self.look_at_all().await.ok().flatten();
-                    return in_the_way.ok_or(failure);
+                    let in_the_way = self.look_at_all().await;
+                    let is_free = matches!(in_the_way, Ok(None));
+                    let name = self.claims.first().map(|claim| claim.name.clone());
+                    return in_the_way.ok().flatten().ok_or_else(|| match name {
+                        Some(name) => failure.written_by_others(&name, is_free),
+                        None => failure,
+                    });
                 }
                 Err(failure) => return Err(failure),
             }

@@ -103,9 +103,9 @@ impl Attempt {
         let (name, row) = match std::mem::replace(&mut self.last, Obstacle::Unknown) {
             Obstacle::Held(name, row) | Obstacle::RowLocked(name, row) => (name, Some(row)),
             Obstacle::Transaction(name) => (name, None),
-            Obstacle::Failure(failure) => return failure.into_error(ACTION, self.name()),
+            Obstacle::Failure(failure) => return failure.into_error(ACTION, self.name()).within(self.wait),
             Obstacle::Network(took) => {
-                let name = self.name().map(Name::to_string).unwrap_or_default();
+                let name = self.name().map(Name::given).unwrap_or_default();
                 let ttl = self.claims.first().map_or(Duration::ZERO, |claim| claim.ttl);
                 return Error::TtlTooShort { name, ttl, took };
             }
@@ -114,6 +114,6 @@ impl Attempt {
             }
         };
         let held_by = row.map(|row| Box::new(row.into_info(&name)));
-        Error::Timeout { name: name.to_string(), waited, waiting_for: WaitingFor::Lock, held_by }
+        Error::Timeout { name: name.given(), waited, waiting_for: WaitingFor::Lock, held_by }
     }
 }

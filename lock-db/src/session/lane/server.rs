@@ -292,7 +292,7 @@ impl<DB: LockDatabase> Worker<DB> {
                     }
                     return;
                 }
-                Err(refused) => tracing::debug!(error = %refused.source, "one by one instead"),
+                Err(refused) => tracing::debug!(error = %refused, "one by one instead"),
             }
         }
         let returns = returns.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, reply));
@@ -495,7 +495,7 @@ impl<DB: LockDatabase> Worker<DB> {
             })
             .await;
         if let Err(failure) = called {
-            tracing::debug!(error = %failure.source, "the next process was not woken up: it looks by itself");
+            tracing::debug!(error = %failure, "the next process was not woken up: it looks by itself");
         }
     }
 

@@ -367,7 +367,7 @@ async fn release(core: &Rc<Core>, lease: &LeaseState) -> Result<(), Error> {
     match loss {
         None => assert!(was_ours, "a lease was released twice"),
         Some(Loss::Released) => {}
-        Some(reason) => return Err(Error::Lost { name: lease.name().to_string(), reason }),
+        Some(reason) => return Err(Error::lost(lease.name().given(), reason)),
     }
     Ok(())
 }
