@@ -18,10 +18,12 @@ use crate::secret::Secret;
 use crate::session::Request;
 use crate::{Error, Kind, LockInfo, Locks};
 
-/// How long one statement may wait on the server: a caller who has gone is noticed in between. Half of what is promised, as
-/// PostgreSQL counts it once for the turn in the queue, and once more for the holder; and less than the second after which
-/// sqlx calls a statement slow.
-const SLICE: Duration = Duration::from_millis(800);
+/// How long one statement may wait on the server: a caller who has gone is noticed in between. Much less than the second after which
+/// sqlx calls a statement slow, also on a busy machine.
+const SLICE: Duration = Duration::from_millis(500);
+/// On PostgreSQL, where no call waits. Half of what is promised, as it counts it once for the turn in the queue, and once more for the
+/// holder.
+const LONG_SLICE: Duration = Duration::from_millis(900);
 /// The first one is longer than the second after which PostgreSQL looks for a deadlock. Of those who wait for each other
 /// the last one to come finds it.
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
@@ -213,8 +215,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if held_by || (!slice.is_zero() && asked.elapsed() < slice / 2) {
                 sleep(jitter(pause).min(left)).await;
             }
-            let is_first = slice.is_zero();
-            slice = left.min(if is_first && DB::SEARCHES_LATE { FIRST_SLICE } else { SLICE });
+            slice = left.min(next_slice::<DB>(slice));
         }
     }
 
@@ -311,6 +312,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     pub(super) fn info(&self, row: LockRow) -> LockInfo {
         row.into_info(self.name)
+    }
+}
+
+fn next_slice<DB: LockDatabase>(last: Duration) -> Duration {
+    match (DB::SEARCHES_LATE, last.is_zero()) {
+        (true, true) => FIRST_SLICE,
+        (true, false) => LONG_SLICE,
+        (false, _) => SLICE,
     }
 }
 

@@ -55,7 +55,7 @@ impl Held for Lease {
 
     fn check(&self) -> Result<(), Error> {
         let reason = *self.loss.borrow();
-        reason.map_or(Ok(()), |reason| Err(Error::lost("a".into(), reason)))
+        reason.map_or(Ok(()), |reason| Err(Error::lost("a", reason)))
     }
 
     fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
