@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::sleep;
 
-use super::server::Way;
+use super::connection::Way;
 use crate::connecting::PATIENCE;
 use crate::database::{Location, LockDatabase};
 use crate::error::{Failure, HookFailure};

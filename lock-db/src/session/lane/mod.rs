@@ -4,6 +4,7 @@
 //! carried out, and its result is discarded. Requests that wait together are taken together, and those of them that
 //! take and give back leases travel in one statement.
 
+mod connection;
 mod connector;
 mod earlier;
 mod server;
