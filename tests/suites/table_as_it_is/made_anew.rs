@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks, Loss};
-use lock_tests::{Backend, TestDatabase, TestServer, for_each_database};
+use lock_tests::{Backend, TestDatabase, TestServer, eventually, for_each_database};
 use sqlx::Pool;
 
 use super::asking::{Answer, all_are_granted, ask, nothing_is_called_held};
@@ -16,6 +16,7 @@ for_each_database! {
     leases_held_over_the_end_of_the_table_are_lost;
     on servers:
     an_open_transaction_over_a_change,
+    leases_are_renewed_in_a_table_of_another_collation,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -115,6 +116,7 @@ fn changes<T: TestDatabase>() -> Vec<(&'static str, String)> {
                 "ALTER TABLE distributed_lock MODIFY owner VARCHAR(255) CHARACTER SET latin1 NOT NULL DEFAULT ''",
             ),
             ("converted", "ALTER TABLE distributed_lock CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci"),
+            ("converted anew", "ALTER TABLE distributed_lock CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci"),
             (
                 "another index",
                 "ALTER TABLE distributed_lock DROP INDEX distributed_lock_name, ADD UNIQUE distributed_lock_name (lock_name)",
@@ -329,5 +331,23 @@ async fn an_open_transaction_over_a_change<T: TestServer>(database: &T) {
                 transaction.commit().await.unwrap();
             }
         }
+    }
+}
+
+/// What is compared with the columns has a collation of its own.
+async fn leases_are_renewed_in_a_table_of_another_collation<T: TestServer>(database: &T) {
+    const TTL: Duration = Duration::from_secs(6);
+    if T::NAME == "postgres" {
+        return; // It compares without a collation that could be mixed.
+    }
+    let locks = database.locks().await;
+    for collation in ["utf8mb4_general_ci", "utf8mb4_unicode_ci", "utf8mb4_bin"] {
+        let convert = "ALTER TABLE distributed_lock CONVERT TO CHARACTER SET utf8mb4 COLLATE";
+        database.run(&format!("{convert} {collation}")).await;
+        let lease = locks.insert_lock("a").ttl(TTL).wait(PATIENCE).acquire().await.unwrap();
+        let expires = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', expire_time) FROM distributed_lock";
+        let granted = database.number(expires).await;
+        eventually(TTL, async || database.number(expires).await > granted).await;
+        lease.release().await.unwrap_or_else(|error| panic!("{collation}: {error:?}"));
     }
 }

@@ -153,7 +153,7 @@ const RENEW: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT lease.id, lease.lock_name, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
         fencing_token BIGINT PATH '$[3]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
 WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
@@ -273,7 +273,7 @@ FOR UPDATE SKIP LOCKED";
 const WHICH_ARE_OURS: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";

@@ -22,7 +22,7 @@ UPDATE (
         SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time,
             lease.secret_key = asked.secret_key AS is_again, lease.previous_token AS last_previous, asked.secret_key
         FROM JSON_TABLE(?, '$[*]' COLUMNS (
-                lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+                lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]')) AS asked
         STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
             ON lease.lock_name = UNHEX(asked.lock_name)
         WHERE lease.lock_kind = 'insert'
@@ -45,7 +45,7 @@ WHERE unlocked.how_many = ?";
 const GRANTED_ALL: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id, lease.waiters <> '', lease.fencing_token - lease.previous_token
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]')) AS asked
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";

@@ -29,7 +29,7 @@ const RENEW: &str = "
 UPDATE (
     SELECT lease.id, asked.ttl
     FROM JSON_TABLE(?, '$[*]' COLUMNS (
-            id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+            id BIGINT PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
             fencing_token BIGINT PATH '$[3]')) AS asked
     STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
     WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
@@ -48,7 +48,7 @@ const STILL_OURS: &str = "
 SELECT lease.secret_key,
     TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11, lease.ttl_micros <= 0
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-        id BIGINT PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
         fencing_token BIGINT PATH '$[3]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
 WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
@@ -63,8 +63,8 @@ UPDATE (
         lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, asked.place) = 0 AS may_stand,
         asked.secret_key, asked.ttl, asked.place
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
-            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]',
-            place VARCHAR(32) PATH '$[3]')) AS asked
+            lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
+            place VARCHAR(32) CHARACTER SET ascii PATH '$[3]')) AS asked
     STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
@@ -86,7 +86,7 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.ttl_micros = unlocked.ttl,
     lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN SUBSTR(lease.waiters, 57)
         WHEN unlocked.ttl = 0 AND unlocked.place <> '' AND unlocked.may_stand THEN CONCAT(
-            lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), @lock_db_listener)
+            lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), CONVERT(@lock_db_listener USING ascii))
         ELSE lease.waiters END";
 
 /// Which of them are ours, and whether what was asked for has been done: given back, or taken so lately that more is left
@@ -99,7 +99,7 @@ SELECT lease.secret_key, lease.fencing_token, lease.id,
         lease.expire_time = '1970-01-01 00:00:00'),
     lease.waiters <> '', lease.fencing_token - lease.previous_token
 FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
+        lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.secret_key = asked.secret_key";
