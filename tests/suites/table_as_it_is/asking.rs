@@ -8,7 +8,7 @@ use sqlx::Pool;
 use url::Url;
 
 /// Longer than it takes to be refused, and shorter than a wait that is waited out.
-const WAIT: Duration = Duration::from_secs(1);
+const WAIT: Duration = Duration::from_secs(3);
 
 /// What came of one way to get a free lock: whether it was granted.
 #[derive(Debug)]
