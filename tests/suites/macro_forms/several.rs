@@ -155,12 +155,12 @@ async fn several_locks_are_taken_from_the_top_down() {
 #[tokio::test]
 async fn the_lower_lock_waits_for_the_upper_one() {
     with_locks(|locks| async move {
-        let _held = locks.insert_lock("upper").acquire().await?;
         #[locked("upper", wait = "0s")]
         #[distributed_lock(named("lower"))]
         async fn both() -> Answer<()> {
             Ok(())
         }
+        let _held = locks.insert_lock("upper").acquire().await?;
         let taken = TAKEN.scope(RefCell::default(), async {
             let refused = both().await;
             assert!(matches!(refused, Err(crate::ShopError::Lock(Error::Timeout { .. }))));
