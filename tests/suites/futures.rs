@@ -228,7 +228,7 @@ impl Told {
     }
 
     fn name(&self, lock: &str) -> bool {
-        self.0.lock().unwrap().contains(&format!("lock={lock:?}"))
+        self.0.lock().unwrap().contains(&format!("lock={lock}"))
     }
 }
 

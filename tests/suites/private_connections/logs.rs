@@ -121,7 +121,7 @@ mod of_an_account {
             let lines = LINES.lock().unwrap();
             lines.iter().filter(|(of, line)| *of == level && line.contains(part)).count()
         };
-        assert_eq!(told(Level::WARN, &format!("too many connections for role \\\"{role}\\\"")), 1);
+        assert_eq!(told(Level::WARN, &format!("too many connections for role \"{role}\"")), 1);
         // When there is room again, renewals have one of their own again.
         database.run(&format!("ALTER ROLE {role} CONNECTION LIMIT 5")).await;
         eventually(PATIENCE, async || told(Level::INFO, "over a connection of their own again") > 0).await;
