@@ -144,13 +144,17 @@ impl From<&str> for Name {
     }
 }
 
-/// The beginning of a name that may be of any length, for a message.
+/// The beginning of a name that may be of any length, for a message, where some characters are shown by their escapes.
 fn shortened(name: &str) -> String {
     const SHOWN: usize = 60;
-    match name.char_indices().nth(SHOWN) {
-        None => name.to_owned(),
-        Some((end, _)) => format!("{}…", &name[..end]),
+    let mut shown = 0;
+    for (start, character) in name.char_indices() {
+        shown += escaped(character.encode_utf8(&mut [0; 4])).to_string().chars().count();
+        if shown > SHOWN {
+            return format!("{}…", &name[..start]);
+        }
     }
+    name.to_owned()
 }
 
 #[cfg(test)]

@@ -267,7 +267,10 @@ async fn leases_held_over_the_end_of_the_table_are_lost<T: TestDatabase>(databas
         for lease in held {
             let released = lease.release().await;
             assert!(
-                matches!(released, Err(Error::Lost { reason: Loss::TakenOver | Loss::NotRenewed, .. })),
+                matches!(
+                    released,
+                    Err(Error::Lost { reason: Loss::TakenOver | Loss::RowDeleted | Loss::NotRenewed, .. })
+                ),
                 "{released:?}"
             );
         }
