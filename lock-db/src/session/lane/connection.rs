@@ -200,8 +200,9 @@ impl<DB: LockDatabase> Worker<DB> {
                 tracing::debug!("a private connection was dropped without a word: another one is used");
                 self.leaves(&connection);
                 self.earlier.goes_on_with(number);
-                // If it was only far away, more time is left the next time.
-                self.pace = self.pace.max(asked.elapsed() / 4);
+                // If it was only far away, more time is left the next time: by what this one took, without the silence itself, which
+                // would grow from one to the next.
+                self.pace = self.pace.max(asked.elapsed().saturating_sub(silence) / 4);
                 self.connection = Some(self.private(way));
                 Err(Failure::new::<DB>(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())))
             }
