@@ -218,6 +218,8 @@ async fn any_duration_is_taken_or_refused<T: TestDatabase>(database: &T) {
                 Ok(()) | Err(Error::Lost { .. }) => taken += usize::from(is_valid),
                 Err(error) => panic!("{ttl:?} {wait:?} {at_least:?}: {error}"),
             },
+            // On a machine that is busy.
+            Err(Error::TtlTooShort { .. }) if ttl < Duration::from_secs(1) => taken += 1,
             // A wait that is hardly any.
             Err(Error::Timeout { .. }) if is_valid && wait < Duration::from_secs(1) => taken += 1,
             Err(error) => {

@@ -63,6 +63,10 @@ fn connect_ahead(core: &Rc<Core>) {
     drop(spawn_local(async move {
         if let Err(failure) = core.renewals.connect(limit).await {
             tracing::debug!(error = %failure, "the connection for renewals could not be made yet");
+            if failure.fault == Fault::Disconnected {
+                // It may have been lost while it was made.
+                core.lost.notify_one();
+            }
         }
     }));
 }

@@ -37,6 +37,8 @@ pub(super) struct Connector<DB: LockDatabase> {
     /// Where the first one led. A `Locks` has one table.
     database: String,
     under_way: Vec<(Weak<()>, Instant)>,
+    /// How long the last one took.
+    took: Duration,
     waits_for_hook: WaitsForHook,
 }
 
@@ -53,6 +55,7 @@ impl<DB: LockDatabase> Connector<DB> {
             location,
             database,
             under_way: Vec::new(),
+            took: Duration::ZERO,
             waits_for_hook: Rc::clone(waits_for_hook),
         }
     }
@@ -99,10 +102,11 @@ impl<DB: LockDatabase> Connector<DB> {
             way
         });
         self.waits_for_hook.set(None);
+        let patience = PATIENCE.max(2 * self.took);
         let made = select! {
             biased;
             made = making => made,
-            refused = beside::<DB>(&options, &self.waits_for_hook, begun) => Ok(Err(refused)),
+            refused = beside::<DB>(&options, &self.waits_for_hook, begun, patience) => Ok(Err(refused)),
         };
         drop(wanted);
         let waits_for_hook = self.waits_for_hook.take().is_some();
@@ -110,7 +114,10 @@ impl<DB: LockDatabase> Connector<DB> {
             Ok(Err(sqlx::Error::PoolTimedOut)) if waits_for_hook => {
                 Err(Failure::hook::<DB>(HookFailure::Waits(begun.elapsed())))
             }
-            Ok(way) => way.map_err(Failure::new::<DB>),
+            Ok(way) => {
+                self.took = begun.elapsed();
+                way.map_err(Failure::new::<DB>)
+            }
             Err(ended) => Err(Failure::hook::<DB>(HookFailure::Panicked(message(ended)))),
         }
     }
@@ -151,8 +158,9 @@ async fn beside<DB: LockDatabase>(
     options: &<DB::Connection as Connection>::Options,
     waits_for_hook: &WaitsForHook,
     begun: Instant,
+    patience: Duration,
 ) -> sqlx::Error {
-    sleep(PATIENCE).await;
+    sleep(patience).await;
     match options.connect().await {
         Err(refused) => return refused,
         Ok(connection) => drop(connection.close().await),
