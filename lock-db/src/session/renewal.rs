@@ -112,7 +112,7 @@ async fn renew_batch(core: &Rc<Core>, batch: &[Due]) {
     // A server that lets this process have no second connection, because of a limit of its account say; or nothing but silence there.
     match renewed {
         Err(failure) if is_second && failure.fault == Fault::Disconnected => {
-            let by_the_first = core.lane.renew(leases, limit).await;
+            let by_the_first = twice(async || core.lane.renew(leases.clone(), limit).await).await;
             if by_the_first.is_ok() {
                 core.misses_second(&failure);
             }

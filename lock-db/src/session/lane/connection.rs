@@ -148,10 +148,10 @@ impl<DB: LockDatabase> Worker<DB> {
         let mut connection = if let Some(connection) = kept {
             connection
         } else {
-            // Longer than a renewal may take, so that the next one has a connection.
-            match timeout(CONNECT_LIMIT, self.connect()).await {
+            let limit = limit.min(CONNECT_LIMIT);
+            match timeout(limit, self.connect()).await {
                 Ok(made) => made?,
-                Err(_elapsed) => return Err(self.is_silent(CONNECT_LIMIT)),
+                Err(_elapsed) => return Err(self.is_silent(limit)),
             }
         };
         let silence = if may_be_dropped { silence.max(PACES * self.pace) } else { limit };

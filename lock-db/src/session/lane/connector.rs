@@ -114,10 +114,11 @@ impl<DB: LockDatabase> Connector<DB> {
             Ok(Err(sqlx::Error::PoolTimedOut)) if waits_for_hook => {
                 Err(Failure::hook::<DB>(HookFailure::Waits(begun.elapsed())))
             }
-            Ok(way) => {
+            Ok(Ok(way)) => {
                 self.took = begun.elapsed();
-                way.map_err(Failure::new::<DB>)
+                Ok(way)
             }
+            Ok(Err(refused)) => Err(Failure::new::<DB>(refused)),
             Err(ended) => Err(Failure::hook::<DB>(HookFailure::Panicked(message(ended)))),
         }
     }
