@@ -831,7 +831,7 @@ fn who_leaves_takes_its_turns_along() {
         let mut both = Box::pin({
             let world = Arc::clone(&world);
             let claims = vec![World::claim(0, LONG), World::claim(1, LONG)];
-            async move { world.session.acquire(claims, Some(LONG), Instant::now(), true).await }
+            async move { world.session.acquire(claims, Some(LONG), Instant::now(), true, None).await }
         });
         assert!(block_on(async { poll!(both.as_mut()).is_pending() }));
         let leaves = thread::spawn(move || {
