@@ -242,7 +242,7 @@ impl<DB: LockDatabase> Worker<DB> {
 
     fn private(&self, way: Way<DB>) -> Private<DB> {
         // Not all of a process at once, and none later than the pool's own would be.
-        let age = |lifetime: Duration| lifetime.mul_f64(0.8) + jitter(lifetime / 5);
+        let age = |lifetime: Duration| (lifetime / 5 * 4).saturating_add(jitter(lifetime / 5));
         let retires =
             self.connector.lifetime().and_then(|lifetime| Instant::now().checked_add(age(lifetime)));
         Private { way, server: None, retires, used: Instant::now() }
