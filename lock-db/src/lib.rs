@@ -8,6 +8,7 @@
 #[allow(missing_docs, missing_debug_implementations, clippy::missing_errors_doc)]
 pub mod __private;
 mod ambient;
+mod backstop;
 mod bounds;
 mod clock;
 mod connecting;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 lock_tests::__tests_on! { postgres PostgresServer
     pairs_do_not_read_all_versions,
     pairs_that_travel_together_do_not_read_all_versions,
+    large_batches_do_not_once_the_snapshot_was_seen,
     looks_do_not_read_all_versions,
     row_locks_do_not_read_all_versions,
     a_snapshot_in_low_pages_and_in_high_ones,
@@ -114,6 +116,26 @@ async fn pairs_that_travel_together_do_not_read_all_versions(database: &Postgres
     })
     .await;
     assert!(blocks < 4 * FEW_BLOCKS, "{blocks} blocks each round");
+}
+
+/// Such a batch finds its rows plainly until then.
+async fn large_batches_do_not_once_the_snapshot_was_seen(database: &PostgresServer) {
+    let mut names = vec!["hot".to_owned()];
+    names.extend((0..30).map(|number| format!("name {number}")));
+    let locks = database.locks().await;
+    join_all(names.iter().map(|name| pair(&locks, name))).await;
+    let _old = old_snapshot(database, "report").await;
+    many_versions(database, "hot").await;
+    let is_seen = AtomicBool::new(false);
+    let blocks = blocks(database, async |locks| {
+        if !is_seen.swap(true, Ordering::Relaxed) {
+            let report = locks.check().await.unwrap();
+            assert!(report.warnings().iter().any(|warning| warning.contains("report")), "{report:?}");
+        }
+        join_all(names.iter().map(|name| pair(locks, name))).await;
+    })
+    .await;
+    assert!(blocks < 10 * FEW_BLOCKS, "{blocks} blocks each round");
 }
 
 async fn looks_do_not_read_all_versions(database: &PostgresServer) {

@@ -3,6 +3,7 @@
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sqlx::AssertSqlSafe;
@@ -118,6 +119,7 @@ pub struct Table {
     pub identity: String,
     /// The statements that were used already, by the places of what they were made of.
     statements: Mutex<HashMap<(usize, usize, usize), Arc<str>>>,
+    has_old_versions: AtomicBool,
 }
 
 /// In statements this stands for the name of the table.
@@ -134,7 +136,18 @@ impl Table {
             schema: schema.to_owned(),
             identity,
             statements: Mutex::default(),
+            has_old_versions: AtomicBool::new(false),
         }
+    }
+
+    /// Whether old versions of its rows were kept, for a snapshot somewhere, when that was looked for the last time.
+    #[cfg(feature = "postgres")]
+    pub(super) fn has_old_versions(&self) -> bool {
+        self.has_old_versions.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_old_versions(&self, are_kept: bool) {
+        self.has_old_versions.store(are_kept, Ordering::Relaxed);
     }
 
     fn is_same(&self, other: &Self) -> bool {

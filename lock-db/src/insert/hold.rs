@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::select;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -61,8 +61,8 @@ impl Hold {
     }
 
     /// See [`LeaseState::may_be_handed_on`].
-    pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
-        self.lease.may_be_handed_on(time)
+    pub(crate) fn may_be_handed_on(&self, now: Instant, time: Duration) -> bool {
+        self.lease.may_be_handed_on(now, time)
     }
 
     /// Of the next holder of the same lease.
@@ -212,8 +212,8 @@ impl Hold {
         answered: oneshot::Receiver<Result<(), Error>>,
         action: &'static str,
     ) -> Result<(), Error> {
-        let about = (action, Some(self.name().clone()));
-        let answer = answer_to(&self.session, answered, ASK_LIMIT, about).await;
+        let about = (action, Some(self.name()));
+        let answer = answer_to(&self.session, answered, ASK_LIMIT, Instant::now(), about).await;
         answer.unwrap_or_else(|| Err(self.lost(Loss::Closed)))
     }
 

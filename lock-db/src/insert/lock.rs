@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Hold, Lease};
-use crate::database::{Claim, LockDatabase};
+use crate::database::LockDatabase;
 use crate::in_transaction::{Attempt, HeldInTransaction};
 use crate::name::{Name, escaped};
 use crate::reentry::{self, Entered};
-use crate::secret::Secret;
+use crate::session::Ask;
 use crate::{Error, Kind, Locks, limits};
 
 /// A request for an insert lock, from [`Locks::insert_lock`]. Nothing happens before one of its async methods is
@@ -333,12 +333,8 @@ impl<DB: LockDatabase> Locks<DB> {
         let started = Instant::now();
         options.check(self.default_ttl())?;
         let (ttl, fair) = (options.ttl.unwrap_or(self.default_ttl()), options.fair.unwrap_or(self.is_fair()));
-        let claims = names.into_iter().map(|name| {
-            let owner = Arc::clone(self.owner());
-            Ok(Claim { name, secret: Secret::generate()?, owner, ttl, place: None })
-        });
-        let claims = claims.collect::<Result<Vec<_>, Error>>()?;
-        let holds = self.session().acquire(claims, wait, started, fair, options.at_most).await?;
+        let ask = Ask { names, ttl, at_most: options.at_most, fair, wait, started };
+        let holds = self.session().acquire(ask).await?;
         holds.iter().flatten().for_each(|hold| hold.keep_for(options.at_least));
         Ok(holds)
     }

@@ -1,12 +1,13 @@
 //! Waiting for the session, which has bounds of its own; and for no longer when its thread does not run.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::request::Request;
 use crate::Error;
+use crate::backstop::timeout_at;
 use crate::clock::timeout;
 use crate::name::Name;
 
@@ -31,18 +32,20 @@ impl Way for mpsc::WeakUnboundedSender<Request> {
     }
 }
 
-/// Waits for the answer to a request. When it has not come after `limit`, and again each time that this has passed, the session's thread is
+/// Waits for the answer to a request. When it has not come `limit` after the start, and again each time that this has passed, the session's thread is
 /// asked whether it runs at all: it may be stopped by a debugger, or blocked by something that it calls, such as a subscriber of
 /// `tracing`. `None`: the session is gone.
 pub(crate) async fn answer_to<T>(
     session: &impl Way,
     answered: impl Future<Output = Result<Result<T, Error>, oneshot::error::RecvError>>,
     limit: Duration,
-    (action, name): (&'static str, Option<Name>),
+    started: Instant,
+    (action, name): (&'static str, Option<&Name>),
 ) -> Option<Result<T, Error>> {
     let mut answered = std::pin::pin!(answered);
+    let mut deadline = started + limit;
     loop {
-        if let Ok(answer) = timeout(limit, &mut answered).await {
+        if let Ok(answer) = timeout_at(deadline, &mut answered).await {
             return answer.ok();
         }
         let (runs, is_running) = oneshot::channel();
@@ -51,12 +54,8 @@ pub(crate) async fn answer_to<T>(
                 "the thread of this `Locks` has not run for {SIGN_OF_LIFE:?}: it is stopped or blocked"
             );
             let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message));
-            return Some(Err(Error::Database {
-                action,
-                name: name.map(|name| name.given()),
-                within: None,
-                source,
-            }));
+            return Some(Err(Error::Database { action, name: name.map(Name::given), within: None, source }));
         }
+        deadline = Instant::now() + limit;
     }
 }

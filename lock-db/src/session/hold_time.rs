@@ -35,9 +35,17 @@ impl HoldTime {
         self.granted + Duration::from_micros(self.since.load(Ordering::Acquire))
     }
 
-    /// The next holder has it from now on. `false`: too late, the time of the one before was seen to be over.
-    pub(super) fn begins_anew(&self, at_most: Option<Duration>) -> bool {
-        let now = micros(self.granted.elapsed());
+    /// The present holder has no limit any more. `false`: too late, its time was seen to be over.
+    pub(super) fn ends(&self) -> bool {
+        let unlimited = |before| (before != OVER).then_some(UNLIMITED);
+        // Most have none, which takes a look.
+        self.until.load(Ordering::Acquire) == UNLIMITED
+            || self.until.fetch_update(Ordering::AcqRel, Ordering::Acquire, unlimited).is_ok()
+    }
+
+    /// The next holder has it from `now` on. `false`: too late, the time of the one before was seen to be over.
+    pub(super) fn begins_anew(&self, now: Instant, at_most: Option<Duration>) -> bool {
+        let now = micros(now.saturating_duration_since(self.granted));
         let until = at_most.map_or(UNLIMITED, |at_most| now.saturating_add(micros(at_most)).min(OVER - 1));
         let anew = |before| (before != OVER).then_some(until);
         let begins = self.until.fetch_update(Ordering::AcqRel, Ordering::Acquire, anew).is_ok();
@@ -89,10 +97,12 @@ mod tests {
         let time = HoldTime::new(granted, Some(2 * HOUR));
         assert_eq!(time.until(), Some(granted + 2 * HOUR));
         assert!(!time.is_over());
-        assert!(time.begins_anew(Some(2 * HOUR)));
+        assert!(time.begins_anew(Instant::now(), Some(2 * HOUR)));
         assert!(time.until().unwrap() >= granted + 3 * HOUR);
         assert!(time.since() >= granted + HOUR);
-        assert!(time.begins_anew(None));
+        assert!(time.begins_anew(Instant::now(), None));
+        assert_eq!(time.until(), None);
+        assert!(time.begins_anew(Instant::now(), Some(HOUR)) && time.ends());
         assert_eq!(time.until(), None);
         assert!(!time.is_over());
     }
@@ -101,10 +111,11 @@ mod tests {
     fn a_time_that_was_seen_to_be_over_stays_over() {
         let granted = Instant::now().checked_sub(HOUR).unwrap();
         let time = HoldTime::new(granted, Some(HOUR));
-        assert!(time.begins_anew(Some(HOUR)), "it was not seen yet");
+        assert!(time.begins_anew(Instant::now(), Some(HOUR)), "it was not seen yet");
         let time = HoldTime::new(granted, Some(HOUR));
         assert!(time.is_over());
-        assert!(!time.begins_anew(Some(HOUR)));
+        assert!(!time.ends());
+        assert!(!time.begins_anew(Instant::now(), Some(HOUR)));
         assert!(time.is_over());
     }
 }

@@ -125,14 +125,14 @@ impl LeaseState {
 
     /// Whether another holder may have it without the database being asked: only if the present one can do nothing more in
     /// its name, and if there is enough left of it.
-    pub(crate) fn may_be_handed_on(&self, time: Duration) -> bool {
+    pub(crate) fn may_be_handed_on(&self, now: Instant, time: Duration) -> bool {
         // On another node the next holder might not see yet what this one has committed.
         self.key.server.cluster == Cluster::SinglePrimary
             && self.numbers_used.load(Ordering::Acquire) < self.turns
-            && self.hold_time.granted().elapsed() < time
+            && now.saturating_duration_since(self.hold_time.granted()) < time
             && self.open_commits.load(Ordering::Acquire) == 0
             && self.at_least().is_zero()
-            && self.deadline.is_later_than(Instant::now() + self.ttl / 2)
+            && self.deadline.is_later_than(now + self.ttl / 2)
             && self.loss().is_none()
     }
 
@@ -216,12 +216,12 @@ impl LeaseState {
 
     /// Its holder is done with it, and has no limit any more. `false`: too late, its time was over.
     pub(super) fn is_given_up(&self) -> bool {
-        self.hold_time.begins_anew(None)
+        self.hold_time.ends()
     }
 
-    /// The next holder has it from now on. Answers until when at most.
-    pub(super) fn is_handed_on(&self, at_most: Option<Duration>) -> Option<Instant> {
-        self.hold_time.begins_anew(at_most);
+    /// The next holder has it from `now` on. Answers until when at most.
+    pub(super) fn is_handed_on(&self, now: Instant, at_most: Option<Duration>) -> Option<Instant> {
+        self.hold_time.begins_anew(now, at_most);
         self.hold_time.until()
     }
 

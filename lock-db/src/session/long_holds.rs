@@ -78,7 +78,7 @@ fn look(core: &Core, watched: &Watched, now: Instant) -> (Vec<Long>, Option<Inst
 
 fn warn(core: &Core, long: &[Long], now: Instant) {
     let owner = core.queues.owner();
-    let owner = escaped(owner);
+    let owner = escaped(&owner);
     let times = |since: Instant| {
         let held_for = now.saturating_duration_since(since);
         let since: DateTime<Utc> = Utc::now() - held_for;

@@ -47,6 +47,21 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the session has for most of what it is asked, unless it is seen to be at work.
 pub(crate) const ASK_LIMIT: Duration = Duration::from_secs(5);
 
+/// Leases that are asked for together.
+#[derive(Debug)]
+pub(crate) struct Ask {
+    /// Checked, each one once, and in the order in which everybody takes them.
+    pub(crate) names: Vec<Name>,
+    pub(crate) ttl: Duration,
+    /// For how long the holder may have them.
+    pub(crate) at_most: Option<Duration>,
+    /// Whether the queues of other processes count.
+    pub(crate) fair: bool,
+    /// Counted from `started`. `None`: a try.
+    pub(crate) wait: Option<Duration>,
+    pub(crate) started: Instant,
+}
+
 /// The way to a session: started by the first request, ended by `close` or when nobody can send any more.
 pub(crate) struct Session {
     state: Mutex<State>,
@@ -80,24 +95,18 @@ impl Session {
         Self { state: Mutex::new(State::Idle(Box::new(start))) }
     }
 
-    /// Takes leases, all or none. Without a `wait` it is a try.
-    pub(crate) async fn acquire(
-        &self,
-        mut claims: Vec<Claim>,
-        wait: Option<Duration>,
-        started: Instant,
-        fair: bool,
-        at_most: Option<Duration>,
-    ) -> Result<Option<Vec<Hold>>, Error> {
+    /// Takes leases, all or none.
+    pub(crate) async fn acquire(&self, ask: Ask) -> Result<Option<Vec<Hold>>, Error> {
         let Way { queues, requests } = self.way()?;
-        if fair {
-            for claim in &mut claims {
-                claim.place = Some(queues.place().clone());
-            }
-        }
+        let Ask { names, ttl, at_most, fair, wait, started } = ask;
+        let claims = names.iter().map(|name| {
+            let place = fair.then(|| queues.place().clone());
+            let (secret, owner) = (queues.draw_secret()?, queues.owner());
+            Ok(Claim { name: name.clone(), secret, owner, ttl, place })
+        });
+        let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         let (answer, answered) = oneshot::channel();
         let number = queues.number();
-        let names = claims.iter().map(|claim| claim.name.clone()).collect();
         let waiting = Waiting { number, names, queues: &queues, answered };
         queues.enter(Acquire { number, claims, turns: Vec::new(), wait, at_most, started, answer });
         waiting.answer(requests, wait, started).await
@@ -111,7 +120,8 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         let requests = self.way()?.requests;
         requests.send(request(answer)).map_err(|_| Error::Closed)?;
-        answer_to(&requests, answered, ASK_LIMIT, ("get an answer", None)).await.unwrap_or(Err(Error::Closed))
+        let answer = answer_to(&requests, answered, ASK_LIMIT, Instant::now(), ("get an answer", None)).await;
+        answer.unwrap_or(Err(Error::Closed))
     }
 
     fn way(&self) -> Result<Way, Error> {
@@ -187,10 +197,11 @@ impl Waiting<'_> {
         wait: Option<Duration>,
         started: Instant,
     ) -> Result<Option<Vec<Hold>>, Error> {
-        let limit = wait.map_or(ASK_LIMIT, |wait| wait.saturating_sub(started.elapsed()) + FIRST_ANSWER);
+        let limit = wait.map_or(ASK_LIMIT, |wait| wait + FIRST_ANSWER);
         let requests = requests.downgrade();
-        let action = (acquire::ACTION, self.names.first().cloned());
-        answer_to(&requests, &mut self.answered, limit, action).await.unwrap_or(Err(Error::Closed))
+        let action = (acquire::ACTION, self.names.first());
+        let answer = answer_to(&requests, &mut self.answered, limit, started, action).await;
+        answer.unwrap_or(Err(Error::Closed))
     }
 }
 

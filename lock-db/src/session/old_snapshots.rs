@@ -16,7 +16,7 @@ use crate::name::in_one_line;
 /// So many rows were written since the last look, at least: below that nothing is slow.
 const GRANTS: u32 = 2_000;
 /// Between two looks, at least.
-const PAUSE: Duration = Duration::from_mins(1);
+const PAUSE: Duration = Duration::from_secs(15);
 /// Between two warnings.
 const SILENCE: Duration = Duration::from_hours(1);
 
@@ -39,6 +39,7 @@ impl OldSnapshots {
 }
 
 pub(super) async fn watch(core: Rc<Core>) {
+    let mut told: Option<Instant> = None;
     loop {
         select! {
             () = core.closed() => return,
@@ -49,20 +50,18 @@ pub(super) async fn watch(core: Rc<Core>) {
             continue;
         }
         grants.set(0);
-        let pause = match core.renewals.old_snapshots().await {
+        match core.renewals.old_snapshots().await {
             // What this account may not see, `Locks::check` tells those who ask.
-            Ok(seen) => match seen.found {
-                Some(text) => {
+            Ok(seen) => {
+                if let Some(text) = seen.found
+                    && told.is_none_or(|told| told.elapsed() >= SILENCE)
+                {
                     tracing::warn!("{}", in_one_line(&text));
-                    SILENCE
+                    told = Some(Instant::now());
                 }
-                None => PAUSE,
-            },
-            Err(failure) => {
-                tracing::debug!(error = %failure, "old snapshots could not be looked for");
-                PAUSE
             }
-        };
-        not_before.set(Some(Instant::now() + pause));
+            Err(failure) => tracing::debug!(error = %failure, "old snapshots could not be looked for"),
+        }
+        not_before.set(Some(Instant::now() + PAUSE));
     }
 }

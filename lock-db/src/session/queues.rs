@@ -18,7 +18,7 @@ use super::request::{Acquire, Request};
 use crate::error::{Failure, WaitingFor};
 use crate::insert::Hold;
 use crate::name::Name;
-use crate::secret::Secret;
+use crate::secret::{Secret, SecretSource};
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
 use crate::{Error, LockInfo};
 
@@ -49,6 +49,7 @@ pub(crate) struct Queues {
     reports: Reports,
     /// With what the process stands in the queues of all rows.
     place: Secret,
+    secrets: SecretSource,
     /// Weak: the session ends when nobody else can send any more.
     session: mpsc::WeakUnboundedSender<Request>,
     /// A waiter came whose wait is over before that of all others.
@@ -113,7 +114,8 @@ impl Queues {
         reports: Reports,
     ) -> Arc<Self> {
         let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { state, last_number, hand_off, reports, place, session, sooner: Notify::new() })
+        let (secrets, sooner) = (SecretSource::default(), Notify::new());
+        Arc::new(Self { state, last_number, hand_off, reports, place, secrets, session, sooner })
     }
 
     pub(crate) fn hand_off(&self) -> HandOff {
@@ -121,8 +123,13 @@ impl Queues {
     }
 
     /// This process, as others see it.
-    pub(super) fn owner(&self) -> &str {
-        &self.reports.owner
+    pub(super) fn owner(&self) -> Arc<str> {
+        Arc::clone(&self.reports.owner)
+    }
+
+    /// For one claim.
+    pub(super) fn draw_secret(&self) -> Result<Secret, Error> {
+        self.secrets.draw()
     }
 
     pub(super) fn place(&self) -> &Secret {
@@ -222,9 +229,10 @@ impl Queues {
 
     /// Gives a lease that its holder is done with to the next waiter. `false`: it has to be released.
     pub(crate) fn hand_on(&self, hold: &Hold) -> bool {
-        while hold.may_be_handed_on(self.hand_off.time) && hold.lease.is_given_up() {
+        let now = Instant::now();
+        while hold.may_be_handed_on(now, self.hand_off.time) && hold.lease.is_given_up() {
             let Some(waiter) = self.first_waiter_for(hold) else { return false };
-            if let Some(until) = hold.lease.is_handed_on(waiter.at_most)
+            if let Some(until) = hold.lease.is_handed_on(now, waiter.at_most)
                 && let Some(session) = self.session.upgrade()
             {
                 // Whose watch sleeps until something earlier, perhaps.

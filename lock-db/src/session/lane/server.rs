@@ -346,14 +346,14 @@ impl<DB: LockDatabase> Worker<DB> {
                 }
                 self.answer(reply, async |c, server| {
                     let mut warnings = DB::check(c, server).await?;
-                    let OldSnapshots { found, unseen } = DB::old_snapshots(c, server).await?;
+                    let OldSnapshots { found, unseen } = old_snapshots::<DB>(c, server).await?;
                     warnings.extend(found.into_iter().chain(unseen));
                     Ok(warnings)
                 })
                 .await;
             }
             Operation::OldSnapshots(reply) => {
-                self.answer(reply, async |c, server| DB::old_snapshots(c, server).await).await;
+                self.answer(reply, async |c, server| old_snapshots::<DB>(c, server).await).await;
             }
         }
     }
@@ -470,4 +470,14 @@ async fn acquire_all<DB: LockDatabase>(
         given_back.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
     }
     Ok(None)
+}
+
+/// Looks for them, and remembers what was found: statements go by that.
+async fn old_snapshots<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    server: &Server,
+) -> sqlx::Result<OldSnapshots> {
+    let seen = DB::old_snapshots(connection, server).await?;
+    server.table.set_old_versions(seen.found.is_some());
+    Ok(seen)
 }

@@ -25,7 +25,7 @@ use crate::database::{Claim, LeaseKey, RowKey, Server};
 use crate::error::Loss;
 use crate::interleavings::{draw, explore, pause};
 use crate::secret::Secret;
-use crate::session::{LeaseState, Session, State, Way};
+use crate::session::{Ask, LeaseState, Session, State, Way};
 
 /// Never over in a test.
 const LONG: Duration = Duration::from_hours(1);
@@ -536,14 +536,13 @@ impl World {
         assert!(database.rows.lock().unwrap().values().all(|row| row.holder.is_none()), "a row is not free");
     }
 
-    fn claim(number: usize, ttl: Duration) -> Claim {
-        let name = ["a", "b", "c"][number].into();
-        Claim { name, secret: Secret::generate().unwrap(), owner: "test".into(), ttl, place: None }
+    fn ask(numbers: impl IntoIterator<Item = usize>, ttl: Duration, wait: Option<Duration>) -> Ask {
+        let names = numbers.into_iter().map(|number| ["a", "b", "c"][number].into()).collect();
+        Ask { names, ttl, at_most: None, fair: true, wait, started: Instant::now() }
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<Hold>, Error> {
-        let holds =
-            self.session.acquire(vec![Self::claim(name, LONG)], wait, Instant::now(), true, None).await?;
+        let holds = self.session.acquire(Self::ask([name], LONG, wait)).await?;
         Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
     }
 
@@ -575,13 +574,13 @@ impl World {
         let first = draw(plan.names);
         let last = if happens(plan.several) { plan.names - 1 } else { first };
         let ttl = if happens(plan.other_ttl) { LONG * 2 } else { LONG };
-        let claims: Vec<_> = (first.min(last)..=last).map(|name| Self::claim(name, ttl)).collect();
-        let names: Vec<_> = claims.iter().map(|claim| claim.name.clone()).collect();
         let wait = match draw(100) {
             percent if percent < plan.tries => None,
             percent if percent < plan.tries + plan.waits_that_are_over => Some(OVER),
             _ => Some(LONG),
         };
+        let ask = Self::ask(first.min(last)..=last, ttl, wait);
+        let names = ask.names.clone();
         let patience = if happens(plan.leave) { Some(draw(6)) } else { None };
         let leaves = async {
             match patience {
@@ -595,7 +594,7 @@ impl World {
         };
         let answer = select! {
             biased;
-            answer = self.session.acquire(claims, wait, Instant::now(), true, None) => answer,
+            answer = self.session.acquire(ask) => answer,
             () = leaves => return,
         };
         let holds = match answer {
@@ -830,8 +829,8 @@ fn who_leaves_takes_its_turns_along() {
         let second = block_on(world.acquire(1, Some(LONG))).unwrap().unwrap();
         let mut both = Box::pin({
             let world = Arc::clone(&world);
-            let claims = vec![World::claim(0, LONG), World::claim(1, LONG)];
-            async move { world.session.acquire(claims, Some(LONG), Instant::now(), true, None).await }
+            let ask = World::ask([0, 1], LONG, Some(LONG));
+            async move { world.session.acquire(ask).await }
         });
         assert!(block_on(async { poll!(both.as_mut()).is_pending() }));
         let leaves = thread::spawn(move || {
