@@ -6,6 +6,11 @@ refuse() { # MESSAGE
   exit 69
 }
 
+# What is about to happen on this machine, one line before each call of a package manager.
+announce() { # MESSAGE
+  echo "${0##*/}: $*" >&2
+}
+
 # Ends this process, and the program that it becomes by `exec`, when the process $LOCK_DB_TEST_SERVER_OWNER has ended.
 end_with_owner() {
   [[ -n ${LOCK_DB_TEST_SERVER_OWNER:-} ]] || return 0
@@ -58,12 +63,14 @@ unpack_package() { # CACHE PROGRAM PATTERN [VERSION]
     options+=(-o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=/dev/null)
   fi
 
+  announce "about to run \`apt-get update\`, with lists of its own in $apt"
   apt-get "${options[@]}" -qq update >&2 || refuse "apt-get update failed"
   local package version
   package=$(apt-cache "${options[@]}" search --names-only "$pattern" | cut -d ' ' -f 1 | sort -V | tail -n 1)
   [[ -n $package ]] || refuse "no package $pattern"
   version=$(apt-cache "${options[@]}" show --no-all-versions "$package" | sed -n 's/^Version: //p' | head -n 1)
   dpkg --compare-versions "$version" ge "$oldest" || refuse "$package is too old: $version, not $oldest"
+  announce "about to run \`apt-get --download-only install $package\` ($version), to be unpacked in $root"
   apt-get "${options[@]}" -qq -y --no-install-recommends --download-only install "$package" >&2 ||
     refuse "the download of $package failed"
   local archive
