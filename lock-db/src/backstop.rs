@@ -1,8 +1,11 @@
-//! Deadlines that almost never come: cheap to set, by the real clock, and a little late when they do.
+//! Deadlines that almost never expire. They are cheap to set, follow the real clock, and fire up to
+//! 100 ms late.
 //!
-//! A timer of tokio costs a tenth of what a lock costs that goes from hand to hand. So calls which only guard against a
-//! thread that has stopped share one clock, a thread of the process that looks at all of them now and then.
+//! A tokio timer costs a tenth of what it costs to hand a lock on. Calls that only guard against a
+//! stopped thread share one thread of the process instead, which checks all their deadlines from
+//! time to time.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -13,12 +16,12 @@ use tokio::select;
 
 use crate::clock::{self, Elapsed};
 
-/// Between two looks at the deadlines, and how late one may be.
+/// The time between two checks of the deadlines, and how late one may fire.
 const PERIOD: Duration = Duration::from_millis(100);
-/// After so many looks at none the thread sleeps until there is one.
-const IDLE_LOOKS: u32 = 100;
+/// After this many checks without a deadline the thread sleeps until there is one.
+const IDLE_SCANS: u32 = 100;
 
-/// As [`clock::timeout_at`], up to 100 ms late.
+/// Like [`clock::timeout_at`], up to 100 ms late.
 pub(crate) async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Elapsed> {
     let Some(watch) = Watch::of_process() else { return clock::timeout_at(deadline, future).await };
     select! {
@@ -28,51 +31,51 @@ pub(crate) async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Resul
     }
 }
 
-/// What the thread looks at.
+/// The deadlines that the thread checks.
 #[derive(Default)]
 struct Watch {
-    state: Mutex<State>,
+    state: Mutex<Deadlines>,
     has_deadlines: Condvar,
 }
 
 #[derive(Default)]
-struct State {
-    places: Vec<Option<Entry>>,
+struct Deadlines {
+    places: Vec<Option<Deadline>>,
     free: Vec<usize>,
-    /// The thread sleeps until it is woken.
+    /// Whether the thread sleeps until it is woken.
     sleeps: bool,
 }
 
-struct Entry {
+struct Deadline {
     deadline: Instant,
-    /// `None`: the deadline has come.
+    /// `None`: the deadline has expired.
     waker: Option<Waker>,
 }
 
 impl Watch {
-    /// `None`: there can be no thread for it.
+    /// `None`: the thread could not be started.
     fn of_process() -> Option<&'static Arc<Self>> {
         static WATCH: OnceLock<Option<Arc<Watch>>> = OnceLock::new();
         let watch = WATCH.get_or_init(|| {
             let watch = Arc::new(Self::default());
             let of_thread = Arc::clone(&watch);
             let thread = thread::Builder::new().name("lock-db watch".into());
-            let started = thread.spawn(move || of_thread.look_for_ever());
+            let started = thread.spawn(move || of_thread.scan_forever());
             started.inspect_err(|error| tracing::warn!(%error, "no thread")).ok().map(|_detached| watch)
         });
         watch.as_ref()
     }
 
-    fn look_for_ever(&self) {
+    fn scan_forever(&self) {
         let mut idle = 0;
         loop {
             thread::sleep(PERIOD);
             let mut state = self.state();
             if state.is_empty() {
                 idle += 1;
-                if idle >= IDLE_LOOKS {
+                if idle >= IDLE_SCANS {
                     state.sleeps = true;
-                    let has_none = |state: &mut State| state.is_empty();
+                    let has_none = |state: &mut Deadlines| state.is_empty();
                     let awake = self.has_deadlines.wait_while(state, has_none);
                     awake.unwrap_or_else(PoisonError::into_inner).sleeps = false;
                     idle = 0;
@@ -82,16 +85,19 @@ impl Watch {
             idle = 0;
             let due = state.due(Instant::now());
             drop(state);
-            due.into_iter().for_each(Waker::wake);
+            for waker in due {
+                // A waker of another runtime may panic. The others are woken all the same.
+                let _panic = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+            }
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Deadlines> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl Deadlines {
     fn is_empty(&self) -> bool {
         self.places.len() == self.free.len()
     }
@@ -101,7 +107,7 @@ impl State {
         due.filter_map(|entry| entry.waker.take()).collect()
     }
 
-    fn insert(&mut self, entry: Entry) -> usize {
+    fn insert(&mut self, entry: Deadline) -> usize {
         let Some(place) = self.free.pop() else {
             self.places.push(Some(entry));
             return self.places.len() - 1;
@@ -110,17 +116,17 @@ impl State {
         place
     }
 
-    fn remove(&mut self, place: usize) -> Option<Entry> {
+    fn remove(&mut self, place: usize) -> Option<Deadline> {
         self.free.push(place);
         self.places[place].take()
     }
 }
 
-/// Ready when its deadline has come.
+/// Ready when its deadline has expired.
 struct Backstop {
     watch: &'static Arc<Watch>,
     deadline: Instant,
-    /// Where it stands, once it was polled.
+    /// Its index in `places`, once it was polled.
     place: Option<usize>,
 }
 
@@ -130,7 +136,7 @@ impl Future for Backstop {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let mut state = self.watch.state();
         let Some(place) = self.place else {
-            let entry = Entry { deadline: self.deadline, waker: Some(context.waker().clone()) };
+            let entry = Deadline { deadline: self.deadline, waker: Some(context.waker().clone()) };
             let place = state.insert(entry);
             if state.sleeps {
                 self.watch.has_deadlines.notify_one();
@@ -144,7 +150,8 @@ impl Future for Backstop {
         if !waker.will_wake(context.waker()) {
             let before = std::mem::replace(waker, context.waker().clone());
             drop(state);
-            // Outside of the lock: with it a task may be dropped, which has deadlines of its own.
+            // Dropped outside of the lock: dropping a waker may drop a task, which has deadlines of
+            // its own.
             drop(before);
         }
         Poll::Pending
@@ -166,7 +173,7 @@ mod tests {
     const LONG: Duration = Duration::from_hours(1);
 
     #[tokio::test]
-    async fn what_comes_in_time_is_answered() {
+    async fn a_future_that_ends_in_time_returns_its_output() {
         let later = async {
             tokio::task::yield_now().await;
             7
@@ -178,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_never_comes_ends_by_the_real_clock() {
+    async fn a_pending_future_times_out_by_the_real_clock() {
         let started = Instant::now();
         assert!(timeout_at(started + SHORT, std::future::pending::<()>()).await.is_err());
         assert!(started.elapsed() >= SHORT);

@@ -1,15 +1,18 @@
-//! Statements on a connection of the application: each has a bound here, for a server that hears nothing can't keep the one it was given.
+//! Time limits for statements on a connection of the application, so that a server that does not
+//! answer can't block the caller.
 
 use std::time::Duration;
 
 use crate::clock::timeout;
+use crate::database::Failure;
 use crate::database::LockDatabase;
-use crate::error::Failure;
 
-/// How much longer than it may wait on the server a statement takes at most, before the server counts as gone.
+/// How much longer than its own wait on the server a statement may take. After that the server
+/// counts as gone.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// Waits for the answer. After the limit the connection has a statement under way, and is good for nothing but being closed.
+/// Waits for the answer. After the limit the connection still has a statement in progress, and can
+/// only be closed.
 pub(crate) async fn answer<DB: LockDatabase, T>(
     limit: Duration,
     asked: impl Future<Output = sqlx::Result<T>>,
@@ -20,7 +23,8 @@ pub(crate) async fn answer<DB: LockDatabase, T>(
     }
 }
 
-/// Sees to it that the transaction can only be rolled back. On a connection that is silent it can't be committed either.
+/// Makes sure that the transaction can only be rolled back. On a silent connection it can't be
+/// committed either.
 pub(crate) async fn doom<DB: LockDatabase>(connection: &mut DB::Connection) {
     let _silent = timeout(ANSWER_LIMIT, DB::doom(connection)).await;
 }

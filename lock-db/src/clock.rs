@@ -1,8 +1,9 @@
-//! Sleeping and timeouts by the real clock, on whatever runtime the caller has.
+//! Sleeps and timeouts that follow the real clock, on the caller's runtime.
 //!
-//! In a test the clock of tokio may be paused (`start_paused`, `tokio::time::pause`). It then jumps to the next timer
-//! whenever the runtime has nothing to do, such as when it waits for a database: a timer of tokio is over at once. The
-//! database counts real seconds, so what is waited for here does, too. As long as tokio's clock is running its timers are used.
+//! In a test tokio's clock may be paused (`start_paused`, `tokio::time::pause`). It then jumps to
+//! the next timer whenever the runtime is idle, such as while it waits for a database, so that a
+//! tokio timer expires at once. The database counts real seconds, so the waits here do, too. While
+//! tokio's clock is running, its timers are used.
 
 use std::sync::mpsc;
 use std::thread;
@@ -11,12 +12,12 @@ use std::time::{Duration, Instant};
 use tokio::select;
 use tokio::sync::oneshot;
 
-/// What a sum of times that is too large stands for, as in tokio.
+/// Replaces a duration that is too large to add, as in tokio.
 const FAR: Duration = Duration::from_hours(24 * 365 * 30);
-/// How long a thread sleeps at a time where it can't be woken.
+/// How long the thread sleeps at a time if no sleeper thread can be started.
 const SLICE: Duration = Duration::from_millis(10);
 
-/// The time was over first.
+/// The time limit was reached first.
 #[derive(Debug)]
 pub(crate) struct Elapsed;
 
@@ -33,7 +34,7 @@ pub(crate) async fn sleep_until(deadline: Instant) {
         if Instant::now() >= deadline {
             return;
         }
-        // Paused since.
+        // The clock was paused in the meantime.
     }
     sleep_in_thread(deadline).await;
 }
@@ -55,15 +56,17 @@ fn after(time: Duration) -> Instant {
     now.checked_add(time).unwrap_or_else(|| now + FAR)
 }
 
-/// Whether tokio's clock is another than the real one: one that runs shows a time between two looks at the real one. A
-/// clock that was paused once and goes on counts as paused, because it is behind or ahead for good.
+/// Whether tokio's clock differs from the real one. A running clock shows a time between two
+/// readings of the real clock. A clock that was paused once and resumed counts as paused, because
+/// it stays behind or ahead.
 fn is_paused() -> bool {
     let before = Instant::now();
     let told = tokio::time::Instant::now().into_std();
     told < before || Instant::now() < told
 }
 
-/// Leaves tokio's clock to itself, so that it goes on jumping for those who sleep by it, perhaps with what is waited for here.
+/// Sleeps without a tokio timer. A paused tokio clock can then still jump for other sleepers, which
+/// this future may be waiting for.
 async fn sleep_in_thread(deadline: Instant) {
     let (over, is_over) = oneshot::channel::<()>();
     // Dropped with the future, which ends the thread.
@@ -115,12 +118,12 @@ mod tests {
         assert!(started.elapsed() >= SHORT);
         assert!(timeout(SHORT, std::future::pending::<()>()).await.is_err());
         assert!(started.elapsed() >= 2 * SHORT);
-        // Whom we wait for may sleep by tokio's clock.
+        // The future that is waited for may sleep by tokio's clock.
         assert!(timeout(LONG, tokio::time::sleep(LONG)).await.is_ok());
     }
 
     #[tokio::test]
-    async fn a_clock_that_is_paused_meanwhile_ends_nothing_early() {
+    async fn a_clock_paused_during_a_sleep_ends_nothing_early() {
         let started = Instant::now();
         let pause = async {
             tokio::task::yield_now().await;

@@ -1,13 +1,16 @@
-//! `let _ = locks.insert_lock("a").acquire().await?;` compiles, and releases the lock at once: the work below runs without
-//! it, and nothing shows that. `#[must_use]` says nothing about `let _ =`, which the compiler takes for an answer; its lint
-//! that does, `let_underscore_drop`, is off unless a crate switches it on; and the one that is on, `let_underscore_lock`, knows
-//! the guards of the standard library only. So builds with debug assertions say when it happens, at level INFO: a guard that was not
-//! looked at is dropped in the very microseconds in which it was handed out.
+//! Detects guards that are dropped as soon as they are returned, in builds with debug assertions.
 //!
-//! It is no WARN, because `drop(lock.acquire().await?)` looks the same. Else a false alarm needs a guard that is bound, never looked at, and dropped within [`AT_ONCE`]: a critical section without
-//! an `.await`, and then no other process can have been kept from anything that takes time. The other way round a `let _ =` is
-//! missed when the thread is interrupted just there; it is there again the next time. Programs that are built for release pay
-//! and say nothing.
+//! `let _ = locks.insert_lock("a").acquire().await?;` compiles, and releases the lock at once: the
+//! work below runs without it, unnoticed. `#[must_use]` does not warn, because `let _ =` counts as
+//! a use. The compiler's lint `let_underscore_drop` is off by default, and `let_underscore_lock`,
+//! which is on, only knows the guards of the standard library. So a guard that was not used is
+//! reported, at level INFO, if it is dropped within microseconds of being returned.
+//!
+//! The level is not WARN, because `drop(lock.acquire().await?)` looks the same. Any other false
+//! alarm needs a guard that is bound, never used, and dropped within [`AT_ONCE`]: a critical
+//! section without an `.await`. In that time the lock can't have kept another process from anything
+//! that takes long. A `let _ =` is missed if the thread is interrupted at that point; the next run
+//! reports it. Release builds have no overhead, and report nothing.
 
 use std::ops::{Deref, DerefMut};
 #[cfg(debug_assertions)]
@@ -16,14 +19,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(debug_assertions)]
-use crate::name::escaped;
+use crate::text::escaped;
 
 #[cfg(debug_assertions)]
 const AT_ONCE: Duration = Duration::from_micros(20);
 
-/// What a guard keeps, and whether anybody has looked at it.
+/// The content of a guard, and whether the guard was used.
 pub(crate) struct Watched<T> {
-    /// In front: dropped before what is kept takes its time.
+    /// The first field: it is dropped before the drop of `kept` takes its time.
     #[cfg(debug_assertions)]
     watch: Watch,
     kept: T,
@@ -37,7 +40,7 @@ struct Watch {
 }
 
 impl<T> Watched<T> {
-    /// For a guard that is about to be handed out, of the lock of this name.
+    /// Wraps a guard that is about to be returned, of the lock with this name.
     #[cfg_attr(not(debug_assertions), allow(unused_variables))]
     pub(crate) fn new(kept: T, name: impl FnOnce(&T) -> Box<str>) -> Self {
         #[cfg(debug_assertions)]
@@ -49,14 +52,15 @@ impl<T> Watched<T> {
         }
     }
 
-    /// For one whose drop says nothing.
+    /// Wraps a guard whose drop is not reported.
     pub(crate) fn unwatched(kept: T) -> Self {
         let unwatched = Self::new(kept, |_| Box::default());
         unwatched.is_used();
         unwatched
     }
 
-    /// It is handed out now: what has come to its caller by way of another task was made earlier.
+    /// Restarts the time when the guard is returned to its caller. A guard that came from another
+    /// task was made earlier.
     #[cfg_attr(
         not(debug_assertions),
         allow(unused_variables, clippy::unused_self, clippy::needless_pass_by_ref_mut)

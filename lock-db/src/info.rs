@@ -1,8 +1,8 @@
-//! What the table says about a lock, for people.
+//! The contents of a row of the table, for people.
 
 use chrono::{DateTime, Utc};
 
-/// Which kind of lock a name is used for. A name is used with one kind only.
+/// The kind of lock that a name is used for. A name is used with one kind only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kind {
@@ -10,19 +10,29 @@ pub enum Kind {
     Insert,
     /// A row lock, held by a transaction: [`Locks::row_lock`](crate::Locks::row_lock).
     Row,
+    /// A kind that a later version of lock-db uses for this name. This version does not know it,
+    /// and never grants it.
+    Unknown,
 }
 
 impl Kind {
-    /// As it stands in the column `lock_kind`.
-    pub(crate) const fn as_str(self) -> &'static str {
+    /// One word: `insert`, `row` or `unknown`. The first two are the values of the column
+    /// `lock_kind`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Insert => "insert",
             Self::Row => "row",
+            Self::Unknown => "unknown",
         }
     }
 
     pub(crate) fn parse(column: &str) -> Self {
-        if column == "row" { Self::Row } else { Self::Insert }
+        match column {
+            "insert" => Self::Insert,
+            "row" => Self::Row,
+            _ => Self::Unknown,
+        }
     }
 }
 
@@ -31,11 +41,12 @@ impl std::fmt::Display for Kind {
         formatter.write_str(match self {
             Self::Insert => "an insert lock",
             Self::Row => "a row lock",
+            Self::Unknown => "a kind of lock that this version does not know",
         })
     }
 }
 
-/// What [`Locks::check`](crate::Locks::check) found.
+/// The result of [`Locks::check`](crate::Locks::check).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CheckReport {
@@ -43,16 +54,17 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    /// What works and could be better, for people.
+    /// What works and could be better, in sentences for people.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 }
 
-/// The row of a lock as it was read: true at that moment, for a dashboard, a message or a log line.
+/// The row of a lock at the moment it was read. For dashboards, messages and logs.
 ///
-/// Never decide by it whether work may go on; that is what [`Lease::is_held`](crate::Lease::is_held) is for.
+/// Do not use it to decide whether work may continue. That is what
+/// [`Lease::is_held`](crate::Lease::is_held) is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LockInfo {
@@ -60,20 +72,23 @@ pub struct LockInfo {
     pub name: String,
     /// What the name is used for.
     pub kind: Kind,
-    /// Host, process id and label of the present or last holder. Empty before the first one.
+    /// Host, process id and label of the current or last holder. Empty before the first one.
     pub owner: String,
-    /// The number of the present or last grant. When leases go from hand to hand within a process
-    /// ([`hand_off`](crate::LocksBuilder::hand_off)), the last of the numbers that belong to the grant.
+    /// The number of the current or last grant. Leases that are handed on within a process
+    /// ([`hand_off`](crate::LocksBuilder::hand_off)) share a grant with a range of numbers; this is
+    /// the last of them.
     pub fencing_token: i64,
     /// When the name was first used, by the database's clock.
     pub created_at: DateTime<Utc>,
-    /// When the present or last holder got the lock, by the database's clock.
+    /// When the current or last holder got the lock, by the database's clock.
     pub acquired_at: DateTime<Utc>,
-    /// Until when the lease is valid, by the database's clock. `None` when it is free: released or run out. Always
-    /// `None` for a row lock, which the table can't show: it lives in the transaction that holds it.
+    /// Until when the lease is valid, by the database's clock. `None` when the lock is free:
+    /// released or expired. Always `None` for a row lock, because the table does not show the
+    /// transaction that holds it.
     pub held_until: Option<DateTime<Utc>>,
-    /// When the last holder gave it back, if it is held beyond that ([`at_least`](crate::InsertLock::at_least)).
+    /// When the last holder released it, if the lock stays taken after that
+    /// ([`at_least`](crate::InsertLock::at_least)).
     pub finished_at: Option<DateTime<Utc>>,
-    /// Whether it is known that this process has it, by way of the same [`Locks`](crate::Locks).
+    /// Whether this process is known to hold it, through the same [`Locks`](crate::Locks).
     pub is_here: bool,
 }

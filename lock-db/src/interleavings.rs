@@ -1,12 +1,15 @@
-//! Runs a test in very many orders of the steps of its threads; docs/testing.md says how, and what is checked.
+//! Runs a test in very many interleavings of its threads. docs/testing.md describes how, and what
+//! is checked.
 //!
-//! By shuttle, which draws the orders, and not by loom, which tries all of them: a queue with three callers and a session
-//! has far too many, and loom's `Arc` has neither `Weak` nor `Arc<str>`. What loom would see besides are orders of memory
-//! below `SeqCst`. The atomics here are counters and flags of which each tells its own story, and are written and read
-//! with `Release` and `Acquire` at least where another one depends on them.
+//! This uses shuttle, which draws interleavings at random, and not loom, which tries all of them: a
+//! queue with three callers and a session has far too many. Also, loom's `Arc` has neither `Weak`
+//! nor `Arc<str>`. In addition loom would check memory orderings weaker than `SeqCst`. The atomics
+//! here are independent counters and flags. Where another one depends on them, they are written and
+//! read with at least `Release` and `Acquire`.
 //!
-//! tokio's channels and `Notify` are the real ones, and each operation on them is one step. They are used where nothing else
-//! is shared, or right after an unlock or a read of an atomic, and others may go on after the one and before the other.
+//! tokio's channels and `Notify` are the real ones, and each operation on them is one step. They
+//! are used where nothing else is shared, or directly after an unlock or a read of an atomic. Other
+//! threads may run between the two.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,16 +20,16 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Schedul
 use shuttle::{Config, Runner};
 use tokio::runtime::{Builder, Runtime};
 
-/// Of each test, by each of the schedulers.
+/// The number of schedules for each test and scheduler.
 const SCHEDULES: usize = 2000;
-/// How many threads are stopped in the middle, and one more, in the orders of PCT.
+/// The depths of PCT: the number of threads that are interrupted midway, plus one.
 const DEPTHS: [usize; 2] = [3, 6];
 
-/// Runs a test in `LOCK_DB_TEST_SCHEDULES` orders by each of the schedulers, or in the one in the file
-/// `LOCK_DB_TEST_SCHEDULE`, which a failure has printed.
+/// Runs a test in `LOCK_DB_TEST_SCHEDULES` schedules of each scheduler, or only in the schedule of
+/// the file `LOCK_DB_TEST_SCHEDULE`, which a failed test has printed.
 pub(crate) fn explore(test: fn()) {
-    // Timeouts ask for a runtime with a clock. Nobody drives it, so none of them is ever over; and it never ends, because
-    // what a failure leaves behind must not be woken.
+    // Timeouts need a runtime with a clock. It is not driven, so no timeout expires. It is never
+    // dropped, because the tasks that a failed test leaves behind must not be woken.
     static RUNTIME: LazyLock<Runtime> =
         LazyLock::new(|| Builder::new_current_thread().enable_time().build().unwrap());
     let _entered = RUNTIME.enter();
@@ -43,19 +46,19 @@ pub(crate) fn explore(test: fn()) {
 
 fn run(scheduler: impl Scheduler + 'static, test: fn()) {
     let mut config = Config::new();
-    // Futures of a debug build.
+    // Large enough for the futures of a debug build.
     config.stack_size = 0x40_000;
     Runner::new(scheduler, config).run(test);
 }
 
-/// One of so many, as the schedule says.
+/// Returns a number below `choices`, as the schedule decides.
 pub(crate) fn draw(choices: usize) -> usize {
     use shuttle::rand::Rng;
 
     shuttle::rand::thread_rng().gen_range(0..choices)
 }
 
-/// Others may go on, or not.
+/// Other threads may run here, or not.
 pub(crate) async fn pause() {
     for _ in 0..draw(3) {
         shuttle::future::yield_now().await;

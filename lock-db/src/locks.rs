@@ -1,69 +1,82 @@
-//! `Locks`: what a service keeps.
+//! `Locks`, the entry point, and its builder.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::Pool;
 
-use crate::database::{Location, LockDatabase};
-use crate::in_transaction::{Counts, KnownRows};
-use crate::insert::{InsertLock, InsertLocks};
-use crate::limits::{DEFAULT_HAND_OFF, DEFAULT_TTL, DEFAULT_WAIT, MOST_TURNS, SHORTEST_WARNING};
-use crate::long_hold::WarnAfter;
-use crate::name::Name;
-use crate::reentry::{Instance, Lock};
-use crate::row::{RowLock, RowLocks, RowQueues};
-use crate::session::{HandOff, Request, Session, Watched};
-use crate::{CheckReport, Error, LockInfo, name};
-
-/// The locks of a database. Cheap to clone; make one for each pool and keep it as long as the program runs.
-///
-/// It uses at most two connections of its own, however many locks are held through it, made like those of the pool
-/// (same options, same hooks). They and their thread start with the first use.
-pub struct Locks<DB: LockDatabase> {
-    shared: Arc<Shared<DB>>,
-}
-
-struct Shared<DB: LockDatabase> {
-    pool: Pool<DB>,
-    session: Session,
-    location: Arc<Location>,
-    name_prefix: Arc<str>,
-    owner: Arc<str>,
-    default_ttl: Duration,
-    default_wait: Duration,
-    fair: bool,
-    known_rows: KnownRows,
-    counts: Arc<Counts>,
-    row_queues: RowQueues,
-    instance: Instance,
-    /// What has to be there as long as this is.
-    #[cfg(feature = "testing")]
-    _kept: Option<Kept>,
-}
-
+use crate::context::Context;
 #[cfg(feature = "testing")]
-type Kept = Arc<dyn std::any::Any + Send + Sync>;
+use crate::context::Kept;
+use crate::database::LockDatabase;
+use crate::lease::{InsertLock, InsertLocks};
+use crate::options::{HandOff, SHORTEST_WARNING, Settings, WarnAfter};
+use crate::row_lock::{RowLock, RowLocks};
+use crate::session::Request;
+use crate::{CheckReport, Error, LockInfo};
+
+/// The locks of a database.
+///
+/// A service creates one `Locks` for each pool and keeps it as long as the program runs. Cloning is
+/// cheap: all clones share the same state.
+///
+/// A `Locks` opens at most two connections of its own, however many locks are held through it. They
+/// are opened with the options and hooks of the pool. The connections and the thread that uses them
+/// are started on first use.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let for_test = lock_db::testing::locks().await?;
+/// # let pool = for_test.pool().clone();
+/// use lock_db::Locks;
+///
+/// let locks = Locks::new(pool);
+/// locks.migrate().await?;
+///
+/// let lease = locks.insert_lock("report:daily").acquire().await?;
+/// // … the work …
+/// lease.release().await?;
+/// locks.close().await;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Locks<DB: LockDatabase> {
+    context: Arc<Context<DB>>,
+}
 
 impl<DB: LockDatabase> Locks<DB> {
-    /// Locks in the database of this pool, with the default settings. Connects to nothing yet.
+    /// Creates a `Locks` for the database of this pool, with the default settings. Does not connect
+    /// yet.
     #[must_use]
     pub fn new(pool: Pool<DB>) -> Self {
         Self::builder(pool).build()
     }
 
-    /// For settings of your own.
+    /// Returns a builder, for settings other than the defaults.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let for_test = lock_db::testing::locks().await?;
+    /// # let pool = for_test.pool().clone();
+    /// use std::time::Duration;
+    ///
+    /// use lock_db::Locks;
+    ///
+    /// let locks = Locks::builder(pool)
+    ///     .label("billing")
+    ///     .name_prefix("billing/")
+    ///     .default_wait(Duration::from_secs(5))
+    ///     .build();
+    /// assert!(locks.owner().contains("billing"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder(pool: Pool<DB>) -> LocksBuilder<DB> {
         LocksBuilder {
             pool,
-            label: String::new(),
-            schema: None,
-            name_prefix: String::new(),
-            default_ttl: DEFAULT_TTL,
-            default_wait: DEFAULT_WAIT,
-            hand_off: DEFAULT_HAND_OFF,
-            warn_after: WarnAfter::TimesTtl,
-            fair: true,
+            settings: Settings::default(),
             #[cfg(feature = "testing")]
             kept: None,
             #[cfg(feature = "testing")]
@@ -71,173 +84,225 @@ impl<DB: LockDatabase> Locks<DB> {
         }
     }
 
-    /// Creates the table `distributed_lock` if it is missing, and brings it up to date. Any number of processes may call
-    /// this at the same time. Which migrations were applied is noted in `_lock_db_migrations`; sqlx's own table
-    /// `_sqlx_migrations` is not touched.
+    /// Creates the table `distributed_lock` if it is missing, and brings it up to date.
     ///
-    /// When all is applied it only reads, so that a role may call it that can only use the table. On PostgreSQL it moves the sequence of
-    /// the ids forward when that is behind the rows, if the role may: as after a switch to a logical replica.
+    /// Any number of processes may call this at the same time. The applied migrations are recorded
+    /// in `_lock_db_migrations`. The table of sqlx, `_sqlx_migrations`, is not touched.
+    ///
+    /// When all migrations are applied, this only reads, so a role that can only use the table may
+    /// call it. On PostgreSQL it also moves the sequence of the ids forward when the sequence is
+    /// behind the rows, for example after a switch to a logical replica, and the role has the right
+    /// to do so.
     ///
     /// # Errors
     ///
-    /// [`Error::Database`] when a statement fails, the right to create tables is missing, or another process has been
-    /// migrating for a minute; [`Error::UnsupportedTable`] and [`Error::SchemaMissing`] as in [`check`](Self::check). Nothing is left locked.
+    /// - [`Error::Unreachable`] when the database can't be reached, does not answer, or the
+    ///   connection breaks.
+    /// - [`Error::Refused`] when the server refuses the role or the password, or the right to
+    ///   create tables is missing.
+    /// - [`Error::Database`] when a statement fails for another reason.
+    /// - [`Error::Database`], or on MySQL and MariaDB [`Error::Unreachable`], when another process
+    ///   has been migrating for a minute. Retryable.
+    /// - [`Error::UnsupportedTable`] and [`Error::SchemaMissing`] when the table exists and can't
+    ///   be used: see [`check`](Self::check).
+    /// - [`Error::Closed`] after [`close`](Self::close).
+    ///
+    /// No lock is left behind in the database.
     ///
     /// # Cancel safety
     ///
-    /// The migration goes on when the future is dropped; only the answer is lost.
+    /// The migration continues when the future is dropped. Only its result is lost.
     pub async fn migrate(&self) -> Result<(), Error> {
-        self.session().ask(|answer| Request::Migrate { answer }).await
+        self.context.session().ask(|answer| Request::Migrate { answer }).await
     }
 
-    /// Checks that the table is there and as this version of lock-db needs it: for the start of a service, above all one that applies
-    /// the migrations by other means. It makes a row, locks and writes it, and rolls that back. The report says what works and could be
-    /// better, among it whose transaction, replication slot or reader keeps the old versions of rows, which makes hot locks slow.
+    /// Checks that the table exists and has the form that this version of lock-db needs.
+    ///
+    /// Call it when a service starts, especially when the migrations are applied by other means. It
+    /// inserts a row, locks and writes it, and rolls that back.
+    ///
+    /// The report lists what works and could be better. For example, it names the transaction,
+    /// replication slot or reader that keeps old row versions alive, which makes hot locks slow.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// for warning in locks.check().await?.warnings() {
+    ///     eprintln!("{warning}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Error::SchemaMissing`] when it is not there or lacks a column; [`Error::UnsupportedTable`] when it can't keep locks as it is:
-    /// partitioned or inherited, a view or foreign, without its unique index, under rules or row level security, in another
-    /// storage engine than InnoDB; [`Error::Database`] when a right is missing (which one it says), the database may only be read, the
-    /// sequence of the ids is behind the rows, or the database can't be asked.
+    /// - [`Error::InvalidOption`] when a setting of the [`LocksBuilder`] has a value that can't
+    ///   work.
+    /// - [`Error::SchemaMissing`] when the table does not exist or lacks a column.
+    /// - [`Error::UnsupportedTable`] when the table can't keep locks in its present form: it is
+    ///   partitioned or inherited, it is a view or a foreign table, its unique index is missing, it
+    ///   has rules or row level security, or its storage engine is not InnoDB.
+    /// - [`Error::Refused`] when a right is missing (the message says which), the database is
+    ///   read-only, the server refuses the role or the password, the sequence of the ids is behind
+    ///   the rows, or writing a row has no effect (a trigger, for example).
+    /// - [`Error::Unreachable`] when the database can't be reached, does not answer, or the
+    ///   connection breaks.
+    /// - [`Error::Database`] when a statement fails for another reason.
+    /// - [`Error::Closed`] after [`close`](Self::close).
     ///
     /// # Cancel safety
     ///
-    /// May be dropped at any time.
+    /// The future may be dropped at any time.
     pub async fn check(&self) -> Result<CheckReport, Error> {
-        let warnings = self.session().ask(|answer| Request::Check { answer }).await?;
+        self.context.settings().check()?;
+        let warnings = self.context.session().ask(|answer| Request::Check { answer }).await?;
         Ok(CheckReport { warnings })
     }
 
-    /// A lock that is a lease: held by a row of the table without any connection, renewed in the background, free after
-    /// its TTL when its holder is gone. For jobs, for work longer than one transaction, and behind PgBouncer.
+    /// Returns a request for an insert lock, which is a lease.
     ///
-    /// The name is compared byte by byte, has 1 to 255 bytes of UTF-8, and is used with this kind of lock only.
+    /// A row of the table holds the lock, without any connection. It is renewed in the background.
+    /// When its holder is gone, it is free after its TTL. Use it for jobs, for work that takes
+    /// longer than one transaction, and behind PgBouncer.
+    ///
+    /// The name has 1 to 255 bytes of UTF-8 and is compared byte by byte. A name is used with one
+    /// kind of lock only.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// use std::time::Duration;
+    ///
+    /// let lease = locks
+    ///     .insert_lock("report:daily")
+    ///     .ttl(Duration::from_secs(10))
+    ///     .wait(Duration::from_secs(2))
+    ///     .acquire()
+    ///     .await?;
+    /// println!("holds {} with token {}", lease.name(), lease.fencing_token());
+    /// lease.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn insert_lock(&self, name: impl AsRef<str>) -> InsertLock<DB> {
-        InsertLock::new(self.clone(), name.as_ref())
+        InsertLock::new(Arc::clone(&self.context), name.as_ref())
     }
 
-    /// A lock that is a locked row: held by a transaction, which may be the caller's own, and free when that ends. For
-    /// short critical sections inside one transaction.
+    /// Returns a request for a row lock.
     ///
-    /// The name is compared byte by byte, has 1 to 255 bytes of UTF-8, and is used with this kind of lock only.
+    /// A transaction holds the lock by locking the row of the name. It may be the caller's own
+    /// transaction. The lock is free when the transaction ends. Use it for short critical sections
+    /// inside one transaction.
+    ///
+    /// The name has 1 to 255 bytes of UTF-8 and is compared byte by byte. A name is used with one
+    /// kind of lock only.
     pub fn row_lock(&self, name: impl AsRef<str>) -> RowLock<DB> {
-        RowLock::new(self.clone(), name.as_ref())
+        RowLock::new(Arc::clone(&self.context), name.as_ref())
     }
 
-    /// Several insert locks at once: all or none.
+    /// Returns a request for several insert locks, of which it takes all or none.
     pub fn insert_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> InsertLocks<DB> {
-        InsertLocks::new(self.clone(), owned(names))
+        InsertLocks::new(Arc::clone(&self.context), owned(names))
     }
 
-    /// Several row locks in one transaction, taken in one order.
+    /// Returns a request for several row locks in one transaction. They are taken in a fixed order.
     pub fn row_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> RowLocks<DB> {
-        RowLocks::new(self.clone(), owned(names))
+        RowLocks::new(Arc::clone(&self.context), owned(names))
     }
 
-    /// What the table says about a name: for a dashboard or a log, not to decide by. `None` if it was never used.
+    /// Reads the row of a name. Returns `None` if the name was never used.
+    ///
+    /// The result is for dashboards and logs. It is out of date as soon as it is returned, so do
+    /// not use it to decide whether work may continue.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let lease = locks.insert_lock("report:daily").acquire().await?;
+    /// if let Some(info) = locks.info("report:daily").await? {
+    ///     println!("{} is held by {} until {:?}", info.name, info.owner, info.held_until);
+    /// }
+    /// # drop(lease);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidName`], [`Error::SchemaMissing`], [`Error::Closed`], [`Error::Database`].
+    /// - [`Error::InvalidName`] when the name is not valid.
+    /// - [`Error::SchemaMissing`] and [`Error::UnsupportedTable`] when the table can't be used.
+    /// - [`Error::Unreachable`], [`Error::Refused`] and [`Error::Database`] when the row can't be
+    ///   read.
+    /// - [`Error::Closed`] after [`close`](Self::close).
     ///
     /// # Cancel safety
     ///
-    /// May be dropped at any time.
+    /// The future may be dropped at any time.
     pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
-        let name = self.checked_name(name.as_ref())?;
-        let row = self.session().ask(|answer| Request::Look { name: name.clone(), answer }).await?;
+        let name = self.context.checked_name(name.as_ref())?;
+        let row = self.context.session().ask(|answer| Request::Read { name: name.clone(), answer }).await?;
         Ok(row.map(|row| row.into_info(&name)))
     }
 
-    /// Releases every insert lock that is still held through this `Locks` and its clones, and refuses all further use. A
-    /// lease that is open somewhere counts as lost. Row locks that are held go on until their transactions end.
+    /// Releases every insert lock that is held through this `Locks` and its clones, and refuses all
+    /// further use.
     ///
-    /// Call it when a service shuts down, after its last request: what is not released then stays taken until its TTL is
-    /// over. Returns within ten seconds, whatever the database does.
+    /// A lease that is still open counts as lost. A row lock that is held continues until its
+    /// transaction ends.
+    ///
+    /// Call it when a service shuts down, after its last request. Insert locks that are not
+    /// released then stay taken until their TTL is over. It returns within ten seconds, whatever
+    /// the database does.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let lease = locks.insert_lock("report:daily").acquire().await?;
+    /// locks.close().await;
+    /// assert_eq!(lease.loss(), Some(lock_db::Loss::Closed));
+    /// assert!(locks.insert_lock("report:daily").acquire().await.is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Cancel safety
     ///
-    /// The releases go on when the future is dropped.
+    /// The releases continue when the future is dropped.
     pub async fn close(&self) {
-        self.session().close().await;
+        self.context.session().close().await;
     }
 
-    pub(crate) fn session(&self) -> &Session {
-        &self.shared.session
+    /// The pool that this `Locks` was created with.
+    #[must_use]
+    pub fn pool(&self) -> &Pool<DB> {
+        self.context.pool()
     }
 
-    /// A name as it stands in the table.
-    pub(crate) fn checked_name(&self, name: &str) -> Result<Name, Error> {
-        name::check(&self.shared.name_prefix, name)
+    /// Host, process id and label. Other processes see this as the owner of the locks that are held
+    /// through this `Locks`.
+    #[must_use]
+    pub fn owner(&self) -> &str {
+        self.context.owner()
     }
 
-    pub(crate) fn location(&self) -> &Location {
-        &self.shared.location
+    /// Whether [`close`](Self::close) was called.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.context.session().is_closed()
     }
 
-    pub(crate) fn pool(&self) -> &Pool<DB> {
-        &self.shared.pool
-    }
-
-    #[cfg(feature = "testing")]
-    pub(crate) fn instance(&self) -> Instance {
-        self.shared.instance
-    }
-
-    #[cfg(feature = "testing")]
-    pub(crate) fn downgrade(&self) -> WeakLocks<DB> {
-        WeakLocks(Arc::downgrade(&self.shared))
-    }
-
-    pub(crate) fn owner(&self) -> &Arc<str> {
-        &self.shared.owner
-    }
-
-    pub(crate) fn default_ttl(&self) -> Duration {
-        self.shared.default_ttl
-    }
-
-    pub(crate) fn default_wait(&self) -> Duration {
-        self.shared.default_wait
-    }
-
-    pub(crate) fn is_fair(&self) -> bool {
-        self.shared.fair
-    }
-
-    pub(crate) fn known_rows(&self) -> &KnownRows {
-        &self.shared.known_rows
-    }
-
-    pub(crate) fn row_queues(&self) -> &RowQueues {
-        &self.shared.row_queues
-    }
-
-    pub(crate) fn counts(&self) -> &Arc<Counts> {
-        &self.shared.counts
-    }
-
-    /// By what calls on this `Locks` find each other.
-    pub(crate) fn reentry_key(&self, name: &str) -> Result<Lock, Error> {
-        Ok(Lock { locks: self.shared.instance, name: self.checked_name(name)? })
-    }
-}
-
-/// Does not keep it.
-#[cfg(feature = "testing")]
-pub(crate) struct WeakLocks<DB: LockDatabase>(std::sync::Weak<Shared<DB>>);
-
-#[cfg(feature = "testing")]
-impl<DB: LockDatabase> WeakLocks<DB> {
-    pub(crate) fn upgrade(&self) -> Option<Locks<DB>> {
-        self.0.upgrade().map(|shared| Locks { shared })
+    pub(crate) fn context(&self) -> &Arc<Context<DB>> {
+        &self.context
     }
 }
 
 impl<DB: LockDatabase> Clone for Locks<DB> {
     fn clone(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared) }
+        Self { context: Arc::clone(&self.context) }
     }
 }
 
@@ -246,44 +311,33 @@ impl<DB: LockDatabase> std::fmt::Debug for Locks<DB> {
         formatter
             .debug_struct("Locks")
             .field("database", &DB::NAME)
-            .field("owner", &self.shared.owner)
-            .field("session", &self.shared.session)
+            .field("owner", &self.owner())
+            .field("session", self.context.session())
             .finish_non_exhaustive()
     }
 }
 
-/// Settings of a [`Locks`]. Values that can't work are refused by the first lock that meets them.
+/// Settings of a [`Locks`], from [`Locks::builder`].
+///
+/// A value that can't work is refused with [`Error::InvalidOption`], by [`Locks::check`] and by
+/// each request for a lock that needs the setting.
 #[derive(Debug)]
 #[must_use = "call `build`"]
 pub struct LocksBuilder<DB: LockDatabase> {
     pool: Pool<DB>,
-    label: String,
-    schema: Option<String>,
-    name_prefix: String,
-    default_ttl: Duration,
-    default_wait: Duration,
-    hand_off: HandOff,
-    warn_after: WarnAfter,
-    fair: bool,
+    settings: Settings,
     #[cfg(feature = "testing")]
     kept: Option<Kept>,
     #[cfg(feature = "testing")]
     private: Option<Pool<DB>>,
 }
 
-// Derived, it would ask for a database type that can be cloned.
+// A derived impl would require `DB: Clone`.
 impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
     fn clone(&self) -> Self {
         Self {
             pool: self.pool.clone(),
-            label: self.label.clone(),
-            schema: self.schema.clone(),
-            name_prefix: self.name_prefix.clone(),
-            default_ttl: self.default_ttl,
-            default_wait: self.default_wait,
-            hand_off: self.hand_off,
-            warn_after: self.warn_after,
-            fair: self.fair,
+            settings: self.settings.clone(),
             #[cfg(feature = "testing")]
             kept: self.kept.clone(),
             #[cfg(feature = "testing")]
@@ -293,161 +347,133 @@ impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
 }
 
 impl<DB: LockDatabase> LocksBuilder<DB> {
-    /// What people see as the owner, beside host and process id: the name of the service, say.
+    /// Sets the label that is shown as part of the owner, beside host and process id. It is usually
+    /// the name of the service.
     pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = label.into();
+        self.settings.label = label.into();
         self
     }
 
-    /// In which schema the table is; on MySQL and MariaDB, in which database of the server. [`migrate`](Locks::migrate) makes a
-    /// schema that is missing.
+    /// Sets the schema of the table. On MySQL and MariaDB this is a database of the server.
+    /// [`migrate`](Locks::migrate) creates a schema that is missing.
     ///
-    /// Without this the table is found once, where the connections of the pool look first (`search_path`, the database of the
-    /// URL). In either case every statement names it in full from then on, also those in your own transactions, whatever their
-    /// `search_path` is. On SQLite there is only `main`, the file itself.
+    /// Without this setting the table is found once, where the connections of the pool look first:
+    /// by their `search_path`, or in the database of the URL. In either case every statement then
+    /// uses the full name of the table. This includes statements in the caller's transactions,
+    /// whatever their `search_path` is. On SQLite the only schema is `main`, the file itself.
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
-        self.schema = Some(schema.into());
+        self.settings.schema = Some(schema.into());
         self
     }
 
-    /// What stands in front of all names in the table: for several services in one database that must not mean the same lock by the same
-    /// name. It counts for the 255 bytes that a name may have. Names are given without it, and told without it.
+    /// Sets a prefix for all names in the table.
+    ///
+    /// It separates several services in one database that would otherwise use the same names. The
+    /// prefix counts towards the 255 bytes of a name. Callers pass names without it, and names are
+    /// reported without it.
     pub fn name_prefix(mut self, prefix: impl Into<String>) -> Self {
-        self.name_prefix = prefix.into();
+        self.settings.name_prefix = prefix.into();
         self
     }
 
-    /// For insert locks that say nothing of their own: 50 ms to 365 days. Default: 30 seconds.
+    /// Sets the TTL of insert locks that do not set their own: 50 ms to 365 days. Default: 30
+    /// seconds.
     pub fn default_ttl(mut self, ttl: Duration) -> Self {
-        self.default_ttl = ttl;
+        self.settings.default_ttl = ttl;
         self
     }
 
-    /// For locks that say nothing of their own: at most 365 days. Default: 30 seconds.
+    /// Sets the wait of requests that do not set their own: at most 365 days. Default: 30 seconds.
     pub fn default_wait(mut self, wait: Duration) -> Self {
-        self.default_wait = wait;
+        self.settings.default_wait = wait;
         self
     }
 
-    /// Whether processes that wait for an insert lock get it in the order in which they came. Default: yes.
+    /// Sets whether processes that wait for an insert lock get it in the order in which they came.
+    /// Default: `true`.
     ///
-    /// The queue is kept in the lock's row, so a caller that has to wait costs a small write, and one more each second; on
-    /// clusters with several primaries there is none, for those writes would be in the way of the holder. With `fair(false)` a
-    /// request skips the queue: it takes the lock when it finds it free, and may starve.
+    /// The queue is kept in the row of the lock. A request that has to wait costs a small write,
+    /// and one more each second. Clusters with several primaries have no queue, because these
+    /// writes would conflict with those of the holder.
+    ///
+    /// With `fair(false)` a request skips the queue: it takes the lock when it finds it free, and
+    /// may starve.
     pub fn fair(mut self, fair: bool) -> Self {
-        self.fair = fair;
+        self.settings.fair = fair;
         self
     }
 
-    /// How long an insert lock that is released stays in this process while callers of this process wait for it: it goes
-    /// from one to the next in memory, without asking the database, for at most so many `turns` and so much `time` since
-    /// the database granted it. Then it is released, and whoever waits longest has it next, in whichever process. If no
-    /// other process waited for it at the grant, there are four times as many turns.
+    /// Sets for how long an insert lock may stay in this process after a release, while callers of
+    /// this process wait for it.
     ///
-    /// More of it costs less and lets other processes wait longer. One turn means that each holder asks the database; more
-    /// than 4 096 turns count as so many. Default: 64 turns, 50 ms.
+    /// The lock is handed from one caller to the next in memory, without asking the database. This
+    /// ends after `turns` holders, or when `time` has passed since the database granted the lock.
+    /// Then the lock is released, and the request that has waited longest gets it, in whichever
+    /// process it is. If no other process was waiting at the time of the grant, there are four
+    /// times as many turns.
+    ///
+    /// Larger values cost less and let other processes wait longer. With one turn each holder asks
+    /// the database. Between 1 and 4096 turns are possible. Other values are refused with
+    /// [`Error::InvalidOption`], by [`Locks::check`] and when a lock is acquired.
+    ///
+    /// Default: 64 turns, 50 ms.
     pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
-        self.hand_off = HandOff { turns: turns.clamp(1, MOST_TURNS), time };
+        self.settings.hand_off = HandOff { turns, time };
         self
     }
 
-    /// After how long a lock that is still held is warned of, once and then each time that twice as much has passed: a WARN of the
-    /// crate `tracing` with the name, the owner, since when, and the fencing token. `None`: never.
+    /// Sets after how long a lock that is still held is reported. `None` turns the reports off.
     ///
-    /// It is for work that hangs and guards that are never dropped, which keep a lock as long as their process lives. Leases
-    /// with an [`at_most`](InsertLock::at_most) have an end, and are not warned of; nor are locks in transactions of the
-    /// caller, of which only the database knows how long they last.
+    /// A report is a WARN of the crate `tracing` with the name, the owner, the time of the grant
+    /// and the fencing token. It is repeated each time twice as much time has passed.
     ///
-    /// One second at least. Default: ten times the TTL of a lease, 30 seconds at least; five minutes for a row lock.
+    /// The reports reveal work that hangs and guards that are never dropped, which keep a lock as
+    /// long as their process lives. Two kinds of lock are not reported: leases with an
+    /// [`at_most`](InsertLock::at_most), because they end by themselves, and locks in transactions
+    /// of the caller, because only the database knows how long they last.
+    ///
+    /// The shortest time is one second; a shorter one counts as one second. Default: ten times the
+    /// TTL of a lease, but at least 30 seconds; five minutes for a row lock.
     pub fn warn_after(mut self, time: impl Into<Option<Duration>>) -> Self {
-        self.warn_after =
+        self.settings.warn_after =
             time.into().map_or(WarnAfter::Never, |time| WarnAfter::After(time.max(SHORTEST_WARNING)));
         self
     }
 
-    /// Drops this only when the `Locks` and all its clones are gone.
+    /// Drops `kept` only when the `Locks` and all its clones are gone.
     #[cfg(feature = "testing")]
     pub(crate) fn keeping(mut self, kept: Kept) -> Self {
         self.kept = Some(kept);
         self
     }
 
-    /// Makes private connections like those of this pool, rather than of the one for transactions.
+    /// Opens the private connections like those of this pool, instead of the pool for transactions.
     #[cfg(feature = "testing")]
     pub(crate) fn private(mut self, pool: Pool<DB>) -> Self {
         self.private = Some(pool);
         self
     }
 
-    /// The `Locks`. Connects to nothing yet.
+    /// Builds the `Locks`. Does not connect yet.
     #[must_use]
     pub fn build(self) -> Locks<DB> {
         #[cfg(all(feature = "testing", not(debug_assertions)))]
-        crate::testing::warn_of_optimised_program();
-        let Self {
-            pool,
-            label,
-            schema,
-            name_prefix,
-            default_ttl,
-            default_wait,
-            hand_off,
-            warn_after,
-            fair,
-            ..
-        } = self;
-        let (location, owner) =
-            (Arc::new(Location::new(schema, DB::keeps_statements(&pool.connect_options()))), owner(&label));
-        let private = pool.clone();
+        crate::test_support::warn_of_optimised_program();
+        let private = self.pool.clone();
         #[cfg(feature = "testing")]
         let private = self.private.unwrap_or(private);
-        let row_queues = RowQueues::new(pool.options().get_max_connections());
-        let watched = Watched { warn_after, turns: Arc::clone(&row_queues.turns) };
-        let shared = Shared {
-            session: Session::new(private, Arc::clone(&location), hand_off, Arc::clone(&owner), watched),
-            location,
-            name_prefix: name_prefix.into(),
-            owner,
-            default_ttl,
-            default_wait,
-            fair,
-            known_rows: KnownRows::default(),
-            counts: Arc::default(),
-            row_queues,
-            pool,
-            instance: Instance::new(),
-            #[cfg(feature = "testing")]
-            _kept: self.kept,
-        };
-        Locks { shared: Arc::new(shared) }
+        Locks {
+            context: Context::new(
+                self.pool,
+                private,
+                self.settings,
+                #[cfg(feature = "testing")]
+                self.kept,
+            ),
+        }
     }
 }
 
 fn owned(names: impl IntoIterator<Item = impl AsRef<str>>) -> Vec<String> {
     names.into_iter().map(|name| name.as_ref().to_owned()).collect()
-}
-
-/// Host, process id and label, within the 255 characters of the column.
-fn owner(label: &str) -> Arc<str> {
-    const LONGEST: usize = 255;
-    let host = hostname::get().unwrap_or_default();
-    let mut owner = format!("{}/{}", host.to_string_lossy(), std::process::id());
-    if !label.is_empty() {
-        owner.push('/');
-        owner.push_str(label);
-    }
-    // PostgreSQL can't store NUL.
-    owner.chars().filter(|character| *character != '\0').take(LONGEST).collect::<String>().into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::owner;
-
-    #[test]
-    fn an_owner_fits_its_column() {
-        assert!(owner("billing").ends_with(&format!("/{}/billing", std::process::id())));
-        assert_eq!(owner(&"ü".repeat(300)).chars().count(), 255);
-        assert!(!owner("a\0b").contains('\0'));
-    }
 }

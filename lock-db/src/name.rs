@@ -1,4 +1,4 @@
-//! Names of locks: what is refused before any SQL, what stands in front of them in the table, and how they are shown.
+//! Lock names: their validation, their prefix in the table, and how they are shown.
 
 use std::borrow::Borrow;
 use std::cmp::Ordering;
@@ -8,26 +8,28 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::Error;
+use crate::text::escaped;
 
-/// The longest name, in bytes of UTF-8: what a unique index takes on every database.
+/// The maximum length of a name in bytes of UTF-8, which a unique index accepts on every database.
 pub(crate) const MAX_BYTES: usize = 255;
 
-/// The name of a lock, cheap to share. It derefs to the whole name, as it stands in the table; it is shown without the prefix of its
-/// `Locks`, as it was asked for, and [`escaped`].
+/// The name of a lock, cheap to clone. It derefs to the whole name, as in the table. It is shown
+/// without the prefix of its `Locks`, and [`escaped`].
 #[derive(Clone)]
 pub struct Name {
     whole: Arc<str>,
-    /// How long the prefix is.
+    /// The length of the prefix.
     prefix: usize,
 }
 
 impl Name {
-    /// As it was asked for, for the fields of errors. (In a message it stands by `Display`, which escapes it.)
+    /// The name as the caller gave it, for the fields of errors. (Messages use `Display`, which
+    /// escapes it.)
     pub(crate) fn given(&self) -> String {
         self.shown().to_owned()
     }
 
-    /// As it was asked for.
+    /// The name as the caller gave it.
     pub(crate) fn shown(&self) -> &str {
         self.whole.get(self.prefix..).unwrap_or(&self.whole)
     }
@@ -65,43 +67,6 @@ impl Borrow<str> for Name {
 impl fmt::Display for Name {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         escaped(self.shown()).fmt(formatter)
-    }
-}
-
-/// A text that is not ours (a name, an owner, the words of a server) as a part of one line of a log or a message: what could begin
-/// another line, hide or rearrange something is shown by its escape, as in the source of a program.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Escaped<'a> {
-    text: &'a str,
-    /// Whether a backslash is escaped as well, so that no two texts look the same.
-    is_exact: bool,
-}
-
-/// For a name or an owner.
-pub(crate) fn escaped(text: &str) -> Escaped<'_> {
-    Escaped { text, is_exact: true }
-}
-
-/// For sentences.
-pub(crate) fn in_one_line(text: &str) -> Escaped<'_> {
-    Escaped { text, is_exact: false }
-}
-
-impl fmt::Display for Escaped<'_> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_odd = |character: char| match character {
-            '\\' => self.is_exact,
-            // What has no width, separators of lines, and what changes the direction of text.
-            '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}' => true,
-            character => character.is_control(),
-        };
-        let mut rest = self.text;
-        while let Some((before, odd)) = rest.char_indices().find(|(_, character)| is_odd(*character)) {
-            formatter.write_str(&rest[..before])?;
-            odd.escape_default().fmt(formatter)?;
-            rest = &rest[before + odd.len_utf8()..];
-        }
-        formatter.write_str(rest)
     }
 }
 
@@ -144,7 +109,7 @@ impl From<&str> for Name {
     }
 }
 
-/// The beginning of a name that may be of any length, for a message, where some characters are shown by their escapes.
+/// The beginning of a name of any length, for a message that shows some characters as escapes.
 fn shortened(name: &str) -> String {
     const SHOWN: usize = 60;
     let mut shown = 0;
@@ -174,18 +139,6 @@ mod tests {
         assert!(matches!(check("", ""), Err(Error::InvalidName { .. })));
         assert!(matches!(check("", "a\0b"), Err(Error::InvalidName { .. })));
         assert!(check("", " ").is_ok());
-    }
-
-    #[test]
-    fn what_could_forge_a_line_is_escaped() {
-        let shown = |text| escaped(text).to_string();
-        assert_eq!(shown("order:7 'é' 🔒"), "order:7 'é' 🔒");
-        assert_eq!(shown("a\nb\r\x1b[2Kc\u{85}d"), r"a\nb\r\u{1b}[2Kc\u{85}d");
-        assert_eq!(shown("a\u{2028}b\u{202e}c\u{200b}"), r"a\u{2028}b\u{202e}c\u{200b}");
-        // No two names look the same.
-        assert_eq!(shown(r"a\nb"), r"a\\nb");
-        assert_eq!(in_one_line("C:\\a\nb").to_string(), r"C:\a\nb");
-        assert_eq!(Name::from("a\nb").to_string(), r"a\nb");
     }
 
     #[test]

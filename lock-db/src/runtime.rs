@@ -1,9 +1,10 @@
-//! The runtime on which lock-db begins and ends transactions of its own.
+//! The runtime on which lock-db begins and ends its own transactions.
 //!
-//! A socket belongs to the runtime on which it was connected, and fails when that has ended; so does a task that was to commit
-//! or to roll back. A pool that is shared by several runtimes, each of which lives no longer than a test, hands such sockets
-//! on from one to the other. Besides, tokio's clock may be paused in a test, and then the pool's own limit is over at once.
-//! So where the caller's runtime may end before the process does, it is done on a runtime that never ends.
+//! A socket belongs to the runtime on which it was connected, and fails when that runtime has
+//! ended. So does a task that was to commit or roll back. A pool that is shared by several
+//! runtimes, such as those of tests, passes such sockets from one to the other. Also, tokio's clock
+//! may be paused in a test, and then the pool's own time limit expires at once. So if the caller's
+//! runtime may end before the process does, a runtime that never ends is used.
 
 use std::io;
 use std::sync::OnceLock;
@@ -13,11 +14,12 @@ use tokio::task::JoinHandle;
 use tracing::instrument::WithSubscriber;
 
 use crate::Error;
+use crate::error::Action;
 use crate::name::Name;
 
 const THREADS: usize = 2;
 
-/// Where tasks of lock-db's own run.
+/// Where lock-db's own tasks run.
 #[derive(Debug, Clone)]
 pub(crate) struct Runtime {
     handle: Handle,
@@ -25,7 +27,7 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    /// For the transactions of this caller.
+    /// The runtime for the transactions of this caller.
     pub(crate) fn current() -> Result<Self, Error> {
         let handle = Handle::try_current().map_err(|_| Error::InvalidOption {
             option: "runtime",
@@ -36,7 +38,7 @@ impl Runtime {
         Ok(own.unwrap_or(Self { handle, is_own: false }))
     }
 
-    /// The one that never ends. `None`: there can be no thread for it.
+    /// The runtime that never ends. `None`: its threads could not be started.
     pub(crate) fn own() -> Option<Self> {
         static OWN: OnceLock<Option<tokio::runtime::Runtime>> = OnceLock::new();
         let runtime =
@@ -54,7 +56,7 @@ impl Runtime {
         F: Future<Output: Send> + Send + 'static,
     {
         if self.is_own {
-            // Tests listen to what is logged on their own threads.
+            // Tests capture what is logged on their own threads.
             return self.handle.spawn(task.with_current_subscriber());
         }
         self.handle.spawn(task)
@@ -66,13 +68,15 @@ impl Runtime {
     }
 }
 
-/// Tests are debug builds, and their runtimes end with them. So does one on a single thread, with what it was made for. One
-/// with many threads in an optimised build is the program's.
+/// Tests are debug builds, and their runtimes end with them. A single-threaded runtime ends with
+/// the work that it was made for. A multi-threaded runtime in an optimised build belongs to the
+/// program.
 fn may_end(runtime: &Handle) -> bool {
     cfg!(debug_assertions) || runtime.runtime_flavor() == RuntimeFlavor::CurrentThread
 }
 
-/// Of several threads, because the pool's hooks run on it: one may block its thread, or use `block_in_place`.
+/// It has several threads, because the pool's hooks run on it. A hook may block its thread, or use
+/// `block_in_place`.
 fn start() -> io::Result<tokio::runtime::Runtime> {
     Builder::new_multi_thread().worker_threads(THREADS).thread_name("lock-db io").enable_all().build()
 }
@@ -80,8 +84,8 @@ fn start() -> io::Result<tokio::runtime::Runtime> {
 const TASK_ENDED: &str =
     "its task was ended, by the end of its tokio runtime or by a panic in a hook of the pool";
 
-/// What is told of a task that ended with its runtime, or had not begun by then. Of what it was to do, nothing is kept.
-pub(crate) fn ended(action: &'static str, name: &Name) -> Error {
-    let source = io::Error::new(io::ErrorKind::ConnectionAborted, TASK_ENDED);
-    Error::Database { action, name: Some(name.given()), within: None, source: source.into() }
+/// The error for a task that ended with its runtime, or had not begun before that. Nothing of its
+/// work is kept.
+pub(crate) fn ended(action: Action, name: &Name) -> Error {
+    Error::other(action, Some(name.given()), true, io::ErrorKind::ConnectionAborted, TASK_ENDED)
 }

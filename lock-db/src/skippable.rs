@@ -1,11 +1,12 @@
-//! What annotated functions return when they are skipped.
+//! The return types of annotated functions that may be skipped.
 
-/// What stands in the `Ok` of a function with `#[distributed_lock("…", skip)]`: a type that can say that the body did not run,
-/// because somebody else had the lock.
+/// The type in the `Ok` of a function with `#[distributed_lock("…", skip)]`. It has a value which
+/// says that the body did not run because the lock was held elsewhere.
 ///
-/// `Option<T>` says it by `None`. `()` says nothing either way: right for a job of which it only matters that somebody
-/// does it. Not implemented for types such as `bool` and numbers, in which a body that ran and one that did not would look
-/// the same. Implement it for an enum of your own that has a place for it:
+/// For `Option<T>` the value is `None`. For `()` it is `()`, which does not tell the two cases
+/// apart: use it for jobs that one process does for all. The trait is not implemented for types
+/// such as `bool` and numbers, in which a skipped call would look like one that ran. Implement it
+/// for an enum that has a variant for it:
 ///
 /// ```
 /// use lock_db::Skippable;
@@ -23,7 +24,7 @@
 /// # let _ = Cleanup::Done { rows: 1 };
 /// ```
 pub trait Skippable {
-    /// The value that says so.
+    /// The value for a call that was skipped.
     fn skipped() -> Self;
 }
 

@@ -1,5 +1,5 @@
-//! What threads and tasks share, under names that the tests in `interleavings` can exchange: with
-//! `RUSTFLAGS='--cfg lock_db_shuttle'` every step on it is one at which shuttle may let another thread go on
+//! Synchronisation primitives that the tests in `interleavings` can replace. With `RUSTFLAGS='--cfg
+//! lock_db_shuttle'` each operation on them is a step before which shuttle may switch threads
 //! (docs/testing.md).
 
 pub(crate) use self::chosen::*;
@@ -26,16 +26,16 @@ mod chosen {
     use shuttle::thread::LocalKey;
     use tokio::time::Instant;
 
-    /// In the same order in every run, so that a schedule can be replayed.
+    /// Iterates in the same order in every run, so that a schedule can be replayed.
     pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
 
-    /// shuttle lets others go on in front of each of its steps. What comes after an unlock may be a step of tokio's, which
-    /// it does not know, so there is one more in front of that.
+    /// shuttle may switch threads before each of its own steps. An unlock may be followed by a step
+    /// of tokio, which shuttle does not know, so the guard adds one more step after the unlock.
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(shuttle::sync::Mutex<T>);
 
     pub(crate) struct MutexGuard<'a, T> {
-        /// In front of `_then`.
+        /// Before `_then`, so that it is dropped first.
         guard: shuttle::sync::MutexGuard<'a, T>,
         _then: Step,
     }
@@ -78,14 +78,15 @@ mod chosen {
         }
     }
 
-    /// Time stands still: what is not over yet never will be.
+    /// Time stands still: a deadline in the future is never reached.
     pub(crate) async fn sleep_until(deadline: Instant) {
         if deadline > Instant::now() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// tokio's is a thread-local of the operating system's thread, on which all of shuttle's threads run.
+    /// tokio's task-local is a thread-local of the operating system's thread, on which all of
+    /// shuttle's threads run.
     pub(crate) struct TaskLocal<T: 'static>(pub(crate) &'static LocalKey<RefCell<Option<T>>>);
 
     macro_rules! task_local {

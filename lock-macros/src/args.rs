@@ -1,4 +1,4 @@
-//! The grammar of what stands in the parentheses: `NAME [, key = value | , flag]* [,]`.
+//! The grammar of the attribute's arguments: `NAME [, key = value | , flag]* [,]`.
 
 mod duration;
 mod name;
@@ -13,13 +13,13 @@ pub(crate) use self::duration::Length;
 pub(crate) use self::name::Name;
 use self::rules::{RULES, examples, unknown};
 
-/// What stands in the parentheses of the attribute.
+/// The arguments of the attribute.
 pub(crate) struct Args {
     pub(crate) name: Name,
     pub(crate) options: Options,
 }
 
-/// The options behind the name.
+/// The options after the name.
 #[derive(Default)]
 pub(crate) struct Options {
     pub(crate) ttl: Option<Given<Length>>,
@@ -30,19 +30,19 @@ pub(crate) struct Options {
     pub(crate) locks: Option<Given<Expr>>,
     pub(crate) tx: Option<Given<Expr>>,
     pub(crate) lease: Option<Given<Ident>>,
-    /// Given or not: it has no value.
+    /// A flag: given or not.
     pub(crate) skip: Option<Given<()>>,
     pub(crate) reentrant: Option<Given<bool>>,
     pub(crate) lock_db: Option<Given<Path>>,
 }
 
-/// An option with its key, which messages about the option point at.
+/// An option with its key. Messages about the option point at the key.
 pub(crate) struct Given<T> {
     pub(crate) key: Ident,
     pub(crate) value: T,
 }
 
-/// Which kind of lock the function runs under.
+/// The kind of lock that the function runs under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Insert,
@@ -71,7 +71,8 @@ fn parse_name(input: ParseStream) -> Result<Name> {
     if input.is_empty() {
         return Err(Error::new(Span::call_site(), NEEDED));
     }
-    // An expression, too, could begin with `key = value`: that would be an assignment, and never a name.
+    // `key = value` is also the start of an assignment expression, but an assignment is never a
+    // name.
     if input.peek(Ident::peek_any) && input.peek2(Token![=]) && !input.peek2(Token![==]) {
         let key = input.call(Ident::parse_any)?;
         let message = if ["name", "key", "keys"].contains(&key.to_string().as_str()) {
@@ -100,7 +101,7 @@ impl Options {
         }
     }
 
-    /// What no option can say by itself.
+    /// Checks that concern more than one option.
     fn check(&self) -> Result<()> {
         match (self.mode(), &self.tx) {
             (Mode::Insert, Some(tx)) => {
@@ -114,7 +115,7 @@ impl Options {
         if self.tx.is_some() { self.check_transaction() } else { Ok(()) }
     }
 
-    /// Where both are known.
+    /// Compares lengths that are known at compile time.
     fn check_lengths(&self) -> Result<()> {
         let fixed = |given: &Option<Given<Length>>| match given {
             Some(Given { value: Length::Fixed(length), .. }) => Some(*length),
@@ -190,7 +191,7 @@ impl Mode {
     }
 }
 
-/// The literal that an expression is, also when a `macro_rules!` handed it on.
+/// The literal of an expression, also when a `macro_rules!` macro passed it on.
 fn literal(expression: &Expr) -> Option<&Lit> {
     match expression {
         Expr::Lit(ExprLit { lit, .. }) => Some(lit),

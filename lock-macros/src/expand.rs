@@ -1,4 +1,5 @@
-//! The code that the attribute writes. It changes the body of the function in place and keeps the signature as it is.
+//! The code that the attribute generates. It changes the body of the function in place and keeps
+//! the signature.
 
 mod function;
 mod further;
@@ -12,7 +13,8 @@ use syn::{Expr, ItemFn, Result, Stmt, Type};
 use self::function::AsyncBody;
 use crate::args::{Args, Given, Length, Mode, Name};
 
-/// The function with its lock; or the errors, and the item as it was, so that its callers do not fail as well.
+/// Returns the function with its lock. After an error it returns the errors and the unchanged item,
+/// so that callers of the function still compile.
 pub(crate) fn expand(args: TokenStream, item: &TokenStream) -> TokenStream {
     let parsed = match (syn::parse2::<Args>(args), function::parse(item.clone())) {
         (Ok(args), Ok(function)) => Ok((args, function)),
@@ -47,45 +49,46 @@ fn lock(args: Args, mut function: ItemFn) -> Result<ItemFn> {
     Ok(function)
 }
 
-/// What the written code depends on.
+/// What the generated code depends on.
 struct Code {
     args: Args,
     output: Option<Type>,
 }
 
-/// The span of everything that is not the caller's: names of ours and of the caller can't meet, and lints know that
-/// nobody wrote this.
+/// The span of all code that is not the caller's. Our names and the caller's can't collide, and
+/// lints see that the code is generated.
 fn ours() -> Span {
     Span::mixed_site()
 }
 
-/// As [`ours`], while messages of the compiler point at the caller's code.
+/// [`ours`], but compiler messages point at the caller's code.
 fn ours_at(code: &impl ToTokens) -> Span {
     ours().located_at(code.span())
 }
 
 impl Code {
-    /// `lock_db::__private`; mistakes in how it is used are shown at the span.
+    /// The path `lock_db::__private`. Errors in its use are reported at the span.
     fn private(&self, span: Span) -> TokenStream {
         let given = self.args.options.lock_db.as_ref().map(|given| given.value.to_token_stream());
         let lock_db = given.unwrap_or_else(|| quote_spanned!(span=> ::lock_db));
         quote_spanned!(span=> #lock_db::__private)
     }
 
-    /// The body: take the lock, run the statements under it, and return what came of it.
+    /// The body: takes the lock, runs the statements under it, and returns their output.
     fn locked(&self, body: &AsyncBody) -> Vec<Stmt> {
         let options = &self.args.options;
         let code = match (options.mode(), &options.tx) {
             (Mode::Row, Some(Given { value: tx, .. })) => self.in_transaction(tx, body),
             (mode, _) => self.by_itself(mode, body),
         };
-        // A lifetime that is too short is noticed here: it then points at the return type.
+        // An error about a lifetime that is too short is reported here, so it points at the return
+        // type.
         let returned = quote_spanned!(self.at_output()=> __output);
         vec![Stmt::Expr(Expr::Verbatim(quote_spanned!(ours()=> #code #returned)), None)]
     }
 
-    /// A lock that the function takes and ends. All that is evaluated for it is gone before the body, which may move the
-    /// arguments.
+    /// A lock that the function takes and ends. All temporaries of this are dropped before the
+    /// body, which may move the arguments.
     fn by_itself(&self, mode: Mode, body: &AsyncBody) -> TokenStream {
         let private = self.private(ours());
         let options = &self.args.options;
@@ -125,7 +128,7 @@ impl Code {
         }
     }
 
-    /// A lock in the caller's transaction, which ends it.
+    /// A lock in the caller's transaction. It ends with that transaction.
     fn in_transaction(&self, tx: &Expr, body: &AsyncBody) -> TokenStream {
         let private = self.private(ours());
         let ask = self.ask(body.receiver.as_ref());
@@ -135,7 +138,7 @@ impl Code {
         let transaction = quote_spanned!(span=> #at_tx::transaction(&mut *(#tokens)));
         let connection = quote_spanned!(span=> __transaction.connection());
         let refused = self.on_output("LockedOutput", "refused");
-        // Without `skip` there is always a lock or an error.
+        // Without `skip` the result is a lock or an error.
         let skipped = if self.args.options.skip.is_some() {
             let skipped = self.on_output("SkippableOutput", "skipped");
             quote_spanned!(ours()=> #skipped())
@@ -159,7 +162,7 @@ impl Code {
         }
     }
 
-    /// What is asked for, as `__locks` and `__ask`: the name, and the options that were given.
+    /// The request, as `__locks` and `__ask`: the name, and the options that were given.
     fn ask(&self, receiver: Option<&Ident>) -> TokenStream {
         let private = self.private(ours());
         let options = &self.args.options;
@@ -191,8 +194,8 @@ impl Code {
         }
     }
 
-    /// A function of a trait that the return type has to have. Nothing else needs the type to be of a certain form:
-    /// so a wrong one is reported once, there.
+    /// A function of a trait that the return type must implement. Nothing else requires the type to
+    /// have a certain form, so a wrong type is reported once, there.
     fn on_output(&self, of_trait: &str, function: &str) -> TokenStream {
         let span = self.at_output();
         let private = self.private(span);
@@ -216,8 +219,8 @@ impl Code {
         }
     }
 
-    /// A `String` or a `&'static str`: nothing that is borrowed from the arguments, or can't be sent, is kept while the
-    /// function waits for its lock.
+    /// A `String` or a `&'static str`. While the function waits for its lock, it keeps nothing that
+    /// borrows from the arguments or is not `Send`.
     fn name(&self, receiver: Option<&Ident>) -> TokenStream {
         match &self.args.name {
             Name::Fixed(text) => text.to_token_stream(),
@@ -235,12 +238,13 @@ impl Code {
         }
     }
 
-    /// The body, as a future. The call that it is an argument of boxes it: it would otherwise be copied into each future on
-    /// the way, and functions with a lock that call one another would more than triple in size with each call.
+    /// The body, as a future. The call that takes it as an argument boxes it. Otherwise it would be
+    /// copied into each future in between, and functions with a lock that call one another would
+    /// more than triple in size with each call.
     ///
-    /// `further.rs` knows the forms of what is written here.
+    /// `further.rs` knows the forms of the code that is written here.
     fn body(&self, body: &AsyncBody) -> TokenStream {
-        // Items in front of other statements stay there: a lint wants them so.
+        // Items before other statements stay there, because of a lint.
         let items = body.statements.iter().take_while(|statement| matches!(statement, Stmt::Item(_))).count();
         let (items, statements) = body.statements.split_at(items);
         let return_edge = self.return_edge();
@@ -253,13 +257,13 @@ impl Code {
             Mode::Insert => (quote_spanned!(ours()=> __bound), quote_spanned!(ours()=> &*__bound)),
             Mode::Row => (quote_spanned!(ours()=> mut __bound), quote_spanned!(ours()=> &mut *__bound)),
         };
-        // As what a function returns, it may be coerced to that.
+        // The type allows the same coercions as for the value that a function returns.
         let of_type = self.output.as_ref().map(|output| {
             let output = output::erase_impl_trait(output);
             quote_spanned!(ours()=> : #output)
         });
-        // What the last expression of the body borrows from the guard is dropped with its statement, and so before the guard,
-        // in the older editions, too.
+        // The last expression of the body may borrow from the guard. Its temporaries are dropped
+        // with this statement, and so before the guard, in older editions as well.
         quote_spanned! {ours()=>
             async move {
                 let #bound = __binding.bound();
@@ -271,8 +275,8 @@ impl Code {
         }
     }
 
-    /// Never runs. It tells the compiler what the block returns before it looks at the statements: they may then rely on
-    /// coercions as in a function.
+    /// Never runs. It tells the compiler the type of the block before the statements are checked,
+    /// so they may rely on the same coercions as in a function.
     fn return_edge(&self) -> Option<TokenStream> {
         let output = output::erase_impl_trait(self.output.as_ref()?);
         Some(quote_spanned! {ours_at(&output)=>
@@ -298,7 +302,7 @@ fn length(Given { value, key }: &Given<Length>, receiver: Option<&Ident>) -> Tok
     }
 }
 
-/// The expression; where `#[async_trait]` has renamed `self`, with the new name.
+/// The expression, with the new name of `self` where `#[async_trait]` has renamed it.
 fn with_receiver(expression: &Expr, receiver: Option<&Ident>) -> TokenStream {
     match receiver {
         None => expression.to_token_stream(),

@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     ttl_micros    BIGINT NOT NULL DEFAULT 0,
     -- Written by the guard of a transaction where a shared lock on the row is not enough: on multi-primary clusters.
     guard_count   BIGINT NOT NULL DEFAULT 0,
-    -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
+    -- The processes that wait for it, the first one first: see docs/architecture.md.
     waiters       VARCHAR(3584) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT '',
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 ) ENGINE = InnoDB ROW_FORMAT = DYNAMIC;

@@ -5,7 +5,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- Compared byte by byte, whatever the collation of the database.
     lock_name     TEXT COLLATE "C" NOT NULL CHECK (octet_length(lock_name) BETWEEN 1 AND 255),
     -- 'insert' (a lease) or 'row' (SELECT ... FOR UPDATE): a name is used with one kind only.
-    lock_kind     TEXT NOT NULL DEFAULT 'insert' CHECK (lock_kind IN ('insert', 'row')),
+    lock_kind     TEXT NOT NULL DEFAULT 'insert',
     -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
     secret_key    TEXT NOT NULL DEFAULT '',
     fencing_token BIGINT NOT NULL DEFAULT 0,
@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- How far ahead expire_time lies at most: the TTL of the lease. Below zero for a lock that is kept by `at_least`. Zero once a
     -- takeover has given notice, and in a row that nothing of its last holder can touch any more.
     ttl_micros    BIGINT NOT NULL DEFAULT 0,
-    -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
+    -- The processes that wait for it, the first one first: see docs/architecture.md.
     waiters       TEXT NOT NULL DEFAULT '',
     -- No index on what changes: every update then stays in its page (HOT).
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)

@@ -4,7 +4,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     id            INTEGER PRIMARY KEY AUTOINCREMENT,
     lock_name     TEXT COLLATE BINARY NOT NULL CHECK (length(CAST(lock_name AS BLOB)) BETWEEN 1 AND 255),
     -- 'insert' (a lease) or 'row' (the row lock): a name is used with one kind only.
-    lock_kind     TEXT NOT NULL DEFAULT 'insert' CHECK (lock_kind IN ('insert', 'row')),
+    lock_kind     TEXT NOT NULL DEFAULT 'insert',
     -- 128 random bits in hexadecimal, fresh for each acquisition: of the present holder, or of the last one.
     secret_key    TEXT NOT NULL DEFAULT '',
     fencing_token INTEGER NOT NULL DEFAULT 0,
@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- How far ahead expire_time lies at most: the TTL of the lease. Below zero for a lock that is kept by `at_least`. Zero once a
     -- takeover has given notice, and in a row that nothing of its last holder can touch any more.
     ttl_micros    INTEGER NOT NULL DEFAULT 0,
-    -- The processes that wait for it, the first one first: see docs/ARCHITECTURE.md.
+    -- The processes that wait for it, the first one first: see docs/architecture.md.
     waiters       TEXT NOT NULL DEFAULT '',
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 );

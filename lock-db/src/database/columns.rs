@@ -1,34 +1,36 @@
-//! The columns of the table, and what each has to hold. What a database calls the types that do is said beside its SQL.
+//! The columns of the table, and what each of them has to hold. The matching types of each database
+//! are next to its SQL.
 
 use std::collections::HashMap;
 
-/// A secret: 32 hexadecimal digits.
+/// Length of a secret: 32 hexadecimal digits.
 const SECRET: usize = 32;
-/// The kind of a lock: `insert` or `row`.
+/// Longest kind of a lock: `insert` or `row`.
 const KIND: usize = 6;
-/// The longest owner, in characters.
+/// Longest owner, in characters.
 const OWNER: usize = 255;
-/// The longest queue, in ASCII characters.
+/// Longest queue, in ASCII characters: see [`wait_queue`](super::wait_queue).
 const WAITERS: usize = 3584;
 
 /// What a column holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
-    /// The key that the database gives out, 64 bits with a sign.
+    /// The key that the database assigns, a signed 64-bit integer.
     Id,
     /// The name of a lock, compared byte by byte.
     Name,
-    /// 64 bits with a sign.
+    /// A signed 64-bit integer.
     Integer,
-    /// Up to so many ASCII characters.
+    /// At most this many ASCII characters.
     Ascii(usize),
-    /// Up to so many characters for people to read. What can't be stored of them is replaced.
+    /// At most this many characters of text for people. Characters that can't be stored are
+    /// replaced.
     Label(usize),
     /// A time of day in microseconds.
     Time,
 }
 
-/// All databases have these.
+/// The columns that all databases have.
 pub(super) const COLUMNS: [(&str, Content); 12] = [
     ("id", Content::Id),
     ("lock_name", Content::Name),
@@ -54,15 +56,15 @@ pub(super) struct Declared {
 /// What a new row has in a column that its INSERT does not name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum UnlessNamed {
-    /// A value: a default, the next number, what is computed.
+    /// A value: a default, the next number, a computed value.
     Value,
     Null,
-    /// Nothing: there is no such row.
+    /// Nothing: the INSERT fails.
     Nothing,
 }
 
 impl UnlessNamed {
-    /// As the statements that look for columns tell it.
+    /// Parses the form that the statements for finding columns return.
     pub(super) fn parse(text: &str) -> Self {
         match text {
             "value" => Self::Value,
@@ -72,7 +74,7 @@ impl UnlessNamed {
     }
 }
 
-/// What an INSERT names.
+/// The columns that an INSERT names.
 const NAMED: [&str; 2] = ["lock_name", "lock_kind"];
 
 /// How the columns of a table compare with those that lock-db needs.
@@ -81,12 +83,13 @@ pub(super) enum Compared {
     Fit,
     /// This column is missing.
     Missing(&'static str),
-    /// A column can't hold what belongs there, or keeps rows from being made. Says which, as what follows the name of the table.
+    /// A column can't hold what it should, or keeps rows from being created. The text says which,
+    /// and follows the name of the table.
     Unfit(String),
 }
 
-/// Compares declared columns, by their names, with what they have to hold. `needed` says what a column needs instead of a type
-/// that does not do.
+/// Compares declared columns, by name, with what they have to hold. `needed` returns what a column
+/// needs if its type does not fit.
 pub(super) fn compare(
     columns: &[(&'static str, Content)],
     declared: &HashMap<String, Declared>,
@@ -121,7 +124,7 @@ pub(super) fn compare(
     }
 }
 
-/// The number behind the name of a type: 255 of `varchar(255)`.
+/// The number after the name of a type: 255 of `varchar(255)`.
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 pub(super) fn length_of(kind: &str, name: &str) -> Option<usize> {
     let (length, _) = kind.strip_prefix(name)?.strip_prefix('(')?.split_once(')')?;

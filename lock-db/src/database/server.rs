@@ -1,4 +1,4 @@
-//! What kind of server a connection leads to, and how its table is named there.
+//! The server behind a connection, and the full name of its table.
 
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 use std::borrow::Cow;
@@ -8,29 +8,31 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sqlx::AssertSqlSafe;
 
-/// What a connection found out about the server behind it, in one go before its first use.
+/// What a connection found out about its server, once before its first use.
 #[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "facts that have nothing to do with each other")]
 pub struct Server {
     pub table: Arc<Table>,
     pub cluster: Cluster,
-    /// Whether it is MariaDB, which has statements of its own.
+    /// Whether it is MariaDB, which has its own statements.
     pub is_mariadb: bool,
-    /// Whether an insert that commits by itself keeps the counter of its table until a binary log is on disk.
+    /// Whether an insert in autocommit locks the counter of its table until a binary log is on
+    /// disk.
     pub keeps_counter: bool,
-    /// How many bytes of a statement it takes in one message, with room for what else stands in it.
+    /// How many bytes of data fit into one message, with room for the statement itself.
     pub longest_message: usize,
-    /// Whether an owner outside of ASCII can't be stored, because of the encoding of the database or the
-    /// character set of the column.
+    /// Whether an owner outside of ASCII can't be stored, because of the encoding of the database
+    /// or the character set of the column.
     pub is_ascii_only: bool,
-    /// Whether the application's connections keep statements prepared. Where they don't, sqlx leaves each one on a PostgreSQL server
-    /// that has a name.
+    /// Whether the application's connections keep statements prepared. If not, sqlx leaves every
+    /// named statement open on a PostgreSQL server.
     pub keeps_statements: bool,
 }
 
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 impl Server {
-    /// An owner as it can be stored: what tells people who has a lock is not to keep anybody from having it.
+    /// The owner in a form that can be stored. The owner is only information for people, so it must
+    /// not keep a lock from being taken.
     pub fn storable<'a>(&self, owner: &'a str) -> Cow<'a, str> {
         if self.is_ascii_only && !owner.is_ascii() {
             owner.chars().map(|character| if character.is_ascii() { character } else { '?' }).collect()
@@ -56,20 +58,21 @@ impl Server {
     }
 }
 
-/// How far a row lock reaches.
+/// Which clients a row lock excludes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cluster {
-    /// To everybody who may write.
+    /// All clients that may write.
     SinglePrimary,
-    /// To the clients of one node only: Galera, multi-primary group replication. What must exclude clients of other
-    /// nodes has to be a write, which certification finds.
+    /// Only the clients of one node: Galera, multi-primary group replication. To exclude clients of
+    /// other nodes, a statement has to write, because certification detects conflicting writes.
     MultiPrimary,
 }
 
-/// Where a `Locks` has its table, known to its session and to all who use it in transactions of their own.
+/// Where a `Locks` has its table. Shared by its session and by all callers that use the table in
+/// transactions of their own.
 #[derive(Debug, Default)]
 pub(crate) struct Location {
-    /// As the builder was told.
+    /// The schema given to the builder.
     schema: Option<String>,
     keeps_statements: bool,
     found: Mutex<Option<Server>>,
@@ -80,7 +83,7 @@ impl Location {
         Self { schema, keeps_statements, found: Mutex::default() }
     }
 
-    /// As the builder was told, else where the table was found the first time.
+    /// The schema given to the builder, or the schema where the table was first found.
     pub(crate) fn schema(&self) -> Option<String> {
         self.schema.clone().or_else(|| self.found().map(|server| server.table.schema.clone()))
     }
@@ -89,7 +92,8 @@ impl Location {
         self.lock().clone()
     }
 
-    /// The same table as before stays the same, with the statements that are prepared already.
+    /// Stores the server that was found. If its table is the same as before, the old `Table` is
+    /// kept, with its statement texts, which are already prepared.
     pub(crate) fn set(&self, mut server: Server) -> Server {
         server.keeps_statements = self.keeps_statements;
         let mut found = self.lock();
@@ -107,28 +111,29 @@ impl Location {
     }
 }
 
-/// The table `distributed_lock` of one `Locks`. It is found once; from then on every statement names it in full, so that
-/// no `search_path`, `USE` or temporary table makes it another one.
+/// The table `distributed_lock` of one `Locks`. It is found once. From then on every statement
+/// names it in full, so that no `search_path`, `USE` or temporary table selects another one.
 #[derive(Debug)]
 pub struct Table {
-    /// As SQL: `"public".distributed_lock`.
+    /// The name as SQL: `"public".distributed_lock`.
     name: String,
     /// The schema on PostgreSQL, the database on MySQL and MariaDB.
     pub schema: String,
-    /// What tells it from a table of the same name in another database; empty where nothing does.
+    /// Distinguishes the table from one of the same name in another database. Empty where nothing
+    /// does.
     pub identity: String,
-    /// The statements that were used already, by the places of what they were made of.
+    /// The texts of statements used so far, keyed by the addresses of their templates.
     statements: Mutex<HashMap<(usize, usize, usize), Arc<str>>>,
     has_old_versions: AtomicBool,
 }
 
-/// In statements this stands for the name of the table.
+/// Placeholder for the name of the table in statements.
 const PLACEHOLDER: &str = "{table}";
-/// In frames this stands for a statement.
+/// Placeholder for the inner statement in frames.
 const STATEMENT: &str = "{statement}";
 
 impl Table {
-    /// `quote` is what the database puts around a name.
+    /// `quote` is the character that the database puts around a name.
     pub fn new(schema: &str, quote: char, identity: String) -> Self {
         let doubled = schema.replace(quote, &format!("{quote}{quote}"));
         Self {
@@ -140,7 +145,7 @@ impl Table {
         }
     }
 
-    /// Whether old versions of its rows were kept, for a snapshot somewhere, when that was looked for the last time.
+    /// Whether a snapshot kept old versions of the table's rows, when that was last checked.
     #[cfg(feature = "postgres")]
     pub(super) fn has_old_versions(&self) -> bool {
         self.has_old_versions.load(Ordering::Relaxed)
@@ -154,17 +159,17 @@ impl Table {
         self.name == other.name && self.identity == other.identity
     }
 
-    /// As it stands in a statement.
+    /// The full name, as SQL.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// A statement on this table. The text is made once, so that it is prepared once, too.
+    /// A statement on this table. Its text is created once, so that it is prepared only once.
     pub fn sql(&self, statement: &'static str) -> AssertSqlSafe<Arc<str>> {
         self.sql_in(STATEMENT, statement)
     }
 
-    /// The same in a frame of other statements, which has `{statement}` where it goes.
+    /// The same inside a frame of other statements, which has `{statement}` in its place.
     pub fn sql_in(&self, frame: &'static str, statement: &'static str) -> AssertSqlSafe<Arc<str>> {
         let mut statements = self.statements.lock().unwrap_or_else(PoisonError::into_inner);
         let text = statements
@@ -174,8 +179,9 @@ impl Table {
     }
 }
 
-/// What is wrong with a table that a newer version has migrated, to something that this one can't use.
-#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+/// The error for a table that a newer version has migrated to something that this version can't
+/// use.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 pub(super) fn by_newer(table: &str, column: &str, version: i64) -> String {
     format!(
         "`{table}` lacks the column `{column}`: a newer version of lock-db has migrated it (migration {version}), and this one \

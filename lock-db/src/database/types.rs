@@ -1,4 +1,4 @@
-//! What goes to a database and comes back, whichever it is.
+//! Requests to a database and their results, the same for every database.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 
 use super::Server;
-use crate::limits::micros;
 use crate::name::Name;
+use crate::options::micros;
 use crate::secret::Secret;
 use crate::{Kind, LockInfo};
 
@@ -18,65 +18,68 @@ pub struct Claim {
     pub secret: Secret,
     pub owner: Arc<str>,
     pub ttl: Duration,
-    /// With what its process stands in the queue of the row. A claim without it leaves a free lock to nobody.
+    /// Secret of this process's entry in the queue of the row. A claim without it ignores the
+    /// queue.
     pub place: Option<Secret>,
 }
 
-/// A lease that is given back.
+/// A lease to be released.
 #[derive(Debug, Clone)]
-pub struct Return {
+pub struct ReleaseClaim {
     pub name: Name,
     pub secret: Secret,
-    /// When more callers of this process wait: they stand behind those of others who wait already.
-    pub place: Option<Place>,
+    /// Entry to append to the queue if more callers of this process wait. It goes behind the
+    /// entries of other processes.
+    pub place: Option<QueueEntry>,
 }
 
-/// A place in the queue of a row: see [`Waiters`].
+/// An entry in the queue of a row: see [`WaitQueue`](super::WaitQueue).
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct QueueEntry {
     pub secret: Secret,
-    /// Whom a release calls; zero for nobody.
+    /// Listener id that a release notifies; 0 means none.
     pub listener: u32,
 }
 
-impl Place {
-    /// As SQL binds it; empty for none.
+impl QueueEntry {
+    /// The secret and the listener id as SQL binds them; both are empty for no entry.
     pub(super) fn parts(place: Option<&Self>) -> (&str, String) {
         place.map_or(("", String::new()), |place| (place.secret.as_str(), format!("{:08x}", place.listener)))
     }
 }
 
-/// What became of returns and claims, in their order.
+/// Results of a batch: those of the releases and those of the claims, each in the order of the
+/// request.
 #[derive(Debug)]
-pub struct Exchanged {
-    pub returns: Vec<Standing>,
+pub struct BatchOutcome {
+    pub releases: Vec<LeaseStatus>,
     pub grants: Vec<Option<Grant>>,
-    /// Whom to wake up, now that these rows are free.
-    pub calls: Vec<Call>,
+    /// Which processes to notify, now that these rows are free.
+    pub notifications: Vec<Notification>,
 }
 
-impl Exchanged {
-    /// When something was in the way of all of them, and nothing was done.
+impl BatchOutcome {
+    /// The results if one obstacle affected the whole batch and nothing was done.
     #[cfg(feature = "mysql")]
-    pub(super) fn nothing(returns: &[Return], claims: &[Claim]) -> Self {
+    pub(super) fn nothing(releases: &[ReleaseClaim], claims: &[Claim]) -> Self {
         Self {
-            returns: vec![Standing::Busy; returns.len()],
+            releases: vec![LeaseStatus::Busy; releases.len()],
             grants: vec![None; claims.len()],
-            calls: Vec::new(),
+            notifications: Vec::new(),
         }
     }
 }
 
-/// A process that waits for a row that is free now, and can be woken up.
+/// A process to be notified: it waits for a row that is free now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Call {
+pub struct Notification {
     pub listener: u32,
-    /// Of the row.
+    /// Id of the row.
     pub id: i64,
 }
 
-impl Call {
-    /// As a place in the queue of a row names the listener: in hexadecimal, zero for none.
+impl Notification {
+    /// Parses the listener id of a queue entry: hexadecimal, zero for none.
     #[cfg(feature = "postgres")]
     pub(super) fn parse(listener: Option<&str>, id: i64) -> Option<Self> {
         let listener = u32::from_str_radix(listener?, 16).ok()?;
@@ -84,68 +87,72 @@ impl Call {
     }
 }
 
-/// What became of a release.
+/// Result of a release.
 #[derive(Debug, Clone, Copy)]
 pub struct Released {
-    pub standing: Standing,
-    pub call: Option<Call>,
+    pub status: LeaseStatus,
+    pub call: Option<Notification>,
 }
 
-impl From<Standing> for Released {
-    fn from(standing: Standing) -> Self {
-        Self { standing, call: None }
+impl From<LeaseStatus> for Released {
+    fn from(status: LeaseStatus) -> Self {
+        Self { status, call: None }
     }
 }
 
-/// A lease that was taken.
+/// A lease that was granted.
 #[derive(Debug, Clone, Copy)]
 pub struct Grant {
-    /// Of the row.
+    /// Id of the row.
     pub id: i64,
-    /// The last of those that belong to this grant.
+    /// The last token of this grant's range.
     pub fencing_token: i64,
-    /// How many belong to it, one at least: those since the grant before, which the clock has gone over meanwhile.
-    pub numbers: i64,
-    /// Whether other processes stand in the queue.
+    /// Length of the token range, at least one. The range begins after the token of the previous
+    /// grant: it contains all values that the clock has since passed.
+    pub tokens: i64,
+    /// Whether other processes are in the queue.
     pub others_wait: bool,
 }
 
-/// A lease, as the statements in a transaction name it.
+/// A lease as statements in a transaction identify it.
 #[derive(Debug, Clone)]
 pub struct LeaseKey {
     pub row: RowKey,
     pub secret: Secret,
-    /// Beside the secret, which a late copy of the request for the lease may bring back long after others have had it.
+    /// Checked in addition to the secret. A delayed copy of the request for the lease could write
+    /// the secret again long after other holders had the lease.
     pub fencing_token: i64,
-    /// What `previous_token` has to be at least in the snapshot of a transaction that this lease guards: zero, or the number of a holder
-    /// that got the lease by hand. What that one can see of the row is otherwise the same before and after.
+    /// Lower bound for `previous_token` in the snapshot of a transaction that this lease guards. It
+    /// is zero, or the token of a holder that got the lease by direct handover within the process.
+    /// Without it, the snapshot would show the same row before and after the handover.
     pub mark: i64,
     pub ttl: Duration,
-    /// By which it was granted.
+    /// The server that granted it.
     pub server: Server,
 }
 
-/// What a guard found.
+/// Result of a guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guarded {
-    /// The lock is ours, and stays so to the end of the transaction.
+    /// The lock is ours, and stays ours until the transaction ends.
     Ours,
-    /// It was ours when the transaction was committed, which it is already: the COMMIT of its handle finds nothing to do.
+    /// The lock was ours when the transaction was committed. It is committed already, so the COMMIT
+    /// of its handle finds nothing to do.
     Committed {
-        /// Whom to wake up, if the lock was released with it.
-        call: Option<Call>,
+        /// Which process to notify, if the lock was released with the commit.
+        call: Option<Notification>,
     },
-    /// It is not ours any more; or the transaction sees the row as it was before the lease was granted.
+    /// The lock is not ours any more, or the transaction sees the row as it was before the grant.
     NotOurs,
-    /// It is ours, but the transaction sees the row as it was before the lease was granted.
+    /// The lock is ours, but the transaction sees the row as it was before the grant.
     Stale,
-    /// The marked transaction has ended already.
+    /// The marked transaction has already ended.
     Ended,
-    /// The transaction has another table of that name before it. Nothing of the lock's was done.
+    /// The transaction uses another table of that name. The guard did nothing.
     Elsewhere,
 }
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(any(feature = "postgres", feature = "_sqlite"))]
 impl Guarded {
     pub(super) fn when(ours: bool) -> Self {
         if ours { Self::Ours } else { Self::NotOurs }
@@ -155,49 +162,52 @@ impl Guarded {
 /// A lease to be renewed.
 #[derive(Debug, Clone)]
 pub struct Renewal {
-    /// Of the row.
+    /// Id of the row.
     pub id: i64,
     pub secret: Secret,
     pub fencing_token: i64,
     pub ttl: Duration,
 }
 
-/// What became of renewals.
+/// Results of renewals.
 #[derive(Debug)]
 pub struct Renewed {
-    /// In their order.
-    pub standings: Vec<Standing>,
-    /// From just before what was not renewed was looked at. `None`: as old as the request.
-    pub looked: Option<Instant>,
+    /// In the order of the request.
+    pub statuses: Vec<LeaseStatus>,
+    /// Taken just before the leases that were not renewed were read. `None`: when the request
+    /// began.
+    pub read_at: Option<Instant>,
 }
 
-/// What the row said about a lease of ours.
+/// What the row says about one of our leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
-    /// It was ours, and what was asked for was done.
+pub enum LeaseStatus {
+    /// It was ours, and the requested change was made.
     Ours,
-    /// It is ours, with more of its TTL left than its holder relies on. Whether it was renewed just now was not told.
+    /// It is ours, with more of its TTL left than its holder relies on. Whether it was renewed just
+    /// now is unknown.
     StillOurs,
-    /// It is ours, but another transaction has the row locked: nothing was done, ask again.
+    /// It is ours, but another transaction has the row locked. Nothing was done; ask again.
     Busy,
-    /// As `Busy`, and a takeover has given notice: see [`LockRow::notice_is_due`].
+    /// Like `Busy`, and a takeover has given notice: see [`LockRow::notice_is_due`].
     Challenged,
     /// It is not ours any more.
     NotOurs,
 }
 
-/// A wish for a row, in a transaction.
+/// A request for the lock of a row, in a transaction.
 #[derive(Debug, Clone)]
 pub struct RowClaim {
     pub row: RowKey,
     pub kind: Kind,
     pub owner: Arc<str>,
     pub secret: Secret,
-    /// When the row was made, by which it is told from one of another server: where its id is used.
+    /// Creation time of the row. Where the row's id is used, it tells the row from one of another
+    /// server.
     pub created: i64,
-    /// Whether lock-db itself began the transaction, which therefore is in the right database.
+    /// Whether lock-db itself began the transaction, which is then in the right database.
     pub is_own: bool,
-    /// Whether nobody waits for it.
+    /// Whether the caller does not wait for the lock.
     pub is_try: bool,
 }
 
@@ -205,39 +215,42 @@ pub struct RowClaim {
 #[derive(Debug, Clone)]
 pub struct RowKey {
     pub name: Name,
-    /// As it was read last; not used where the transaction makes the row.
+    /// The id as last read. Not used where the transaction creates the row.
     pub id: i64,
 }
 
-/// What became of an attempt to lock a row.
+/// Result of an attempt to lock a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowAttempt {
-    /// It is locked until the transaction ends.
+    /// The row is locked until the transaction ends.
     Locked {
-        /// The number that this wrote into the row.
+        /// The token that this attempt wrote into the row.
         fencing_token: i64,
-        /// The secret that was there before.
+        /// The secret that was in the row before.
         before: String,
-        /// What it wrote as its own, if that was drawn by the server.
+        /// The secret that it wrote, if the server generated it.
         secret: Option<Secret>,
     },
-    /// Another transaction has it.
+    /// Another transaction has the row locked.
     Busy,
-    /// Another transaction has the whole table.
+    /// Another transaction has the whole table locked.
     TableLocked,
-    /// There is no such row, as far as this transaction can see.
+    /// This transaction sees no such row.
     Missing,
-    /// The row is there and locked, but the transaction's snapshot is older than what its last holder committed.
+    /// The row exists and is locked, but the transaction's snapshot is older than what the last
+    /// holder committed.
     Stale,
-    /// It was found and locked, and writing it had no effect.
+    /// The row was found and locked, but writing it had no effect.
     Unwritten,
-    /// The name is used as another kind of lock.
+    /// The name is used for another kind of lock.
     WrongKind,
-    /// A lease holds it. `usable`: the row is let go, and the transaction is as usable as before.
+    /// A lease holds the lock. `usable`: the row is unlocked again, and the transaction is as
+    /// usable as before.
     Leased { usable: bool },
-    /// No lease holds it any more, but its last holder has not been ruled out yet: see [`LockRow::is_settled`].
+    /// No lease holds the lock any more, but its last holder has not been ruled out yet: see
+    /// [`LockRow::is_settled`].
     Unsettled { usable: bool },
-    /// The transaction is in a database that is not the one of the table. Nothing was done in it.
+    /// The transaction is in another database than the table. Nothing was done in it.
     ForeignTransaction,
 }
 
@@ -249,52 +262,59 @@ pub struct LockRow {
     pub secret_key: String,
     pub owner: String,
     pub fencing_token: i64,
-    /// All times in microseconds since 1970, by the database's clock.
+    /// All times are in microseconds since 1970, by the database's clock.
     pub created: i64,
     pub acquired: i64,
     pub expires: i64,
-    /// Until `expires`; zero or less when that is past.
+    /// Time until `expires`; zero or less if that has passed.
     pub remaining: i64,
-    /// How long the deadline lies ahead at most, when nothing is wrong with the clock: the TTL of the present lease; below
-    /// zero for how long a lock was to be kept by `at_least` when it was given back; zero once a takeover has given notice, and when the row is settled.
+    /// How far ahead the deadline can be, if the clock is right:
+    ///
+    /// - the TTL of the present lease;
+    /// - negative: how long `at_least` keeps the lock after the release;
+    /// - zero once a takeover has given notice, and when the row is settled.
     pub ttl: i64,
-    /// The processes that wait: see [`Waiters`].
+    /// The processes that wait: see [`WaitQueue`](super::WaitQueue).
     pub waiters: String,
 }
 
-/// How long a takeover gives notice, at most. The rest of the time it is a fifth of the TTL.
+/// How long a takeover gives notice, at most. For shorter TTLs it is a fifth of the TTL.
 const LONGEST_NOTICE: i64 = 1_000_000;
-/// How much further ahead than its TTL a deadline may lie before the clock counts as set back.
+/// How far a deadline may be ahead of now beyond its TTL. Beyond that, the clock counts as set
+/// back.
 const CLOCK_SLACK: i64 = 2_000_000;
 
 impl LockRow {
-    /// Whether anybody may take it now: released, kept for long enough, or run out after a takeover gave notice.
+    /// Whether any process may take it now. It was released, its minimum hold time is over, or it
+    /// expired after a takeover gave notice.
     pub(crate) fn is_free(&self) -> bool {
         self.remaining <= 0 && (self.expires == 0 || self.ttl <= 0)
     }
 
-    /// Whether it is held by this acquisition and grant.
+    /// Whether this acquisition and this grant hold it.
     pub(crate) fn is_of(&self, secret: &Secret, fencing_token: i64) -> bool {
         self.secret_key == secret.as_str() && self.fencing_token == fencing_token && self.expires != 0
     }
 
-    /// How long it stays as it is without another renewal; zero when it is free, or when notice may be given.
+    /// How long it stays as it is without another renewal. Zero when it is free, or when notice may
+    /// be given.
     pub(crate) fn remaining(&self) -> Duration {
         let micros = if self.ttl > 0 { self.remaining - notice(self.ttl) } else { self.remaining };
         Duration::from_micros(u64::try_from(micros).unwrap_or(0))
     }
 
-    /// Whether no transaction of its last holder can be committed any more, and the row says so. What such a transaction has
-    /// written is older than this state of the row.
+    /// Whether no transaction of the last holder can commit any more, and the row says so.
+    /// Everything that such a transaction has written is older than this state of the row.
     pub(crate) fn is_settled(&self) -> bool {
         self.expires == 0 && self.ttl == 0
     }
 
-    /// Whether a takeover is to give notice now, or the deadline lies further ahead than can be.
+    /// Whether a takeover should give notice now, or the deadline is further ahead than it can be.
     ///
-    /// A lease that ran out may still be held: when its row is locked by another transaction, its holder can't renew it, but
-    /// can read that nobody has given notice. So it is taken in two steps. A takeover gives notice, for which it needs the row; then
-    /// the holder has a moment in which to renew.
+    /// An expired lease may still be held: its holder can't renew it while another transaction has
+    /// the row locked, but can read that no notice was given. A takeover therefore has two steps.
+    /// It gives notice, for which it needs the row. Then the holder has a short time in which to
+    /// renew.
     pub(crate) fn notice_is_due(&self) -> bool {
         let is_over = self.ttl > 0 && self.expires != 0 && self.remaining <= notice(self.ttl);
         is_over || (self.expires != 0 && self.remaining > self.ttl.abs() + CLOCK_SLACK)
@@ -305,19 +325,19 @@ impl LockRow {
         Duration::from_micros(u64::try_from(notice(self.ttl)).unwrap_or(0))
     }
 
-    /// Whom a release would call.
-    pub(crate) fn first_waiter(&self) -> Option<Call> {
+    /// The process that a release would notify.
+    pub(crate) fn first_waiter(&self) -> Option<Notification> {
         let listener = u32::from_str_radix(self.waiters.get(48..56)?, 16).ok()?;
-        (listener > 0).then_some(Call { listener, id: self.id })
+        (listener > 0).then_some(Notification { listener, id: self.id })
     }
 
-    /// When it was read, by the database's clock, in microseconds since 1970.
+    /// When it was read: microseconds since 1970, by the database's clock.
     pub(crate) fn now(&self) -> i64 {
         self.expires.saturating_sub(self.remaining)
     }
 
     pub(crate) fn into_info(self, name: &Name) -> LockInfo {
-        let held = self.kind == Kind::Insert && self.remaining > 0;
+        let held = self.kind != Kind::Row && self.remaining > 0;
         LockInfo {
             name: name.given(),
             kind: self.kind,
@@ -332,12 +352,14 @@ impl LockRow {
     }
 }
 
-/// For a TTL in microseconds. The statements `GIVE_NOTICE` say the same.
+/// Length of the notice for a TTL, both in microseconds. The `GIVE_NOTICE` statements compute the
+/// same.
 fn notice(ttl: i64) -> i64 {
     (ttl / 5).min(LONGEST_NOTICE)
 }
 
-/// How long a holder may rely on a row that has just been read, was locked by another transaction, and told of no notice.
+/// How long a holder may rely on a row that has just been read, was locked by another transaction,
+/// and showed no notice.
 pub(crate) fn reliable_without_notice(ttl: Duration) -> Duration {
     Duration::from_micros(u64::try_from(notice(micros(ttl))).unwrap_or(0)) * 9 / 10
 }

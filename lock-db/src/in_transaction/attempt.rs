@@ -1,4 +1,4 @@
-//! Taking a lock in an open transaction, whoever owns that.
+//! Takes a lock in an open transaction, which belongs to the caller or to lock-db.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,55 +6,58 @@ use std::time::{Duration, Instant};
 use sqlx::Connection;
 
 use super::HeldInTransaction;
-use super::find::Found;
-use super::known_rows::KnownRow;
+use super::find::FoundRow;
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::clock::{sleep, timeout};
-use crate::database::{LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
-use crate::error::{Failure, WaitingFor};
+use crate::context::Context;
+use crate::context::RowId;
+use crate::database::{Failure, LockDatabase, LockRow, RowAttempt, RowClaim, RowKey, Server};
+use crate::error::{Action, WaitingFor};
 use crate::jitter::jitter;
 use crate::name::Name;
+use crate::options::Wait;
 use crate::secret::Secret;
 use crate::session::Request;
-use crate::{Error, Kind, LockInfo, Locks};
+use crate::{Error, Kind, LockInfo};
 
-/// How long one statement may wait on the server: a caller who has gone is noticed in between. Much less than the second after which
-/// sqlx calls a statement slow, also on a busy machine.
+/// How long one statement may wait on the server. Between two statements a dropped caller is
+/// noticed. Well below one second, after which sqlx logs a statement as slow, even on a busy
+/// machine.
 const SLICE: Duration = Duration::from_millis(500);
-/// On PostgreSQL, where no call waits. Half of what is promised, as it counts it once for the turn in the queue, and once more for the
-/// holder.
+/// [`SLICE`] on PostgreSQL, where `lock_timeout` covers the wait in the row's queue and the wait
+/// for the holder separately. So one statement takes at most twice as long, which is less than the
+/// two seconds within which a dropped caller is to be noticed.
 const LONG_SLICE: Duration = Duration::from_millis(900);
-/// The first one is longer than the second after which PostgreSQL looks for a deadlock. Of those who wait for each other
-/// the last one to come finds it.
+/// The first slice on PostgreSQL. It is longer than one second, after which PostgreSQL looks for a
+/// deadlock. The last transaction to join a cycle finds the deadlock.
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
-/// How long a question to the session may take when the caller's wait is shorter.
+/// The minimum time for an answer of the session, even when the caller's wait is shorter.
 pub(super) const SHORTEST_ANSWER: Duration = Duration::from_secs(1);
-/// How long it may take to see whether a transaction has a lock for the second time.
+/// Limit of the read that tells whether a transaction takes the lock for the second time.
 const QUICK_LOOK: Duration = Duration::from_millis(100);
-/// The longest pause between two looks at a lease that another process holds.
+/// The longest pause between two reads of a lease that another process holds.
 pub(super) const PAUSE: Duration = Duration::from_millis(100);
-/// Between two attempts, when the server did not wait in between as it was asked to.
+/// The pause between two attempts when the server did not wait as requested.
 pub(super) const SHORT_PAUSE: Duration = Duration::from_millis(20);
 
-/// How often the table may turn out to be another one while a lock is asked for.
+/// How often a request for a lock may find that the table was replaced.
 const MOST_TABLES: u32 = 3;
 
-pub(super) const ACTION: &str = "lock the row";
+pub(super) const ACTION: Action = Action::LockRow;
 
-/// One caller's wish for a name.
+/// One caller's request for a name.
 pub(crate) struct Attempt<'a, DB: LockDatabase> {
-    pub(crate) locks: &'a Locks<DB>,
+    pub(crate) context: &'a Context<DB>,
     pub(crate) name: &'a Name,
     pub(crate) kind: Kind,
-    /// `None`: a try.
-    pub(crate) wait: Option<Duration>,
+    pub(crate) wait: Wait,
     pub(crate) started: Instant,
 }
 
 /// A lock that was taken.
 pub(crate) struct Locked {
     pub(crate) fencing_token: i64,
-    /// What stands in the row now, and what did before.
+    /// The secret in the row now, and the one before.
     pub(crate) secret: Secret,
     pub(crate) before: String,
 }
@@ -69,8 +72,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         self.lock_found(transaction, row).await
     }
 
-    /// What is to be done before the caller's transaction locks anything. `None`: the lock is not free, and this is a try.
-    pub(super) async fn find_in(&self, transaction: &mut DB::Connection) -> Result<Option<Found>, Error> {
+    /// Does what must be done before the caller's transaction locks anything. `None`: the lock is
+    /// not free, and this is a try.
+    pub(super) async fn find_in(&self, transaction: &mut DB::Connection) -> Result<Option<FoundRow>, Error> {
         if !transaction.is_in_transaction() {
             return Err(Error::NotInTransaction { name: self.name.given() });
         }
@@ -80,7 +84,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     pub(super) async fn lock_found(
         &self,
         transaction: &mut DB::Connection,
-        found: Found,
+        found: FoundRow,
     ) -> Result<Option<HeldInTransaction>, Error> {
         let locked = self.lock_row(transaction, found, false, &mut |_| true).await?;
         let Some(locked) = locked else { return Ok(None) };
@@ -89,12 +93,13 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             name: self.name.clone(),
             hold_count,
             #[cfg(feature = "testing")]
-            locks: self.locks.instance(),
+            locks: self.context.instance(),
         }))
     }
 
-    /// Takes the lock in the transaction on the connection. `None`: it was not free, and this is a try, or it `may_wait` no
-    /// longer, which is asked with what is in the way if that is no holder.
+    /// Takes the lock in the transaction on the connection. `None`: it was not free, and either
+    /// this is a try or `may_wait` returned `false`. `may_wait` receives the failure that is in the
+    /// way, or `None` if that is a holder.
     pub(crate) async fn lock(
         &self,
         connection: &mut DB::Connection,
@@ -104,19 +109,20 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         self.lock_row(connection, found, true, &mut may_wait).await
     }
 
-    /// A transaction that works with the table keeps it from being altered, and what is to alter it keeps everything else from the
-    /// table. So from here on nothing waits for the session: both would wait for each other.
+    /// A transaction that has used the table blocks an `ALTER TABLE`, and a waiting `ALTER TABLE`
+    /// blocks every other use of the table. So from here on nothing waits for the session: the two
+    /// would wait for each other.
     async fn lock_row(
         &self,
         connection: &mut DB::Connection,
-        found: Found,
+        found: FoundRow,
         is_own: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        let Found { mut server, row: KnownRow { id, created } } = found;
-        let (secret, owner) = (Secret::generate()?, Arc::clone(self.locks.owner()));
+        let FoundRow { mut server, row: RowId { id, created } } = found;
+        let (secret, owner) = (Secret::generate()?, Arc::clone(self.context.owner()));
         let row = RowKey { name: self.name.clone(), id };
-        let is_try = self.wait.is_none();
+        let is_try = self.wait.is_try();
         let mut claim = RowClaim { row, kind: self.kind, owner, secret, created, is_own, is_try };
         let (mut slice, mut stalled, mut last_settled) = (Duration::ZERO, None, Instant::now());
         let (mut found_anew, mut quick) = (0, 0);
@@ -127,19 +133,20 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     let secret = secret.unwrap_or(claim.secret);
                     return Ok(Some(Locked { fencing_token, secret, before }));
                 }
-                Step::Done(RowAttempt::WrongKind) => return Err(self.wrong_kind()),
+                Step::Done(RowAttempt::WrongKind) => return Err(self.wrong_kind().await),
                 Step::Done(RowAttempt::Unwritten) => {
                     return Err(Failure::not_written::<DB>().into_error(ACTION, Some(self.name)));
                 }
                 Step::Done(RowAttempt::ForeignTransaction) => {
-                    // Unless it is the table or the row that was made anew.
+                    // Unless the table or the row was created anew.
                     let before = server.table.identity.clone();
                     server =
                         self.ask_for(connection, |answer| Request::Locate { answer, anew: true }).await?;
                     let is_same_row = self.is_same_row(connection, &mut claim).await?;
                     found_anew += 1;
                     let is_same = is_same_row && server.table.identity == before;
-                    // A session that finds another table each time finds none that is this transaction's.
+                    // If the session finds another table each time, none of them is this
+                    // transaction's.
                     if is_same || found_anew > MOST_TABLES {
                         return Err(Error::ForeignTransaction { name: self.name.given() });
                     }
@@ -149,35 +156,37 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     continue;
                 }
                 Step::Done(RowAttempt::Missing) => {
-                    // Cleaned away since it was seen last. What is there for others is there for a read that locks, too.
+                    // The row was deleted since the last read. A row that other connections see is
+                    // visible to a locking read, too.
                     if self.is_same_row(connection, &mut claim).await? {
                         return Err(Error::ForeignTransaction { name: self.name.given() });
                     }
                     return Err(self.stale(connection).await);
                 }
-                // Told as `Stalled`.
+                // Reported as `Stalled`.
                 Step::Done(RowAttempt::TableLocked) => false,
-                // Another process was quicker, or the transaction may have read what its last holder has changed since.
+                // Another process was faster, or the transaction may have read what the last holder
+                // has changed since.
                 Step::Done(RowAttempt::Stale | RowAttempt::Leased { usable: false }) => {
                     return Err(self.stale(connection).await);
                 }
                 Step::Done(RowAttempt::Unsettled { usable }) => {
                     if !usable {
                         let error = self.stale(connection).await;
-                        // So that the next transaction finds it settled.
+                        // The next transaction then finds the row settled.
                         let _settled = self.settle().await;
                         return Err(error);
                     }
                     self.settle_for(connection).await?;
-                    if self.wait.is_none() && self.started.elapsed() < SHORTEST_ANSWER {
+                    if self.wait.is_try() && self.started.elapsed() < SHORTEST_ANSWER {
                         sleep(SHORT_PAUSE).await;
                         continue;
                     }
                     true
                 }
                 Step::Done(RowAttempt::Leased { usable: true }) => {
-                    // The clock may have been set back since; and where its holder can't reach the table because of this transaction,
-                    // the session can't either.
+                    // The clock may have been set back since. If this transaction keeps the holder
+                    // from the table, it keeps the session from it as well.
                     if last_settled.elapsed() > SHORTEST_ANSWER {
                         self.settle_for(connection).await?;
                         last_settled = Instant::now();
@@ -189,12 +198,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     false
                 }
                 Step::Stalled(failure) => {
-                    // On SQLite a holder keeps everybody from writing.
+                    // On SQLite a holder keeps all others from writing.
                     stalled = self.holder_here().is_none().then_some(failure);
                     false
                 }
             };
-            // A try goes on for a while before something that is no holder.
+            // A try waits for a short time if something other than a holder is in the way.
             let left = match (self.left(), &stalled) {
                 (Some(left), _) => left,
                 (None, Some(_)) => SHORTEST_ANSWER.saturating_sub(self.started.elapsed()),
@@ -202,14 +211,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             };
             if left.is_zero() {
                 return Err(match stalled {
-                    Some(failure) => failure.into_error(ACTION, Some(self.name)).within(self.wait),
+                    Some(failure) => failure.into_error(ACTION, Some(self.name)).within(self.wait.limit()),
                     None => self.was_held(connection, &server, held_by).await,
                 });
             }
             if !may_wait(stalled.as_ref()) {
                 return Ok(None);
             }
-            // A lease is not waited for on the server; and some settings keep the server from waiting.
+            // The server does not wait for a lease, and some settings keep it from waiting at all.
             quick = if asked.elapsed() < SHORT_PAUSE { quick + 1 } else { 0 };
             let pause = if held_by { PAUSE } else { (SHORT_PAUSE * quick.max(1)).min(PAUSE) };
             if held_by || (!slice.is_zero() && asked.elapsed() < slice / 2) {
@@ -219,12 +228,12 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// `is_lease`: its holder stands in the row.
+    /// `is_lease`: the row names its holder.
     async fn was_held(&self, connection: &mut DB::Connection, server: &Server, is_lease: bool) -> Error {
         let mut holder = self.holder_here();
         if is_lease {
-            let look = DB::look(connection, server, self.name);
-            let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, look).await.ok().flatten();
+            let read = DB::read(connection, server, self.name);
+            let row = bounds::answer::<DB, _>(SHORTEST_ANSWER, read).await.ok().flatten();
             holder = row.map(|row| Box::new(self.info(row)));
         }
         self.timed_out(WaitingFor::Lock, holder)
@@ -247,26 +256,23 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if failure.is_busy() {
             return Ok(Step::Stalled(failure.written_by_others(self.name, false)));
         }
-        // It may be the table that is another one by now.
-        self.locks.known_rows().forget(self.name);
-        if DB::lacks_right(&failure.source)
-            && let Err(Error::Database { source, .. }) = self.ask(|answer| Request::Check { answer }).await
+        // The table may have been replaced.
+        self.context.row_ids().forget(self.name);
+        if DB::lacks_right(failure.source())
+            && let Err(error) = self.ask(|answer| Request::Check { answer }).await
+            && let Some(found) = Failure::of_error::<DB>(&error)
         {
-            return Err(Error::Database {
-                action: ACTION,
-                name: Some(self.name.given()),
-                within: None,
-                source,
-            });
+            return Err(found.into_error(ACTION, Some(self.name)));
         }
         Err(failure.into_error(ACTION, Some(self.name)))
     }
 
-    /// How often the transaction holds it now. Only a secret that this process wrote needs a second look; and when that takes long,
-    /// the table may be about to be altered, and nothing here waits for it.
+    /// Returns how often the transaction holds the lock now. A second read is needed only if this
+    /// process wrote the secret. If that read takes long, the table may be about to be altered, so
+    /// its limit is short.
     async fn count(&self, connection: &mut DB::Connection, locked: &Locked) -> Result<usize, Error> {
         let Locked { secret, before, .. } = locked;
-        let counts = self.locks.counts();
+        let counts = self.context.hold_counts();
         if !counts.knows(before) {
             return Ok(counts.enter(secret, before, false));
         }
@@ -275,9 +281,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let again = if let Some(again) = again {
             again
         } else {
-            // Others see it when the transaction that wrote it has committed, and don't when it is ours.
+            // Other connections see the secret if the transaction that wrote it has committed. They
+            // don't if it is this transaction.
             let name = self.name.clone();
-            let committed = self.locks.session().ask(|answer| Request::Look { name, answer });
+            let committed = self.context.session().ask(|answer| Request::Read { name, answer });
             let committed = timeout(QUICK_LOOK, committed).await;
             committed.is_ok_and(|row| row.is_ok_and(|row| row.is_none_or(|row| row.secret_key != *before)))
         };
@@ -286,20 +293,25 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// What is left of the wait; `None` for a try.
     pub(crate) fn left(&self) -> Option<Duration> {
-        self.wait.map(|wait| wait.saturating_sub(self.started.elapsed()))
+        self.wait.limit().map(|wait| wait.saturating_sub(self.started.elapsed()))
     }
 
     /// The holder of the row lock, if it is in this process and has a transaction of lock-db's own.
     fn holder_here(&self) -> Option<Box<LockInfo>> {
-        if self.kind == Kind::Row { self.locks.row_queues().turns.holder(self.name) } else { None }
+        if self.kind == Kind::Row { self.context.row_waiters().queue.holder(self.name) } else { None }
     }
 
-    fn wrong_kind(&self) -> Error {
-        let found = if self.kind == Kind::Row { Kind::Insert } else { Kind::Row };
+    /// The row tells which kind it has.
+    async fn wrong_kind(&self) -> Error {
+        let found = match self.read().await {
+            Ok(Some(row)) if row.kind != self.kind => row.kind,
+            _ if self.kind == Kind::Row => Kind::Insert,
+            _ => Kind::Row,
+        };
         Error::WrongKind { name: self.name.given(), wanted: self.kind, found }
     }
 
-    /// The transaction can only be rolled back.
+    /// Makes sure that the transaction can only be rolled back.
     pub(super) async fn stale(&self, connection: &mut DB::Connection) -> Error {
         bounds::doom::<DB>(connection).await;
         Error::Serialization { name: self.name.given(), source: None }
@@ -323,9 +335,10 @@ fn next_slice<DB: LockDatabase>(last: Duration) -> Duration {
     }
 }
 
-/// What came of one statement.
+/// The result of one statement.
 enum Step {
     Done(RowAttempt),
-    /// Something keeps the table or the database as a whole from being written. The transaction is as usable as before.
+    /// Something other than a holder keeps the table or the whole database from being written. The
+    /// transaction is as usable as before.
     Stalled(Failure),
 }

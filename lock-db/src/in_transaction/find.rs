@@ -1,64 +1,70 @@
-//! Finding the row of a lock for a transaction, before the transaction touches the table: by the session, which has connections of its own.
+//! Finds the row of a lock for a transaction, before the transaction touches the table. The session
+//! does it, on its own connections.
 
 use std::time::Duration;
 
 use super::attempt::{ACTION, Attempt, PAUSE, SHORT_PAUSE, SHORTEST_ANSWER};
-use super::known_rows::KnownRow;
 use crate::bounds::{self, ANSWER_LIMIT};
 use crate::clock::{sleep, timeout};
-use crate::database::{LockDatabase, LockRow, RowClaim, Server, is_busy};
-use crate::error::{Failure, WaitingFor};
+use crate::context::RowId;
+use crate::database::Failure;
+use crate::database::{Fault, LockDatabase, LockRow, RowClaim, Server};
+
+use crate::error::{Action, WaitingFor};
 use crate::jitter::jitter;
+use crate::options::Wait;
 use crate::session::{Answer, Request};
 use crate::{Error, Kind};
 
-/// How long the table may be looked for while a transaction of the caller is open.
+/// How long the session may look for the table while a transaction of the caller is open.
 const LOCATE_LIMIT: Duration = Duration::from_secs(3);
-/// How long a takeover gives notice, and no longer.
+/// The longest time that a takeover gives notice.
 const LONGEST_NOTICE: Duration = Duration::from_secs(1);
-/// How long the session may look for the table before the caller's transaction looks itself.
+/// How long the session may look for the table before the caller's transaction looks for it.
 const FIND_LIMIT: Duration = Duration::from_millis(500);
-/// How long the session has for the first answer to an open transaction: longer than a private connection waits for the table.
+/// How long the session has for its first answer while a transaction is open. Longer than a private
+/// connection waits for the table.
 const SESSION_LIMIT: Duration = Duration::from_secs(3);
-/// How long a try asks it.
+/// The same for a try.
 const TRY_LIMIT: Duration = Duration::from_secs(3);
 
-/// The row that is to be locked, as far as it is known.
-pub(super) struct Found {
+/// The row to lock, as far as it is known.
+pub(super) struct FoundRow {
     pub(super) server: Server,
-    pub(super) row: KnownRow,
+    pub(super) row: RowId,
 }
 
-/// Where the transaction makes it.
-const NO_ROW: KnownRow = KnownRow { id: 0, created: 0 };
+/// Where the transaction creates the row.
+const NO_ROW: RowId = RowId { id: 0, created: 0 };
 
-const fn known(row: &LockRow) -> KnownRow {
-    KnownRow { id: row.id, created: row.created }
+const fn known(row: &LockRow) -> RowId {
+    RowId { id: row.id, created: row.created }
 }
 
 impl<DB: LockDatabase> Attempt<'_, DB> {
-    /// Finds the row, and waits until no lease holds it, where that has to be done outside of the transaction. Answers the row's id, or
-    /// zero where that is not needed. `None` as in `lock`.
+    /// Finds the row, and waits until no lease holds it, where that has to happen outside of the
+    /// transaction. Returns the row's id, or zero where none is needed. `None` as for
+    /// [`lock`](Self::lock).
     pub(super) async fn find(
         &self,
         connection: &mut DB::Connection,
         is_own: bool,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<Found>, Error> {
-        if self.locks.session().is_closed() {
+    ) -> Result<Option<FoundRow>, Error> {
+        if self.context.session().is_closed() {
             return Err(Error::Closed);
         }
         let server = self.locate_for_transaction(connection).await?;
         let found = match self.kind {
             Kind::Row => self.find_row(connection, &server, is_own).await.map(Some),
-            Kind::Insert => self.find_lease(connection, &server, may_wait).await,
+            Kind::Insert | Kind::Unknown => self.find_lease(connection, &server, may_wait).await,
         };
         match found {
-            Ok(row) => Ok(row.map(|row| Found { server, row })),
-            // The transaction itself keeps the row from being made.
+            Ok(row) => Ok(row.map(|row| FoundRow { server, row })),
+            // The transaction itself keeps the row from being created.
             Err(Error::Serialization { .. }) => {
                 let error = self.stale(connection).await;
-                // So that the next one finds it.
+                // The next transaction then finds the row.
                 let _made = self.ensure_row().await;
                 Err(error)
             }
@@ -71,23 +77,24 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         connection: &mut DB::Connection,
         server: &Server,
         is_own: bool,
-    ) -> Result<KnownRow, Error> {
+    ) -> Result<RowId, Error> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
             return Ok(NO_ROW);
         }
-        if let Some(row) = self.locks.known_rows().get(self.name) {
+        if let Some(row) = self.context.row_ids().get(self.name) {
             return Ok(row);
         }
         if !is_own {
             return Ok(known(&self.ensure_row_for(connection, server).await?));
         }
         let row = known(&self.ensure_row().await?.0);
-        self.locks.known_rows().insert(self.name.clone(), row);
+        self.context.row_ids().insert(self.name.clone(), row);
         Ok(row)
     }
 
-    /// The row of a name for a caller's transaction, which may have locks already, and keep an ALTER waiting that keeps private
-    /// connections from the table. Then the transaction looks itself.
+    /// Finds the row of a name for a caller's transaction. That transaction may have locks already,
+    /// and an `ALTER TABLE` that waits for it keeps private connections from the table. In that
+    /// case the transaction reads the row itself.
     async fn ensure_row_for(
         &self,
         connection: &mut DB::Connection,
@@ -100,10 +107,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         });
         let error = match ensured.await {
             Ok((row, _)) => {
-                self.locks.known_rows().insert(self.name.clone(), known(&row));
+                self.context.row_ids().insert(self.name.clone(), known(&row));
                 return Ok(row);
             }
-            Err(error @ Error::Database { .. }) if error.is_retryable() => error,
+            Err(error) if error.passes() => error,
             Err(error) => return Err(error),
         };
         let has_used_table = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
@@ -119,8 +126,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         Err(error)
     }
 
-    /// Looks once more for the row that could not be locked, and makes none: the transaction may have locked the place where it belongs.
-    /// Whether it is still the one that was meant.
+    /// Reads the row again that could not be locked, without creating it: the transaction may have
+    /// locked the gap where it belongs. Returns whether it is still the same row.
     pub(super) async fn is_same_row(
         &self,
         connection: &mut DB::Connection,
@@ -129,8 +136,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if DB::ROW_IS_MADE_IN_TRANSACTION {
             return Ok(true);
         }
-        self.locks.known_rows().forget_all();
-        let before = KnownRow { id: claim.row.id, created: claim.created };
+        self.context.row_ids().forget_all();
+        let before = RowId { id: claim.row.id, created: claim.created };
         let row = self.look_for(connection).await?.map_or(NO_ROW, |row| known(&row));
         (claim.row.id, claim.created) = (row.id, row.created);
         Ok(row == before)
@@ -141,7 +148,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         connection: &mut DB::Connection,
         server: &Server,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<KnownRow>, Error> {
+    ) -> Result<Option<RowId>, Error> {
         let outside = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::waits_outside(connection)).await;
         if outside.map_err(|failure| failure.into_error(ACTION, Some(self.name)))? {
             return self.wait_for_lease(connection, server, may_wait).await;
@@ -149,14 +156,14 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         Ok(Some(NO_ROW))
     }
 
-    /// Waits, outside of the transaction, until no lease holds the lock and the last one is ruled out. Answers the row's id; `None`
-    /// as in `lock`.
+    /// Waits outside of the transaction until no lease holds the lock and its last holder is ruled
+    /// out. Returns the row's id. `None` as for [`lock`](Self::lock).
     async fn wait_for_lease(
         &self,
         connection: &mut DB::Connection,
         server: &Server,
         may_wait: &mut impl FnMut(Option<&Failure>) -> bool,
-    ) -> Result<Option<KnownRow>, Error> {
+    ) -> Result<Option<RowId>, Error> {
         let mut was_settled = false;
         loop {
             let row = if DB::ROW_IS_MADE_IN_TRANSACTION {
@@ -177,8 +184,10 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             let is_over = row.is_free() || row.notice_is_due();
             if is_over && !was_settled {
                 match self.settle_for(connection).await {
-                    // Perhaps by this very transaction.
-                    Err(Error::Database { source, .. }) if DB::SETTLES_IN_TRANSACTION && is_busy(&source) => {
+                    // This transaction itself may have the row locked.
+                    Err(Error::Database { source, .. })
+                        if DB::SETTLES_IN_TRANSACTION && DB::classify(&source) == Fault::Busy =>
+                    {
                         return Ok(Some(known(&row)));
                     }
                     settled => settled?,
@@ -190,14 +199,15 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             let remaining = if is_over { SHORT_PAUSE } else { row.remaining() };
             let left = match self.left() {
                 Some(left) => left,
-                // A try of what is held by nobody goes on until it is settled, or it shows that it can't be.
+                // A try of a lock without a holder continues until the lock is settled or until it
+                // is clear that it can't be.
                 None if is_over => SHORTEST_ANSWER.saturating_sub(self.started.elapsed()),
                 None => return Ok(None),
             };
             if left.is_zero() {
                 return match self.wait {
-                    None => Ok(None),
-                    Some(_) => Err(self.timed_out(WaitingFor::Lock, Some(Box::new(self.info(row))))),
+                    Wait::Try => Ok(None),
+                    Wait::Within(_) => Err(self.timed_out(WaitingFor::Lock, Some(Box::new(self.info(row))))),
                 };
             }
             if !may_wait(None) {
@@ -207,10 +217,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// The same while a transaction is open. A pooler may have no connection for the session as long as transactions like this one have
-    /// them all: so this one looks itself where that comes to the same, and gives up before the session does.
+    /// [`locate`](Self::locate) while a transaction is open. If such transactions have all
+    /// connections of a pooler, the session may get none. So this transaction looks for the table
+    /// itself where that gives the same result, and the limit is shorter than the session's own.
     async fn locate_for_transaction(&self, connection: &mut DB::Connection) -> Result<Server, Error> {
-        if let Some(server) = self.locks.location().found() {
+        if let Some(server) = self.context.location().found() {
             return Ok(server);
         }
         let located = self.ask_within(LOCATE_LIMIT, |answer| Request::Locate { answer, anew: false });
@@ -218,48 +229,48 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if let Ok(located) = timeout(FIND_LIMIT, &mut located).await {
             return located;
         }
-        let schema = self.locks.location().schema();
-        let found = DB::find_only_table(connection, self.locks.pool(), schema.as_deref());
+        let schema = self.context.location().schema();
+        let found = DB::find_only_table(connection, self.context.pool(), schema.as_deref());
         match bounds::answer::<DB, _>(ANSWER_LIMIT, found).await {
             Ok(Some(server)) => Ok(server),
             Ok(None) => located.await,
-            Err(failure) => Err(failure.into_error("find the table", Some(self.name))),
+            Err(failure) => Err(failure.into_error(Action::FindTable, Some(self.name))),
         }
     }
 
-    /// Where the table is.
+    /// Returns where the table is.
     pub(crate) async fn locate(&self) -> Result<Server, Error> {
-        match self.locks.location().found() {
+        match self.context.location().found() {
             Some(server) => Ok(server),
             None => self.ask(|answer| Request::Locate { answer, anew: false }).await,
         }
     }
 
-    /// The row, as the session sees it.
-    pub(crate) async fn look(&self) -> Result<Option<LockRow>, Error> {
-        self.ask(|answer| Request::Look { name: self.name.clone(), answer }).await
+    /// Reads the row on a connection of the session.
+    pub(crate) async fn read(&self) -> Result<Option<LockRow>, Error> {
+        self.ask(|answer| Request::Read { name: self.name.clone(), answer }).await
     }
 
-    /// The same for a transaction that is open.
+    /// [`read`](Self::read) while a transaction is open.
     async fn look_for(&self, connection: &mut DB::Connection) -> Result<Option<LockRow>, Error> {
-        self.ask_for(connection, |answer| Request::Look { name: self.name.clone(), answer }).await
+        self.ask_for(connection, |answer| Request::Read { name: self.name.clone(), answer }).await
     }
 
-    /// Rules out the last holder of a lease that has run out or was released.
+    /// Rules out the last holder of a lease that has expired or was released.
     pub(super) async fn settle(&self) -> Result<(), Error> {
         let name = self.name.clone();
         let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT) + LONGEST_NOTICE;
         self.ask_within(limit, |answer| Request::Settle { name, answer }).await
     }
 
-    /// The same for a transaction that is open and is to go on.
+    /// [`settle`](Self::settle) while a transaction is open that is to continue.
     pub(super) async fn settle_for(&self, connection: &mut DB::Connection) -> Result<(), Error> {
         let settled = self.settle().await;
         self.unless_in_the_way(connection, settled, async || self.settle().await).await
     }
 
-    /// As `ask`, for a transaction of the caller: when it may be what keeps the session from the table, it does not ask again, so that its
-    /// owner rolls it back.
+    /// [`ask`](Self::ask) for a caller's transaction. If the transaction may be what keeps the
+    /// session from the table, it does not ask again. The error makes its owner roll it back.
     pub(super) async fn ask_for<T>(
         &self,
         connection: &mut DB::Connection,
@@ -277,7 +288,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         again: impl AsyncFnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
         match answer {
-            Err(error @ Error::Database { .. }) if error.is_retryable() => {
+            Err(error) if error.passes() => {
                 let used = bounds::answer::<DB, _>(ANSWER_LIMIT, DB::has_used_table(connection)).await;
                 if matches!(used, Ok(false)) { again().await } else { Err(error) }
             }
@@ -285,32 +296,33 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }
     }
 
-    /// Makes sure that the row is there before the transaction touches it, on a connection of the session: never in the
-    /// caller's transaction, where others would wait for it with locks that end in deadlocks. Answers the row and whether it was missing.
+    /// Makes sure that the row exists before the transaction touches it. This uses a connection of
+    /// the session and never the caller's transaction, because others would wait for that with
+    /// locks that end in deadlocks. Returns the row and whether it was missing.
     async fn ensure_row(&self) -> Result<(LockRow, bool), Error> {
         self.ask(|answer| Request::EnsureRow { name: self.name.clone(), kind: self.kind, answer }).await
     }
 
-    /// Asks the session, not much longer than the wait, and again while something is in the way that passes.
+    /// Asks the session, for about as long as the wait. Asks again after an error that passes.
     pub(super) async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
         let mut told = None;
         loop {
             let limit = self.left().unwrap_or(TRY_LIMIT);
             let limit = if told.is_none() { limit.max(SHORTEST_ANSWER) } else { limit };
             let answer = match (self.ask_within(limit, &request).await, told.take()) {
-                // What was told before says more than a silence.
-                (Err(Error::Database { source, .. }), Some(told)) if Failure::is_silent(&source) => Err(told),
+                // The earlier error says more than a missing answer.
+                (Err(error), Some(told)) if error.is_silence() => Err(told),
                 (answer, _) => answer,
             };
             let left = self.left().unwrap_or_else(|| SHORTEST_ANSWER.saturating_sub(self.started.elapsed()));
             match answer {
-                Err(error @ Error::Database { .. }) if error.is_retryable() && !left.is_zero() => {
+                Err(error) if error.passes() && !left.is_zero() => {
                     tracing::debug!(lock = %self.name, %error, "asked again");
                     told = Some(error);
                 }
                 answer => {
-                    let within = self.wait.filter(|_| left.is_zero());
-                    return answer.map_err(|error| error.about(self.name).within(within));
+                    let within = self.wait.limit().filter(|_| left.is_zero());
+                    return answer.map_err(|error| error.about(self.name.shown()).within(within));
                 }
             }
             sleep(jitter(PAUSE).min(left)).await;
@@ -322,7 +334,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         limit: Duration,
         request: impl FnOnce(Answer<T>) -> Request,
     ) -> Result<T, Error> {
-        match timeout(limit, self.locks.session().ask(request)).await {
+        match timeout(limit, self.context.session().ask(request)).await {
             Ok(answer) => answer,
             Err(_elapsed) => {
                 Err(Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(self.name)))

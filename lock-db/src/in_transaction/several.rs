@@ -1,17 +1,21 @@
 //! Several names in one transaction.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{Attempt, HeldInTransaction};
+use crate::context::Context;
 use crate::database::LockDatabase;
-use crate::limits::MOST_NAMES;
 use crate::name::Name;
-use crate::{Error, Kind, Locks};
+use crate::options::{MOST_NAMES, Wait};
+use crate::{Error, Kind};
 
-/// The names, checked, each once, in the order in which everybody takes them: byte by byte. Two callers who want the same
-/// ones then never wait for each other crosswise.
-pub(crate) fn in_order<DB: LockDatabase>(locks: &Locks<DB>, names: &[String]) -> Result<Vec<Name>, Error> {
-    let mut checked = names.iter().map(|name| locks.checked_name(name)).collect::<Result<Vec<_>, _>>()?;
+/// Checks the names and returns each once, sorted by bytes. All callers take names in this order,
+/// so two callers that need the same names never wait for each other in a cycle.
+pub(crate) fn in_order<DB: LockDatabase>(
+    context: &Context<DB>,
+    names: &[String],
+) -> Result<Vec<Name>, Error> {
+    let mut checked = names.iter().map(|name| context.checked_name(name)).collect::<Result<Vec<_>, _>>()?;
     checked.sort_unstable();
     checked.dedup();
     if checked.is_empty() {
@@ -31,18 +35,20 @@ pub(crate) fn in_order<DB: LockDatabase>(locks: &Locks<DB>, names: &[String]) ->
     Ok(checked)
 }
 
-/// Locks all of them in the transaction, within one wait. `None`: a try, and one of them was not free.
+/// Locks all names in the transaction, within one wait. `None`: a try, and one of them was not
+/// free.
 pub(crate) async fn lock_all<DB: LockDatabase>(
-    locks: &Locks<DB>,
+    context: &Context<DB>,
     names: &[String],
     kind: Kind,
-    wait: Option<Duration>,
+    wait: Wait,
     transaction: &mut DB::Connection,
 ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
     let started = Instant::now();
-    let names = in_order(locks, names)?;
-    let attempts = names.iter().map(|name| Attempt { locks, name, kind, wait, started });
-    // All of them are found before the first is locked, which is in the way of whoever makes the others' rows.
+    let names = in_order(context, names)?;
+    let attempts = names.iter().map(|name| Attempt { context, name, kind, wait, started });
+    // All rows are found before the first is locked. A locked row would block other requests that
+    // create the remaining rows.
     let mut found = Vec::with_capacity(names.len());
     for attempt in attempts {
         match attempt.find_in(transaction).await? {

@@ -1,4 +1,5 @@
-//! Waiting for the session, which has bounds of its own; and for no longer when its thread does not run.
+//! Waits for answers of the session. The session has time limits of its own, so a caller gives up
+//! early only if the session's thread does not run.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,12 +10,13 @@ use super::request::Request;
 use crate::Error;
 use crate::backstop::timeout_at;
 use crate::clock::timeout;
+use crate::error::Action;
 use crate::name::Name;
 
-/// How long the thread may take to say that it runs, on a machine that is very busy.
+/// How long the thread may take to show that it runs, on a very busy machine.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
-/// The way to a session, which may keep it running or not.
+/// A channel to a session, which may keep the session running or not.
 pub(crate) trait Way {
     /// `false`: the session is gone.
     fn send(&self, request: Request) -> bool;
@@ -32,15 +34,16 @@ impl Way for mpsc::WeakUnboundedSender<Request> {
     }
 }
 
-/// Waits for the answer to a request. When it has not come `limit` after the start, and again each time that this has passed, the session's thread is
-/// asked whether it runs at all: it may be stopped by a debugger, or blocked by something that it calls, such as a subscriber of
-/// `tracing`. `None`: the session is gone.
+/// Waits for the answer to a request. If it has not arrived `limit` after the start, and again each
+/// time that `limit` has passed, this checks whether the session's thread runs at all. The thread
+/// may be stopped by a debugger, or blocked by something that it calls, such as a `tracing`
+/// subscriber. `None`: the session is gone.
 pub(crate) async fn answer_to<T>(
     session: &impl Way,
     answered: impl Future<Output = Result<Result<T, Error>, oneshot::error::RecvError>>,
     limit: Duration,
     started: Instant,
-    (action, name): (&'static str, Option<&Name>),
+    (action, name): (Action, Option<&Name>),
 ) -> Option<Result<T, Error>> {
     let mut answered = std::pin::pin!(answered);
     let mut deadline = started + limit;
@@ -49,12 +52,17 @@ pub(crate) async fn answer_to<T>(
             return answer.ok();
         }
         let (runs, is_running) = oneshot::channel();
-        if session.send(Request::Answer(runs)) && timeout(SIGN_OF_LIFE, is_running).await.is_err() {
+        if !session.send(Request::Answer(runs)) {
+            // Its thread has ended, perhaps right after it answered.
+            let last = timeout(SIGN_OF_LIFE, &mut answered).await;
+            return last.ok().and_then(Result::ok);
+        }
+        if timeout(SIGN_OF_LIFE, is_running).await.is_err() {
             let message = format!(
                 "the thread of this `Locks` has not run for {SIGN_OF_LIFE:?}: it is stopped or blocked"
             );
-            let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message));
-            return Some(Err(Error::Database { action, name: name.map(Name::given), within: None, source }));
+            let name = name.map(Name::given);
+            return Some(Err(Error::other(action, name, true, io::ErrorKind::TimedOut, message)));
         }
         deadline = Instant::now() + limit;
     }

@@ -1,4 +1,4 @@
-//! How long the present holder of a lease has had it, and how long it may.
+//! How long the present holder of a lease has had it, and how long it may have it.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,12 +12,13 @@ pub(super) struct HoldTime {
     granted: Instant,
     /// When the present holder got it, in microseconds after the grant.
     since: AtomicU64,
-    /// Until when the present holder may have it, in microseconds after the grant, or one of the two below.
+    /// Until when the present holder may have it, in microseconds after the grant, or `UNLIMITED`,
+    /// or `OVER`.
     until: AtomicU64,
 }
 
 const UNLIMITED: u64 = u64::MAX;
-/// For ever, once it was seen that the time is over.
+/// Final, once the time was seen to be over.
 const OVER: u64 = u64::MAX - 1;
 
 impl HoldTime {
@@ -35,15 +36,16 @@ impl HoldTime {
         self.granted + Duration::from_micros(self.since.load(Ordering::Acquire))
     }
 
-    /// The present holder has no limit any more. `false`: too late, its time was seen to be over.
+    /// Removes the limit of the present holder. `false`: too late, its time was seen to be over.
     pub(super) fn ends(&self) -> bool {
         let unlimited = |before| (before != OVER).then_some(UNLIMITED);
-        // Most have none, which takes a look.
+        // Most holders have no limit, and then a load is enough.
         self.until.load(Ordering::Acquire) == UNLIMITED
             || self.until.fetch_update(Ordering::AcqRel, Ordering::Acquire, unlimited).is_ok()
     }
 
-    /// The next holder has it from `now` on. `false`: too late, the time of the one before was seen to be over.
+    /// Starts the time of the next holder at `now`. `false`: too late, the time of the holder
+    /// before was seen to be over.
     pub(super) fn begins_anew(&self, now: Instant, at_most: Option<Duration>) -> bool {
         let now = micros(now.saturating_duration_since(self.granted));
         let until = at_most.map_or(UNLIMITED, |at_most| now.saturating_add(micros(at_most)).min(OVER - 1));

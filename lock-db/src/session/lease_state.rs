@@ -1,4 +1,4 @@
-//! What the session and the guard of a lease share.
+//! The state that the session shares with the guard of a lease.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, PoisonError};
@@ -8,70 +8,73 @@ use chrono::Utc;
 use tokio::sync::watch;
 
 use super::hold_time::HoldTime;
-use super::queues::Turn;
+use super::local_queue::Permit;
 use crate::database::{Cluster, LeaseKey};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
 use crate::{Error, Kind, LockInfo};
 
-/// A lease as its guard sees it, and those to whom it is handed on.
+/// A lease as its guard sees it, and the guards of the holders that it is handed on to.
 #[derive(Debug)]
 pub(crate) struct LeaseState {
     pub(super) number: u64,
-    /// With the last of the fencing tokens that belong to the grant.
+    /// Its fencing token is the last one of the token range.
     pub(crate) key: LeaseKey,
     pub(crate) ttl: Duration,
-    /// How many fencing tokens there are for the holders of this lease, and how many were used.
-    numbers: u32,
-    numbers_used: AtomicU32,
+    /// The size of the token range, and how many of its fencing tokens were used.
+    tokens: u32,
+    tokens_used: AtomicU32,
     /// How many holders may have it one after the other.
     turns: u32,
-    /// Transactions of former holders that may still commit by this lease, for all we know.
+    /// Transactions of former holders that may still commit under this lease.
     open_commits: AtomicUsize,
-    /// Whether there is one of those whose outcome nobody will learn.
+    /// Whether one of them has an outcome that will never be known.
     unknown_commit: AtomicBool,
-    /// How many guarded commits are under way.
+    /// How many guarded commits are in progress.
     commits_under_way: watch::Sender<usize>,
     doubts: Mutex<Doubts>,
-    /// Until others of this process may ask for the lock. Not only the session knows when that is.
-    turn: Mutex<Option<Turn>>,
+    /// Kept until other callers of this process may ask for the lock. It is here because not only
+    /// the session knows when that is.
+    permit: Mutex<Option<Permit>>,
     hold_time: HoldTime,
-    /// For how long after the grant nobody else is to have the lock, whenever it is released.
+    /// How long after the grant no other holder may get the lock, whenever it is released.
     at_least: Mutex<Duration>,
     deadline: Deadline,
     lost: watch::Receiver<Option<Loss>>,
-    /// The database has said that the row is not ours any more; what has become of it is being found out.
+    /// The database has reported that the row is not ours any more. The session is finding out what
+    /// has become of it.
     gone: AtomicBool,
     taken_over_by: OnceLock<Box<LockInfo>>,
-    /// What the database said in a transaction, before the session has heard of it.
+    /// The loss that the database reported in a transaction, before the session has heard of it.
     ended: watch::Sender<Option<Loss>>,
 }
 
 impl LeaseState {
-    /// The sender stays with the session: if its thread ever dies, the lease counts as lost.
+    /// Creates the state of a new lease. The sender stays with the session: if its thread dies, the
+    /// lease counts as lost.
     pub(super) fn new(
         number: u64,
         key: LeaseKey,
-        (numbers, turns): (u32, u32),
+        (tokens, turns): (u32, u32),
         ttl: Duration,
         at_most: Option<Duration>,
         deadline: Instant,
-        turn: Option<Turn>,
+        permit: Option<Permit>,
     ) -> (Arc<Self>, watch::Sender<Option<Loss>>) {
         let (sender, lost) = watch::channel(None);
         let state = Self {
             number,
             key,
             ttl,
-            numbers,
-            numbers_used: AtomicU32::new(1),
+            tokens,
+            tokens_used: AtomicU32::new(1),
             turns,
             open_commits: AtomicUsize::new(0),
             unknown_commit: AtomicBool::new(false),
             commits_under_way: watch::Sender::new(0),
             doubts: Mutex::default(),
-            turn: Mutex::new(turn),
+            permit: Mutex::new(permit),
             hold_time: HoldTime::new(Instant::now(), at_most),
             at_least: Mutex::default(),
             deadline: Deadline::new(deadline),
@@ -87,14 +90,15 @@ impl LeaseState {
         &self.key.row.name
     }
 
-    /// The next caller of this process may ask for the lock.
-    pub(crate) fn pass_turn(&self) {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        // Still locked: for whoever finds it gone it has been passed, and not only taken by another thread that is about to.
-        drop(turn.take());
+    /// Passes the permit to the next caller of this process.
+    pub(crate) fn pass_permit(&self) {
+        let mut permit = self.permit.lock().unwrap_or_else(PoisonError::into_inner);
+        // The permit is dropped under the mutex. A thread that finds it gone can rely on it having
+        // been passed on.
+        drop(permit.take());
     }
 
-    /// As this process knows it: for callers that wait behind it.
+    /// The lock as this process knows it, for callers that wait behind it.
     pub(super) fn info(&self, owner: &str) -> LockInfo {
         let (now, held_for) = (Utc::now(), self.hold_time.since().elapsed());
         let since = now - held_for;
@@ -111,24 +115,24 @@ impl LeaseState {
         }
     }
 
-    /// Of the present holder, if it was handed on; else of the only one.
+    /// The fencing token of the present holder.
     pub(crate) fn last_fencing_token(&self) -> i64 {
-        let used = self.numbers_used.load(Ordering::Acquire);
-        self.key.fencing_token - i64::from(self.numbers) + i64::from(used)
+        let used = self.tokens_used.load(Ordering::Acquire);
+        self.key.fencing_token - i64::from(self.tokens) + i64::from(used)
     }
 
-    /// A fencing token for the next holder.
+    /// Takes a fencing token for the next holder.
     pub(crate) fn next_fencing_token(&self) -> i64 {
-        self.numbers_used.fetch_add(1, Ordering::AcqRel);
+        self.tokens_used.fetch_add(1, Ordering::AcqRel);
         self.last_fencing_token()
     }
 
-    /// Whether another holder may have it without the database being asked: only if the present one can do nothing more in
-    /// its name, and if there is enough left of it.
+    /// Whether the lease may be handed on to another holder without asking the database. The
+    /// present holder must not be able to do anything more under it, and enough time must be left.
     pub(crate) fn may_be_handed_on(&self, now: Instant, time: Duration) -> bool {
         // On another node the next holder might not see yet what this one has committed.
         self.key.server.cluster == Cluster::SinglePrimary
-            && self.numbers_used.load(Ordering::Acquire) < self.turns
+            && self.tokens_used.load(Ordering::Acquire) < self.turns
             && now.saturating_duration_since(self.hold_time.granted()) < time
             && self.open_commits.load(Ordering::Acquire) == 0
             && self.at_least().is_zero()
@@ -136,7 +140,7 @@ impl LeaseState {
             && self.loss().is_none()
     }
 
-    /// A transaction is verified by this lease, and nobody will tell how it ends.
+    /// A transaction is verified under this lease. How it ends will not be reported.
     pub(crate) fn is_verified(&self) {
         self.open_commits.fetch_add(1, Ordering::AcqRel);
     }
@@ -148,39 +152,39 @@ impl LeaseState {
         CommitUnderWay { lease: Arc::clone(self), may_come: true }
     }
 
-    /// Resolves when no guarded commit is under way.
+    /// Resolves when no guarded commit is in progress.
     pub(crate) async fn commits_have_ended(&self) {
         let mut under_way = self.commits_under_way.subscribe();
-        // The sender is ours.
+        // Can't fail: the sender is a field of `self`.
         let _ended = under_way.wait_for(|count| *count == 0).await;
     }
 
-    /// Whether some commit may still be carried out, for ever.
+    /// Whether a commit has an unknown outcome, and so may still be carried out.
     pub(crate) fn has_unknown_commit(&self) -> bool {
         self.unknown_commit.load(Ordering::Acquire)
     }
 
-    /// `false`: too late, somebody was told already that it is over.
+    /// `false`: too late, the lease was already seen as over.
     pub(super) fn extend(&self, deadline: Instant) -> bool {
         self.deadline.extend(deadline)
     }
 
-    /// The database has renewed what was asked for at `sent`.
+    /// The database has renewed a lease for a request that was sent at `sent`.
     pub(super) fn confirm(&self, sent: Instant) {
         let mut doubts = self.doubts();
-        // What was asked while the release was on its way, or before, may have been answered before the release was
-        // carried out.
+        // A renewal that was sent before the release was answered may have been answered before the
+        // release was carried out.
         if doubts.under_way == 0 {
             doubts.since.take_if(|since| *since < sent);
         }
     }
 
-    /// A statement that releases it with its transaction is about to be sent.
+    /// A statement that releases the lease with its transaction is about to be sent.
     pub(crate) fn doubt_begins(&self) {
         self.doubts().under_way += 1;
     }
 
-    /// The statement was answered, or nobody waits for that any more. Its transaction may still be open.
+    /// The statement was answered, or its caller has gone. Its transaction may still be open.
     pub(crate) fn doubt_can_be_settled(&self) {
         let mut doubts = self.doubts();
         doubts.under_way = doubts.under_way.saturating_sub(1);
@@ -196,8 +200,8 @@ impl LeaseState {
         self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Nobody else is to have the lock for so long from now on.
-    pub(crate) fn keep_for(&self, at_least: Duration) {
+    /// No other holder may get the lock for this long from now on.
+    pub(crate) fn set_minimum_hold(&self, at_least: Duration) {
         let at_least =
             if at_least.is_zero() { at_least } else { self.hold_time.granted().elapsed() + at_least };
         let mut kept = self.at_least.lock().unwrap_or_else(PoisonError::into_inner);
@@ -209,17 +213,17 @@ impl LeaseState {
         *self.at_least.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it must not be free yet.
-    pub(crate) fn is_kept(&self) -> bool {
+    /// Whether the minimum hold time is not over yet.
+    pub(crate) fn is_within_minimum_hold(&self) -> bool {
         self.hold_time.granted().elapsed() < self.at_least()
     }
 
-    /// Its holder is done with it, and has no limit any more. `false`: too late, its time was over.
+    /// The holder is done with it, and has no limit any more. `false`: too late, its time was over.
     pub(super) fn is_given_up(&self) -> bool {
         self.hold_time.ends()
     }
 
-    /// The next holder has it from `now` on. Answers until when at most.
+    /// The next holder has it from `now` on. Returns until when it may have it.
     pub(super) fn is_handed_on(&self, now: Instant, at_most: Option<Duration>) -> Option<Instant> {
         self.hold_time.begins_anew(now, at_most);
         self.hold_time.until()
@@ -229,17 +233,18 @@ impl LeaseState {
         self.hold_time.since()
     }
 
-    /// Until when its present holder may have it, if there is a limit.
+    /// Until when the present holder may have it, if there is a limit.
     pub(super) fn held_until_at_most(&self) -> Option<Instant> {
         self.hold_time.until()
     }
 
-    /// Whether its present holder has had it for as long as it may.
+    /// Whether the present holder has had it for as long as it may.
     pub(super) fn is_held_too_long(&self) -> bool {
         self.hold_time.is_over()
     }
 
-    /// `None` while the lease is held. A loss that the session has not noticed yet is seen by the clock.
+    /// `None` while the lease is held. By the clock, this also detects a loss that the session has
+    /// not noticed yet.
     pub(crate) fn loss(&self) -> Option<Loss> {
         match self.told_loss() {
             None if self.gone.load(Ordering::Acquire) => Some(Loss::TakenOver),
@@ -250,12 +255,12 @@ impl LeaseState {
         }
     }
 
-    /// It is not ours any more, from now on. `false`: that is known.
+    /// The lease is not ours from now on. `false`: this was already known.
     pub(super) fn is_gone(&self) -> bool {
         !self.gone.swap(true, Ordering::AcqRel)
     }
 
-    /// The first that was seen to have it counts.
+    /// The first process that was seen to have it counts.
     pub(crate) fn is_taken_over_by(&self, info: Box<LockInfo>) {
         let _known_already = self.taken_over_by.set(info);
     }
@@ -264,27 +269,29 @@ impl LeaseState {
         self.taken_over_by.get().map(|info| &**info)
     }
 
-    /// For its holder.
+    /// The error for its holder.
     pub(crate) fn lost_error(&self, reason: Loss) -> Error {
         let taken_over_by = self.taken_over_by.get().filter(|_| reason == Loss::TakenOver).cloned();
         Error::Lost { name: self.name().given(), reason, taken_over_by }
     }
 
-    /// A loss that was told.
+    /// The loss that was reported, if there is one.
     pub(crate) fn told_loss(&self) -> Option<Loss> {
         let ended = *self.ended.borrow();
         ended.or_else(|| *self.lost.borrow())
     }
 
-    /// The database has said that it is over. The session tells those who wait for that.
+    /// The database has reported that the lease is over. The session notifies those that wait for
+    /// this.
     pub(crate) fn ends(&self, loss: Loss) {
-        // What was taken back is not ours any more either.
+        // A lease that was taken back keeps that reason: the database then also reports it as not
+        // ours.
         if self.told_loss() != Some(Loss::HeldTooLong) {
             self.ended.send_replace(Some(loss));
         }
     }
 
-    /// Where a loss is told, without keeping anything.
+    /// A channel on which a loss is reported. It does not keep the lease.
     pub(crate) fn loss_told(&self) -> watch::Receiver<Option<Loss>> {
         self.lost.clone()
     }
@@ -294,16 +301,16 @@ impl LeaseState {
         let (mut lost, mut ended) = (self.lost.clone(), self.ended.subscribe());
         let loss = tokio::select! {
             biased;
-            // The sender is ours.
+            // Can't fail: the sender is a field of `self`.
             ended = ended.wait_for(Option::is_some) => ended.map(|loss| *loss),
-            // An error says that the session is gone.
+            // An error means that the session is gone.
             lost = lost.wait_for(Option::is_some) => lost.map(|loss| *loss),
         };
         loss.ok().flatten().unwrap_or(Loss::NotRenewed)
     }
 }
 
-/// A commit whose end is not known yet. If this is dropped before, it never will be.
+/// A commit whose outcome is not known yet. If this is dropped first, the outcome stays unknown.
 #[derive(Debug)]
 pub(crate) struct CommitUnderWay {
     lease: Arc<LeaseState>,
@@ -311,13 +318,13 @@ pub(crate) struct CommitUnderWay {
 }
 
 impl CommitUnderWay {
-    /// It was carried out.
+    /// The commit was carried out.
     pub(crate) fn was_carried_out(mut self) {
         self.may_come = false;
         self.lease.open_commits.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// It was refused.
+    /// The commit was refused.
     pub(crate) fn never_comes(mut self) {
         self.may_come = false;
     }
@@ -332,20 +339,21 @@ impl Drop for CommitUnderWay {
     }
 }
 
-/// Whether a transaction has released it, which will be known when that ends.
+/// Whether a transaction has released the lease. This is known when the transaction ends.
 #[derive(Debug, Default)]
 struct Doubts {
-    /// How many statements are on their way that release it.
+    /// How many statements that release it are in flight.
     under_way: usize,
-    /// Since when it would help to ask.
+    /// A renewal that is sent after this moment settles the doubt, if no such statement is in
+    /// flight.
     since: Option<Instant>,
 }
 
-/// A moment that may move forward until somebody has seen it pass, read and written without a lock.
+/// A moment that may move forward until it is seen to have passed. Read and written without a lock.
 #[derive(Debug)]
 struct Deadline {
     origin: Instant,
-    /// After the origin; `PAST` for ever once it was seen as past.
+    /// Microseconds after the origin. `PAST` is final, once the deadline was seen as past.
     micros: AtomicU64,
 }
 
@@ -356,7 +364,7 @@ impl Deadline {
         Self { origin: deadline, micros: AtomicU64::new(0) }
     }
 
-    /// `false` when it has been seen as past.
+    /// `false`: the deadline was already seen as past.
     fn extend(&self, deadline: Instant) -> bool {
         let later = deadline.saturating_duration_since(self.origin).as_micros();
         let later = u64::try_from(later).unwrap_or(PAST - 1);
@@ -404,7 +412,7 @@ mod tests {
     const TTL: Duration = Duration::from_hours(1);
 
     #[test]
-    fn no_answer_settles_a_doubt_whose_cause_is_still_on_its_way() {
+    fn no_answer_settles_a_doubt_while_the_release_is_in_flight() {
         let key = LeaseKey {
             row: RowKey { name: "a".into(), id: 1 },
             secret: Secret::generate().unwrap(),
@@ -415,7 +423,7 @@ mod tests {
         };
         let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, None, Instant::now() + TTL, None);
         lease.doubt_begins();
-        // Asked after that, and answered before the release was carried out.
+        // Sent after the release, and answered before the release was carried out.
         lease.confirm(Instant::now());
         assert_eq!(lease.loss(), Some(Loss::Released));
         let asked_before = Instant::now();

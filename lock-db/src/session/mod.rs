@@ -1,25 +1,25 @@
-//! The session of a `Locks`: a thread with a small runtime of its own and at most two private connections, through
-//! which every insert lock of the process is taken, renewed and released.
+//! The session of a `Locks`: a thread with its own small runtime and at most two private
+//! connections. Every insert lock of the process is taken, renewed and released through it.
 //!
-//! So nothing here runs on a future that a caller may drop, a starved pool or a blocked runtime of the application
-//! costs no lease, and a guard that is dropped anywhere only has to send a message.
+//! Nothing here runs on a future that a caller may drop. A starved pool or a blocked runtime of the
+//! application costs no lease. A guard that is dropped, on any thread, only has to send a message.
 
 mod acquire;
-mod alarm;
+mod actor;
 mod answers;
-mod baton;
-mod busy;
-mod calls;
-mod core;
+mod connection;
+mod deadline_timer;
 mod hold_time;
-mod lane;
+mod hold_watch;
+mod lease_handle;
 mod lease_state;
-mod long_holds;
-mod old_snapshots;
-mod queues;
+mod local_queue;
 mod release;
 mod renewal;
 mod request;
+mod snapshot_watch;
+mod task_tracker;
+mod wakeup;
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,58 +28,61 @@ use sqlx::Pool;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::answers::answer_to;
+pub(crate) use self::hold_watch::HoldWatch;
+pub(crate) use self::lease_handle::{GivenUp, KeptByTransaction, LeaseHandle};
 pub(crate) use self::lease_state::LeaseState;
-pub(crate) use self::long_holds::Watched;
-pub(crate) use self::queues::{HandOff, Queues};
+pub(crate) use self::local_queue::LocalQueues;
 use self::request::Acquire;
 pub(crate) use self::request::{Answer, Request};
 use crate::Error;
 use crate::clock;
 use crate::database::{Claim, Location, LockDatabase};
-use crate::insert::Hold;
-use crate::limits::FIRST_ANSWER;
+use crate::error::Action;
 use crate::name::Name;
+use crate::options::{FIRST_ANSWER, HandOff, Wait};
 use crate::sync::{Mutex, MutexGuard};
 
 /// How long `close` waits for the last releases.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long the session has for most of what it is asked, unless it is seen to be at work.
+/// The time limit of most requests to the session. A session that is seen to be at work gets more
+/// time.
 pub(crate) const ASK_LIMIT: Duration = Duration::from_secs(5);
 
-/// Leases that are asked for together.
+/// A request for several leases together.
 #[derive(Debug)]
-pub(crate) struct Ask {
-    /// Checked, each one once, and in the order in which everybody takes them.
+pub(crate) struct LeaseRequest {
+    /// The names, checked, each one once, in the order that all requests use.
     pub(crate) names: Vec<Name>,
     pub(crate) ttl: Duration,
-    /// For how long the holder may have them.
+    /// How long the holder may have them.
     pub(crate) at_most: Option<Duration>,
-    /// Whether the queues of other processes count.
+    /// Whether the request uses the queue of other processes.
     pub(crate) fair: bool,
-    /// Counted from `started`. `None`: a try.
-    pub(crate) wait: Option<Duration>,
+    /// Counted from `started`.
+    pub(crate) wait: Wait,
     pub(crate) started: Instant,
 }
 
-/// The way to a session: started by the first request, ended by `close` or when nobody can send any more.
+/// The handle of a session. The first request starts the session. It ends with `close`, or when all
+/// senders are gone.
 pub(crate) struct Session {
-    state: Mutex<State>,
+    state: Mutex<SessionState>,
 }
 
-enum State {
-    /// What starts the thread.
+enum SessionState {
+    /// Starts the thread.
     Idle(Box<dyn Fn() -> Result<Way, Error> + Send>),
     Running(Way),
-    /// The other end of what is dropped when all is released.
+    /// The sender of this channel is dropped when everything is released.
     Closed(Option<watch::Receiver<()>>),
 }
 
-/// To the thread, and to the queues before it.
+/// The channel to the thread, and the local queues in front of it.
 #[derive(Clone)]
 struct Way {
     requests: mpsc::UnboundedSender<Request>,
-    queues: Arc<Queues>,
+    queues: Arc<LocalQueues>,
 }
 
 impl Session {
@@ -89,16 +92,16 @@ impl Session {
         location: Arc<Location>,
         hand_off: HandOff,
         owner: Arc<str>,
-        watched: Watched,
+        watched: HoldWatch,
     ) -> Self {
-        let start = move || core::start(&pool, &location, hand_off, &owner, &watched);
-        Self { state: Mutex::new(State::Idle(Box::new(start))) }
+        let start = move || actor::start(&pool, &location, hand_off, &owner, &watched);
+        Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
     }
 
     /// Takes leases, all or none.
-    pub(crate) async fn acquire(&self, ask: Ask) -> Result<Option<Vec<Hold>>, Error> {
+    pub(crate) async fn acquire(&self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
         let Way { queues, requests } = self.way()?;
-        let Ask { names, ttl, at_most, fair, wait, started } = ask;
+        let LeaseRequest { names, ttl, at_most, fair, wait, started } = ask;
         let claims = names.iter().map(|name| {
             let place = fair.then(|| queues.place().clone());
             let (secret, owner) = (queues.draw_secret()?, queues.owner());
@@ -107,8 +110,8 @@ impl Session {
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         let (answer, answered) = oneshot::channel();
         let number = queues.number();
-        let waiting = Waiting { number, names, queues: &queues, answered };
-        queues.enter(Acquire { number, claims, turns: Vec::new(), wait, at_most, started, answer });
+        let waiting = PendingAcquire { number, names, queues: &queues, answered };
+        queues.enter(Acquire { number, claims, permits: Vec::new(), wait, at_most, started, answer });
         waiting.answer(requests, wait, started).await
     }
 
@@ -120,52 +123,53 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         let requests = self.way()?.requests;
         requests.send(request(answer)).map_err(|_| Error::Closed)?;
-        let answer = answer_to(&requests, answered, ASK_LIMIT, Instant::now(), ("get an answer", None)).await;
+        let answer =
+            answer_to(&requests, answered, ASK_LIMIT, Instant::now(), (Action::AskSession, None)).await;
         answer.unwrap_or(Err(Error::Closed))
     }
 
     fn way(&self) -> Result<Way, Error> {
         let mut state = self.lock();
         match &*state {
-            State::Running(way) => Ok(way.clone()),
-            State::Closed(_) => Err(Error::Closed),
-            State::Idle(start) => {
+            SessionState::Running(way) => Ok(way.clone()),
+            SessionState::Closed(_) => Err(Error::Closed),
+            SessionState::Idle(start) => {
                 let way = start()?;
-                *state = State::Running(way.clone());
+                *state = SessionState::Running(way.clone());
                 Ok(way)
             }
         }
     }
 
-    /// Refuses requests from now on, and waits until what is held was released.
+    /// Refuses requests from now on, and waits until everything that is held was released.
     pub(crate) async fn close(&self) {
         if let Some(mut closed) = self.begin_to_close() {
-            // Whatever could not be released by then is free after its TTL.
+            // Leases that could not be released in time expire after their TTL.
             let _in_time = clock::timeout(CLOSE_LIMIT, closed.changed()).await;
         }
     }
 
-    /// Whoever calls it first or later waits for the same end.
+    /// All calls wait for the same end, the first and later ones.
     fn begin_to_close(&self) -> Option<watch::Receiver<()>> {
         let mut state = self.lock();
         let closed = match &*state {
-            State::Idle(_) => None,
-            State::Running(Way { requests, .. }) => {
+            SessionState::Idle(_) => None,
+            SessionState::Running(Way { requests, .. }) => {
                 let (done, closed) = watch::channel(());
                 let _session_may_be_gone = requests.send(Request::Close { done });
                 Some(closed)
             }
-            State::Closed(closed) => closed.clone(),
+            SessionState::Closed(closed) => closed.clone(),
         };
-        *state = State::Closed(closed.clone());
+        *state = SessionState::Closed(closed.clone());
         closed
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(&*self.lock(), State::Closed(_))
+        matches!(&*self.lock(), SessionState::Closed(_))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SessionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -173,31 +177,31 @@ impl Session {
 impl std::fmt::Debug for Session {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match &*self.lock() {
-            State::Idle(_) => "Session(idle)",
-            State::Running(_) => "Session(running)",
-            State::Closed(_) => "Session(closed)",
+            SessionState::Idle(_) => "Session(idle)",
+            SessionState::Running(_) => "Session(running)",
+            SessionState::Closed(_) => "Session(closed)",
         })
     }
 }
 
-/// A caller that waits for its leases. Dropping it leaves the queues; leases that came too late are dropped with the
-/// answer, and so released.
-struct Waiting<'a> {
+/// A caller that waits for its leases. Dropping it leaves the queues. Leases that arrive too late
+/// are dropped with the answer, which releases them.
+struct PendingAcquire<'a> {
     number: u64,
     names: Vec<Name>,
-    queues: &'a Queues,
-    answered: oneshot::Receiver<Result<Option<Vec<Hold>>, Error>>,
+    queues: &'a LocalQueues,
+    answered: oneshot::Receiver<Result<Option<Vec<LeaseHandle>>, Error>>,
 }
 
-impl Waiting<'_> {
-    /// The session answers when the wait is over, and a try soon.
+impl PendingAcquire<'_> {
+    /// The session answers when the wait is over. A try is answered soon.
     async fn answer(
         mut self,
         requests: mpsc::UnboundedSender<Request>,
-        wait: Option<Duration>,
+        wait: Wait,
         started: Instant,
-    ) -> Result<Option<Vec<Hold>>, Error> {
-        let limit = wait.map_or(ASK_LIMIT, |wait| wait + FIRST_ANSWER);
+    ) -> Result<Option<Vec<LeaseHandle>>, Error> {
+        let limit = wait.limit().map_or(ASK_LIMIT, |wait| wait + FIRST_ANSWER);
         let requests = requests.downgrade();
         let action = (acquire::ACTION, self.names.first());
         let answer = answer_to(&requests, &mut self.answered, limit, started, action).await;
@@ -205,7 +209,7 @@ impl Waiting<'_> {
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for PendingAcquire<'_> {
     fn drop(&mut self) {
         self.answered.close();
         self.queues.leave(self.number, &self.names);

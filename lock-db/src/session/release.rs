@@ -1,4 +1,4 @@
-//! Giving leases back.
+//! Releases leases.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -7,64 +7,88 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout_at};
 
-use super::baton;
-use super::core::{Core, Held};
+use super::actor::{Actor, HeldLease};
 use super::lease_state::LeaseState;
 use crate::Error;
-use crate::database::{Fault, LeaseKey, Return, Standing};
-use crate::error::{Failure, Loss};
+use crate::database::Failure;
+use crate::database::{Fault, LeaseKey, LeaseStatus, ReleaseClaim};
+use crate::error::Action;
+use crate::error::Loss;
 use crate::jitter::jitter;
 use crate::name::Name;
 use crate::secret::Secret;
+use crate::session::wakeup::user_lock;
 
 /// How long a caller waits for a release that the database does not confirm.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Between two attempts: from the one to the other.
+/// The first and the longest pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// The same while the server can't be reached.
+/// The longest pause while the server can't be reached.
 const WHILE_AWAY: Duration = Duration::from_millis(500);
 
-/// Releases a lease whose guard is done with it, and says whether it was still ours.
+/// Releases a lease whose guard is done with it, and reports whether it was still ours.
 ///
-/// Tried until the lease's own end, after which it is free anyway. Who waits for the answer (`somebody_waits`) hears after some seconds
-/// that it is not released yet.
+/// Attempts continue until the lease's own end, after which the lock is free anyway. A caller that
+/// waits for the answer (`somebody_waits`) is told after some seconds that the lock is not released
+/// yet.
 pub(super) async fn release(
-    core: &Rc<Core>,
+    actor: &Rc<Actor>,
     lease: &LeaseState,
     given_up: GivenUp,
-    somebody_waits: bool,
+    has_waiters: bool,
 ) -> Result<(), Error> {
     let GivenUp { held, loss, was_told } = given_up;
     let ttl = lease.key.ttl;
-    // One that is lost already is given back behind the answer.
-    let until = if somebody_waits || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
-    let released = put_down(core, lease, held, until).await;
+    // A lease that is already lost is released in the background, after the answer.
+    let until = if has_waiters || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
+    let released = put_down(actor, lease, held, until).await;
     let lost = |reason| {
         if !was_told {
-            core.tell_operator(lease, reason);
+            actor.tell_operator(lease, reason);
         }
         lease.lost_error(reason)
     };
     match (loss, released) {
-        // Released before: by a transaction that has committed, or that has not and left it to us.
-        (None, Ok(Standing::Ours)) | (Some(Loss::Released), Ok(Standing::Ours | Standing::NotOurs)) => Ok(()),
-        (None, Ok(Standing::NotOurs)) => Err(lost(core.find_out(lease).await)),
+        // With `Loss::Released`, a transaction has released the lease. It has committed, or it has
+        // not and the release is left to us.
+        (None, Ok(LeaseStatus::Ours))
+        | (Some(Loss::Released), Ok(LeaseStatus::Ours | LeaseStatus::NotOurs)) => Ok(()),
+        (None, Ok(LeaseStatus::NotOurs)) => Err(lost(actor.find_out(lease).await)),
         (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
-            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
-            let source = sqlx::Error::Protocol("another transaction has its row locked; it is released when that ends, or free when its TTL is over".into());
-            Err(Error::Database { action: "release", name: Some(lease.name().given()), within: None, source })
+            release_in_background(
+                actor,
+                lease.key.row.name.clone(),
+                lease.key.secret.clone(),
+                lease.at_least(),
+                ttl,
+            );
+            let reason = "another transaction has its row locked; it is released when that ends, or free when its TTL is over";
+            let name = Some(lease.name().given());
+            Err(Error::other(Action::Release, name, true, std::io::ErrorKind::WouldBlock, reason))
         }
         (None | Some(Loss::Released), Err(failure)) => {
-            give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
-            Err(failure.into_error("release", Some(lease.name())))
+            release_in_background(
+                actor,
+                lease.key.row.name.clone(),
+                lease.key.secret.clone(),
+                lease.at_least(),
+                ttl,
+            );
+            Err(failure.into_error(Action::Release, Some(lease.name())))
         }
-        // Loss is final, even if the row turned out to be ours still: the holder was told to stop.
+        // A loss is final, even if the row turns out to be still ours: the holder was told to stop.
         (Some(reason), released) => {
-            let is_settled = matches!(released, Ok(Standing::Ours | Standing::NotOurs));
+            let is_settled = matches!(released, Ok(LeaseStatus::Ours | LeaseStatus::NotOurs));
             if reason == Loss::NotRenewed && !is_settled {
-                // A renewal may be under way that the server carries out late.
-                give_back(core, lease.key.row.name.clone(), lease.key.secret.clone(), lease.at_least(), ttl);
+                // A renewal may be in progress that the server carries out late.
+                release_in_background(
+                    actor,
+                    lease.key.row.name.clone(),
+                    lease.key.secret.clone(),
+                    lease.at_least(),
+                    ttl,
+                );
             }
             Err(lost(reason))
         }
@@ -73,29 +97,31 @@ pub(super) async fn release(
 
 /// A lease whose holder is done with it.
 pub(super) struct GivenUp {
-    /// With the turn of this process.
-    held: Option<Held>,
+    /// With the permit of this process.
+    held: Option<HeldLease>,
     loss: Option<Loss>,
-    /// Whether the operator has heard of that.
+    /// Whether the end of the lease was logged.
     was_told: bool,
 }
 
-/// Takes a lease out of the renewal, before anything else happens to it: nothing renews what is being released, and `close` does not
-/// release it once more. The turn of this process goes to the next waiter at the end, when the row is free.
-pub(super) fn give_up(core: &Core, lease: &LeaseState) -> GivenUp {
+/// Removes a lease from renewal before anything else happens to it. A lease that is being released
+/// must not be renewed, and `close` must not release it again. The permit of this process goes to
+/// the next waiter at the end, when the row is free.
+pub(super) fn give_up(actor: &Actor, lease: &LeaseState) -> GivenUp {
     let loss = lease.loss();
-    let held = core.leases.borrow_mut().remove(&lease.number);
+    let held = actor.leases.borrow_mut().remove(&lease.number);
     GivenUp { was_told: held.is_none(), held, loss }
 }
 
-/// Takes a lease back from a holder that has had it for as long as it may. The holder is told first.
-pub(super) fn take_back(core: &Rc<Core>, number: u64) {
-    let Some(held) = core.end(number, Loss::HeldTooLong) else { return };
-    let (core, busy) = (Rc::clone(core), core.busy.enter());
+/// Takes a lease back from a holder that has had it for as long as it may. The holder is told
+/// first.
+pub(super) fn take_back(actor: &Rc<Actor>, number: u64) {
+    let Some(held) = actor.end(number, Loss::HeldTooLong) else { return };
+    let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
     spawn_local(async move {
         let lease = Arc::clone(&held.state);
         let until = Until::ItsEnd(held.ttl);
-        if let Err(failure) = put_down(&core, &lease, Some(held), until).await {
+        if let Err(failure) = put_down(&actor, &lease, Some(held), until).await {
             let (lock, error) = (lease.name(), &failure);
             tracing::debug!(%lock, %error, "not released: it is free when its TTL is over");
         }
@@ -103,84 +129,85 @@ pub(super) fn take_back(core: &Rc<Core>, number: u64) {
     });
 }
 
-/// Frees the row, and passes the turn of this process.
+/// Frees the row, and passes on the permit of this process.
 async fn put_down(
-    core: &Rc<Core>,
+    actor: &Rc<Actor>,
     lease: &LeaseState,
-    held: Option<Held>,
+    held: Option<HeldLease>,
     until: Until,
-) -> Result<Standing, Failure> {
+) -> Result<LeaseStatus, Failure> {
     let name = &lease.key.row.name;
-    let mut given_back = Return { name: name.clone(), secret: lease.key.secret.clone(), place: None };
-    if held.as_ref().is_some_and(|held| held.others_wait) && core.queues.next_is_fair(name) {
-        // The next caller of this process would have to stand behind the others in any case: in the same statement.
-        core.calls.stand(name, lease.key.row.id);
-        given_back.place = Some(core.place());
+    let mut released_now = ReleaseClaim { name: name.clone(), secret: lease.key.secret.clone(), place: None };
+    if held.as_ref().is_some_and(|held| held.others_wait) && actor.queues.next_is_fair(name) {
+        // The next caller of this process has to queue behind the other processes in any case. The
+        // release adds its queue entry in the same statement.
+        actor.notifications.enqueue(name, lease.key.row.id);
+        released_now.place = Some(actor.place());
     }
-    let released = until_settled(core, &given_back, lease.at_least(), until).await;
-    // Else somebody of this process may have it by now.
+    let released = until_settled(actor, &released_now, lease.at_least(), until).await;
+    // Without `held` another caller of this process may already have the lock, and its user lock.
     if held.is_some() {
-        baton::give(core, name);
+        user_lock::give(actor, name);
     }
-    if given_back.place.is_some() {
-        baton::wait(core, name, lease.key.row.id);
+    if released_now.place.is_some() {
+        user_lock::wait(actor, name, lease.key.row.id);
     }
     drop(held);
-    if !core.queues.is_taken(name) {
-        // Whoever was to have the turn has gone.
-        leave_queue(core, name);
+    if !actor.queues.is_taken(name) {
+        // The caller that was to get the permit has gone.
+        leave_queue(actor, name);
     }
     released
 }
 
-/// Gives back what may be ours still and never got a holder, in the background.
-pub(super) fn undo(core: &Rc<Core>, name: Name, secret: Secret, ttl: Duration) {
-    give_back(core, name, secret, Duration::ZERO, ttl);
+/// Releases, in the background, a lease that may be ours and never got a holder.
+pub(super) fn undo(actor: &Rc<Actor>, name: Name, secret: Secret, ttl: Duration) {
+    release_in_background(actor, name, secret, Duration::ZERO, ttl);
 }
 
-/// Gives up our place in the queue of a name, if there is one, in the background. One that stays for want of an answer lasts
-/// some seconds.
-pub(super) fn leave_queue(core: &Rc<Core>, name: &Name) {
-    if !core.calls.leave(name) {
+/// Removes our entry from the queue of a name, if there is one, in the background. An entry that
+/// stays, because the database does not answer, expires after some seconds.
+pub(super) fn leave_queue(actor: &Rc<Actor>, name: &Name) {
+    if !actor.notifications.leave(name) {
         return;
     }
-    baton::give(core, name);
-    let (core, name, busy) = (Rc::clone(core), name.clone(), core.busy.enter());
+    user_lock::give(actor, name);
+    let (actor, name, busy) = (Rc::clone(actor), name.clone(), actor.tasks.enter());
     spawn_local(async move {
-        if let Err(failure) = core.lane.remove_waiter(&name, core.queues.place()).await {
+        if let Err(failure) = actor.worker.dequeue(&name, actor.queues.place()).await {
             tracing::debug!(lock = %name, error = %failure, "a place in the queue stays until it is over");
         }
         drop(busy);
     });
 }
 
-fn give_back(core: &Rc<Core>, name: Name, secret: Secret, at_least: Duration, ttl: Duration) {
-    let (core, busy) = (Rc::clone(core), core.busy.enter());
+fn release_in_background(actor: &Rc<Actor>, name: Name, secret: Secret, at_least: Duration, ttl: Duration) {
+    let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
     spawn_local(async move {
         let until = Until::ItsEnd(ttl);
-        let given_back = Return { name, secret, place: None };
-        let _free_by_then = until_settled(&core, &given_back, at_least, until).await;
+        let released_now = ReleaseClaim { name, secret, place: None };
+        let _free_by_then = until_settled(&actor, &released_now, at_least, until).await;
         drop(busy);
     });
 }
 
-/// Tells all holders, and releases everything that is held in the background.
-pub(super) fn release_all(core: &Rc<Core>) {
+/// Tells all holders, and releases in the background everything that is held.
+pub(super) fn release_all(actor: &Rc<Actor>) {
     let held: Vec<Arc<LeaseState>> =
-        core.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
-    // All are told first: what others may take must not look held to us.
+        actor.leases.borrow().values().map(|held| Arc::clone(&held.state)).collect();
+    // All holders are told first: a lock that another process may take must not appear held here.
     for lease in &held {
-        core.lose(lease.number, Loss::Closed);
+        actor.lose(lease.number, Loss::Closed);
     }
     let until = Until::answered(ANSWER_LIMIT);
     for lease in held {
-        let (core, busy) = (Rc::clone(core), core.busy.enter());
+        let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
         spawn_local(async move {
             let LeaseKey { row, secret, .. } = &lease.key;
-            let given_back = Return { name: row.name.clone(), secret: secret.clone(), place: None };
-            let settled = until_settled(&core, &given_back, lease.at_least(), until).await;
+            let released_now = ReleaseClaim { name: row.name.clone(), secret: secret.clone(), place: None };
+            let settled = until_settled(&actor, &released_now, lease.at_least(), until).await;
             if let Err(failure) = settled {
-                let error = failure.into_error("release", Some(lease.name()));
+                let error = failure.into_error(Action::Release, Some(lease.name()));
                 tracing::warn!(lock = %lease.name(), %error, "not released: it is free when its TTL is over");
             }
             drop(busy);
@@ -188,13 +215,14 @@ pub(super) fn release_all(core: &Rc<Core>) {
     }
 }
 
-/// How long a release is tried.
+/// How long a release is attempted.
 #[derive(Debug, Clone, Copy)]
 enum Until {
-    /// No new attempt is made after this; one that is under way is waited for until that.
+    /// No new attempt starts after the first instant. One that is in progress is awaited until the
+    /// second.
     Answered(Instant, Instant),
-    /// A TTL from now, when the lease is free anyway. While the server can't be reached its end moves on: what was sent before may have
-    /// been carried out late.
+    /// One TTL from now, when the lease has expired anyway. While the server can't be reached the
+    /// end moves on, because what was sent before may have been carried out late.
     ItsEnd(Duration),
 }
 
@@ -205,13 +233,14 @@ impl Until {
     }
 }
 
-/// Asks again while the row is busy or the database is gone, once at least.
+/// Repeats the release while the row is busy or the database can't be reached. Makes at least one
+/// attempt.
 async fn until_settled(
-    core: &Rc<Core>,
-    lease: &Return,
+    actor: &Rc<Actor>,
+    lease: &ReleaseClaim,
     at_least: Duration,
     until: Until,
-) -> Result<Standing, Failure> {
+) -> Result<LeaseStatus, Failure> {
     let (mut unsettled, mut was_busy) = (false, false);
     let (mut pause, mut last) = (PAUSE, None);
     let mut end = match until {
@@ -219,13 +248,13 @@ async fn until_settled(
         Until::ItsEnd(ttl) => Instant::now() + ttl,
     };
     loop {
-        let asked = core.lane.release(lease.clone(), at_least);
+        let asked = actor.worker.release(lease.clone(), at_least);
         let answer = match until {
             Until::ItsEnd(_) => asked.await,
-            // Among others that wait for the same, a locked table say, it may take long to be answered.
+            // The answer may take long, for example when many requests wait for a locked table.
             Until::Answered(_, limit) => match timeout_at(limit.into(), asked).await {
                 Ok(answer) => answer,
-                Err(_elapsed) => return Err(last.unwrap_or_else(|| core.lane.no_answer(ANSWER_LIMIT))),
+                Err(_elapsed) => return Err(last.unwrap_or_else(|| actor.worker.no_answer(ANSWER_LIMIT))),
             },
         };
         let is_away = matches!(answer, Err(Failure { fault: Fault::Disconnected, .. }));
@@ -234,16 +263,18 @@ async fn until_settled(
         }
         let in_time = Instant::now() < end;
         match answer {
-            Ok(Standing::Busy) if in_time => {
-                // Mostly by another process, for one statement.
+            Ok(LeaseStatus::Busy) if in_time => {
+                // Usually another process has the row locked for one statement, so the first retry
+                // comes at once.
                 if !was_busy {
                     was_busy = true;
                     continue;
                 }
             }
-            // The answer to an earlier attempt was lost, and that one may have released it: then another process may
-            // have taken it since. The secret was ours, so it touched no other lock.
-            Ok(Standing::NotOurs) if unsettled => return Ok(Standing::Ours),
+            // The answer to an earlier attempt was lost. That attempt may have released the lease,
+            // and another process may have taken it since. The secret was ours, so no other lock
+            // was touched.
+            Ok(LeaseStatus::NotOurs) if unsettled => return Ok(LeaseStatus::Ours),
             Err(failure) if is_away && in_time => {
                 unsettled = true;
                 last = Some(failure);

@@ -1,16 +1,17 @@
-//! What can be asked of a session. No database type stands here: the guards of all databases send the same.
+//! The requests to a session. They contain no database type, so the guards of all databases send
+//! the same ones.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-use super::queues::Turn;
+use super::local_queue::Permit;
 
-use crate::database::{Call, Claim, LeaseKey, LockRow, Server};
-use crate::insert::Hold;
-use crate::limits::{FIRST_ANSWER, LONGEST_TRY};
+use crate::database::{Claim, LeaseKey, LockRow, Notification, Server};
 use crate::name::Name;
+use crate::options::{FIRST_ANSWER, LONGEST_TRY, Wait};
+use crate::session::LeaseHandle;
 use crate::{Error, Kind};
 
 use super::LeaseState;
@@ -19,7 +20,7 @@ pub(crate) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
 pub(crate) enum Request {
     Acquire(Acquire),
-    /// Without an `answer` for a guard that was dropped.
+    /// `answer` is `None` for a guard that was dropped.
     Release {
         lease: Arc<LeaseState>,
         answer: Option<Answer<()>>,
@@ -31,45 +32,48 @@ pub(crate) enum Request {
     /// A transaction that has committed released it.
     Released {
         lease: Arc<LeaseState>,
-        call: Option<Call>,
+        call: Option<Notification>,
     },
-    /// The database has refused a commit by this lease.
+    /// The database has refused a commit under this lease.
     Lost {
         lease: Arc<LeaseState>,
     },
-    /// A lease went from hand to hand to a holder that may have it until then.
+    /// A lease was handed on to a holder that may have it until then.
     HandedOn {
         until: Instant,
     },
-    /// Finds the table, and what kind of server has it; `anew` also when it was found before.
+    /// Locates the table, and determines the kind of server. With `anew` also if this was done
+    /// before.
     Locate {
         anew: bool,
         answer: Answer<Server>,
     },
-    /// Rules out the last holder of a lock that is not held any more.
+    /// Makes sure that the last holder of a lock that is not held can't commit any more.
     Settle {
         name: Name,
         answer: Answer<()>,
     },
-    /// Makes the row of a lease tell transactions that it went to another holder: see `LeaseKey::mark`.
+    /// Marks the row of a lease, so that transactions see that it was handed on: see
+    /// `LeaseKey::mark`.
     Mark {
         lease: LeaseKey,
         answer: Answer<()>,
     },
-    /// Makes sure that the row of a name is there and of this kind. Answers it, and whether it was missing.
+    /// Makes sure that the row of a name exists and is of this kind. Returns the row, and whether
+    /// it was missing.
     EnsureRow {
         name: Name,
         kind: Kind,
         answer: Answer<(LockRow, bool)>,
     },
-    Look {
+    Read {
         name: Name,
         answer: Answer<Option<LockRow>>,
     },
     Migrate {
         answer: Answer<()>,
     },
-    /// Answers what could be better.
+    /// Returns warnings about the table and its database.
     Check {
         answer: Answer<Vec<String>>,
     },
@@ -82,28 +86,30 @@ pub(crate) enum Request {
 }
 
 pub(crate) struct Acquire {
-    /// By which it is found in the queues.
+    /// Identifies the request in the queues, and orders it.
     pub(crate) number: u64,
-    /// All or none of them, in the order in which everybody takes them.
+    /// All or none of them are taken, in the order that all requests use.
     pub(crate) claims: Vec<Claim>,
-    /// For the first so many of the claims.
-    pub(crate) turns: Vec<Turn>,
+    /// The permits of the first claims, as many as there are so far.
+    pub(crate) permits: Vec<Permit>,
     /// `None`: a try, which never waits for a holder.
-    pub(crate) wait: Option<Duration>,
-    /// For how long each holder may have its lease.
+    pub(crate) wait: Wait,
+    /// How long each holder may have its lease.
     pub(crate) at_most: Option<Duration>,
     pub(crate) started: Instant,
-    /// Carries the guards themselves: an answer that nobody takes any more is dropped guards, which release.
-    pub(crate) answer: Answer<Option<Vec<Hold>>>,
+    /// Carries the guards themselves. An answer that is never received drops them, which releases
+    /// the leases.
+    pub(crate) answer: Answer<Option<Vec<LeaseHandle>>>,
 }
 
 impl Acquire {
-    /// Until when it is waited for. A try waits for no holder, only for what the database says of one.
+    /// When the wait ends. A try does not wait for a holder, only for the answer of the database.
     pub(super) fn deadline(&self) -> Instant {
-        self.started + self.wait.unwrap_or(LONGEST_TRY)
+        self.started + self.wait.limit().unwrap_or(LONGEST_TRY)
     }
 
-    /// Until when the database has time for its first answer, to whoever asks for this one, too.
+    /// Until when the database has time for its first answer. This also applies if another caller
+    /// asks on behalf of this one.
     pub(super) fn first_answer(&self) -> Instant {
         self.deadline().max(self.started + FIRST_ANSWER)
     }

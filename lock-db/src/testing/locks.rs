@@ -10,26 +10,30 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use sqlx::{Pool, SqlitePool};
 
 use crate::database::LockDatabase;
+use crate::error::Action;
 use crate::runtime::Runtime;
 use crate::{Error, Locks};
 
-/// Enough for the few tasks of a test; the locks have two connections of their own besides.
+/// Enough for the few tasks of a test. The `Locks` has two connections of its own besides.
 const CONNECTIONS: u32 = 8;
-/// What a test waits in vain for it had better say soon: shorter than the patience of whoever runs the tests.
+/// A test that waits in vain should fail soon, before the person or tool that runs it gives up.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The locks of one test, and the pool of the database that they are in. From [`locks`].
+/// The locks of one test, with the pool of their database. From [`locks`].
 ///
-/// It is used as the [`Locks<Sqlite>`](Locks) that it derefs to; `clone()` gives such a one, for a service that wants its
-/// own. The database is removed when this and all those clones are gone; a pool alone does not keep it.
+/// It derefs to a [`Locks<Sqlite>`](Locks), and is used like one. `clone()` returns a
+/// `Locks<Sqlite>`, for a service that needs its own. The database is removed when this and all
+/// those clones are dropped. The pool alone does not keep it.
 #[derive(Debug)]
 #[must_use = "the database is removed as soon as this and all clones of its `Locks` are dropped"]
 pub struct TestLocks {
     locks: Locks<sqlx::Sqlite>,
 }
 
-/// An embedded SQLite database for one test, with `distributed_lock` in it, and nobody else's: tests that run side by side
-/// each have their own. Nothing has to be installed, started or removed.
+/// Creates an embedded SQLite database for one test, with the table `distributed_lock`.
+///
+/// Each call creates a database of its own, so tests that run in parallel do not share locks.
+/// Nothing has to be installed, started or removed.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -44,45 +48,46 @@ pub struct TestLocks {
 /// # }
 /// ```
 ///
-/// The database is a file without any sync to disk, in a folder of its own under the temporary folder: as fast as
-/// memory, and unlike SQLite's databases in memory it is the same for all connections, with a writer that others can wait
-/// for and whom readers don't have to.
+/// The database is a file that is never synced to disk, in its own folder inside the temporary
+/// folder. It is as fast as a database in memory. Unlike SQLite's databases in memory, it is shared
+/// by all connections, other connections can wait for its writer, and readers do not have to wait.
 ///
-/// Whatever waits here (for a lock, a connection, the writer) gives up after five seconds instead of thirty, unless it says
-/// otherwise, so that a test that hangs soon says why.
+/// A request that waits (for a lock, a connection, the writer) gives up after five seconds instead
+/// of thirty, unless it sets its own wait. A test that hangs therefore fails soon.
 ///
 /// # Errors
 ///
-/// [`Error::Database`] when there can't be a file.
+/// - [`Error::Database`] when the file can't be created or opened.
+/// - [`Error::InvalidOption`] outside of a tokio runtime.
+/// - Otherwise as [`Locks::migrate`].
 ///
 /// # Cancel safety
 ///
-/// May be dropped at any time.
+/// The future may be dropped at any time.
 pub async fn locks() -> Result<TestLocks, Error> {
-    let folder = tempfile::Builder::new()
-        .prefix("lock-db-testing-")
-        .tempdir()
-        .map_err(|error| failed("make a temporary folder for a test", sqlx::Error::Io(error)))?;
+    let folder =
+        tempfile::Builder::new().prefix("lock-db-testing-").tempdir().map_err(|error| failed(&error))?;
     let options = SqliteConnectOptions::new()
         .filename(folder.path().join("test.db"))
         .create_if_missing(true)
-        // Readers and the writer don't keep each other waiting, as on a server.
+        // Readers and the writer do not wait for each other, as on a server.
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Off)
         .busy_timeout(PATIENCE);
     let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
-    // The clock of the test may be paused, and jump over that limit.
+    // The clock of the test may be paused, and could skip past that limit.
     let connecting = Runtime::current()?.spawn(pool.connect_with(options));
     let connected = connecting.await.unwrap_or(Err(sqlx::Error::WorkerCrashed));
-    let pool = connected.map_err(|error| failed("make a temporary database for a test", error))?;
+    let pool = connected.map_err(|error| failed(&error))?;
     let folder = Arc::new(Folder(Some(folder)));
     let locks = Locks::builder(pool).label("test").default_wait(PATIENCE).keeping(folder).build();
     locks.migrate().await?;
     Ok(TestLocks { locks })
 }
 
-/// The locks of one test on a pool of its own, for tests beside `#[sqlx::test]`, which makes a database for each: on
-/// PostgreSQL, MySQL, MariaDB and SQLite. The table is made, and waits give up after five seconds, as with [`locks`].
+/// Creates the locks of one test on the pool of that test, for use with `#[sqlx::test]`, which
+/// creates a database for each test: on PostgreSQL, MySQL, MariaDB and SQLite. The table is
+/// created, and waits give up after five seconds, as with [`locks`].
 ///
 #[cfg_attr(feature = "postgres", doc = "```no_run")]
 #[cfg_attr(not(feature = "postgres"), doc = "```ignore")]
@@ -102,29 +107,30 @@ pub async fn locks() -> Result<TestLocks, Error> {
 /// }
 /// ```
 ///
-/// It ends with its pool: when that is closed, as `#[sqlx::test]` does after the test, what is still held is released, leases
-/// count as lost, and its private connections are closed, so that the database can be dropped. So clones that outlive
-/// the test, in tasks or in a `static`, are in nobody's way. The private connections are made with the pool's options for
-/// connecting, and without its hooks.
+/// The locks end with the pool. `#[sqlx::test]` closes it after the test. Then all held locks are
+/// released, leases count as lost, and the private connections are closed, so that the database can
+/// be dropped. Clones that outlive the test, in tasks or in a `static`, do not prevent this. The
+/// private connections are opened with the connect options of the pool, and without its hooks.
 ///
 /// # Errors
 ///
-/// As [`Locks::migrate`]; [`Error::InvalidOption`] outside of a tokio runtime.
+/// As [`Locks::migrate`]. [`Error::InvalidOption`] outside of a tokio runtime.
 ///
 /// # Cancel safety
 ///
-/// May be dropped at any time.
+/// The future may be dropped at any time.
 pub async fn locks_on<DB: LockDatabase>(pool: impl Borrow<Pool<DB>>) -> Result<Locks<DB>, Error> {
     let pool: &Pool<DB> = pool.borrow();
-    // All pools of `#[sqlx::test]` share the permits of one, of which a session would keep two for the whole test.
+    // All pools of `#[sqlx::test]` share the permits of one. A session would keep two of them for
+    // the whole test.
     let private = PoolOptions::new().min_connections(0).idle_timeout(None).max_lifetime(None);
     let private = private.connect_lazy_with((*pool.connect_options()).clone());
     let locks = Locks::builder(pool.clone()).private(private).label("test").default_wait(PATIENCE).build();
-    let (weak, closed) = (locks.downgrade(), pool.close_event());
+    let (weak, closed) = (Arc::downgrade(locks.context()), pool.close_event());
     drop(Runtime::current()?.spawn(async move {
         closed.await;
-        if let Some(locks) = weak.upgrade() {
-            locks.close().await;
+        if let Some(context) = weak.upgrade() {
+            context.session().close().await;
         }
     }));
     locks.migrate().await?;
@@ -132,7 +138,7 @@ pub async fn locks_on<DB: LockDatabase>(pool: impl Borrow<Pool<DB>>) -> Result<L
 }
 
 impl TestLocks {
-    /// The pool of the database: for the tables of the service, and for what it does with them.
+    /// The pool of the database, for the tables and statements of the service.
     #[must_use]
     pub fn pool(&self) -> &SqlitePool {
         self.locks.pool()
@@ -147,8 +153,8 @@ impl Deref for TestLocks {
     }
 }
 
-/// Removed when the last `Locks` of its database is dropped. Connections that are being closed just then write to files
-/// that nobody finds any more.
+/// Removed when the last `Locks` of its database is dropped. Connections that are closing at that
+/// moment write to files that are already unlinked.
 struct Folder(Option<tempfile::TempDir>);
 
 impl Drop for Folder {
@@ -156,13 +162,13 @@ impl Drop for Folder {
         let Some(folder) = self.0.take() else { return };
         let path = folder.path().to_owned();
         match folder.close() {
-            // A connection has removed one of its files meanwhile: once more.
+            // A connection has removed one of its files in the meantime: try once more.
             Err(_) if path.exists() => drop(std::fs::remove_dir_all(path)),
             _ => {}
         }
     }
 }
 
-fn failed(action: &'static str, source: sqlx::Error) -> Error {
-    Error::Database { action, name: None, within: None, source }
+fn failed(error: &dyn std::error::Error) -> Error {
+    Error::other(Action::PrepareTest, None, false, std::io::ErrorKind::Other, error.to_string())
 }

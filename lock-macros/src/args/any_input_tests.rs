@@ -1,11 +1,11 @@
-//! Whatever stands in the parentheses: options or errors, and never a panic, which would hide the user's mistake behind a
-//! message about the macro.
+//! Any input gives options or errors, and never a panic. A panic would hide the user's mistake
+//! behind a message about the macro.
 
 use proptest::prelude::*;
 
 use super::{Args, RULES};
 
-/// Half of it is nearly right: that goes deeper into the parser than noise does.
+/// Half of the input is nearly right: it gets deeper into the parser than random input.
 fn pieces() -> impl Strategy<Value = String> {
     let tokens = [
         ",",

@@ -5,13 +5,13 @@ use std::time::Duration;
 use syn::spanned::Spanned;
 use syn::{Error, Expr, ExprUnary, Lit, Result, UnOp};
 
-/// What lock-db takes at run time; a literal is held against the same limits while compiling.
+/// The limits of lock-db at run time. Literals are checked against them at compile time.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 /// A length of time.
 pub(crate) enum Length {
-    /// A literal, read and checked.
+    /// A literal, parsed and checked.
     Fixed(Duration),
     /// An expression of type `Duration`.
     Computed(Box<Expr>),
@@ -88,7 +88,7 @@ const FORMS: &str = r#"write it like "30s", "1m 30s" or "500ms", or as an expres
 
 fn read(text: &str) -> std::result::Result<Duration, String> {
     let number = text.trim();
-    // humantime takes a bare zero.
+    // humantime accepts a bare zero.
     if !number.is_empty() && number.chars().all(|letter| letter.is_ascii_digit() || letter == '.') {
         return Err(needs_unit(number));
     }

@@ -5,19 +5,19 @@ use syn::parse::Parser;
 use syn::spanned::Spanned;
 use syn::{Error, Expr, Ident, Lit, LitStr, Result};
 
-/// What lock-db takes at run time; literal text is held against the same limit while compiling.
+/// The limit of lock-db at run time. Literal text is checked against it at compile time.
 const MAX_BYTES: usize = 255;
 
 pub(crate) enum Name {
-    /// A text without captures, checked, its escaped braces already resolved.
+    /// A text without captures, checked, with its escaped braces resolved.
     Fixed(LitStr),
-    /// A text for `format!`, which captures arguments of the function.
+    /// A text for `format!` that captures arguments of the function.
     Format {
         text: LitStr,
         /// Whether one of them is `self`.
         captures_self: bool,
     },
-    /// Anything that is `AsRef<str>`.
+    /// Any expression that is `AsRef<str>` or `Display`.
     Computed(Box<Expr>),
 }
 
@@ -58,7 +58,7 @@ impl Name {
 
 /// A text for `format!`, taken apart.
 struct Pieces {
-    /// All that is outside of captures.
+    /// All text outside of captures.
     fixed: String,
     captures: Vec<String>,
 }
@@ -91,8 +91,8 @@ impl Pieces {
     }
 }
 
-/// The argument in `argument` or `argument:format`. What `format!` would say to other things speaks of arguments that
-/// the attribute has no place for.
+/// The argument in `argument` or `argument:format`. Other forms are refused here, because the
+/// message of `format!` would refer to arguments that the attribute can't take.
 fn captured(capture: &str) -> std::result::Result<&str, String> {
     let argument = capture.split_once(':').map_or(capture, |(argument, _)| argument).trim();
     if Ident::parse_any.parse_str(argument).is_ok() {

@@ -1,21 +1,21 @@
-//! The options, one rule for each, and what is said about words that are none of them.
+//! The options, one rule for each, and the messages for unknown words.
 
 use syn::parse::{Parse, ParseStream};
 use syn::{Error, Expr, Ident, LitBool, Path, Result, Token};
 
 use super::{Given, Length, Mode, Options};
 
-/// One option: all that the grammar knows about it.
+/// One option, as the grammar knows it.
 pub(super) struct Rule {
     pub(super) key: &'static str,
     pub(super) example: &'static str,
-    /// What people coming from elsewhere would call it.
+    /// Names of this option in other libraries.
     also_called: &'static [&'static str],
     pub(super) read: fn(&mut Options, Ident, ParseStream) -> Result<()>,
 }
 
-/// All options. A new one is a field of [`Options`], a line here, and, where it excludes another, one in
-/// [`Options::check`].
+/// All options. A new option is a field of [`Options`], an entry here, and, if it excludes another
+/// option, a check in [`Options::check`].
 pub(super) const RULES: &[Rule] = &[
     Rule {
         key: "ttl",
@@ -124,7 +124,7 @@ pub(super) const RULES: &[Rule] = &[
     },
 ];
 
-/// Reads `= value` behind a key.
+/// Reads `= value` after a key.
 fn read_value<T>(
     slot: &mut Option<Given<T>>,
     key: Ident,
@@ -149,7 +149,7 @@ fn read_value<T>(
     Ok(())
 }
 
-/// Reads nothing: the key says it all.
+/// Reads nothing: a flag has no value.
 fn read_flag(slot: &mut Option<Given<()>>, key: Ident, input: ParseStream) -> Result<()> {
     if slot.is_some() {
         return Err(Error::new(key.span(), format!("`{key}` is given twice")));
@@ -210,7 +210,7 @@ pub(super) fn unknown(word: &str, has_value: bool) -> String {
     )
 }
 
-/// `lockAtMostFor`, as annotations elsewhere are written, in the words of here.
+/// Converts `lockAtMostFor`, the style of annotations in other languages, to snake case.
 fn snake_case(word: &str) -> String {
     let mut words = String::new();
     let mut was_lowercase = false;
@@ -224,7 +224,7 @@ fn snake_case(word: &str) -> String {
     words
 }
 
-/// The option that was most likely meant by a word that is almost one.
+/// The option that was most likely meant by a misspelled word.
 fn meant(word: &str) -> Option<&'static Rule> {
     RULES
         .iter()
@@ -234,7 +234,8 @@ fn meant(word: &str) -> Option<&'static Rule> {
         .map(|(_, rule)| rule)
 }
 
-/// How many letters have to be put in, left out or exchanged to get from one word to the other (Levenshtein).
+/// The Levenshtein distance: how many letters have to be inserted, deleted or replaced to get from
+/// one word to the other.
 pub(super) fn edits(from: &str, to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let mut above: Vec<usize> = (0..=to.len()).collect();

@@ -9,7 +9,7 @@ fn args(text: &str) -> Args {
     syn::parse_str(text).unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
-/// What the error points at, and what it says.
+/// What the error points at, and its message.
 fn refusal(text: &str) -> (String, String) {
     let Err(error) = syn::parse_str::<Args>(text) else { panic!("accepted: {text}") };
     assert_eq!(error.clone().into_iter().count(), 1, "one error for one mistake: {text}");
@@ -149,7 +149,7 @@ fn unknown_options() {
     refused(r#""a", lock = a"#, "lock", "unknown option `lock`; did you mean `locks`?");
     refused(r#""a", txn = a"#, "txn", "unknown option `txn`; did you mean `tx`?");
     refused(r#""a", at_lest = a"#, "at_lest", "unknown option `at_lest`; did you mean `at_least`?");
-    // As other libraries call them.
+    // Their names in other libraries.
     for (theirs, ours) in [
         ("lockAtMostFor", "ttl"),
         ("lock_at_most_for", "ttl"),

@@ -1,4 +1,4 @@
-//! What the attribute stands on: which functions it can change, and where in them.
+//! Which functions the attribute can change, and where in them.
 
 use std::mem;
 
@@ -11,12 +11,12 @@ use syn::{
     Token, Type, Visibility,
 };
 
-/// The function, or what is wrong with what stands there instead.
+/// The function, or an error about the item.
 pub(super) fn parse(item: TokenStream) -> Result<ItemFn> {
     syn::parse2(item.clone()).map_err(|error| reason.parse2(item).unwrap_or(error))
 }
 
-/// Why something is no function with a body. Fails when it can't say it better than syn.
+/// Why the item is not a function with a body. Fails if syn's own message is better.
 fn reason(input: ParseStream) -> Result<Error> {
     Attribute::parse_outer(input)?;
     input.parse::<Visibility>()?;
@@ -42,17 +42,19 @@ fn skip_rest(input: ParseStream) -> Result<()> {
     input.parse::<TokenStream>().map(drop)
 }
 
-/// How a function comes to be asynchronous.
+/// How a function is asynchronous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
-    /// Its output is the type behind the arrow: an `async fn`, or one that waits for its `async` block itself.
+    /// Its output is the declared return type: an `async fn`, or a function that blocks on its
+    /// `async` block.
     Awaited,
     /// It returns a future.
     Future,
 }
 
-/// The asynchronous body: that of an `async fn`; the `async move { … }`, in a `Box::pin` or not, that a function returns,
-/// which is what `#[async_trait]` makes of an `async fn`; or the block that a runtime's attribute makes of it.
+/// The asynchronous body. This is the body of an `async fn`; the `async move { … }` that a function
+/// returns, in a `Box::pin` or not, as `#[async_trait]` generates it; or the block that a runtime's
+/// attribute generates.
 pub(super) fn async_block<'a>(signature: &Signature, block: &'a mut Block) -> Result<(&'a mut Block, Shape)> {
     if signature.asyncness.is_some() {
         return Ok((block, Shape::Awaited));
@@ -88,7 +90,8 @@ fn not_async(signature: &Signature) -> Error {
     Error::new(signature.fn_token.span, message)
 }
 
-/// `let body = async { … }; … block_on(body) …`, as `#[tokio::test]` and `#[tokio::main]` write it.
+/// `let body = async { … }; … block_on(body) …`, as `#[tokio::test]` and `#[tokio::main]` generate
+/// it.
 fn is_waited_for(block: &Block) -> bool {
     match (block.stmts.first(), block.stmts.last()) {
         (Some(Stmt::Local(Local { init: Some(init), .. })), Some(Stmt::Expr(last, _))) => {
@@ -126,7 +129,7 @@ fn returned_future(expression: &mut Expr) -> Option<&mut ExprAsync> {
     }
 }
 
-/// The binding of the guard would hide an argument of the same name.
+/// Refuses a binding that would hide an argument of the same name.
 pub(super) fn check_binding(signature: &Signature, lease: &Ident) -> Result<()> {
     let is_taken = signature.inputs.iter().any(|argument| match argument {
         FnArg::Typed(argument) => matches!(&*argument.pat, Pat::Ident(pattern) if pattern.ident == *lease),
@@ -148,17 +151,19 @@ fn is_box_pin(call: &ExprCall) -> bool {
 
 /// An asynchronous body, in its parts.
 pub(super) struct AsyncBody {
-    /// What `#[async_trait]` puts in front, so that the arguments are called as in the source.
+    /// The statements that `#[async_trait]` puts first, so that the arguments have their names from
+    /// the source.
     pub(super) bindings: Vec<Stmt>,
-    /// What `#[async_trait]` calls `self`.
+    /// The name that `#[async_trait]` gives `self`.
     pub(super) receiver: Option<Ident>,
     pub(super) statements: Vec<Stmt>,
-    /// Where it ends: what is missing is missing there.
+    /// The end of the body. Errors about a missing value point at it.
     pub(super) end: Span,
 }
 
-/// How many `let argument = argument;` an `#[async_trait]` writes for this function: one for `self` and for each
-/// argument that is no reference. `None`: it is not from `#[async_trait]`.
+/// How many `let argument = argument;` an `#[async_trait]` generates for this function: one for
+/// `self` and one for each argument that is not a reference. `None`: the function is not from
+/// `#[async_trait]`.
 pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
     let is_async_trait =
         signature.generics.lifetimes().any(|parameter| parameter.lifetime.ident == "async_trait");
@@ -169,8 +174,8 @@ pub(super) fn async_trait_bindings(signature: &Signature) -> Option<usize> {
     is_async_trait.then(|| signature.inputs.iter().filter(is_bound).count())
 }
 
-/// Parts what `#[async_trait]` put in front from the body. Where it does not look as expected, another attribute has
-/// wrapped it already: then the arguments still have their own names.
+/// Separates the statements of `#[async_trait]` from the body. If they are not as expected, another
+/// attribute has already wrapped the body, and the arguments still have their own names.
 pub(super) fn split(block: &mut Block, bindings: Option<usize>) -> AsyncBody {
     let end = end_of(block);
     let mut statements = mem::take(&mut block.stmts);

@@ -1,12 +1,15 @@
-//! Several locks on one function: taken as they are read, from the top down.
+//! Several locks on one function: taken in reading order, from the top down.
 //!
-//! Attributes are expanded from the top, each with the item that the one above it has made, so by itself a lower one would
-//! wrap the code of the upper one, and take its lock first. The upper one can't help: it sees the lower one by a name that
-//! anybody may have changed (`use lock_db::distributed_lock as locked`), or that stands in a `cfg_attr` or in a macro. But
-//! the lower one can see what the upper one has written, by whatever name that was called: a call of `__private::run…`,
-//! with the body as its argument. There it puts its own lock, around the body alone.
+//! Attributes are expanded from the top, each with the item that the one above it has produced. So
+//! by itself a lower attribute would wrap the code of the upper one, and take its lock first. The
+//! upper one can't prevent that. It sees the lower one only by a name, which may have been changed
+//! (`use lock_db::distributed_lock as locked`), or inside of a `cfg_attr` or a macro. But the lower
+//! one can find what the upper one has generated, whatever its name was: a call of
+//! `__private::run…`, with the body as its argument. There it puts its own lock, around the body
+//! alone.
 //!
-//! That also holds when another attribute (`#[tracing::instrument]`, `#[tokio::test]`) has wrapped the function in between.
+//! This also works when another attribute (`#[tracing::instrument]`, `#[tokio::test]`) has wrapped
+//! the function in between.
 
 use std::mem;
 
@@ -16,7 +19,7 @@ use syn::{Block, Expr, ExprCall, Ident, Item, Local, Pat, Stmt};
 use super::Code;
 use super::function::{AsyncBody, end_of, receiver};
 
-/// Puts the lock inside of the innermost one that the function has already. `false`: it has none.
+/// Puts the lock inside of the innermost lock that the function already has. `false`: it has none.
 pub(super) fn lock_inside(block: &mut Block, code: &Code) -> bool {
     let mut search = Search { code, receiver: None, found: false };
     search.visit_block_mut(block);
@@ -25,13 +28,13 @@ pub(super) fn lock_inside(block: &mut Block, code: &Code) -> bool {
 
 struct Search<'a> {
     code: &'a Code,
-    /// What `#[async_trait]` calls `self`, as seen on the way.
+    /// The name that `#[async_trait]` gives `self`, found during the search.
     receiver: Option<Ident>,
     found: bool,
 }
 
 impl VisitMut for Search<'_> {
-    /// Functions within the function have locks of their own.
+    /// Functions within the function have their own locks.
     fn visit_item_mut(&mut self, _item: &mut Item) {}
 
     fn visit_local_mut(&mut self, local: &mut Local) {
@@ -50,14 +53,14 @@ impl VisitMut for Search<'_> {
         }
         let end = end_of(body);
         let mut statements = mem::take(&mut body.stmts);
-        // The one of the upper lock; the lower one has its own.
+        // The return edge of the upper lock. The lower lock has its own.
         let edge = statements.iter().position(is_return_edge).map(|edge| statements.remove(edge));
         let body_inside = AsyncBody { bindings: Vec::new(), receiver, statements, end };
         body.stmts = edge.into_iter().chain(self.code.locked(&body_inside)).collect();
     }
 }
 
-/// The body that a lock runs, with all that was written in it.
+/// The body that a lock runs, with everything that was generated in it.
 fn body_of(call: &mut ExprCall) -> Option<&mut Block> {
     let Expr::Path(function) = &*call.func else { return None };
     let mut segments = function.path.segments.iter().rev();
@@ -67,7 +70,7 @@ fn body_of(call: &mut ExprCall) -> Option<&mut Block> {
     if !body.block.stmts.first().is_some_and(|statement| is_local(statement, "__bound")) {
         return Some(&mut body.block);
     }
-    // Below what binds the guard, so that the lower lock may be named by it.
+    // After the binding of the guard, so that the name of the lower lock may use the guard.
     body.block.stmts.iter_mut().find(|statement| is_local(statement, "__output")).and_then(|statement| {
         let Stmt::Local(Local { init: Some(init), .. }) = statement else { return None };
         match &mut *init.expr {

@@ -7,7 +7,7 @@ use syn::{
     Error, GenericArgument, PathArguments, Result, ReturnType, Signature, Type, TypeInfer, TypeParamBound,
 };
 
-/// The declared type, if the signature shows it: an alias such as `BoxFuture` does not.
+/// The declared type, if the signature shows it. An alias such as `BoxFuture` does not.
 pub(super) fn of(signature: &Signature, shape: Shape) -> Result<Option<Type>> {
     let output = match &signature.output {
         ReturnType::Default => None,

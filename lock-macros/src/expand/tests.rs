@@ -6,7 +6,7 @@ fn written(args: &str, item: &str) -> String {
     expand(args.parse().unwrap(), &item.parse().unwrap()).to_string()
 }
 
-/// The written function, which must be one, with the signature as it was.
+/// The generated item, which must be a function with an unchanged signature.
 #[track_caller]
 fn function(args: &str, item: &str) -> String {
     let code = written(args, item);
@@ -17,7 +17,7 @@ fn function(args: &str, item: &str) -> String {
     code
 }
 
-/// Refused with these messages, and with the item as it was.
+/// Refused with these messages, and with the item unchanged.
 #[track_caller]
 fn refused(args: &str, item: &str, messages: &[&str]) {
     let code = written(args, item);
@@ -113,7 +113,7 @@ fn skipping_and_entering_again() {
     assert!(!code.contains("reentrant") && !code.contains("skip"), "{code}");
 }
 
-/// As the compiler does it: each attribute with what the one above it has made.
+/// As the compiler does it: each attribute gets what the one above it has produced.
 fn below(upper: &str, lower: &str, item: &str) -> String {
     let code = function(upper, item);
     function(lower, &code)
@@ -121,7 +121,7 @@ fn below(upper: &str, lower: &str, item: &str) -> String {
 
 #[test]
 fn several_locks_are_taken_from_the_top_down() {
-    // Whatever the lower one is called.
+    // Whatever the name of the lower one is.
     let item = "#[first] #[locked(\"b\", ttl = \"1s\")] async fn f() -> R { work() }";
     assert!(function(r#""a""#, item).starts_with(r#"# [first] # [locked ("b" , ttl = "1s")] async fn f"#));
 
@@ -136,7 +136,7 @@ fn several_locks_are_taken_from_the_top_down() {
         assert_eq!(code.matches("None :: < R >").count(), 3, "one for each body: {code}");
     }
 
-    // The lower one is named by the guard of the upper one.
+    // The name of the lower lock uses the guard of the upper one.
     let code = below(r#""a", lease = upper"#, "upper.name()", "async fn f() -> R { work() }");
     in_order(&code, &["let upper =", "(upper . name ())", "work ()"]);
 }
@@ -146,7 +146,7 @@ fn several_locks_with_other_attributes_between() {
     let code = below("self.first()", "self.second()", ASYNC_TRAIT);
     in_order(&code, &["let (a , b)", "(__self . first ())", "(__self . second ())", "let __ret : R"]);
 
-    // As `#[tracing::instrument]` wraps that: seen from outside, `self` has its own name again.
+    // As `#[tracing::instrument]` wraps it: on the outside, `self` has its own name again.
     let code = function("self.first()", ASYNC_TRAIT);
     let (before, after) = code.split_once("async move {").unwrap();
     let (inside, behind) = after.rsplit_once("})").unwrap();
@@ -156,7 +156,7 @@ fn several_locks_with_other_attributes_between() {
     let order = ["let span", "let (a , b)", "(__self . first ())", "(__self . second ())", "let __ret : R"];
     in_order(&code, &order);
 
-    // As `#[tokio::test]` writes it.
+    // As `#[tokio::test]` generates it.
     let code = function("first()", "async fn f() -> Result<(), E> { work() }");
     let (_, body) = code.split_once('{').unwrap();
     let waited_for =
@@ -165,7 +165,7 @@ fn several_locks_with_other_attributes_between() {
     in_order(&code, &["let body = async {", "(first ())", "(second ())", "work ()", "block_on"]);
 }
 
-/// What only looks like a lock from afar.
+/// Code that only looks like a lock.
 #[test]
 fn code_of_others_is_no_lock() {
     let item = "async fn f() -> R { async fn inner() -> R { lock_db::__private::run(a, async move { b() }, c).await } run(a, async move { d() }).await }";
@@ -206,7 +206,7 @@ fn impl_trait_is_not_named_in_the_body() {
     assert!(code.contains("< _ as :: lock_db :: __private :: LockedOutput > :: refused)"), "{code}");
 }
 
-/// As `#[async_trait]` writes it.
+/// As `#[async_trait]` generates it.
 const ASYNC_TRAIT: &str = "
     fn f<'life0, 'life1, 'async_trait>(&'life0 mut self, text: &'life1 str, __arg2: (u8, u8))
         -> ::core::pin::Pin<Box<dyn ::core::future::Future<Output = R> + ::core::marker::Send + 'async_trait>>
@@ -269,7 +269,7 @@ fn functions_that_return_a_future() {
 
 #[test]
 fn functions_that_another_attribute_has_made_to_wait() {
-    // As `#[tokio::test]` writes it.
+    // As `#[tokio::test]` generates it.
     let item = "fn f() -> Result<(), E> {
         let body = async { work().await; Ok(()) };
         tokio::pin!(body);

@@ -1,4 +1,5 @@
-//! What is looked at before the first lock fails: rights, whether a row can be made at all, and settings.
+//! Finds problems before the first lock does: missing privileges, rows that can't be created, and
+//! settings.
 
 use sqlx::mysql::MySqlConnection;
 use sqlx::{Connection, Row};
@@ -9,7 +10,7 @@ use crate::Kind;
 use crate::database::{Server, foreign_write};
 use crate::secret::Secret;
 
-/// What locks do to the table, to no row: each needs rights of its own.
+/// What locks do to the table, without a row. Each statement needs privileges of its own.
 const USES: [&str; 3] = [
     "SELECT * FROM {table} WHERE FALSE FOR UPDATE",
     "UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previous_token = previous_token, owner = owner,
@@ -19,18 +20,18 @@ const USES: [&str; 3] = [
     "INSERT INTO {table} (lock_name, lock_kind) SELECT lock_name, lock_kind FROM {table} WHERE FALSE",
 ];
 
-/// No right to the table, to a column, or to what a statement does.
+/// No privilege for the table, for a column, or for what a statement does.
 const DENIED: [u16; 3] = [1142, 1143, 1227];
 
 const LOCK: &str = "SELECT 1 FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name = ? FOR UPDATE";
-/// Another value, so that it counts however rows are counted.
+/// Writes another value, so that the row counts however rows are counted.
 const WRITE: &str = "UPDATE {table} SET owner = 'lock-db', guard_count = guard_count + 1 WHERE lock_name = ?";
 
 const SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'read_only', 'innodb_flush_log_at_trx_commit', 'innodb_deadlock_detect', 'wait_timeout')";
 
-/// Below this the server closes connections that a service uses now and then.
+/// Below this, the server closes connections that a service uses only now and then.
 const SHORT_WAIT_TIMEOUT: u64 = 60;
 
 pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
@@ -60,7 +61,8 @@ pub(super) fn is_denied(error: &sqlx::Error) -> bool {
     number(error).is_some_and(|number| DENIED.contains(&number))
 }
 
-/// Makes a row, locks and writes it, and rolls that back: whatever keeps one of these from being done shows.
+/// Creates a row, locks and writes it, and rolls back. Any obstacle to one of these steps shows as
+/// an error.
 async fn try_out(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<()> {
     let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
     let mut transaction = connection.begin_with("START TRANSACTION").await?;

@@ -1,5 +1,5 @@
-//! What the errors of the servers mean, by their number, because the SQLSTATE is HY000 for most of them:
-//! <https://dev.mysql.com/doc/mysql-errors/en/server-error-reference.html>,
+//! What the errors of the servers mean. They are identified by number, because most of them have
+//! the SQLSTATE HY000: <https://dev.mysql.com/doc/mysql-errors/en/server-error-reference.html>,
 //! <https://mariadb.com/kb/en/mariadb-error-code-reference/>.
 
 use sqlx::mysql::MySqlDatabaseError;
@@ -8,10 +8,11 @@ use crate::database::Fault;
 
 pub(super) const DUPLICATE_KEY: u16 = 1062;
 
-/// A row that is waited for no longer, by `innodb_lock_wait_timeout` or MariaDB's NOWAIT, or a table, by `lock_wait_timeout`.
+/// A wait for a row ended, by `innodb_lock_wait_timeout` or MariaDB's NOWAIT, or a wait for a
+/// table, by `lock_wait_timeout`.
 pub(super) const LOCK_WAIT_TIMEOUT: u16 = 1205;
 
-/// MySQL's NOWAIT, for a row only.
+/// MySQL's NOWAIT, only for a row.
 pub(super) const ROW_IS_LOCKED: u16 = 3572;
 
 /// `max_statement_time` of MariaDB, `MAX_EXECUTION_TIME` of MySQL.
@@ -19,25 +20,25 @@ pub(super) const TOOK_TOO_LONG: [u16; 2] = [1969, 3024];
 
 pub(super) const DEADLOCK: u16 = 1213;
 
-/// By KILL.
+/// Returned by KILL.
 pub(super) const NO_SUCH_SESSION: u16 = 1094;
 
 pub(super) const COMMIT_FAILED: u16 = 1180;
 
-/// `EXECUTE` of what was not prepared on this connection.
+/// `EXECUTE` of a statement that was not prepared on this connection.
 pub(super) const UNKNOWN_STATEMENT: u16 = 1243;
 
 pub(super) const NO_SUCH_SAVEPOINT: u16 = 1305;
 
-/// A number that does not fit into its column, on MariaDB: for an id when they are used up.
+/// A number that does not fit into its column, on MariaDB. For an id, the ids are used up.
 pub(super) const TOO_LARGE: u16 = 167;
 
-/// `read_only`, by which a demoted primary is told.
+/// The server is `read_only`, as a demoted primary is.
 pub(super) const READ_ONLY: u16 = 1290;
 
 pub(super) const OUT_OF_RANGE: u16 = 1690;
 
-/// A privilege that an account lacks.
+/// The account lacks a privilege.
 pub(super) const ACCESS_DENIED: u16 = 1227;
 
 pub(super) fn number(error: &sqlx::Error) -> Option<u16> {
@@ -50,7 +51,7 @@ pub(super) fn says(error: &sqlx::Error, text: &str) -> bool {
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::error::is_connection_failure(error) {
+    if crate::database::is_connection_failure(error) {
         return Fault::Disconnected;
     }
     if matches!(error, sqlx::Error::Configuration(_)) {
@@ -59,7 +60,7 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
     match number(error) {
         Some(LOCK_WAIT_TIMEOUT | ROW_IS_LOCKED) => Fault::Busy,
         Some(number) if TOOK_TOO_LONG.contains(&number) => Fault::Busy,
-        // deadlock, which is also what certification answers, and the two other forms of that in group replication
+        // deadlock, which certification also reports, and its two other forms in group replication
         Some(DEADLOCK | 3101) => Fault::Deadlock,
         Some(COMMIT_FAILED) if says(error, "149") => Fault::Deadlock,
         // MariaDB: record has changed since last read; the table was altered since the snapshot
@@ -67,26 +68,27 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         Some(1146) => Fault::TableMissing,
         // a column, an index
         Some(1054 | 1176) => Fault::TableDiffers,
-        // There is no such savepoint: none of what was set in this message, because no transaction is open.
+        // No such savepoint. The same message has set the savepoint, but no transaction is open.
         Some(NO_SUCH_SAVEPOINT) => Fault::TransactionEnded,
         // Cannot convert string, incorrect string value
         Some(3988 | 1366) => Fault::Unstorable,
-        // access denied for the user or to the database, no such database, host not allowed, account locked (MySQL, MariaDB),
-        // password expired (three forms), authentication plugin;
-        // no right to the table, a column, what a statement does, or a routine;
-        // read-only for good: the session's transactions, by `transaction_read_only`; the server, by `innodb_read_only` or
-        // `innodb_force_recovery` (two forms).
+        // access denied for the user or to the database, no such database, host not allowed,
+        // account locked (MySQL, MariaDB), password expired (three forms), authentication plugin;
+        // no privilege for the table, a column, what a statement does, or a routine; permanently
+        // read-only: the session's transactions, by `transaction_read_only`; the server, by
+        // `innodb_read_only` or `innodb_force_recovery` (two forms).
         Some(
             1045 | 1044 | 1049 | 1130 | 3118 | 4151 | 1820 | 1862 | 3878 | 1251 | 1524 | 1142 | 1143 | 1227
             | 1370 | 1792 | 1836 | 1036,
         ) => Fault::Refused,
-        // too many connections: of the server, of the account (two forms); offline mode; shutdown; killed; idle for too long;
-        // node not ready; `read_only`: a server that is no primary any more, where a new connection may lead to the one that is. And
-        // a node of Galera that was cut off from the others during a commit, which they may have carried out.
+        // too many connections: of the server, of the account (two forms); offline mode; shutdown;
+        // killed; idle for too long; node not ready; `read_only`: the server is no longer the
+        // primary, and a new connection may lead to the current one. Also a Galera node that was
+        // cut off from the others during a commit, which they may have carried out.
         Some(1040 | 1203 | 1226 | 3032 | 1053 | 1927 | 4031 | 1047 | READ_ONLY | COMMIT_FAILED) => {
             Fault::Disconnected
         }
-        // A prepared statement is gone or has to be prepared anew.
+        // A prepared statement is gone or has to be prepared again.
         Some(UNKNOWN_STATEMENT | 1615) => Fault::Disconnected,
         // interrupted; out of prepared statements, memory, threads; disk full, table full
         Some(1317 | 1461 | 1037 | 1038 | 1041 | 1135 | 1021 | 1114) => Fault::Passing,

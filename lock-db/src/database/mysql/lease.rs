@@ -1,4 +1,4 @@
-//! One lease at a time, on private connections: what MySQL and MariaDB have in common, and MySQL's statements.
+//! Statements for one lease, on private connections: what MySQL and MariaDB share, and MySQL's own.
 
 use std::time::Duration;
 
@@ -9,10 +9,11 @@ use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, 
 use super::mariadb;
 use crate::Kind;
 use crate::database::{
-    Claim, Grant, LeaseKey, LockRow, Place, Probe, Return, Server, Standing, names_as_json, outcome_unknown,
+    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, names_as_json,
+    outcome_unknown,
 };
-use crate::limits::micros;
 use crate::name::Name;
+use crate::options::micros;
 use crate::secret::Secret;
 
 macro_rules! columns {
@@ -25,12 +26,12 @@ macro_rules! columns {
     };
 }
 
-/// Of which `lock_row` makes a row.
+/// The columns from which `lock_row` builds a row.
 pub(super) const COLUMNS: &str = columns!();
 
-const LOOK: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?");
+const READ: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?");
 
-pub(super) const LOOK_ALL: &str = concat!(
+pub(super) const READ_ALL: &str = concat!(
     "SELECT ",
     columns!(),
     ", lock_name
@@ -38,16 +39,17 @@ FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)"
 );
 
-/// Not INSERT IGNORE, which also ignores a name that was cut, nor ON DUPLICATE KEY UPDATE, whose count of rows can't
-/// tell the two cases apart on a connection of sqlx.
+/// Not `INSERT IGNORE`, which also ignores that a name was truncated. Not
+/// `ON DUPLICATE KEY UPDATE`, because on a connection of sqlx its row count is the same in both
+/// cases.
 const CREATE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?, ?)";
 
-/// What was there before is read in the inner SELECT: in an UPDATE of a join the order of assignments is not defined. The
-/// new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover that lost the
-/// last grants brings a number back.
+/// The old values are read in the inner SELECT, because the order of assignments in an UPDATE of a
+/// join is undefined. The new token is never below the clock's microseconds. So no token is issued
+/// again after a row was deleted, or after a failover that lost the last grants.
 ///
-/// A row that somebody has locked is passed over, so that nobody else's turn on this connection waits for it. In a
-/// transaction that would leave a lock on the gap behind it; by itself it does not.
+/// A locked row is skipped, so that other callers do not wait for it on this connection. Inside a
+/// transaction this would leave a lock on the gap behind the row; outside it does not.
 const ACQUIRE: &str = "
 UPDATE (
     SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
@@ -101,8 +103,9 @@ SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, 
         -TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), unlocked.moment), 0),
     lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
 
-/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
-/// the same. By the clock at the moment when the row is locked: the statement may have waited for the table.
+/// The notice is a fifth of the TTL, 1 s at most. A deadline more than the TTL and 2 s ahead is
+/// moved to one TTL from now. `LockRow::notice_is_due` uses the same rules. Uses the clock at the
+/// moment when the row is locked, because the statement may have waited for the table.
 const GIVE_NOTICE: &str = "
 UPDATE (
     SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
@@ -130,12 +133,12 @@ UPDATE (
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
 SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
 
-/// Counts as written also when it is already so, as sqlx asks for the rows that were found.
+/// An unchanged row also counts as written, because sqlx asks for the number of rows found.
 const MARK: &str = "
 UPDATE {table} SET previous_token = GREATEST(previous_token, ?)
 WHERE id = ? AND lock_name = ? AND secret_key = ? AND fencing_token = ?";
 
-/// By the index and without waiting.
+/// Uses the index, and does not wait.
 const PROBE: &str =
     "SELECT 1 FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name = ? FOR UPDATE NOWAIT";
 
@@ -149,7 +152,7 @@ STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = CONCAT(
     lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
 
-/// Only on top of what was read before.
+/// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
 UPDATE (
     SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
@@ -171,12 +174,12 @@ SET lease.waiters = INSERT(unlocked.last_waiters, unlocked.place, 56, '')";
 
 const IS_OURS: &str = "SELECT 1 FROM {table} WHERE lock_name = ? AND secret_key = ?";
 
-pub(super) async fn look(
+pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
 ) -> sqlx::Result<Option<LockRow>> {
-    let row = sqlx::query(server.table.sql(LOOK)).bind(name.as_bytes()).fetch_optional(connection).await?;
+    let row = sqlx::query(server.table.sql(READ)).bind(name.as_bytes()).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
 
@@ -196,15 +199,15 @@ pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
     })
 }
 
-/// Looks first: a transaction may have locked the row already that another caller of this process has just made, and the
-/// lane must not wait for that.
+/// Reads first. A transaction may already have locked the row that another caller of this process
+/// has just created, and the connection worker must not wait for that transaction.
 pub(super) async fn create(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
     kind: Kind,
 ) -> sqlx::Result<bool> {
-    if look(connection, server, name).await?.is_some() {
+    if read(connection, server, name).await?.is_some() {
         return Ok(true);
     }
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
@@ -222,7 +225,7 @@ pub(super) async fn create(
     }
 }
 
-/// The key of a row that was there is the name.
+/// Whether the ids are used up. If the row already exists, the duplicate key is its name.
 fn has_no_id(error: &sqlx::Error) -> bool {
     match number(error) {
         Some(DUPLICATE_KEY) => says(error, "PRIMARY'"),
@@ -255,7 +258,7 @@ pub(super) async fn acquire(
     if acquired.rows_affected() == 0 {
         return Ok(None);
     }
-    // It is ours already: an error is no answer to the question whether it is.
+    // The lease is already ours, so an error must not look like an answer.
     let query = sqlx::query(server.table.sql(GRANTED)).bind(name).bind(secret);
     let row = query.fetch_optional(connection).await.map_err(outcome_unknown)?;
     row.as_ref().map(granted).transpose()
@@ -263,7 +266,7 @@ pub(super) async fn acquire(
 
 pub(super) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
-    Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, numbers: row.try_get(3)? })
+    Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, tokens: row.try_get(3)? })
 }
 
 pub(super) async fn give_notice(
@@ -291,7 +294,7 @@ pub(super) async fn settle(
     Ok(settled.rows_affected() > 0)
 }
 
-/// Waits for the row no longer than any statement here.
+/// Waits for the row no longer than any other statement here.
 pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
     let marked = sqlx::query(lease.server.table.sql(MARK))
         .bind(lease.mark)
@@ -304,7 +307,8 @@ pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> 
     Ok(marked.rows_affected() > 0)
 }
 
-/// A row only: what keeps the whole table from being written has been met before this, by the statement that did not get the row.
+/// Probes only the row. If the whole table were locked, the earlier statement that did not get the
+/// row would have reported that.
 pub(super) async fn probe(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -321,13 +325,13 @@ pub(super) async fn probe(
 pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
-    lease: &Return,
-) -> sqlx::Result<Standing> {
-    let Return { name, secret, place } = lease;
+    lease: &ReleaseClaim,
+) -> sqlx::Result<LeaseStatus> {
+    let ReleaseClaim { name, secret, place } = lease;
     let released = if server.is_mariadb {
         mariadb::release(connection, server, lease).await
     } else {
-        let (place, listener) = Place::parts(place.as_ref());
+        let (place, listener) = QueueEntry::parts(place.as_ref());
         let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
         let query = query.bind(place).bind(place).bind(place).bind(listener);
         query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
@@ -341,7 +345,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<Standing> {
+) -> sqlx::Result<LeaseStatus> {
     let released = if server.is_mariadb {
         mariadb::release_later(connection, server, name, secret, at_least).await
     } else {
@@ -358,25 +362,25 @@ async fn released_or_not(
     name: &str,
     secret: &Secret,
     released: bool,
-) -> sqlx::Result<Standing> {
+) -> sqlx::Result<LeaseStatus> {
     if released {
-        return Ok(Standing::Ours);
+        return Ok(LeaseStatus::Ours);
     }
     let query = sqlx::query(server.table.sql(IS_OURS)).bind(name.as_bytes()).bind(secret.as_str());
     let ours = query.fetch_optional(connection).await?;
-    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+    Ok(if ours.is_some() { LeaseStatus::Busy } else { LeaseStatus::NotOurs })
 }
 
-pub(super) async fn stand(
+pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    place: &Place,
+    place: &QueueEntry,
 ) -> sqlx::Result<bool> {
     if server.is_mariadb {
-        return mariadb::stand(connection, server, name, place).await;
+        return mariadb::enqueue(connection, server, name, place).await;
     }
-    let (secret, listener) = Place::parts(Some(place));
+    let (secret, listener) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(secret);
     Ok(query.bind(secret).bind(listener).execute(connection).await?.rows_affected() > 0)
 }
@@ -395,14 +399,14 @@ pub(super) async fn set_waiters(
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
-pub(super) async fn remove_waiter(
+pub(super) async fn dequeue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
     if server.is_mariadb {
-        return mariadb::remove_waiter(connection, server, name, secret).await;
+        return mariadb::dequeue(connection, server, name, secret).await;
     }
     let secret = secret.as_str();
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);

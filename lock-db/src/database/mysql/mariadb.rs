@@ -1,16 +1,21 @@
-//! Leases on MariaDB: everything that passes over locked rows and writes the others is an INSERT of rows that are there.
+//! Statements for leases on MariaDB. A statement that skips locked rows and writes the others is an
+//! INSERT of existing rows.
 //!
-//! It is the one statement of MariaDB that does all three: skip what another transaction has locked, write, and answer what it has
-//! written. Nothing is ever inserted. (An UPDATE of a join over what a SELECT … SKIP LOCKED found would do without the answer, as on
-//! MySQL. But MariaDB 10.11 dies when such a statement is prepared while the table is changed online:
+//! It is MariaDB's only statement that does all three: skip rows that another transaction has
+//! locked, write, and return what it has written. It never inserts a row. (An UPDATE of a join with
+//! the result of a SELECT … SKIP LOCKED would work without the returned rows, as on MySQL. But
+//! MariaDB 10.11 crashes when such a statement is prepared while the table is altered online:
 //! docs/reports/mariadb-prepare-multi-update.md.)
 //!
-//! `VALUES` are those that are asked for; as the queue, a place in it. No assignment reads what one before it has written, so it is
-//! the same whether they are made in turn or, by `SIMULTANEOUS_ASSIGNMENT`, at once.
+//! `VALUES` are the requested values; for `waiters`, the secret of a queue entry or the whole
+//! queue. No assignment reads a column that an earlier one has written. So the result is the same
+//! whether assignments are made in turn or, with `SIMULTANEOUS_ASSIGNMENT`, at once.
 //!
-//! With `innodb_autoinc_lock_mode = 1`, the default, such an insert locks the counter of the table (AUTO-INC), although it counts
-//! nothing: to the end of the statement in a transaction; by itself until it is committed, which with a binary log takes until
-//! that is on disk. There it goes in a transaction, in the same message: see `IN_TRANSACTION`.
+//! With `innodb_autoinc_lock_mode = 1`, the default, such an insert locks the counter of the table
+//! (AUTO-INC), although it uses no number. Inside a transaction it holds the lock until the
+//! statement ends. Outside, it holds the lock until the commit, which with a binary log waits for
+//! the disk. Such a server gets the insert inside a transaction, in the same message: see
+//! `IN_TRANSACTION`.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -19,15 +24,16 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
+use super::batch::still_ours;
 use super::lease::granted;
-use super::together::still_ours;
 use crate::database::{
-    Claim, Grant, Place, Renewal, Renewed, Return, Server, Standing, as_json, in_order, outcome_unknown,
+    Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
+    outcome_unknown,
 };
-use crate::limits::micros;
+use crate::options::micros;
 use crate::secret::Secret;
 
-/// One message, of which the server carries out all or nothing.
+/// Wraps a statement in a transaction, in one message. The server executes all of it or nothing.
 const IN_TRANSACTION: &str = "
 BEGIN NOT ATOMIC
     DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
@@ -128,7 +134,7 @@ ON DUPLICATE KEY UPDATE waiters = CONCAT(distributed_lock.waiters, VALUES(waiter
     LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
 RETURNING id";
 
-/// Only on top of what was read before.
+/// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
@@ -148,7 +154,7 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING id";
 
-/// See `together::RENEW`.
+/// See `batch::RENEW`.
 const RENEW: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT lease.id, lease.lock_name, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
@@ -165,9 +171,10 @@ ON DUPLICATE KEY UPDATE
     ttl_micros = VALUES(ttl_micros)
 RETURNING secret_key";
 
-/// `RELEASE` (those without a `ttl`, which get the time of a lock that is free) and `ACQUIRE` for many at once. The comments save
-/// conversions where it is known that MariaDB reads a character set there.
-const EXCHANGE: &str = "
+/// `RELEASE` (entries without a `ttl`, which get the deadline of a free lock) and `ACQUIRE` for
+/// many leases at once. The comments save conversions on versions of MariaDB that are known to read
+/// a character set there.
+const BATCH: &str = "
 INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
@@ -204,7 +211,7 @@ ON DUPLICATE KEY UPDATE
     secret_key = VALUES(secret_key)
 RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
 
-/// `ACQUIRE` for several names, which have no places in queues: those that are free.
+/// `ACQUIRE` for several names, which have no queue entries: takes those that are free.
 macro_rules! acquire_all {
     ($asked:literal) => {
         concat!("
@@ -236,10 +243,11 @@ RETURNING secret_key, fencing_token, id, waiters <> '', fencing_token - previous
 }
 
 const ACQUIRE_ALL: &str = acquire_all!("?");
-/// In `ALL_OR_NONE`.
+/// For `ALL_OR_NONE`.
 const ACQUIRE_ASKED: &str = acquire_all!("asked");
 
-/// `ACQUIRE_ALL` for all or none, in one message: the rows are locked and counted first, and written when all of them are there.
+/// `ACQUIRE_ALL` for all or none, in one message: the rows are locked and counted first, and
+/// written only if all of them were locked.
 const ALL_OR_NONE: &str = "
 BEGIN NOT ATOMIC
     DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
@@ -269,7 +277,7 @@ FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
 FOR UPDATE SKIP LOCKED";
 
-/// After `EXCHANGE`, which of those that it passed over are ours.
+/// Which of the leases that `BATCH` skipped are ours.
 const WHICH_ARE_OURS: &str = "
 SELECT lease.secret_key, lease.fencing_token, lease.id, FALSE, FALSE, 1
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
@@ -284,7 +292,8 @@ fn insert(server: &Server, statement: &'static str) -> Query<'static, MySql, MyS
     sqlx::query(frame.map_or_else(|| table.sql(statement), |frame| table.sql_in(frame, statement)))
 }
 
-/// Whether it wrote anything. To the end of the answer: a commit that fails is told behind the rows.
+/// Whether the statement wrote anything. Reads the result to its end, because a failed commit is
+/// reported after the rows.
 async fn wrote(
     connection: &mut MySqlConnection,
     query: Query<'_, MySql, MySqlArguments>,
@@ -301,9 +310,9 @@ pub(super) async fn acquire(
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
     let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
-    // To the end of the answer, as in `wrote`.
+    // Reads the result to its end, as `wrote` does.
     let rows = query.fetch_all(connection).await?;
-    // A trigger may have its own idea of the row.
+    // A trigger may have changed the row.
     let is_ours = |row: &&MySqlRow| matches!(row.try_get::<&str, _>(4), Ok(found) if found == secret);
     rows.first().filter(is_ours).map(granted).transpose()
 }
@@ -311,9 +320,9 @@ pub(super) async fn acquire(
 pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
-    lease: &Return,
+    lease: &ReleaseClaim,
 ) -> sqlx::Result<bool> {
-    let (place, listener) = Place::parts(lease.place.as_ref());
+    let (place, listener) = QueueEntry::parts(lease.place.as_ref());
     let query = insert(server, RELEASE).bind(place).bind(lease.name.as_bytes());
     wrote(connection, query.bind(lease.secret.as_str()).bind(listener)).await
 }
@@ -329,7 +338,7 @@ pub(super) async fn release_later(
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
 
-/// To names as `names_as_json` writes them.
+/// Gives notice for names as `names_as_json` writes them.
 pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -347,13 +356,13 @@ pub(super) async fn settle(
     wrote(connection, insert(server, SETTLE).bind(name.as_bytes())).await
 }
 
-pub(super) async fn stand(
+pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    place: &Place,
+    place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = Place::parts(Some(place));
+    let (secret, listener) = QueueEntry::parts(Some(place));
     let query = insert(server, STAND).bind(secret).bind(name.as_bytes());
     wrote(connection, query.bind(secret).bind(listener)).await
 }
@@ -369,7 +378,7 @@ pub(super) async fn set_waiters(
     wrote(connection, query).await
 }
 
-pub(super) async fn remove_waiter(
+pub(super) async fn dequeue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
@@ -388,45 +397,46 @@ pub(super) async fn renew(
     let json = as_json(leases);
     let renewed = insert(server, RENEW).bind(&json).fetch_all(&mut *connection).await?;
     let renewed: Vec<String> = renewed.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    let (mut found, mut looked) = (Vec::with_capacity(leases.len()), None);
+    let (mut found, mut read_at) = (Vec::with_capacity(leases.len()), None);
     if renewed.len() < leases.len() {
         let (still_ours, since) = still_ours(connection, server, &json).await?;
-        looked = Some(since);
-        // Whether one was renewed was told above.
-        for (secret, standing) in still_ours {
-            let standing = if standing == Standing::StillOurs { Standing::Busy } else { standing };
-            found.push((secret, standing));
+        read_at = Some(since);
+        // The statement above has reported which leases were renewed.
+        for (secret, status) in still_ours {
+            let status = if status == LeaseStatus::StillOurs { LeaseStatus::Busy } else { status };
+            found.push((secret, status));
         }
     }
-    // Those that were renewed last: they count.
-    found.extend(renewed.into_iter().map(|secret| (secret, Standing::Ours)));
-    Ok(in_order(leases, found, looked))
+    // Renewed leases come last, so that their result counts.
+    found.extend(renewed.into_iter().map(|secret| (secret, LeaseStatus::Ours)));
+    Ok(in_order(leases, found, read_at))
 }
 
-/// The rows that were written, and those of ours that were passed over.
-pub(super) async fn exchange(
+/// Returns the rows that were written, and the skipped rows that are ours.
+pub(super) async fn batch(
     connection: &mut MySqlConnection,
     server: &Server,
     asked: &str,
     owner: &str,
     listener: &str,
-    returns: &[Return],
+    releases: &[ReleaseClaim],
 ) -> sqlx::Result<Vec<MySqlRow>> {
-    let query = insert(server, EXCHANGE).bind(asked).bind(owner).bind(listener);
+    let query = insert(server, BATCH).bind(asked).bind(owner).bind(listener);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {
         done.insert(row.try_get::<String, _>(0)?);
     }
-    if returns.iter().any(|one| !done.contains(one.secret.as_str())) {
-        // What is there already stands.
+    if releases.iter().any(|one| !done.contains(one.secret.as_str())) {
+        // The statement above is already committed.
         let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(asked).fetch_all(connection).await;
         rows.extend(ours.map_err(outcome_unknown)?);
     }
     Ok(rows)
 }
 
-/// Those of several claims that could be taken: all or none with `all`, which is how many they are. The secret comes first.
+/// Takes those of several claims that are free. With `all`, which is the number of claims, takes
+/// all or none. The secret is the first column.
 pub(super) async fn acquire_all(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -436,7 +446,7 @@ pub(super) async fn acquire_all(
 ) -> sqlx::Result<Vec<MySqlRow>> {
     let query = match all {
         Some(all) => {
-            // `asked` is a variable in it.
+            // Inside it, `asked` is a variable.
             sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
         }
         None => sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked),

@@ -1,15 +1,17 @@
-//! Making the table, and mending what operators left.
+//! Creates the table.
 
 use sqlx::mysql::MySqlConnection;
 use sqlx::{AssertSqlSafe, MySql};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, READ_ONLY, number};
 use super::schema::{digest, find};
-use crate::database::{Fault, Found, LockDatabase};
+use crate::database::driver::SchemaDriver;
+use crate::database::{Fault, Found};
 use crate::schema;
 
-/// A positive wait, and the answer looked at: MariaDB answers NULL to the negative one that sqlx's migrator sends, and
-/// then no lock is held. The name counts on the whole server, so it tells the database.
+/// Waits for a positive time, and the answer is checked. For the negative time that sqlx's migrator
+/// sends, MariaDB returns NULL, and no lock is held. The lock's name is valid on the whole server,
+/// so it contains a digest of the database's name.
 const LOCK_MIGRATIONS: &str = "SELECT COALESCE(GET_LOCK(?, 60), 0)";
 const UNLOCK_MIGRATIONS: &str = "DO RELEASE_LOCK(?)";
 const CURRENT: &str = "SELECT DATABASE()";
@@ -29,8 +31,9 @@ const APPLIED: &str = "SELECT version FROM {ledger}";
 const NOTE_APPLIED: &str = "INSERT INTO {ledger} (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
-/// When all is applied this only reads, so that an account without the right to create anything may call it. So may one that does not
-/// see the ledger, or where there is none, if the table is as this version needs it.
+/// If everything is applied this only reads, so an account without the privilege to create anything
+/// may call it. If the table is as this version needs it, the account may also lack access to the
+/// ledger, or the ledger may be missing.
 pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
     let schema = if let Some(schema) = schema {
         schema.to_owned()
@@ -57,7 +60,8 @@ pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&st
     sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await.map(drop)
 }
 
-/// A server that may only read is told by its own error: another one may have become the primary.
+/// A read-only server is reported with its own error, because another server may have become the
+/// primary.
 fn may_not(error: sqlx::Error) -> sqlx::Error {
     if MySql::classify(&error) != Fault::Refused {
         return error;
@@ -71,10 +75,10 @@ fn may_not(error: sqlx::Error) -> sqlx::Error {
     )
 }
 
-/// The newest migration that was applied, if this version does not know it.
+/// The newest applied migration, if this version does not know it.
 pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<Option<i64>> {
     let sql = format!("SELECT MAX(version) FROM `{}`._lock_db_migrations", schema.replace('`', "``"));
-    // It need not be there, nor for this account to read.
+    // The ledger may be missing, or this account may not read it.
     let newest = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(connection).await;
     let newest: Option<i64> = newest.ok().flatten();
     Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
@@ -96,7 +100,7 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
         sqlx::raw_sql(in_ledger(CREATE_LEDGER)).execute(&mut *connection).await?;
         Vec::new()
     };
-    // The ledger may have outlived the table.
+    // The table may have been dropped without the ledger.
     let is_gone = !has_table(connection, schema, "distributed_lock").await?;
     for (version, sql) in MIGRATIONS {
         if !is_gone && applied.contains(&version) {
@@ -105,7 +109,8 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
         let sql = sql.replace("EXISTS distributed_lock (", &format!("EXISTS {quoted}.distributed_lock ("));
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
         let noted = sqlx::query(in_ledger(NOTE_APPLIED)).bind(version).execute(&mut *connection).await;
-        // It was there; or, as the lock above is of one node, it was noted on another at the same time.
+        // The version was already recorded. Or another node recorded it at the same time, because
+        // the lock above covers only one node.
         if let Err(error) = noted
             && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
         {

@@ -1,9 +1,10 @@
 //! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB.
 //!
-//! On private connections every statement that may wait for a row is bound by `innodb_lock_wait_timeout`, and for a
-//! table by `lock_wait_timeout`, both set once a connection.
+//! On private connections, `innodb_lock_wait_timeout` bounds every statement that may wait for a
+//! row, and `lock_wait_timeout` every statement that may wait for a table. Both are set once per
+//! connection.
 
-mod baton;
+mod batch;
 mod check;
 mod errors;
 mod lease;
@@ -13,8 +14,8 @@ mod schema;
 mod session;
 mod several;
 mod snapshots;
-mod together;
 mod transaction;
+mod user_lock;
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -23,78 +24,27 @@ use std::time::Duration;
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use sqlx::{MySql, Pool, Row};
 
+use super::driver::{
+    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+};
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
-    Standing, hexadecimal,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
+    PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
+    Server, hexadecimal,
 };
 use crate::Kind;
 use crate::name::Name;
 use crate::secret::Secret;
 
-impl LockDatabase for MySql {
+impl SchemaDriver for MySql {
     const FOLDER: &'static str = "mysql";
-    /// The settings are for what is sent after this transaction has ended without its owner's knowledge, by a deadlock say.
-    /// It would commit by itself; so it is refused, except what comes right after a deadlock (measured on MariaDB 10.11
-    /// and MySQL 9.7), and that belongs to a transaction which nobody commits. The savepoint is gone as well then.
-    const BEGIN_MARKED: &'static str = "
-        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit, @lock_db_released = NULL; SET SESSION autocommit = 0;
-        SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
-    const COMMITS_WITH_CHECK: bool = true;
-    const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
-    const ROW_IS_MADE_IN_TRANSACTION: bool = false;
-
-    fn private_options(options: &MySqlConnectOptions) -> MySqlConnectOptions {
-        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
-    }
 
     fn database_name(options: &MySqlConnectOptions) -> String {
         options.get_database().unwrap_or_default().to_owned()
     }
 
-    async fn prepare(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
-        schema::prepare(connection).await?;
-        session::mark(connection, session).await
-    }
-
-    async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
-        session::is_idle(connection, session, own).await
-    }
-
-    async fn end_session(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
-        session::end(connection, session).await
-    }
-
     async fn find_table(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {
         schema::find(connection, schema).await
-    }
-
-    type Listening = Infallible;
-
-    async fn connect_listening(_pool: &Pool<MySql>) -> sqlx::Result<Infallible> {
-        Err(sqlx::Error::Protocol("this database calls nobody".into()))
-    }
-
-    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
-        match *listening {}
-    }
-
-    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut MySqlConnection> {
-        match *listening {}
-    }
-
-    async fn called(listening: &mut Infallible) -> sqlx::Result<i64> {
-        match *listening {}
-    }
-
-    const BATONS: bool = true;
-
-    async fn take_baton(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<bool> {
-        baton::take(connection, server, row).await
-    }
-
-    async fn give_baton(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<()> {
-        baton::give(connection, server, row).await
     }
 
     async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
@@ -109,17 +59,83 @@ impl LockDatabase for MySql {
         snapshots::old(connection, server).await
     }
 
-    /// It tells what it did not allow, one after the other, and the right to lock a row by another name.
+    /// The server reports missing privileges one at a time, and names another one for locking a
+    /// row.
     fn lacks_right(error: &sqlx::Error) -> bool {
         check::is_denied(error)
     }
 
-    async fn look(
+    fn classify(error: &sqlx::Error) -> Fault {
+        errors::classify(error)
+    }
+}
+
+impl SessionDriver for MySql {
+    const BEGIN_SHORT: &'static str = "SET SESSION wait_timeout = 10; START TRANSACTION";
+
+    fn private_options(options: &MySqlConnectOptions) -> MySqlConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    async fn prepare(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
+        schema::prepare(connection).await?;
+        session::mark(connection, session).await
+    }
+
+    async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+        session::is_idle(connection, session, own).await
+    }
+
+    async fn end_session(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
+        session::end(connection, session).await
+    }
+}
+
+impl WakeUpDriver for MySql {
+    type Listening = Infallible;
+
+    async fn connect_listening(_pool: &Pool<MySql>) -> sqlx::Result<Infallible> {
+        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
+        match *listening {}
+    }
+
+    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut MySqlConnection> {
+        match *listening {}
+    }
+
+    async fn notified(listening: &mut Infallible) -> sqlx::Result<i64> {
+        match *listening {}
+    }
+
+    const USER_LOCKS: bool = true;
+
+    async fn take_user_lock(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        row: i64,
+    ) -> sqlx::Result<bool> {
+        user_lock::take(connection, server, row).await
+    }
+
+    async fn release_user_lock(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        row: i64,
+    ) -> sqlx::Result<()> {
+        user_lock::give(connection, server, row).await
+    }
+}
+
+impl LeaseDriver for MySql {
+    async fn read(
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
     ) -> sqlx::Result<Option<LockRow>> {
-        lease::look(connection, server, name).await
+        lease::read(connection, server, name).await
     }
 
     async fn create(
@@ -142,12 +158,12 @@ impl LockDatabase for MySql {
         lease::acquire(connection, server, claim).await
     }
 
-    async fn look_all(
+    async fn read_all(
         connection: &mut MySqlConnection,
         server: &Server,
         names: &[Name],
     ) -> sqlx::Result<Vec<Option<LockRow>>> {
-        several::look(connection, server, names).await
+        several::read(connection, server, names).await
     }
 
     async fn create_all(
@@ -204,13 +220,13 @@ impl LockDatabase for MySql {
         server: &Server,
         leases: &[Renewal],
     ) -> sqlx::Result<Renewed> {
-        together::renew(connection, server, leases).await
+        batch::renew(connection, server, leases).await
     }
 
     async fn release(
         connection: &mut MySqlConnection,
         server: &Server,
-        lease: &Return,
+        lease: &ReleaseClaim,
     ) -> sqlx::Result<Released> {
         lease::release(connection, server, lease).await.map(Released::from)
     }
@@ -221,26 +237,28 @@ impl LockDatabase for MySql {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<Standing> {
+    ) -> sqlx::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
-    async fn exchange(
+    async fn batch(
         connection: &mut MySqlConnection,
         server: &Server,
-        returns: &[Return],
+        releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<Exchanged> {
-        together::exchange(connection, server, returns, claims).await
+    ) -> sqlx::Result<BatchOutcome> {
+        batch::batch(connection, server, releases, claims).await
     }
+}
 
-    async fn stand(
+impl QueueDriver for MySql {
+    async fn enqueue(
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-        place: &Place,
+        place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::stand(connection, server, name, place).await
+        lease::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -253,14 +271,18 @@ impl LockDatabase for MySql {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
-    async fn remove_waiter(
+    async fn dequeue(
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::remove_waiter(connection, server, name, secret).await
+        lease::dequeue(connection, server, name, secret).await
     }
+}
+
+impl RowLockDriver for MySql {
+    const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
     async fn has_used_table(connection: &mut MySqlConnection) -> sqlx::Result<bool> {
         transaction::has_used_table(connection).await
@@ -292,6 +314,18 @@ impl LockDatabase for MySql {
         let may_be = transaction::may_be_its_own(connection, before).await?;
         Ok(if may_be { None } else { Some(false) })
     }
+}
+
+impl TransactionDriver for MySql {
+    /// The session settings are for statements that are sent after this transaction has ended
+    /// without its owner's knowledge, for example by a deadlock. Such statements would commit by
+    /// themselves. With these settings the server refuses them, except a statement sent immediately
+    /// after a deadlock (measured on MariaDB 10.11 and MySQL 9.7). That statement belongs to a
+    /// transaction that is never committed. The savepoint is gone then, too.
+    const BEGIN_MARKED: &'static str = "
+        START TRANSACTION; SET @lock_db_autocommit = @@SESSION.autocommit, @lock_db_released = NULL; SET SESSION autocommit = 0;
+        SET SESSION TRANSACTION READ ONLY; SAVEPOINT lock_db_guard";
+    const COMMITS_WITH_CHECK: bool = true;
 
     async fn commit_locked(
         connection: &mut MySqlConnection,
@@ -329,13 +363,9 @@ impl LockDatabase for MySql {
     async fn doom(connection: &mut MySqlConnection) {
         transaction::doom(connection).await;
     }
-
-    fn classify(error: &sqlx::Error) -> Fault {
-        errors::classify(error)
-    }
 }
 
-/// What goes in one message, one after the other.
+/// Splits items into parts that fit into one message each. The parts are sent one after the other.
 fn parts<'a, T>(items: &'a [T], server: &Server, bytes: impl Fn(&T) -> usize) -> Vec<&'a [T]> {
     let (mut parts, mut rest) = (Vec::with_capacity(1), items);
     while !rest.is_empty() {
@@ -344,7 +374,7 @@ fn parts<'a, T>(items: &'a [T], server: &Server, bytes: impl Fn(&T) -> usize) ->
             sum = sum.saturating_add(bytes(item));
             sum <= server.longest_message
         });
-        // One is sent in any case: the server says what is wrong.
+        // A part has at least one item. If it is too long, the server says so.
         let (part, others) = rest.split_at(fits.count().max(1));
         parts.push(part);
         rest = others;
@@ -352,12 +382,12 @@ fn parts<'a, T>(items: &'a [T], server: &Server, bytes: impl Fn(&T) -> usize) ->
     parts
 }
 
-/// Of what `SHOW CREATE TABLE` answers.
+/// Whether the result of `SHOW CREATE TABLE` describes a temporary table.
 fn is_temporary(shown: &MySqlRow) -> bool {
     shown.try_get::<&str, _>(1).is_ok_and(|statement| statement.starts_with("CREATE TEMPORARY"))
 }
 
-/// A text as a literal of hexadecimal digits, which is a binary string to the server.
+/// Encodes text as a literal of hexadecimal digits, which is a binary string to the server.
 fn literal(text: &str) -> String {
     format!("x'{}'", hexadecimal(text))
 }

@@ -1,4 +1,4 @@
-//! Setting up a private connection, and finding the table.
+//! Sets up a private connection, and finds the table.
 
 use std::collections::HashMap;
 
@@ -12,11 +12,17 @@ use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 use crate::name::MAX_BYTES;
 
-/// What the statements rely on, whatever the server's defaults and the hooks of the pool say. One second is the least that MySQL knows.
+/// Settings that the statements rely on, whatever the server's defaults and the pool's hooks set.
+/// One second is the shortest lock wait timeout that MySQL supports.
 ///
-/// `completion_type`: a COMMIT that begins a new transaction. `sql_safe_updates`: an UPDATE that is refused because its key is in a
-/// joined table, `sql_big_selects`: because it might read much. `sql_select_limit`: answers that are cut off. `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for one. `time_zone`: for `SYSDATE`, which there is no form of in UTC.
-/// `max_statement_time` of MariaDB, `max_execution_time` of MySQL: statements that are cut off; what waits here has a bound above.
+/// - `completion_type`: a COMMIT could begin a new transaction.
+/// - `sql_safe_updates`: an UPDATE could be refused because its key is in a joined table.
+/// - `sql_big_selects`: an UPDATE could be refused because it might read much.
+/// - `sql_select_limit`: results could be cut off.
+/// - `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for example.
+/// - `time_zone`: for `SYSDATE`, which has no form in UTC.
+/// - `max_statement_time` of MariaDB, `max_execution_time` of MySQL: statements could be cut off.
+///   Waits are bounded by the lock wait timeouts.
 const PREPARE: &str = "
 SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
     SESSION completion_type = 0, SESSION sql_safe_updates = 0, SESSION sql_big_selects = 1,
@@ -24,11 +30,13 @@ SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION
     SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'
     /*M! , SESSION max_statement_time = 0 */ /*!80000 , SESSION max_execution_time = 0 */";
 
-/// SERIALIZABLE would make a lock of each plain read in a transaction, READ UNCOMMITTED a lie.
+/// SERIALIZABLE would turn each plain read in a transaction into a lock. READ UNCOMMITTED would
+/// show uncommitted data.
 const LEVEL: &str = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; {statement}";
 
-/// MariaDB's claims are inserts, and in REPEATABLE READ those ask for the gap before a row that is locked already, behind all who wait
-/// for the row. A log of statements knows no isolation without gaps.
+/// MariaDB's claims are inserts. In REPEATABLE READ, an insert requests the gap before a row that
+/// is already locked, behind all transactions that wait for the row. A statement-based binary log
+/// does not allow an isolation level without gap locks.
 const LEVEL_WITHOUT_GAPS: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; {statement}";
 
 const SERVER_SETTINGS: &str = "
@@ -36,11 +44,11 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
     'wsrep_on', 'group_replication_group_name', 'group_replication_single_primary_mode',
     'innodb_rollback_on_timeout', 'version', 'log_bin', 'binlog_format', 'innodb_autoinc_lock_mode')";
 
-/// What only this table has.
+/// A column that only the table of MySQL and MariaDB has.
 const GUARD_COUNT: (&str, Content) = ("guard_count", Content::Integer);
 
-/// Names of databases are compared as the server does it, which for its own tables is not what their
-/// collation says. MariaDB has temporary tables there from 11.2 on.
+/// Compares database names as the server does, which for its own tables differs from what their
+/// collation says. MariaDB 11.2 and later also list temporary tables there.
 const FIND: &str = "
 SELECT CONVERT(table_schema USING utf8mb4), table_type = 'BASE TABLE', COALESCE(engine, '') = 'InnoDB',
     COALESCE(create_options, '') LIKE '%partitioned%', CAST(@@max_allowed_packet AS SIGNED)
@@ -48,10 +56,11 @@ FROM information_schema.tables
 WHERE table_schema = COALESCE(?, DATABASE()) AND table_name = 'distributed_lock' AND table_type <> 'TEMPORARY'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(COALESCE(?, DATABASE()) AS BINARY))";
 
-/// What statements on this connection mean, which is a temporary table if there is one.
+/// Shows the table that statements on this connection use: a temporary table, if there is one.
 const SHOW: &str = "SHOW CREATE TABLE {table}";
 
-/// With their types, as `varchar(255) CHARACTER SET latin1`. A default of NULL is `NULL` on MariaDB.
+/// Columns with their types, like `varchar(255) CHARACTER SET latin1`. MariaDB shows a default of
+/// NULL as `NULL`.
 const FIND_COLUMNS: &str = "
 SELECT CONVERT(column_name USING utf8mb4),
     CONVERT(CONCAT(column_type, COALESCE(CONCAT(' CHARACTER SET ', character_set_name), '')) USING utf8mb4),
@@ -79,7 +88,8 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     }
     let setting = |name: &str| settings.get(name).map_or("", String::as_str);
     if setting("innodb_rollback_on_timeout") == "ON" {
-        // A caller's transaction would be rolled back by a lock that was not free, and go on as if it were open.
+        // A lock timeout would roll the caller's transaction back, while its handle still looks
+        // open.
         return Err(sqlx::Error::Configuration(
             "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
         ));
@@ -100,7 +110,7 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     }
     let longest_message = longest_message(row.try_get(4)?);
     let table = Table::new(&schema, '`', String::new());
-    // In one message with the level, to save one.
+    // Shares a message with the isolation level.
     let level = if kind.has_gaps { LEVEL } else { LEVEL_WITHOUT_GAPS };
     let shown = sqlx::raw_sql(table.sql_in(level, SHOW)).fetch_all(&mut *connection).await?;
     if shown.last().is_some_and(is_temporary) {
@@ -145,8 +155,9 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     }))
 }
 
-/// What a column needs if this type, as `FIND_COLUMNS` tells it, does not do. CHAR does not: some
-/// SQL modes fill it up with blanks. MariaDB, and MySQL before 8.0.19, show integers with a width.
+/// What a column needs if this type, as `FIND_COLUMNS` shows it, does not fit. CHAR does not fit,
+/// because some SQL modes pad it with blanks. MariaDB, and MySQL before 8.0.19, show integers with
+/// a width.
 fn needed(content: Content, kind: &str) -> Option<String> {
     let (fits, needed) = match content {
         Content::Id | Content::Integer => {
@@ -173,12 +184,12 @@ fn holds(kind: &str, longest: usize) -> bool {
         || length_of(kind, "varchar").is_some_and(|length| length >= longest)
 }
 
-/// Whether ASCII is stored as something else than ASCII: a digest would be another one.
+/// Whether ASCII is stored in another form than ASCII, which would change a digest.
 fn has_wide_characters(kind: &str) -> bool {
     matches!(character_set(kind), "ucs2" | "utf16" | "utf16le" | "utf32")
 }
 
-/// Whether every text can be stored as it is.
+/// Whether every text can be stored unchanged.
 fn has_all_characters(kind: &str) -> bool {
     matches!(character_set(kind), "utf8mb4" | "utf16" | "utf16le" | "utf32" | "gb18030")
 }
@@ -192,11 +203,11 @@ struct KindOfServer {
     cluster: Cluster,
     is_mariadb: bool,
     keeps_counter: bool,
-    /// Whether private connections have to bear with locks on gaps.
+    /// Whether private connections have to accept gap locks.
     has_gaps: bool,
 }
 
-/// By the settings of the server: MariaDB and MySQL each know only their own.
+/// Uses the settings of the server. MariaDB and MySQL each know only their own.
 fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
     let is_mariadb = setting("version").contains("MariaDB");
     let is_galera = setting("wsrep_on") == "ON";
@@ -212,13 +223,13 @@ fn kind_of_server<'a>(setting: impl Fn(&str) -> &'a str) -> KindOfServer {
     }
 }
 
-/// For statements and what goes with them the rest is left.
+/// The rest is reserved for the statement and what goes with it.
 fn longest_message(max_allowed_packet: i64) -> usize {
     let bytes = usize::try_from(max_allowed_packet).unwrap_or_default();
     bytes.saturating_sub(8 * 1024).max(bytes / 2)
 }
 
-/// For the names of user locks, which have 64 characters at most.
+/// For the names of user locks, which have at most 64 characters.
 pub(super) fn digest(schema: &str) -> String {
     use std::fmt::Write as _;
 

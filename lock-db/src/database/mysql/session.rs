@@ -1,30 +1,31 @@
-//! The session of a private connection: which one it is, and how another connection ends it.
+//! The session of a private connection: how it is identified, and how another connection ends it.
 //!
-//! A client that gives a connection up closes its socket, which a session notices only when it reads or writes next. One that
-//! waits for a lock, for a replica (`rpl_semi_sync_…`), for space on the disk, or for a network that is gone stays, and may carry out
-//! its last statement much later.
+//! A client that gives up a connection closes its socket, which the session notices only at its
+//! next read or write. A session that waits for a lock, for a replica (`rpl_semi_sync_…`), for disk
+//! space, or for a network that is gone remains, and may execute its last statement much later.
 
 use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
 
 use super::errors::{NO_SUCH_SESSION, number};
-use crate::error::is_connection_failure;
+use crate::database::is_connection_failure;
 
-/// A user lock, which goes with its session. So a number never names a session that is somebody else's, as the id of a connection
-/// could after a restart of the server.
+/// Marks the session by a user lock, which ends with the session. So the number never identifies
+/// another session, as the id of a connection could after a restart of the server.
 const MARK: &str = "SELECT GET_LOCK(?, 0)";
 
 const FIND: &str = "SELECT CAST(IS_USED_LOCK(?) AS SIGNED)";
 
-/// The sessions of one's own account are listed without any right, and without a temporary table: the disk may be full.
+/// Lists the sessions of the own account without any privilege, and without a temporary table,
+/// because the disk may be full.
 const SESSIONS: &str = "SHOW PROCESSLIST";
 
-/// MySQL takes no parameters in a KILL.
+/// KILL takes no parameters on MySQL.
 const REMEMBER: &str = "SELECT ? INTO @lock_db_session";
-/// The right to do it comes with the account, which is that of both sessions.
+/// Needs no privilege: both sessions have the same account.
 const END: &str = "KILL CONNECTION IS_USED_LOCK(@lock_db_session)";
 
-/// Where user locks are refused, as some clusters do, its session has no number.
+/// Where the server refuses user locks, as some clusters do, the session has no number.
 pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
     match sqlx::query(MARK).bind(name(session)).execute(connection).await {
         Err(error) if is_connection_failure(&error) => Err(error),
@@ -32,7 +33,7 @@ pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> sqlx
     }
 }
 
-/// Where user locks are refused nothing is known of it.
+/// `false` where the server refuses user locks, because nothing is known of the session.
 pub(super) async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
     let known: Option<i64> = sqlx::query_scalar(FIND).bind(name(own)).fetch_one(&mut *connection).await?;
     let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;
@@ -58,14 +59,16 @@ pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> sqlx:
     }
     sqlx::query(REMEMBER).bind(name(session)).execute(&mut *connection).await?;
     match sqlx::raw_sql(END).execute(connection).await {
-        // It has ended in between.
+        // It has ended in the meantime.
         Err(error) if number(&error) == Some(NO_SUCH_SESSION) => Ok(true),
         asked => asked.map(|_| false),
     }
 }
 
-/// What waits for its client, for a lock or for a replica. Not what waits for space on the disk while it commits: by its defaults MySQL
-/// shuts the server down when the binary log can't be written, which a KILL makes of that wait (measured on 9.7). The rest ends by itself.
+/// Whether a session may be killed: one that waits for its client, for a lock or for a replica. Not
+/// one that waits for disk space during a commit. By default MySQL shuts the server down when the
+/// binary log can't be written, and a KILL turns that wait into such an error (measured on 9.7).
+/// Other sessions end by themselves.
 fn may_be_ended(command: &str, state: &str) -> bool {
     command == "Sleep"
         || state == "User lock"

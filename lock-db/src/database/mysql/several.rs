@@ -1,20 +1,22 @@
-//! Several leases for one caller: each step is one message, whatever the number of names, as long as the server takes it in one.
+//! Several leases for one caller. Each step is one message, whatever the number of names, if the
+//! server accepts its length.
 
 use std::collections::{HashMap, HashSet};
 
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
-use super::lease::{self, LOOK_ALL};
-use super::together::exchange_as_json;
+use super::batch::batch_as_json;
+use super::lease::{self, READ_ALL};
 use super::{literal, mariadb, parts};
 use crate::Kind;
-use crate::database::{Claim, Grant, LockDatabase, LockRow, Server, by_name, names_as_json, outcome_unknown};
-use crate::limits::micros;
+use crate::database::driver::SessionDriver;
+use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json, outcome_unknown};
 use crate::name::Name;
+use crate::options::micros;
 
-/// `ACQUIRE` for all or none of several names, which have no places in queues: the rows are locked and counted, and written if
-/// all of them are there.
+/// `ACQUIRE` for all or none of several names, which have no queue entries. The rows are locked and
+/// counted, and written only if all of them were locked.
 const ACQUIRE_ALL: &str = "
 UPDATE (
     SELECT found.*, COUNT(*) OVER () AS how_many
@@ -56,17 +58,17 @@ FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
 FOR UPDATE OF lease SKIP LOCKED";
 
-/// Takes back what `BEGIN_SHORT` set for longer than its transaction.
+/// Undoes the setting of `BEGIN_SHORT` that outlasts its transaction.
 const AFTER_SHORT: &str = "SET SESSION wait_timeout = DEFAULT";
 
-pub(super) async fn look(
+pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
 ) -> sqlx::Result<Vec<Option<LockRow>>> {
     let mut found = Vec::with_capacity(names.len());
     for part in parts(names, server, in_json) {
-        let query = sqlx::query(server.table.sql(LOOK_ALL)).bind(names_as_json(part));
+        let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(part));
         for row in query.fetch_all(&mut *connection).await? {
             found.push((row.try_get(11)?, lease::lock_row(&row)?));
         }
@@ -74,17 +76,19 @@ pub(super) async fn look(
     Ok(by_name(names, found))
 }
 
-/// Looks first, as `lease::create` does, and for the same reason. IGNORE passes over what others make at the same time; no name is
-/// cut, as the column was seen to hold the longest one.
+/// Reads first, as `lease::create` does, and for the same reason. IGNORE skips rows that others
+/// create at the same time. It can't hide a truncated name, because the column was checked to hold
+/// the longest name.
 ///
-/// A list of values, and no SELECT: such an insert would lock the counter of the table to its end, and use up numbers.
+/// Inserts a list of values. An insert with a SELECT would lock the counter of the table until it
+/// ends, and use up numbers.
 pub(super) async fn create(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
     kind: Kind,
 ) -> sqlx::Result<bool> {
-    let rows = look(connection, server, names).await?;
+    let rows = read(connection, server, names).await?;
     let missing: Vec<&Name> =
         names.iter().zip(rows).filter_map(|(name, row)| row.is_none().then_some(name)).collect();
     for part in parts(&missing, server, |name| in_json(name)) {
@@ -115,13 +119,13 @@ pub(super) async fn acquire(
     let mut grants = HashMap::with_capacity(rows.len());
     for row in &rows {
         let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
-        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, numbers: row.try_get(4)? };
+        let grant = Grant { id, fencing_token, others_wait: row.try_get(3)?, tokens: row.try_get(4)? };
         grants.insert(row.try_get::<String, _>(0)?, grant);
     }
     Ok(claims.iter().map(|claim| grants.get(claim.secret.as_str()).copied()).collect())
 }
 
-/// What does not go in one message, in one transaction.
+/// Sends what does not fit into one message, in one transaction.
 async fn acquire_parts(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -147,7 +151,7 @@ async fn acquire_part(
     claims: &[Claim],
     is_whole: bool,
 ) -> sqlx::Result<Option<Vec<MySqlRow>>> {
-    let (asked, all) = (exchange_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let ttl = claims.first().map_or(0, |claim| micros(claim.ttl));
     if server.is_mariadb {
@@ -160,7 +164,7 @@ async fn acquire_part(
     if acquired.rows_affected() == 0 {
         return Ok(None);
     }
-    // They are ours already: an error is no answer to the question whether they are.
+    // The leases are already ours, so an error must not look like an answer.
     let rows = sqlx::query(server.table.sql(GRANTED_ALL)).bind(asked).fetch_all(connection).await;
     rows.map(Some).map_err(outcome_unknown)
 }
@@ -185,7 +189,7 @@ pub(super) async fn unlocked(
     Ok(found)
 }
 
-/// How many bytes a name takes in JSON, with what goes with it.
+/// How many bytes a name takes in JSON, with the other values of its entry.
 pub(super) fn in_json(name: &Name) -> usize {
     const BESIDE_IT: usize = 128;
     name.len() * 2 + BESIDE_IT

@@ -1,4 +1,4 @@
-//! Whose read view keeps the old versions of rows.
+//! Finds out whose read views keep old row versions.
 
 use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
@@ -6,10 +6,12 @@ use sqlx::mysql::MySqlConnection;
 use super::errors::{ACCESS_DENIED, number};
 use crate::database::{OldSnapshots, Server};
 
-/// Purge removes no version that the oldest read view of the server may see. Both servers show how many transactions it has left there
-/// and which ones are open to those who have the PROCESS privilege.
+/// Purge removes no version that the server's oldest read view may see. Both servers show how many
+/// transactions purge has left and which transactions are open, to accounts with the PROCESS
+/// privilege.
 ///
-/// Old: there for ten minutes, or for some seconds while so much is left. InnoDB tells the time of the server's own zone.
+/// A transaction is old after ten minutes, or after two seconds while purge has left many. InnoDB
+/// reports times in the server's own time zone.
 const OLD: &str = "
 SELECT CAST(transaction.trx_mysql_thread_id AS CHAR), CONVERT(COALESCE(session.user, '') USING utf8mb4),
     CONVERT(COALESCE(session.host, '') USING utf8mb4),

@@ -1,4 +1,5 @@
-//! What is looked at before the first lock fails: rights, whether a row can be made at all, and settings.
+//! Finds problems before the first lock does: missing privileges, rows that can't be created, and
+//! settings.
 
 use std::fmt::Write as _;
 
@@ -9,7 +10,8 @@ use super::sequence::{self, Behind};
 use crate::database::{Server, foreign_write};
 use crate::secret::Secret;
 
-/// The rights that locks need and this role lacks; its name. Rights to columns do not do: LOCK TABLE asks for those to the table.
+/// The privileges that locks need and this role lacks, and the role's name. Column privileges are
+/// not enough: LOCK TABLE needs table privileges.
 const RIGHTS: &str = "
 SELECT ARRAY(
         SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed (privilege)
@@ -17,7 +19,8 @@ SELECT ARRAY(
     quote_ident(current_user::text)
 FROM pg_class AS class WHERE class.oid = to_regclass($1)";
 
-/// `id` has a sequence of its own, for which no right is needed, unless it was made otherwise.
+/// The sequence of `id` belongs to the column and needs no privilege, unless it was created
+/// otherwise.
 const SEQUENCE_RIGHT: &str = "
 SELECT depends.refobjid::regclass::text FROM pg_attrdef AS filled
 JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum AND attname = 'id'
@@ -28,7 +31,7 @@ WHERE adrelid = to_regclass($1)
     AND CASE WHEN sequence.relkind = 'S' THEN NOT has_sequence_privilege(sequence.oid, 'USAGE,UPDATE') ELSE false END
 LIMIT 1";
 
-/// What locks do, to a row that is rolled back.
+/// What locks do, on a row that is rolled back.
 const MAKE: &str =
     "INSERT INTO {table} (lock_name, lock_kind) VALUES ($1, 'insert') ON CONFLICT (lock_name) DO NOTHING";
 const LOCK: &str = "SELECT * FROM {table} WHERE lock_name = $1 FOR UPDATE NOWAIT";
@@ -88,7 +91,8 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sql
     Ok(warnings)
 }
 
-/// Makes a row, locks and writes it, and rolls that back: whatever keeps one of these from being done shows.
+/// Creates a row, locks and writes it, and rolls back. Any obstacle to one of these steps shows as
+/// an error.
 async fn try_out(connection: &mut PgConnection, server: &Server) -> sqlx::Result<()> {
     let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
     let mut transaction = connection.begin_with("BEGIN").await?;

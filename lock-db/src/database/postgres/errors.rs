@@ -1,18 +1,19 @@
-//! What the SQLSTATEs of PostgreSQL mean: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+//! What the SQLSTATEs of PostgreSQL mean:
+//! <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::database::Fault;
 
-/// The transaction is not the one any more that was begun: see `transaction`.
+/// The transaction is no longer the one that was begun: see `transaction`.
 pub(super) const LOGARITHM_OF_ZERO: &str = "2201E";
 
 pub(super) const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
-/// By a session or a server that may only read.
+/// The session or the server is read-only.
 pub(super) const READ_ONLY: &str = "25006";
 
-/// By NOWAIT or `lock_timeout`.
+/// Raised by NOWAIT or `lock_timeout`.
 pub(super) const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 pub(super) fn code(error: &sqlx::Error) -> Option<&str> {
@@ -23,14 +24,15 @@ pub(super) fn says(error: &sqlx::Error, text: &str) -> bool {
     error.as_database_error().is_some_and(|error| error.message().contains(text))
 }
 
-/// Of those that say `LOCK_NOT_AVAILABLE`: whether it was waited for, and not NOWAIT. Their texts are in the server's language.
+/// For a `LOCK_NOT_AVAILABLE` error: whether `lock_timeout` raised it, and not NOWAIT. The error's
+/// text is in the server's language, so its source routine tells.
 pub(super) fn is_timeout(error: &sqlx::Error) -> bool {
     let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
     error.and_then(PgDatabaseError::routine) == Some("ProcessInterrupts")
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::error::is_connection_failure(error) {
+    if crate::database::is_connection_failure(error) {
         return Fault::Disconnected;
     }
     match error {
@@ -52,23 +54,26 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         "42703" => Fault::TableDiffers,
         // untranslatable_character, character_not_in_repertoire
         "22P05" | "22021" => Fault::Unstorable,
-        // invalid_authorization_specification (no such role, not in pg_hba.conf, may not log in), invalid_password,
-        // invalid_catalog_name (no such database), insufficient_privilege, also for a database at the login
+        // invalid_authorization_specification (no such role, not in pg_hba.conf, may not log in),
+        // invalid_password, invalid_catalog_name (no such database), insufficient_privilege, also
+        // for a database at the login
         "28000" | "28P01" | "3D000" | INSUFFICIENT_PRIVILEGE => Fault::Refused,
-        // read_only_sql_transaction: the server may be no primary any more. A new connection leads to the one that is, or finds out
-        // that it is a setting.
+        // read_only_sql_transaction: the server may no longer be the primary. A new connection
+        // leads to the current primary, or finds that it is a setting.
         READ_ONLY => Fault::Disconnected,
         code if code.starts_with("08") => Fault::Disconnected,
-        // Whatever the code, the server has closed the connection or not let it in: too many connections, of the server or of
-        // a role (53300), starting up or shutting down (57P03, 57P01), crashed (57P02), idle for too long (57P05, 25P03),
-        // a database that takes no connections at the moment (55000).
+        // Whatever the code, the server has closed the connection or rejected it: too many
+        // connections, of the server or of a role (53300), starting up or shutting down (57P03,
+        // 57P01), crashed (57P02), idle for too long (57P05, 25P03), a database that takes no
+        // connections at the moment (55000).
         _ if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) => Fault::Disconnected,
         // query_canceled: statement_timeout, or by an administrator
         "57014" => Fault::Passing,
-        // insufficient_resources (disk full, out of memory, a configured limit), system_error, io_error
+        // insufficient_resources (disk full, out of memory, a configured limit), system_error,
+        // io_error
         code if code.starts_with("53") || code.starts_with("58") => Fault::Passing,
-        // A prepared statement is gone (a pooler, DEALLOCATE), or the table was changed under it ("cached plan must not change
-        // result type"): a new connection prepares its statements anew.
+        // A prepared statement is gone (a pooler, DEALLOCATE), or its table was altered ("cached
+        // plan must not change result type"). A new connection prepares its statements again.
         "26000" | "0A000" => Fault::Disconnected,
         _ => Fault::Other,
     }

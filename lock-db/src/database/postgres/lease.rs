@@ -1,12 +1,14 @@
-//! One lease at a time, and its queue, on private connections.
+//! Statements for one lease and its queue, on private connections.
 //!
-//! What gives something up does not wait for the disk (`synchronous_commit` off, for that statement alone). Others see it
-//! at once, and whatever they commit on top of it comes behind it in the log, so the order of grants is that of the disk. When
-//! the server crashes within the next second, the release may be forgotten: then the lease ends with its TTL, like that of
-//! a holder that died. A grant always waits: forgotten, it would be given twice.
+//! A release and a change of the queue do not wait for the disk: `synchronous_commit` is off for
+//! that statement alone. Other transactions see the change at once, and what they commit on top of
+//! it follows it in the log, so grants reach the disk in order. If the server crashes within the
+//! next second, the release may be lost. Then the lease ends with its TTL, like the lease of a
+//! holder that died. A grant always waits for the disk, because a lost grant would be given twice.
 //!
-//! A statement finds the row by `newest!` and then by its `ctid` alone. A row that another transaction changes between the
-//! statement's snapshot and the lock is not found by it, and so passed over like one that is locked.
+//! A statement finds the row by `newest!` and from then on by its `ctid` alone. If another
+//! transaction changes the row between the statement's snapshot and the lock, the statement does
+//! not find it, and skips it like a locked row.
 
 use std::time::Duration;
 
@@ -17,15 +19,17 @@ use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
 use crate::Kind;
 use crate::database::{
-    Call, Claim, Grant, LeaseKey, LockRow, Place, Probe, Released, Return, Server, Standing,
+    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
+    Server,
 };
-use crate::limits::micros;
+use crate::options::micros;
 use crate::secret::Secret;
 
-/// `clock_timestamp()` everywhere: `now()` stands still inside a transaction.
+/// `clock_timestamp()` everywhere, because `now()` does not advance inside a transaction.
 ///
-/// Here and wherever a column is answered: cast to TEXT, so that no other type that the column may be given changes the type of the
-/// answer. A prepared statement fails for ever then ("cached plan must not change result type").
+/// Here, as in every statement that returns such a column, text columns are cast to TEXT. If a
+/// column is given another type, the type of the result then stays the same. Otherwise every
+/// prepared statement would fail from then on ("cached plan must not change result type").
 macro_rules! columns {
     () => {
         "id, lock_kind::text, secret_key::text, owner::text, fencing_token,
@@ -36,10 +40,10 @@ macro_rules! columns {
     };
 }
 
-const LOOK: &str =
+const READ: &str =
     concat!("SELECT ", columns!(), " FROM {table} WHERE ctid = ", newest!("$1"), " AND lock_name = $1");
 
-pub(super) const LOOK_ALL: &str = concat!(
+pub(super) const READ_ALL: &str = concat!(
     "SELECT ",
     columns!(),
     ", lock_name::text
@@ -50,10 +54,11 @@ CROSS JOIN LATERAL ",
 JOIN {table} AS lease ON lease.ctid = newest.ctid"
 );
 
-/// DO NOTHING waits all the same, for the end of a transaction that has made the row, or has locked and written it since. The lane
-/// must not stand still for that, least of all because that transaction may wait for the lane. So it looks first, which sees what was
-/// made before, and has a limit, which is that of the statement alone, for what another transaction is making: enough for one that
-/// does nothing else.
+/// `DO NOTHING` still waits for the end of a transaction that has created the row, or has locked
+/// and written it since. The connection worker must not block on that, especially because that
+/// transaction may wait for the connection worker. So the statement reads first, which finds a row
+/// created earlier. For a row that another transaction is just creating, it has a lock timeout of
+/// its own: long enough for a transaction that does nothing else.
 const CREATE: &str = "
 WITH bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '5ms', true), set_config('synchronous_commit', 'off', true))
@@ -61,7 +66,7 @@ INSERT INTO {table} (lock_name, lock_kind) SELECT $1, $2 FROM bound
 WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = $1)
 ON CONFLICT (lock_name) DO NOTHING";
 
-/// `CREATE` for several, in the order in which everybody makes them.
+/// `CREATE` for several names, in the order in which every process creates them.
 pub(super) const CREATE_ALL: &str = r#"
 WITH bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '5ms', true), set_config('synchronous_commit', 'off', true))
@@ -73,10 +78,10 @@ ON CONFLICT (lock_name) DO NOTHING"#;
 
 const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
 
-/// The new number is never below the clock's microseconds, so that neither a row that was cleaned away nor a failover
-/// that lost the last grants brings a number back.
+/// The new token is never below the clock's microseconds. So no token is issued again after a row
+/// was deleted, or after a failover that lost the last grants.
 ///
-/// A lease that ran out is taken only after notice was given: see `LockRow::notice_is_due`.
+/// An expired lease is taken only after notice was given: see `LockRow::notice_is_due`.
 const ACQUIRE: &str = concat!(
     "
 UPDATE {table} AS lease
@@ -101,10 +106,10 @@ RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id
     lease.fencing_token - lease.previous_token"
 );
 
-/// Answers the listener of the first in the queue, which is to be called.
+/// Returns the listener of the first queue entry, to be notified.
 ///
-/// FOR UPDATE waits for no guard of an open transaction, and finds none: so no transaction of this lease can be committed any more, and
-/// the row is settled.
+/// FOR UPDATE does not wait for the guard of an open transaction: it skips the row then. If it
+/// locks the row, no transaction of this lease can commit any more, so the row is settled.
 const RELEASE: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
@@ -124,7 +129,8 @@ WHERE lease.ctid = (
 RETURNING lease.id, substr(lease.waiters, 49, 8)"
 );
 
-/// `RELEASE` while a transaction is open that the lease guards. It can still be committed, so the row is not settled.
+/// `RELEASE` while a transaction is open that the lease guards. That transaction can still commit,
+/// so the row is not settled.
 const RELEASE_UNDER_GUARD: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
@@ -143,7 +149,8 @@ WHERE lease.ctid = (
 RETURNING lease.id, substr(lease.waiters, 49, 8)"
 );
 
-/// On disk like a grant: until then nobody else is to have it, whatever crashes.
+/// Waits for the disk like a grant: no other process may take the lock before that time, whatever
+/// crashes.
 const RELEASE_LATER: &str = concat!(
     "
 UPDATE {table} AS lease
@@ -162,8 +169,8 @@ FROM (
 WHERE lease.ctid = until.ctid"
 );
 
-/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
-/// the same.
+/// The notice is a fifth of the TTL, 1 s at most. A deadline more than the TTL and 2 s ahead is
+/// moved to one TTL from now. `LockRow::notice_is_due` uses the same rules.
 const GIVE_NOTICE: &str = concat!(
     "
 UPDATE {table} AS lease
@@ -185,7 +192,7 @@ WHERE lease.ctid = due.ctid
     AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))"
 );
 
-/// FOR UPDATE, which an open transaction holds off that is guarded by the last lease.
+/// FOR UPDATE, which conflicts with an open transaction that the last lease guards.
 const SETTLE: &str = concat!(
     "
 UPDATE {table} AS lease
@@ -211,7 +218,8 @@ WHERE lease.ctid = (
     FOR NO KEY UPDATE SKIP LOCKED)"
 );
 
-/// Row level security and missing rights would hide the row; a lock makes it fail.
+/// Tries to lock the row, because reading it would not show the difference: row level security and
+/// missing privileges hide the row from a read, but make the lock fail.
 const PROBE: &str = "
 SELECT 1 FROM {table} WHERE lock_name >= $1 AND lock_name <= $1 ORDER BY lock_name DESC LIMIT 1
 FOR UPDATE NOWAIT";
@@ -230,7 +238,7 @@ WHERE lease.ctid = (
     FOR NO KEY UPDATE SKIP LOCKED)"
 );
 
-/// Only on top of what was read before.
+/// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
@@ -259,12 +267,12 @@ WHERE lease.ctid = (
 const IS_OURS: &str =
     concat!("SELECT 1 FROM {table} WHERE ctid = ", newest!("$1"), " AND lock_name = $1 AND secret_key = $2");
 
-pub(super) async fn look(
+pub(super) async fn read(
     connection: &mut PgConnection,
     server: &Server,
     name: &str,
 ) -> sqlx::Result<Option<LockRow>> {
-    let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
+    let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
 
@@ -302,7 +310,7 @@ pub(super) async fn created_or_not(
 ) -> sqlx::Result<bool> {
     match created {
         Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
-            // If the table as a whole can be had, it is the name that a transaction keeps.
+            // If the table as a whole can be locked, a transaction holds the name.
             let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
             if is_open { Ok(false) } else { Err(error) }
         }
@@ -324,12 +332,12 @@ pub(super) async fn acquire(
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
-    // A pooler that mixes up statements answers with somebody else's row: that is no grant.
+    // A pooler that mixes up statements returns the row of another client. That is not a grant.
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
         return Err(foreign_answer());
     }
     let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
-    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
+    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, tokens: row.try_get(5)? }))
 }
 
 pub(super) async fn give_notice(
@@ -364,16 +372,16 @@ pub(super) async fn probe(connection: &mut PgConnection, server: &Server, name: 
 pub(super) async fn release(
     connection: &mut PgConnection,
     server: &Server,
-    lease: &Return,
+    lease: &ReleaseClaim,
 ) -> sqlx::Result<Released> {
-    let Return { name, secret, place } = lease;
-    let (place, listener) = Place::parts(place.as_ref());
+    let ReleaseClaim { name, secret, place } = lease;
+    let (place, listener) = QueueEntry::parts(place.as_ref());
     for statement in [RELEASE, RELEASE_UNDER_GUARD] {
         let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
         let row = query.bind(place).bind(&listener).fetch_optional(&mut *connection).await?;
         if let Some(row) = row {
-            let call = Call::parse(Some(row.try_get(1)?), row.try_get(0)?);
-            return Ok(Released { standing: Standing::Ours, call });
+            let call = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
+            return Ok(Released { status: LeaseStatus::Ours, call });
         }
     }
     released_or_not(connection, server, name, secret, 0).await.map(Released::from)
@@ -385,19 +393,19 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<Standing> {
+) -> sqlx::Result<LeaseStatus> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
     let released = query.bind(micros(at_least)).execute(&mut *connection).await?;
     released_or_not(connection, server, name, secret, released.rows_affected()).await
 }
 
-pub(super) async fn stand(
+pub(super) async fn enqueue(
     connection: &mut PgConnection,
     server: &Server,
     name: &str,
-    place: &Place,
+    place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = Place::parts(Some(place));
+    let (secret, listener) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
@@ -413,7 +421,7 @@ pub(super) async fn set_waiters(
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
-pub(super) async fn remove_waiter(
+pub(super) async fn dequeue(
     connection: &mut PgConnection,
     server: &Server,
     name: &str,
@@ -429,13 +437,13 @@ async fn released_or_not(
     name: &str,
     secret: &Secret,
     released: u64,
-) -> sqlx::Result<Standing> {
+) -> sqlx::Result<LeaseStatus> {
     if released > 0 {
-        return Ok(Standing::Ours);
+        return Ok(LeaseStatus::Ours);
     }
     let query = sqlx::query(server.table.sql(IS_OURS)).bind(name).bind(secret.as_str());
     let ours = query.fetch_optional(connection).await?;
-    Ok(if ours.is_some() { Standing::Busy } else { Standing::NotOurs })
+    Ok(if ours.is_some() { LeaseStatus::Busy } else { LeaseStatus::NotOurs })
 }
 
 fn foreign_answer() -> sqlx::Error {

@@ -1,22 +1,24 @@
-//! Notifications: LISTEN on a private connection, on which other statements run as well, and NOTIFY.
+//! Notifications: LISTEN on a private connection, which also runs other statements, and NOTIFY.
 //!
-//! Where a notification never comes, nothing is lost: it only shortens pauses.
+//! Notifications only shorten pauses: if none arrives, nothing is lost.
 
 use sqlx::postgres::{PgConnection, PgListener};
 use sqlx::{Acquire, Pool, Postgres};
 
-use crate::database::Call;
+use crate::database::Notification;
 
-/// By itself and after the release, so that nothing that NOTIFY meets can hold up or undo the release: a full queue, or the lock that
-/// all notifying transactions of the server share. It waits for neither the disk, which it would do with that lock in its
-/// hand, nor long for the lock.
+/// Runs separately, after the release, so that no obstacle of NOTIFY can delay or undo the release.
+/// Such an obstacle is a full queue, or the lock that all notifying transactions of the server
+/// share. This statement does not wait for the disk, because it would hold that lock meanwhile, and
+/// waits only briefly for the lock.
 const CALL: &str = "
 SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '200ms', true),
     (SELECT count(pg_notify('lock_db_' || listener, id::text))
-        FROM unnest((SELECT $1::text[]), (SELECT $2::bigint[])) AS called (listener, id))";
+        FROM unnest((SELECT $1::text[]), (SELECT $2::bigint[])) AS notified (listener, id))";
 
-/// A prepared statement sees itself under the name that sqlx gave it, unless a pooler that shares its connections among clients
-/// gave it another one. A statement without a name is not listed: then nothing is known.
+/// A prepared statement sees itself under the name that sqlx gave it, unless a pooler that shares
+/// its connections among clients has renamed it. An unnamed statement is not listed; then the
+/// answer is unknown and counts as false.
 const IS_DIRECT: &str = "
 SELECT COALESCE(bool_or(name LIKE 'sqlx\\_s\\_%'), false) FROM pg_prepared_statements
 WHERE statement LIKE '%lock\\_db probe%' /* lock_db probe */";
@@ -26,8 +28,8 @@ fn channel(listener: u32) -> String {
     format!("lock_db_{listener:08x}")
 }
 
-/// A connection that can listen, the only one of `pool`. Dropped, it goes back into it, which may take as long as a dead network takes
-/// to be noticed.
+/// Takes the only connection of `pool` for listening. On drop it returns to the pool, which may
+/// take as long as it takes to notice a dead network.
 pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
     let mut listening = PgListener::connect_with(pool).await?;
     listening.ignore_pool_close_event(true);
@@ -35,8 +37,9 @@ pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
     Ok(listening)
 }
 
-/// Hears what is sent to this listener from now on. Not through a pooler that may give the connection to another client for its next
-/// transaction: that one would be sent our notifications, and most clients fail then.
+/// Subscribes to the notifications for this listener. Does not subscribe through a pooler that may
+/// give the connection to another client for its next transaction. That client would receive our
+/// notifications, and most clients fail then.
 pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
     let is_direct = is_direct(connection(listening).await?).await?;
     if is_direct {
@@ -45,14 +48,14 @@ pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::R
     Ok(is_direct)
 }
 
-/// Whether the connection leads to a session of its own, as far as that can be told.
+/// Whether the connection leads to a session of its own, as far as that can be determined.
 async fn is_direct(connection: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await
 }
 
-pub(super) async fn call(connection: &mut PgConnection, calls: &[Call]) -> sqlx::Result<()> {
-    let listeners: Vec<String> = calls.iter().map(|call| format!("{:08x}", call.listener)).collect();
-    let ids: Vec<i64> = calls.iter().map(|call| call.id).collect();
+pub(super) async fn call(connection: &mut PgConnection, notifications: &[Notification]) -> sqlx::Result<()> {
+    let listeners: Vec<String> = notifications.iter().map(|call| format!("{:08x}", call.listener)).collect();
+    let ids: Vec<i64> = notifications.iter().map(|call| call.id).collect();
     sqlx::query(CALL).bind(listeners).bind(ids).execute(connection).await.map(drop)
 }
 
@@ -60,8 +63,9 @@ pub(super) async fn connection(listening: &mut PgListener) -> sqlx::Result<&mut 
     listening.acquire().await
 }
 
-/// Waits for a call, and answers the id of the row that is free. Cancel safe, as `PgListener::try_recv` is.
-pub(super) async fn called(listening: &mut PgListener) -> sqlx::Result<i64> {
+/// Waits for a notification and returns the id of the row that is free. Cancel safe, like
+/// `PgListener::try_recv`.
+pub(super) async fn notified(listening: &mut PgListener) -> sqlx::Result<i64> {
     loop {
         let Some(notification) = listening.try_recv().await? else {
             return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into()));

@@ -1,4 +1,4 @@
-//! Making the table, and mending what operators left.
+//! Creates the table, and repairs its id sequence.
 
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection};
@@ -9,9 +9,10 @@ use super::sequence;
 use crate::database::Found;
 use crate::schema;
 
-/// Held to the end of the migrating transaction. The number is `lock-db` in ASCII.
+/// Held until the migrating transaction ends. The number is `lock-db` in ASCII.
 const LOCK_MIGRATIONS: &str = "SELECT pg_advisory_xact_lock(30521770275333218)";
-/// Whatever the default of the database: what others have applied while this one waited has to be seen.
+/// Whatever the database's default level: the migrations that other processes applied while this
+/// one waited must be visible.
 const BEGIN_MIGRATION: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const LIMIT_MIGRATION: &str = "
 SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '0', true)";
@@ -26,8 +27,9 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
-/// When all is applied this only reads, so that a role without the right to create anything may call it. So may one that can't read
-/// the ledger, or where there is none, if the table is as this version needs it.
+/// If everything is applied this only reads, so a role without the privilege to create anything may
+/// call it. If the table is as this version needs it, the role may also lack access to the ledger,
+/// or the ledger may be missing.
 pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
     let error = match apply(connection, schema).await {
         Err(error) if may_not(&error) => error,
@@ -45,7 +47,7 @@ pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>)
     }
 }
 
-/// Whether a right is missing, or the session may only read.
+/// Whether a privilege is missing, or the session is read-only.
 fn may_not(error: &sqlx::Error) -> bool {
     matches!(code(error), Some(INSUFFICIENT_PRIVILEGE | READ_ONLY))
 }
@@ -69,7 +71,7 @@ async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Res
         sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
         Vec::new()
     };
-    // The ledger may have outlived the table.
+    // The table may have been dropped without the ledger.
     let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
     for (version, sql) in MIGRATIONS {
         if is_gone || !applied.contains(&version) {
@@ -81,11 +83,11 @@ async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Res
     transaction.commit().await
 }
 
-/// The newest migration that was applied, if this version does not know it.
+/// The newest applied migration, if this version does not know it.
 pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> sqlx::Result<Option<i64>> {
     let schema = quoted(connection, schema).await?;
     let sql = AssertSqlSafe(format!("SELECT max(version) FROM {schema}._lock_db_migrations"));
-    // It need not be there, nor for this role to read.
+    // The ledger may be missing, or this role may not read it.
     let newest: Option<i64> = sqlx::query_scalar(sql).fetch_one(connection).await.ok().flatten();
     Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
 }

@@ -1,15 +1,17 @@
 //! PostgreSQL 12 and later.
 //!
-//! No statement on a private connection waits for a locked row: what another transaction has locked is skipped and asked for
-//! again later. So a batch can't be held up by one row, two batches can't deadlock, and nothing has to be SET, which
-//! a pooler in transaction mode would hand on to other clients.
+//! No statement on a private connection waits for a locked row: rows that another transaction has
+//! locked are skipped and requested again later. So one row can't hold up a batch, two batches
+//! can't deadlock, and behind a pooler nothing has to be SET, which a pooler in transaction mode
+//! would pass on to other clients.
 
-/// Where the version of a name's row lies that the statement's snapshot sees.
+/// Finds the row version of a name that the statement's snapshot sees, as a `ctid`.
 ///
-/// An old snapshot, of any transaction in the database, keeps all versions of a hot row, and the index an entry for each page
-/// of them, in the order of the pages. Versions go to ever later pages, so the present one is met first from behind; `=` would begin with
-/// the oldest and read them all (`ORDER BY` is ignored behind it). Found this way it is also locked and written by its `ctid`: by
-/// another index all would be read again.
+/// An old snapshot, of any transaction in the database, keeps all versions of a hot row. The index
+/// then has an entry for each page that holds versions, in the order of the pages. New versions go
+/// to later pages, so a backward scan meets the current version first. `=` would begin with the
+/// oldest version and read them all (`ORDER BY` is ignored after `=`). A row found this way is also
+/// locked and written by its `ctid`: another index would read all versions again.
 macro_rules! newest {
     ($name:literal) => {
         concat!(
@@ -22,6 +24,7 @@ macro_rules! newest {
     };
 }
 
+mod batch;
 mod check;
 mod errors;
 mod lease;
@@ -32,7 +35,6 @@ mod sequence;
 mod session;
 mod several;
 mod snapshots;
-mod together;
 mod transaction;
 
 use std::collections::HashSet;
@@ -41,49 +43,23 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener};
 use sqlx::{ConnectOptions, Pool, Postgres};
 
+use super::driver::{
+    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+};
 use super::{
-    Call, Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
-    Standing,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
+    OldSnapshots, PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
+    RowAttempt, RowClaim, Server,
 };
 use crate::Kind;
 use crate::name::Name;
 use crate::secret::Secret;
 
-impl LockDatabase for Postgres {
+impl SchemaDriver for Postgres {
     const FOLDER: &'static str = "postgres";
-    const SEARCHES_LATE: bool = true;
-    /// After an error the server itself refuses all but a rollback. The mark tells a transaction that its owner's own COMMIT or
-    /// ROLLBACK has ended: it goes with the transaction.
-    const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";
-    const BEGIN_WITH_ROW: &'static str = transaction::BEGIN_AND_LIMIT;
-    const COMMITS_WITH_CHECK: bool = true;
-    const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
-    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
-
-    fn private_options(options: &PgConnectOptions) -> PgConnectOptions {
-        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
-    }
 
     fn database_name(options: &PgConnectOptions) -> String {
         options.get_database().unwrap_or_else(|| options.get_username()).to_owned()
-    }
-
-    fn keeps_statements(options: &PgConnectOptions) -> bool {
-        let url = options.to_url_lossy();
-        !url.query_pairs().any(|(option, value)| option == "statement-cache-capacity" && value == "0")
-    }
-
-    async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
-        schema::prepare(connection, session).await
-    }
-
-    async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
-        session::is_idle(connection, session, own).await
-    }
-
-    async fn end_session(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
-        session::end(connection, session).await
     }
 
     async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
@@ -98,30 +74,6 @@ impl LockDatabase for Postgres {
         let options = pool.connect_options();
         let database = options.get_database().unwrap_or(options.get_username());
         schema::find_only(connection, database, schema).await
-    }
-
-    type Listening = PgListener;
-
-    const CALLS: bool = true;
-
-    async fn connect_listening(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
-        listener::connect(pool).await
-    }
-
-    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
-        listener::listen(listening, listener).await
-    }
-
-    async fn listening_connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {
-        listener::connection(listening).await
-    }
-
-    async fn called(listening: &mut PgListener) -> sqlx::Result<i64> {
-        listener::called(listening).await
-    }
-
-    async fn call(connection: &mut PgConnection, calls: &[Call]) -> sqlx::Result<()> {
-        listener::call(connection, calls).await
     }
 
     async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
@@ -140,12 +92,69 @@ impl LockDatabase for Postgres {
         snapshots::old(connection, server).await
     }
 
-    async fn look(
+    fn classify(error: &sqlx::Error) -> Fault {
+        errors::classify(error)
+    }
+}
+
+impl SessionDriver for Postgres {
+    const BEGIN_SHORT: &'static str = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = 5000";
+
+    fn private_options(options: &PgConnectOptions) -> PgConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    fn keeps_statements(options: &PgConnectOptions) -> bool {
+        let url = options.to_url_lossy();
+        !url.query_pairs().any(|(option, value)| option == "statement-cache-capacity" && value == "0")
+    }
+
+    async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
+        schema::prepare(connection, session).await
+    }
+
+    async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+        session::is_idle(connection, session, own).await
+    }
+
+    async fn end_session(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
+        session::end(connection, session).await
+    }
+}
+
+impl WakeUpDriver for Postgres {
+    type Listening = PgListener;
+
+    const NOTIFIES: bool = true;
+
+    async fn connect_listening(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
+        listener::connect(pool).await
+    }
+
+    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
+        listener::listen(listening, listener).await
+    }
+
+    async fn listening_connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {
+        listener::connection(listening).await
+    }
+
+    async fn notified(listening: &mut PgListener) -> sqlx::Result<i64> {
+        listener::notified(listening).await
+    }
+
+    async fn notify(connection: &mut PgConnection, notifications: &[Notification]) -> sqlx::Result<()> {
+        listener::call(connection, notifications).await
+    }
+}
+
+impl LeaseDriver for Postgres {
+    async fn read(
         connection: &mut PgConnection,
         server: &Server,
         name: &str,
     ) -> sqlx::Result<Option<LockRow>> {
-        lease::look(connection, server, name).await
+        lease::read(connection, server, name).await
     }
 
     async fn create(
@@ -165,12 +174,12 @@ impl LockDatabase for Postgres {
         lease::acquire(connection, server, claim).await
     }
 
-    async fn look_all(
+    async fn read_all(
         connection: &mut PgConnection,
         server: &Server,
         names: &[Name],
     ) -> sqlx::Result<Vec<Option<LockRow>>> {
-        several::look(connection, server, names).await
+        several::read(connection, server, names).await
     }
 
     async fn create_all(
@@ -223,13 +232,13 @@ impl LockDatabase for Postgres {
         server: &Server,
         leases: &[Renewal],
     ) -> sqlx::Result<Renewed> {
-        together::renew(connection, server, leases).await
+        batch::renew(connection, server, leases).await
     }
 
     async fn release(
         connection: &mut PgConnection,
         server: &Server,
-        lease: &Return,
+        lease: &ReleaseClaim,
     ) -> sqlx::Result<Released> {
         lease::release(connection, server, lease).await
     }
@@ -240,26 +249,28 @@ impl LockDatabase for Postgres {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<Standing> {
+    ) -> sqlx::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
-    async fn exchange(
+    async fn batch(
         connection: &mut PgConnection,
         server: &Server,
-        returns: &[Return],
+        releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<Exchanged> {
-        together::exchange(connection, server, returns, claims).await
+    ) -> sqlx::Result<BatchOutcome> {
+        batch::batch(connection, server, releases, claims).await
     }
+}
 
-    async fn stand(
+impl QueueDriver for Postgres {
+    async fn enqueue(
         connection: &mut PgConnection,
         server: &Server,
         name: &str,
-        place: &Place,
+        place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::stand(connection, server, name, place).await
+        lease::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -272,14 +283,20 @@ impl LockDatabase for Postgres {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
-    async fn remove_waiter(
+    async fn dequeue(
         connection: &mut PgConnection,
         server: &Server,
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::remove_waiter(connection, server, name, secret).await
+        lease::dequeue(connection, server, name, secret).await
     }
+}
+
+impl RowLockDriver for Postgres {
+    const SEARCHES_LATE: bool = true;
+
+    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
     async fn waits_outside(transaction: &mut PgConnection) -> sqlx::Result<bool> {
         transaction::has_snapshot(transaction).await
@@ -305,6 +322,16 @@ impl LockDatabase for Postgres {
     async fn was_its_own(connection: &mut PgConnection, before: &str) -> sqlx::Result<Option<bool>> {
         transaction::was_its_own(connection, before).await.map(Some)
     }
+}
+
+impl TransactionDriver for Postgres {
+    /// After an error the server itself refuses everything but a rollback. The mark shows whether
+    /// the owner's own COMMIT or ROLLBACK has ended the transaction: it ends with the transaction.
+    const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";
+
+    const BEGIN_WITH_ROW: &'static str = transaction::BEGIN_AND_LIMIT;
+
+    const COMMITS_WITH_CHECK: bool = true;
 
     async fn commit_locked(
         connection: &mut PgConnection,
@@ -329,9 +356,5 @@ impl LockDatabase for Postgres {
 
     async fn doom(connection: &mut PgConnection) {
         transaction::doom(connection).await;
-    }
-
-    fn classify(error: &sqlx::Error) -> Fault {
-        errors::classify(error)
     }
 }

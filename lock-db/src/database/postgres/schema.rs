@@ -1,4 +1,4 @@
-//! Setting up a private connection, and finding the table.
+//! Sets up a private connection, and finds the table.
 
 use std::collections::HashMap;
 
@@ -11,18 +11,24 @@ use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 
-/// What the statements rely on, whatever the server, the role, the database and the hooks of the pool say.
+/// Settings that the statements rely on, whatever the server, the role, the database and the pool's
+/// hooks set.
 ///
-/// What is given up here after five seconds is to end on the server, too: else each such statement would keep a session there, as long as
-/// somebody has the table locked. And a statement by itself needs no snapshot that lasts, which fails when others write.
+/// `statement_timeout`: a statement that the client gives up after five seconds must end on the
+/// server too. Otherwise each one would occupy a session for as long as another transaction has the
+/// table locked. `default_transaction_isolation`: a single statement needs no lasting snapshot,
+/// which would fail when others write.
 ///
-/// A small table would be read from end to end, or by a bitmap of all entries of a name, and a plan that was made for it is kept when the
-/// table grows, because an old snapshot keeps all versions: see `newest!`. `jit`: what can't do without would be compiled.
+/// `enable_seqscan`, `enable_bitmapscan`: the planner would read a small table completely, or by a
+/// bitmap of all entries of a name. It would keep that plan when the table grows because an old
+/// snapshot keeps all versions: see `newest!`. `jit`: a statement that can't avoid a disabled scan
+/// has such a high cost that it would be compiled.
 const PINS: &str = "
 SET lock_timeout = '2s'; SET statement_timeout = '5s'; SET default_transaction_isolation = 'read committed';
 SET default_transaction_deferrable = off; SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off";
 
-/// What has to be known before the table is trusted, in one message. `$1` is the name, quoted as in SQL.
+/// Everything that has to be known before the table is trusted, in one message. `$1` is the name,
+/// quoted as in SQL.
 const FIND: &str = "
 SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', current_setting('server_encoding'),
     current_database()::text, namespace.nspname::text, class.oid::bigint, class.relkind::text, class.relpersistence::text,
@@ -44,7 +50,8 @@ FROM (SELECT to_regclass($1) AS oid) AS asked
 LEFT JOIN pg_class AS class ON class.oid = asked.oid
 LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace";
 
-/// The number that a server was given when it was made, and shares with its standbys. Where everybody may ask for it.
+/// The number that a server got when it was created, and shares with its standbys. Used only if
+/// every role may read it.
 const SERVER: &str = "SELECT system_identifier FROM pg_control_system()";
 
 const SCHEMAS_WITH_TABLE: &str = "
@@ -52,7 +59,7 @@ SELECT namespace.nspname::text FROM pg_class AS class
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 WHERE class.relname = 'distributed_lock' AND current_database() = $1";
 
-/// A schema of the search path that this role may not look into is passed over as if it were not there.
+/// The server ignores a schema of the search path that this role has no USAGE on.
 const HIDDEN: &str = "
 SELECT quote_ident(namespace.nspname::text), quote_ident(current_user::text) FROM pg_class AS class
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
@@ -63,7 +70,8 @@ LIMIT 1";
 
 const QUOTE: &str = "SELECT quote_ident($1)";
 
-/// Behind a pooler nothing is set: others would be given the connection with it.
+/// Sets nothing behind a pooler, because other clients would get the connection with these
+/// settings.
 pub(super) async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
     if session::mark(connection, session).await? {
         sqlx::raw_sql(PINS).execute(connection).await?;
@@ -71,7 +79,7 @@ pub(super) async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx
     Ok(())
 }
 
-/// When the database has one table of this name in all, no `search_path` makes it another one.
+/// If the database has only one table of this name, `search_path` can't select another one.
 pub(super) async fn find_only(
     connection: &mut PgConnection,
     database: &str,
@@ -176,7 +184,8 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
     }))
 }
 
-/// Columns, of `value name type` each. A name with a blank in it is none of ours. `quote_all_identifiers` puts types in quotes.
+/// Parses columns of the form `value name type`. A name with a blank is not one of ours.
+/// `quote_all_identifiers` puts types in quotes.
 fn declared(columns: &[String]) -> HashMap<String, Declared> {
     let parts = columns.iter().filter_map(|column| {
         let (unless_named, column) = column.split_once(' ')?;
@@ -187,12 +196,12 @@ fn declared(columns: &[String]) -> HashMap<String, Declared> {
     parts.collect()
 }
 
-/// What a column needs if this type, as `format_type` names it, does not do. CHAR does not: it is
-/// filled up with blanks.
+/// What a column needs if this type, as `format_type` names it, does not fit. CHAR does not fit,
+/// because it is padded with blanks.
 fn needed(content: Content, kind: &str) -> Option<String> {
     let (fits, needed) = match content {
         Content::Id | Content::Integer => (kind == "bigint", "BIGINT".to_owned()),
-        // As text, or the index is not used.
+        // Only TEXT: with another type the index is not used.
         Content::Name => (kind == "text", "TEXT".to_owned()),
         Content::Ascii(longest) | Content::Label(longest) => {
             let is_long_enough = length_of(kind, "character varying").is_some_and(|length| length >= longest);

@@ -1,5 +1,6 @@
-//! The sequence of the column `id`, which can be behind the rows: logical replication does not carry it along, nor does a restore of
-//! the rows alone. Then new names can't be locked, until it has counted past the rows.
+//! The sequence of the column `id`, which can be behind the rows: logical replication does not copy
+//! it, nor does a restore of the rows alone. New names can't be locked until it has counted past
+//! the rows.
 
 use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
@@ -7,15 +8,16 @@ use sqlx::postgres::PgConnection;
 use super::errors::code;
 use crate::database::Server;
 
-/// Of an id: the names are looked for, so they give none.
+/// Of an id: an existing name causes no error, because the statements check for names.
 pub(super) const DUPLICATE_KEY: &str = "23505";
 
-/// Quoted as in SQL. None: the column is filled in some other way.
+/// Quoted as in SQL. No row: the column has no sequence of its own.
 const FIND: &str = "
 SELECT found.name, has_sequence_privilege(found.name, 'SELECT'), has_sequence_privilege(found.name, 'UPDATE')
 FROM (SELECT pg_get_serial_sequence($1, 'id') AS name) AS found WHERE found.name IS NOT NULL";
 
-/// The next number at the earliest, the largest one that is taken, and whether that next number is taken.
+/// The next number at the earliest, the largest number in use, and whether the next number is in
+/// use.
 const COMPARE: &str = "
 SELECT next, (SELECT max(id) FROM {table}), EXISTS (SELECT 1 FROM {table} WHERE id = next)
 FROM (
@@ -23,21 +25,21 @@ FROM (
         AS next
     FROM {sequence}) AS counted";
 
-/// Moves it forward only. Others go on counting meanwhile, as far as it is behind into duplicate keys; and migrations are made one after
-/// the other.
+/// Only moves the sequence forward. While it is behind, concurrent inserts run into duplicate keys.
+/// Migrations run one at a time.
 const MEND: &str = "
 SELECT setval('{literal}'::regclass, newest) FROM (SELECT max(id) AS newest FROM {table}) AS rows, {sequence}
 WHERE newest > last_value OR (newest = last_value AND NOT is_called)";
 
 pub(super) enum Behind {
     No,
-    /// It will meet a row some day.
+    /// A later new name will get a number that is in use.
     Later,
     /// The next new name can't be locked.
     Now,
 }
 
-/// In one pass: a schema may be called `{table}`.
+/// Replaces the placeholders in one pass, because a schema may be called `{table}`.
 fn on(sql: &str, sequence: &str, table: &str) -> AssertSqlSafe<String> {
     let literal = sequence.replace('\'', "''");
     let mut filled = String::with_capacity(sql.len() + 4 * sequence.len());
@@ -54,7 +56,7 @@ fn on(sql: &str, sequence: &str, table: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(filled)
 }
 
-/// As far as this role may know.
+/// Compares as far as this role has the privileges.
 pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Behind> {
     let table = server.table.name();
     let found: Option<(String, bool, bool)> =
@@ -69,7 +71,7 @@ pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) ->
     })
 }
 
-/// In a migration, if the role may.
+/// Repairs the sequence in a migration, if the role has the privileges.
 pub(super) async fn mend(transaction: &mut PgConnection) -> sqlx::Result<()> {
     const TABLE: &str = "distributed_lock";
     let writes = "SELECT current_setting('transaction_read_only') = 'off'";
@@ -91,7 +93,7 @@ pub(super) async fn mend(transaction: &mut PgConnection) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// The statement that mends it.
+/// The statement that repairs it.
 pub(super) fn remedy(server: &Server) -> String {
     let table = server.table.name();
     format!(
@@ -100,7 +102,7 @@ pub(super) fn remedy(server: &Server) -> String {
     )
 }
 
-/// What the error of an INSERT means, if it is this.
+/// Explains the error of an INSERT, if the sequence caused it.
 pub(super) fn explained(server: &Server, error: sqlx::Error) -> sqlx::Error {
     if code(&error) != Some(DUPLICATE_KEY) {
         return error;

@@ -1,20 +1,24 @@
-//! The session of a private connection: which one it is, and how another connection ends it.
+//! The session of a private connection: how it is identified, and how another connection ends it.
 //!
-//! A client that gives a connection up closes its socket, which a session notices only when it reads or writes next. One that
-//! waits for a synchronous standby, for a lock, or for a network that is gone stays, and may carry out its last statement much later.
+//! A client that gives up a connection closes its socket, which the session notices only at its
+//! next read or write. A session that waits for a synchronous standby, for a lock, or for a network
+//! that is gone remains, and may execute its last statement much later.
 
 use sqlx::postgres::PgConnection;
 
-/// An advisory lock, which goes with its session, and also when a pooler gives the connection to another client. So a number
-/// never names a session that is somebody else's, as a process id could.
+/// Marks the session by an advisory lock. The lock ends with the session, and also when a pooler
+/// gives the connection to another client. So the number never identifies a session of another
+/// client, as a process id could.
 ///
-/// Not where a pooler shares the connection among clients. A prepared statement sees itself under the name that sqlx gave it,
-/// unless such a pooler gave it another one. A statement without a name is not listed: then nothing is known.
+/// Takes no lock if a pooler shares the connection among clients. A prepared statement sees itself
+/// under the name that sqlx gave it, unless such a pooler has renamed it. An unnamed statement is
+/// not listed; then the answer is unknown and no lock is taken.
 const MARK: &str = "
 SELECT CASE WHEN COALESCE(bool_or(name LIKE 'sqlx\\_s\\_%'), false) THEN pg_try_advisory_lock($1) ELSE false END
 FROM pg_prepared_statements WHERE statement LIKE '%lock\\_db probe%' /* lock_db probe */";
 
-/// Of the second only whether it is known. A session that is gone is in none of the views.
+/// `$1` is the session in question, `$2` the one that asks, which only has to be visible. A session
+/// that is gone is in neither view.
 const IS_IDLE: &str = "
 SELECT COALESCE(bool_and(activity.state LIKE 'idle%') FILTER (WHERE number = $1), true) AND bool_or(number = $2)
 FROM (
@@ -24,7 +28,7 @@ FROM (
 JOIN pg_stat_activity AS activity USING (pid)
 WHERE number IN ($1, $2)";
 
-/// The right to do it comes with the role, which is that of both sessions.
+/// Needs no privilege: both sessions have the same role.
 const END: &str = "
 SELECT pg_terminate_backend(pid) FROM pg_locks
 WHERE locktype = 'advisory' AND objsubid = 1 AND granted
@@ -36,7 +40,7 @@ pub(super) async fn mark(connection: &mut PgConnection, session: i64) -> sqlx::R
     sqlx::query_scalar(MARK).bind(session).fetch_one(connection).await
 }
 
-/// Behind a pooler that shares its sessions nothing is known of them.
+/// `false` behind a pooler that shares its sessions, because nothing is known of them.
 pub(super) async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
     let is_idle: Option<bool> =
         sqlx::query_scalar(IS_IDLE).bind(session).bind(own).fetch_one(connection).await?;

@@ -5,17 +5,17 @@ use std::collections::{HashMap, HashSet};
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
-use super::lease::{self, CREATE_ALL, LOOK_ALL, created_or_not};
+use super::lease::{self, CREATE_ALL, READ_ALL, created_or_not};
 use crate::Kind;
 use crate::database::{Claim, Grant, LockRow, Server, by_name};
-use crate::limits::micros;
 use crate::name::Name;
+use crate::options::micros;
 
-/// `ACQUIRE` for all or none of several names, which have no places in queues. The rows are locked and counted first, and written only when
-/// all of them are there.
+/// `ACQUIRE` for all or none of several names, which have no queue entries. The rows are locked and
+/// counted first, and written only if all of them were locked.
 ///
-/// A row that was changed after the statement's snapshot, before it was locked here, is written as it is now: it is found by its
-/// id, not by its `ctid`.
+/// A row that was changed between the statement's snapshot and the lock is written in its current
+/// version: it is found by its id, not by its `ctid`.
 const ACQUIRE_ALL: &str = r#"
 WITH unlocked AS MATERIALIZED (
     SELECT lease.id, asked.secret_key
@@ -43,12 +43,12 @@ RETURNING lease.secret_key::text, lease.id, lease.fencing_token, lease.waiters <
 
 const UNLOCKED: &str = "SELECT lock_name::text FROM {table} WHERE lock_name = ANY($1) FOR UPDATE SKIP LOCKED";
 
-pub(super) async fn look(
+pub(super) async fn read(
     connection: &mut PgConnection,
     server: &Server,
     names: &[Name],
 ) -> sqlx::Result<Vec<Option<LockRow>>> {
-    let rows = sqlx::query(server.table.sql(LOOK_ALL)).bind(texts(names)).fetch_all(connection).await?;
+    let rows = sqlx::query(server.table.sql(READ_ALL)).bind(texts(names)).fetch_all(connection).await?;
     let found = |row: &PgRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lease::lock_row(row)?));
     let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
     Ok(by_name(names, found))
@@ -87,7 +87,7 @@ pub(super) async fn acquire(
             id: row.try_get(1)?,
             fencing_token: row.try_get(2)?,
             others_wait: row.try_get(3)?,
-            numbers: row.try_get(4)?,
+            tokens: row.try_get(4)?,
         };
         grants.insert(row.try_get::<&str, _>(0)?, grant);
     }

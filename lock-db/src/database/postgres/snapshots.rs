@@ -1,15 +1,18 @@
-//! Whose snapshot keeps the old versions of rows.
+//! Finds out whose snapshots keep old row versions.
 
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::database::{OldSnapshots, Server};
 
-/// The oldest three. A version is removed when no snapshot of the same database may see it, nor one of a standby that tells of
-/// its own (`hot_standby_feedback`), nor a slot; the server looks at nothing else.
+/// The oldest three. The server removes a version when it is visible to no snapshot of the same
+/// database, to no snapshot that a standby reports (`hot_standby_feedback`), and to no replication
+/// slot. Nothing else matters.
 ///
-/// Old: it was taken so many transactions ago, while so many versions are kept, or is there for ten minutes. What a vacuum itself holds does
-/// not count. Who may not see other roles' sessions (`pg_read_all_stats`) sees who they are and what they hold, not what they do.
+/// A snapshot is old if it was taken a given number of transactions ago while a given number of
+/// versions is kept, or if it is ten minutes old. Snapshots of autovacuum workers do not count. A
+/// role that may not see other roles' sessions (`pg_read_all_stats`) sees who they are and what
+/// they hold, but not what they do.
 const OLD: &str = "
 WITH holding AS (
     SELECT 'session' AS kind, pid::text AS id, usename::text AS role, application_name AS application,
@@ -35,7 +38,7 @@ ORDER BY age DESC LIMIT 3";
 pub(super) async fn old(connection: &mut PgConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
     let found = match sqlx::query(OLD).bind(server.table.name()).fetch_all(connection).await {
         Ok(found) => found,
-        // Views that an operator has closed, or that another server does not have.
+        // The operator has revoked access to the views, or this kind of server does not have them.
         Err(sqlx::Error::Database(error)) => {
             return Ok(OldSnapshots::unseen(&*error));
         }
@@ -62,7 +65,7 @@ pub(super) async fn old(connection: &mut PgConnection, server: &Server) -> sqlx:
     Ok(OldSnapshots { found: Some(text), unseen: None })
 }
 
-/// Names are the users', so they are escaped: this goes to logs.
+/// Users choose the names, so they are escaped for the log.
 fn holder(row: &PgRow) -> sqlx::Result<String> {
     let text =
         |index: usize| row.try_get::<Option<&str>, _>(index).map(|text| text.unwrap_or("").escape_debug());

@@ -1,4 +1,4 @@
-//! Locks and guards in transactions.
+//! Row locks and guards in transactions.
 
 use std::fmt::Write as _;
 use std::future::poll_fn;
@@ -13,16 +13,19 @@ use sqlx::{AssertSqlSafe, Connection, Postgres, Row, SqlSafeStr};
 use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
 use super::sequence;
 use crate::Kind;
-use crate::database::{Call, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server, hexadecimal};
+use crate::database::driver::TransactionDriver;
+use crate::database::{Guarded, LeaseKey, Notification, RowAttempt, RowClaim, Server, hexadecimal};
 
-/// Conflicts with a takeover, but not with our own renewal: a takeover has the row locked FOR UPDATE before it writes, in the
-/// same statement, and PostgreSQL keeps the stronger of the two locks of one transaction.
+/// Conflicts with a takeover, but not with our own renewal. A takeover locks the row FOR UPDATE
+/// before it writes, in the same statement, and PostgreSQL keeps the stronger of a transaction's
+/// two locks.
 ///
 /// A released lease guards nothing, except in the transaction that releases it.
 ///
-/// `bound` limits the wait for a transaction that has the row, and the outermost SELECT puts the caller's own limit back
-/// once the row is locked. When it is not, the transaction has failed or is about to be doomed. From here on the server ends
-/// the transaction when it hears nothing of its client for a TTL: until then the lock can't be taken.
+/// `bound` limits the wait for a transaction that has the row locked. The outermost SELECT restores
+/// the caller's own limit once the row is locked. If the row is not locked, the transaction has
+/// failed or is about to be doomed. From here on the server ends the transaction if it hears
+/// nothing from the client for one TTL; until then the lock can't be taken.
 const GUARD: &str = "
 WITH bound AS MATERIALIZED (
     SELECT current_setting('lock_db.guard_before', true) AS before, set_config('lock_timeout', $3, true),
@@ -40,7 +43,8 @@ FROM (
         ORDER BY lease.lock_name DESC LIMIT 1
         FOR KEY SHARE) AS lease) AS guarded";
 
-/// The row is settled only when no other transaction guards by this lease: such a one could still be committed.
+/// The row is settled only if no other transaction is guarded by this lease, because such a
+/// transaction can still commit.
 const GUARD_AND_RELEASE: &str = "
 WITH bound AS MATERIALIZED (
     SELECT current_setting('lock_db.guard_before', true) AS before, set_config('lock_timeout', $3, true),
@@ -63,18 +67,24 @@ SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', 
     set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM released";
 
-/// Begins a transaction whose first statement is to be `LOCK_ROW_AT_ONCE`, which waits for the table no longer than that: it can't set
-/// a limit for itself, as the table is locked when it is parsed.
+/// Begins a transaction whose first statement is `LOCK_ROW_AT_ONCE`, and limits how long that
+/// statement waits for the table. The statement can't set a limit for itself, because the server
+/// locks the table when it parses the statement.
 pub(super) const BEGIN_AND_LIMIT: &str = "
 BEGIN;
 SELECT set_config('lock_db.mark', '1', true), set_config('lock_db.limit_before', current_setting('lock_timeout'), true),
     set_config('lock_timeout', '2s', true)";
 
-/// In a transaction of our own. Written, not only locked: a later transaction with an older snapshot then fails instead of reading
-/// old data. Answers the kind of the row as this statement sees it, what was there before if it was locked and written, and whether it was
-/// changed between the statement's snapshot and the lock: what is there now can't be found by its `ctid` in that snapshot.
+/// Locks and writes a row in a transaction that lock-db began. The row is written, not only locked:
+/// a later transaction with an older snapshot then fails instead of reading old data. Returns
 ///
-/// From behind, for the sake of old snapshots: see `newest!`.
+/// - the kind of the row as this statement sees it;
+/// - what was there before, if the row was locked and written;
+/// - whether the row was found and locked;
+/// - whether the row was changed between the statement's snapshot and the lock. The current version
+///   can't be found by its `ctid` in that snapshot.
+///
+/// Reads the index backwards because of old snapshots: see `newest!`.
 macro_rules! lock_row_at_once {
     ($if_locked:literal) => {
         concat!(
@@ -104,14 +114,15 @@ LEFT JOIN written ON written.now = $2"
     };
 }
 
-/// For who waits, and goes on in the transaction.
+/// For a caller that waits: the transaction stays usable if the row is locked.
 const LOCK_ROW_AT_ONCE: &str = lock_row_at_once!("SKIP LOCKED");
 
-/// For a try, which is to tell a row that is locked from one that it may not lock (row level security that came later). The first ends the
-/// transaction.
+/// For a try. It has to tell a locked row from one that this role may not lock, because of row
+/// level security that was enabled later. A locked row ends the transaction.
 const LOCK_ROW_OR_FAIL: &str = lock_row_at_once!("NOWAIT");
 
-/// Whether this is the table of that name whose identity was found: in this database, and of this server, if that tells.
+/// Whether the table of that name is the one whose identity was found: in this database, and on
+/// this server if the identity names the server.
 macro_rules! is_here {
     ($name:literal, $identity:literal, $server:literal) => {
         concat!(
@@ -126,10 +137,11 @@ macro_rules! is_here {
     };
 }
 
-/// No statement may name a table that is not there: that would end the transaction.
+/// Does not name the table, because a statement that names a missing table ends the transaction.
 ///
-/// The setting ends with the transaction: when it is gone at the next statement, none was open. The limit is there for the table, which is
-/// locked before a statement that names it can set one.
+/// The setting ends with the transaction: if it is gone at the next statement, no transaction was
+/// open. The lock timeout is set here for the table, which is locked before a statement that names
+/// it can set a timeout.
 macro_rules! look_for_table {
     ($server:literal) => {
         concat!(
@@ -148,7 +160,8 @@ FROM (SELECT ",
 const IS_HERE: &str = look_for_table!("");
 const IS_ON_SERVER: &str = look_for_table!(", (SELECT system_identifier FROM pg_control_system())");
 
-/// The arguments of the block below, which takes none: settings that end with the transaction.
+/// Passes the arguments of the block below, which takes no parameters. They are settings that end
+/// with the transaction.
 macro_rules! tell {
     ($server:literal) => {
         concat!(
@@ -165,27 +178,30 @@ macro_rules! tell {
 const TELL: &str = tell!("");
 const TELL_ON_SERVER: &str = tell!(", (SELECT system_identifier FROM pg_control_system())");
 
-/// Whether the identity of the table names the server: where anybody may ask for its number.
+/// Whether the identity of the table names the server. It does if every role may read the server's
+/// number.
 fn names_server(server: &Server) -> bool {
     !server.table.identity.ends_with('/')
 }
 
-/// Around the blocks that the server carries out.
+/// Encloses the blocks that the server executes.
 pub(super) const DOLLAR_QUOTE: &str = "$lock_db$";
 
-/// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's transaction, and a row
-/// that turns out to be leased would stay locked, so it happens inside a savepoint; a deadlock and an old snapshot do end
-/// the transaction.
+/// Waits in the server's queue for the row, and writes it. A lock timeout would end the caller's
+/// transaction, and a row that turns out to be leased would stay locked, so this happens inside a
+/// savepoint. A deadlock and an old snapshot do end the transaction.
 ///
-/// The savepoint is that of a block with an exception handler, so that it begins and ends on the server, in one message:
-/// one of sqlx 0.9 that is dropped midway rolls the caller's whole transaction back, and what the caller sends next
-/// would commit by itself. The row is locked and written under the same savepoint: anything else takes a multixact.
+/// The savepoint is that of a block with an exception handler, so it begins and ends on the server,
+/// in one message. A savepoint of sqlx 0.9 that is dropped midway rolls the caller's whole
+/// transaction back, and what the caller sends next would commit by itself. The row is locked and
+/// written under the same savepoint, because any other way creates a multixact.
 ///
-/// The first use of a name makes its row here, in the transaction that needs it, and so needs no other connection. Who asks for
-/// that name meanwhile waits for the transaction, as for any holder.
+/// The first use of a name creates its row here, in the transaction that needs it, so no other
+/// connection is needed. Other requests for that name wait for the transaction, as for any holder.
 ///
-/// A `statement_timeout` would end the transaction as well, so the wait stays below it. It counts the turn in the queue
-/// and the wait for the holder together, the lock timeout each.
+/// A `statement_timeout` would also end the transaction, so the wait stays below it.
+/// `statement_timeout` covers the wait in the row's queue and the wait for the holder together,
+/// `lock_timeout` covers each separately.
 macro_rules! wait_and_lock {
     () => {
         "
@@ -266,41 +282,42 @@ SELECT current_setting('lock_db.outcome', true), current_setting('lock_db.token'
 
 const WAIT_AND_LOCK: &str = wait_and_lock!();
 const OUTCOME: &str = outcome!();
-/// For who does not wait: in one message.
+/// For a caller that does not wait: both in one message.
 const LOCK_OR_NOT: &str = concat!(wait_and_lock!(), ";", outcome!());
 
 const WAS_ITS_OWN: &str =
     "SELECT COALESCE(position($1 IN current_setting('lock_db.taken', true)) > 0, false)";
 
-/// `lock_row` leaves the one, and `guard` the other.
+/// `lock_row` sets the first, and `guard` the second.
 const HAS_USED_TABLE: &str = "
 SELECT COALESCE(current_setting('lock_db.taken', true), '') <> '' OR COALESCE(current_setting('lock_db.here', true), '') <> ''";
 
 /// A utility statement, which takes no snapshot.
 const SHOW_LEVEL: &str = "SHOW transaction_isolation";
 
-/// Fails, and with it every later statement of the transaction.
+/// Fails, and then every later statement of the transaction fails too.
 const DOOM: &str =
     "SELECT CAST('lock-db: this transaction must not commit any more, roll it back' AS integer)";
 
-/// Texts that are no numbers, in errors of the server.
+/// Texts that are not numbers, so that casting them fails with an error that contains them.
 const NOT_OURS: &str = "lock_db: not ours";
 const ENDED: &str = "lock_db: ended";
 
-/// Fails when the transaction is not the marked one: that has ended, and its mark with it.
+/// Fails unless this is the marked transaction. The mark ends with its transaction.
 const CHECK_MARK: &str = "
 SELECT CAST(CASE current_setting('lock_db.mark', true) WHEN '1' THEN '1' ELSE 'lock_db: ended' END AS integer)";
 
-/// The transaction that begins with it is empty: it is there for the COMMIT of the handle, which would warn without one.
+/// Commits, and begins an empty transaction. That one is for the COMMIT of the transaction's
+/// handle, which would otherwise cause a warning.
 const COMMIT: &str = "COMMIT AND CHAIN";
 
-/// Whether statements stay prepared on a connection of the application, by those that do. Some do where it keeps any: see
-/// [`Server::keeps_statements`].
+/// Whether statements stay prepared on this connection of the application. If it keeps any, some
+/// are cached at this point: see [`Server::keeps_statements`].
 fn keeps(connection: &PgConnection) -> bool {
     connection.cached_statements_size() > 0
 }
 
-/// Whether its snapshot stays what it is from its first statement on.
+/// Whether the transaction keeps the snapshot of its first statement.
 pub(super) async fn has_snapshot(transaction: &mut PgConnection) -> sqlx::Result<bool> {
     let level: String =
         sqlx::query_scalar(SHOW_LEVEL).persistent(keeps(transaction)).fetch_one(transaction).await?;
@@ -315,9 +332,9 @@ pub(super) async fn lock_row(
 ) -> sqlx::Result<RowAttempt> {
     if slice.is_zero() && claim.is_own {
         match lock_at_once(connection, server, claim).await {
-            // Its row has to be made.
+            // The row has to be created.
             Ok(RowAttempt::Missing) => {}
-            // Nothing has been done in it, so it can begin anew.
+            // Nothing has been done in the transaction, so it can be restarted.
             Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
                 begin_anew(connection).await?;
                 let is_table = !claim.is_try || is_timeout(&error);
@@ -329,13 +346,13 @@ pub(super) async fn lock_row(
     let attempt = wait_and_lock(connection, server, claim, slice).await;
     let attempt = attempt.map_err(|error| sequence::explained(server, error))?;
     if claim.is_own && attempt == RowAttempt::Busy {
-        // The holder may wait for the end of all transactions: CREATE INDEX CONCURRENTLY does.
+        // The holder may wait for the end of all transactions, as CREATE INDEX CONCURRENTLY does.
         begin_anew(connection).await?;
     }
     Ok(attempt)
 }
 
-/// A transaction of our own in which nothing was done that has to stay.
+/// Restarts a transaction of lock-db in which nothing was done that has to stay.
 async fn begin_anew(connection: &mut PgConnection) -> sqlx::Result<()> {
     sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
     sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await.map(drop)
@@ -402,7 +419,7 @@ async fn wait_and_lock(
         sqlx::query(OUTCOME).fetch_one(&mut *connection).await?
     };
     let outcome = &outcome;
-    // With the transaction its settings end.
+    // The settings end with the transaction.
     if outcome.try_get::<Option<&str>, _>(3)?.is_none_or(str::is_empty) {
         return Err(sqlx::Error::BeginFailed);
     }
@@ -410,30 +427,30 @@ async fn wait_and_lock(
         "locked" => {
             RowAttempt::Locked { fencing_token: number(outcome)?, before: outcome.try_get(2)?, secret: None }
         }
-        // Or it was not even begun.
+        // Empty: the block was not even started.
         "busy" | "" => RowAttempt::Busy,
         "no table" => RowAttempt::TableLocked,
         "kind" => RowAttempt::WrongKind,
         "unwritten" => RowAttempt::Unwritten,
-        // What the first message has set is gone.
+        // The settings of the first message are gone.
         "ended" => return Err(sqlx::Error::BeginFailed),
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
     })
 }
 
-/// Sends statements, and waits for their end beside the call that has sent them. sqlx warns of each call that takes longer than a second,
-/// with the whole text, and a wait for a lock is no slow statement. What is left on the connection when the wait is cut short is
-/// what a dropped call leaves in any case.
+/// Sends statements in one call and waits for their end in another. sqlx logs every call that takes
+/// longer than a second, with its whole text, but a wait for a lock is not a slow statement. If the
+/// wait is dropped, the connection is in the same state as after any dropped call.
 async fn wait_for(connection: &mut PgConnection, sql: impl SqlSafeStr) -> sqlx::Result<()> {
     let sent = {
         let mut call = pin!(sqlx::raw_sql(sql).execute(&mut *connection));
-        // Polled once, it has put the statements on their way: nothing else was.
+        // One poll sends the statements, because the connection has nothing else to send.
         poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await
     };
     match sent {
         Poll::Ready(done) => done.map(drop),
-        // Answered behind them, with their error if there is one.
+        // The server answers the ping after the statements, with their error if there is one.
         Poll::Pending => connection.ping().await,
     }
 }
@@ -454,8 +471,8 @@ pub(super) async fn commit_locked(connection: &mut PgConnection) -> sqlx::Result
     commit_marked(connection, None).await
 }
 
-/// Guard and COMMIT are one message: a host that vanishes has sent both or none, and leaves no guard behind that holds off a
-/// takeover.
+/// Sends guard and COMMIT in one message. If the host vanishes, it has sent both or neither, so no
+/// guard is left behind that holds off a takeover.
 pub(super) async fn commit_guarded(
     connection: &mut PgConnection,
     lease: &LeaseKey,
@@ -481,23 +498,24 @@ pub(super) async fn commit_guarded(
     commit_marked(connection, Some(guard)).await
 }
 
-/// Sends check, guard and COMMIT together. The server carries out nothing behind an error.
+/// Sends check, guard and COMMIT together. The server executes nothing after an error.
 async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> sqlx::Result<Guarded> {
     let limit = Postgres::GUARD_LIMIT.as_millis();
     let guard = guard.map_or(String::new(), |guard| format!("SET LOCAL lock_timeout = {limit}; {guard};"));
     let sql = format!("{CHECK_MARK}; {guard} {COMMIT}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
-        Ok(rows) => Ok(Guarded::Committed { call: rows.last().and_then(called) }),
-        // By their text: what a trigger of the owner's fails with at the COMMIT may have any code.
+        Ok(rows) => Ok(Guarded::Committed { call: rows.last().and_then(notified) }),
+        // Recognized by text: an error that the owner's trigger raises at the COMMIT may have any
+        // code.
         Err(error) if says(&error, NOT_OURS) => Ok(Guarded::NotOurs),
         Err(error) if says(&error, ENDED) => Ok(Guarded::Ended),
         Err(error) => Err(error),
     }
 }
 
-/// Of a row that a release answers.
-fn called(row: &PgRow) -> Option<Call> {
-    Call::parse(row.try_get(2).ok()?, row.try_get(1).ok()?)
+/// The notification in a row that a release returns.
+fn notified(row: &PgRow) -> Option<Notification> {
+    Notification::parse(row.try_get(2).ok()?, row.try_get(1).ok()?)
 }
 
 pub(super) async fn guard(
@@ -516,7 +534,7 @@ pub(super) async fn guard(
         .bind(limit)
         .bind(lease.fencing_token);
     let idle = i64::try_from(lease.ttl.as_millis()).unwrap_or(i64::MAX);
-    // A release writes the row, which an old snapshot does not let it.
+    // A release needs no mark: it writes the row, which fails with an old snapshot.
     let query = query.bind(idle);
     let query = if release { query } else { query.bind(lease.mark) };
     match query.fetch_optional(connection).await {
@@ -529,8 +547,9 @@ pub(super) async fn doom(connection: &mut PgConnection) {
     let _doomed = sqlx::raw_sql(DOOM).execute(connection).await;
 }
 
-/// A statement in the application's connection that goes as text may be shown in a log, so it tells a digest of the secret only.
-/// Nothing in it needs to be escaped.
+/// The condition that the lease is ours. Statements on the application's connection are sent as
+/// text and may be logged, so this contains only a digest of the secret. Nothing in it needs
+/// escaping.
 fn is_ours(lease: &LeaseKey) -> String {
     let mut digits = String::with_capacity(64);
     for byte in sha2::Sha256::digest(lease.secret.as_str()) {

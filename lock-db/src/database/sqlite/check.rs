@@ -1,14 +1,15 @@
-//! What is looked at before the first lock fails: whether a row can be made at all, and settings.
+//! Finds problems before the first lock does: rows that can't be created, and settings.
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Row, Sqlite};
 
 use super::errors::{READ_ONLY, code};
 use super::migrate::has_no_more_ids;
-use crate::database::{Fault, LockDatabase, Server, foreign_write};
+use crate::database::driver::SchemaDriver;
+use crate::database::{Fault, Server, foreign_write};
 use crate::secret::Secret;
 
-/// What locks do, to a row that is rolled back.
+/// What locks do, on a row that is rolled back.
 const BEGIN: &str = "BEGIN IMMEDIATE";
 const MAKE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, 'insert')";
 const WRITE: &str = "UPDATE {table} SET owner = owner WHERE lock_name = ?1";
@@ -50,7 +51,7 @@ pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) ->
     Ok(warnings)
 }
 
-/// Makes a row, writes it, and rolls that back: whatever keeps one of these from being done shows.
+/// Creates a row, writes it, and rolls back. Any obstacle to one of these steps shows as an error.
 async fn try_out(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<()> {
     let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
     let mut transaction = connection.begin_with(BEGIN).await?;

@@ -11,7 +11,7 @@ pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::error::is_connection_failure(error) {
+    if crate::database::is_connection_failure(error) {
         return Fault::Disconnected;
     }
     match error {
@@ -29,13 +29,13 @@ pub(super) fn classify(error: &sqlx::Error) -> Fault {
         Some("5" | "261" | "773" | "6" | "262") => Fault::Busy,
         // SQLITE_FULL, SQLITE_NOMEM, SQLITE_INTERRUPT
         Some("13" | "7" | "9") => Fault::Passing,
-        // SQLITE_READONLY and its kin but _DBMOVED and _RECOVERY, SQLITE_CANTOPEN and its kin, SQLITE_PERM, SQLITE_AUTH,
-        // SQLITE_NOTADB
+        // SQLITE_READONLY and its variants except _DBMOVED and _RECOVERY, SQLITE_CANTOPEN and its
+        // variants, SQLITE_PERM, SQLITE_AUTH, SQLITE_NOTADB
         Some(
             READ_ONLY | "520" | "776" | "1288" | "1544" | "14" | "270" | "526" | "782" | "1038" | "1294"
             | "1550" | "3" | "23" | "26",
         ) => Fault::Refused,
-        // A plain SQLITE_ERROR: only the text tells.
+        // A plain SQLITE_ERROR, which only its text identifies.
         _ if error.message().starts_with("no such table: ")
             && error.message().ends_with("distributed_lock") =>
         {

@@ -1,4 +1,4 @@
-//! Leases, on private connections.
+//! Statements for leases, on private connections.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -8,12 +8,13 @@ use sqlx::{Connection, Row, Sqlite};
 use super::schema::PREPARE;
 use super::transaction::busy_timeout;
 use crate::Kind;
+use crate::database::driver::{SchemaDriver, SessionDriver};
 use crate::database::{
-    Claim, Exchanged, Fault, Grant, LockDatabase, LockRow, Place, Renewal, Renewed, Return, Server, Standing,
-    as_json, by_name, in_order, names_as_json, reliable_without_notice,
+    BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
+    Server, as_json, by_name, in_order, names_as_json, reliable_without_notice,
 };
-use crate::limits::micros;
 use crate::name::Name;
+use crate::options::micros;
 use crate::secret::Secret;
 
 macro_rules! columns {
@@ -26,9 +27,9 @@ macro_rules! columns {
     };
 }
 
-const LOOK: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?1");
+const READ: &str = concat!("SELECT ", columns!(), " FROM {table} WHERE lock_name = ?1");
 
-const LOOK_ALL: &str = concat!(
+const READ_ALL: &str = concat!(
     "SELECT ",
     columns!(),
     ", lock_name FROM {table}
@@ -44,10 +45,11 @@ INSERT INTO {table} (lock_name, lock_kind)
 SELECT CAST(unhex(value) AS TEXT), ?2 FROM json_each(?1) WHERE TRUE ORDER BY key
 ON CONFLICT (lock_name) DO NOTHING";
 
-/// The new number is never below the clock's microseconds, so that a row that was cleaned away does not bring a number
-/// back. They are bound (`?5`): the clock of an embedded database is ours, and its own functions cut it to milliseconds.
+/// The new token is never below the clock's microseconds, so no token is issued again after a row
+/// was deleted. The microseconds are bound (`?5`): the clock of an embedded database is this
+/// process's own, and SQLite's functions truncate it to milliseconds.
 ///
-/// A lease that ran out is taken only after notice was given: see `LockRow::notice_is_due`.
+/// An expired lease is taken only after notice was given: see `LockRow::notice_is_due`.
 const ACQUIRE: &str = "
 UPDATE {table}
 SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
@@ -65,8 +67,8 @@ WHERE lock_name = ?1 AND lock_kind = 'insert'
       AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
 RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
 
-/// Never brings a released lease back (1970). A deadline moves backwards only when it lies further ahead than can be, because the
-/// clock was set back: by more than 2 s.
+/// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
+/// ahead, by more than 2 s, because the clock was set back.
 const RENEW: &str = "
 UPDATE {table}
 SET expire_time = min(
@@ -81,7 +83,7 @@ WHERE distributed_lock.id = asked.id AND secret_key = asked.secret AND fencing_t
   AND expire_time > '1970-01-01 00:00:00.000000'
 RETURNING secret_key";
 
-/// Which leases are ours, and whether notice was given of a takeover.
+/// Which leases are ours, and whether a takeover has given notice.
 const STILL_OURS: &str = "
 SELECT secret_key, ttl_micros <= 0
 FROM (
@@ -111,8 +113,8 @@ FROM (
         FROM {table} WHERE lock_name = ?1 AND secret_key = ?2)) AS until
 WHERE distributed_lock.id = until.id";
 
-/// A fifth of the TTL, 1 s at most; and what lies more than a TTL and 2 s ahead is drawn in: see `LockRow::notice_is_due`, which says
-/// the same.
+/// The notice is a fifth of the TTL, 1 s at most. A deadline more than the TTL and 2 s ahead is
+/// moved to one TTL from now. `LockRow::notice_is_due` uses the same rules.
 const GIVE_NOTICE: &str = "
 UPDATE {table}
 SET expire_time = CASE WHEN due.is_too_far THEN due.after_ttl ELSE max(expire_time, due.after_notice) END,
@@ -142,7 +144,7 @@ const STAND: &str = "
 UPDATE {table} SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3
 WHERE lock_name = ?1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND instr(waiters, ?2) = 0";
 
-/// Only on top of what was read before.
+/// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
 UPDATE {table} SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
 
@@ -151,21 +153,21 @@ UPDATE {table}
 SET waiters = substr(waiters, 1, instr(waiters, ?2) - 1) || substr(waiters, instr(waiters, ?2) + 56)
 WHERE lock_name = ?1 AND instr(waiters, ?2) > 0";
 
-pub(super) async fn look(
+pub(super) async fn read(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
 ) -> sqlx::Result<Option<LockRow>> {
-    let row = sqlx::query(server.table.sql(LOOK)).bind(name).fetch_optional(connection).await?;
+    let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
 
-pub(super) async fn look_all(
+pub(super) async fn read_all(
     connection: &mut SqliteConnection,
     server: &Server,
     names: &[Name],
 ) -> sqlx::Result<Vec<Option<LockRow>>> {
-    let query = sqlx::query(server.table.sql(LOOK_ALL)).bind(names_as_json(names));
+    let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(names));
     let rows = query.fetch_all(connection).await?;
     let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lock_row(row)?));
     let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
@@ -208,7 +210,7 @@ pub(super) async fn create_all(
     query.execute(connection).await.map(|_| true)
 }
 
-/// One after the other: nothing here goes over a network.
+/// One claim at a time, because no network is involved.
 pub(super) async fn acquire_all(
     connection: &mut SqliteConnection,
     server: &Server,
@@ -233,8 +235,8 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> sqlx::Result<Option<Grant>> {
-    // All rows, though there is one at most: sqlx 0.9 resets a statement of which it wants only the first, and drops the
-    // error of the commit that happens then.
+    // Fetches all rows, though there is at most one. If only the first is fetched, sqlx 0.9 resets
+    // the statement, which then commits, and drops the error of that commit.
     let rows = sqlx::query(server.table.sql(ACQUIRE))
         .bind(&*claim.name)
         .bind(claim.secret.as_str())
@@ -250,7 +252,7 @@ pub(super) async fn acquire(
         return Err(sqlx::Error::Protocol("the database answered with the row of another statement".into()));
     }
     let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
-    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, numbers: row.try_get(5)? }))
+    Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, tokens: row.try_get(5)? }))
 }
 
 pub(super) async fn give_notice(
@@ -271,14 +273,15 @@ pub(super) async fn settle(
     Ok(settled.rows_affected() > 0)
 }
 
-/// While another transaction writes, nothing can be renewed, but nothing can be taken either; what can be done is to read.
+/// While another transaction writes, nothing can be renewed, but nothing can be taken either. The
+/// leases can still be read.
 pub(super) async fn renew(
     connection: &mut SqliteConnection,
     server: &Server,
     leases: &[Renewal],
 ) -> sqlx::Result<Renewed> {
     let json = as_json(leases);
-    // What a look is worth is soon over, where the TTL is short.
+    // With a short TTL, the result of a read is valid only for a short time.
     let worth = leases.iter().map(|lease| reliable_without_notice(lease.ttl)).min().unwrap_or_default();
     let wait = i64::try_from((worth / 4).as_millis()).unwrap_or(0);
     sqlx::raw_sql(busy_timeout(wait)).execute(&mut *connection).await?;
@@ -287,29 +290,29 @@ pub(super) async fn renew(
     let busy = match renewed {
         Ok(renewed) => {
             let renewed: Vec<String> = renewed;
-            let renewed = renewed.into_iter().map(|secret| (secret, Standing::Ours));
+            let renewed = renewed.into_iter().map(|secret| (secret, LeaseStatus::Ours));
             return Ok(in_order(leases, renewed, None));
         }
         Err(error) if Sqlite::classify(&error) == Fault::Busy => error,
         Err(error) => return Err(error),
     };
-    let looked = Instant::now();
+    let read_at = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(connection).await;
-    let standing = |row: &SqliteRow| {
-        let standing = if row.try_get(1)? { Standing::Challenged } else { Standing::Busy };
-        Ok((row.try_get(0)?, standing))
+    let status = |row: &SqliteRow| {
+        let status = if row.try_get(1)? { LeaseStatus::Challenged } else { LeaseStatus::Busy };
+        Ok((row.try_get(0)?, status))
     };
-    let ours: sqlx::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(standing).collect();
-    Ok(in_order(leases, ours?, Some(looked)))
+    let ours: sqlx::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(status).collect();
+    Ok(in_order(leases, ours?, Some(read_at)))
 }
 
 pub(super) async fn release(
     connection: &mut SqliteConnection,
     server: &Server,
-    lease: &Return,
-) -> sqlx::Result<Standing> {
-    let Return { name, secret, place } = lease;
-    let (place, listener) = Place::parts(place.as_ref());
+    lease: &ReleaseClaim,
+) -> sqlx::Result<LeaseStatus> {
+    let ReleaseClaim { name, secret, place } = lease;
+    let (place, listener) = QueueEntry::parts(place.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(place);
     query.bind(listener).bind(clock_micros()).execute(connection).await.map(|done| released_or_not(&done))
 }
@@ -320,38 +323,38 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<Standing> {
+) -> sqlx::Result<LeaseStatus> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
     let query = query.bind(later_by(at_least));
     query.execute(connection).await.map(|done| released_or_not(&done))
 }
 
-/// In one transaction: it is the commit that takes the time.
-pub(super) async fn exchange(
+/// Uses one transaction, because only the commit takes time.
+pub(super) async fn batch(
     connection: &mut SqliteConnection,
     server: &Server,
-    returns: &[Return],
+    releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<Exchanged> {
+) -> sqlx::Result<BatchOutcome> {
     let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
-    let mut exchanged = Exchanged { returns: Vec::new(), grants: Vec::new(), calls: Vec::new() };
-    for one in returns {
-        exchanged.returns.push(release(&mut transaction, server, one).await?);
+    let mut outcome = BatchOutcome { releases: Vec::new(), grants: Vec::new(), notifications: Vec::new() };
+    for one in releases {
+        outcome.releases.push(release(&mut transaction, server, one).await?);
     }
     for claim in claims {
-        exchanged.grants.push(acquire(&mut transaction, server, claim).await?);
+        outcome.grants.push(acquire(&mut transaction, server, claim).await?);
     }
     transaction.commit().await?;
-    Ok(exchanged)
+    Ok(outcome)
 }
 
-pub(super) async fn stand(
+pub(super) async fn enqueue(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
-    place: &Place,
+    place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = Place::parts(Some(place));
+    let (secret, listener) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
     Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
 }
@@ -367,7 +370,7 @@ pub(super) async fn set_waiters(
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
-pub(super) async fn remove_waiter(
+pub(super) async fn dequeue(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
@@ -377,13 +380,13 @@ pub(super) async fn remove_waiter(
     query.execute(connection).await.map(drop)
 }
 
-/// As a modifier of SQLite's functions of time.
+/// A duration as a modifier of SQLite's time functions.
 fn later_by(duration: Duration) -> String {
     format!("+{}.{:03} seconds", duration.as_secs(), duration.subsec_millis())
 }
 
-fn released_or_not(released: &SqliteQueryResult) -> Standing {
-    if released.rows_affected() > 0 { Standing::Ours } else { Standing::NotOurs }
+fn released_or_not(released: &SqliteQueryResult) -> LeaseStatus {
+    if released.rows_affected() > 0 { LeaseStatus::Ours } else { LeaseStatus::NotOurs }
 }
 
 pub(super) fn clock_micros() -> i64 {

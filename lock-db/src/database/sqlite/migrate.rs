@@ -1,10 +1,11 @@
-//! Making the table, and mending what operators left.
+//! Creates the table, and repairs its sequence.
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Sqlite};
 
 use super::schema::{PREPARE, find};
-use crate::database::{Fault, Found, LockDatabase};
+use crate::database::driver::SchemaDriver;
+use crate::database::{Fault, Found};
 use crate::schema;
 
 const WAIT_FOR_OTHER_MIGRATIONS: &str = "PRAGMA busy_timeout = 60000";
@@ -19,7 +20,7 @@ const NEWEST: &str = "SELECT MAX(version) FROM main._lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT OR IGNORE INTO main._lock_db_migrations (version) VALUES (?1)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::SQLITE)];
 
-/// Where it has come to its end, no row can be made: SQLite says that the disk is full.
+/// When the sequence has reached its end, no row can be created: SQLite reports a full disk.
 const MEND_SEQUENCE: &str = "
 UPDATE main.sqlite_sequence SET seq = (SELECT COALESCE(MAX(id), 0) FROM main.distributed_lock)
 WHERE name = 'distributed_lock'";
@@ -44,7 +45,7 @@ async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
     sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
     let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
-    // The ledger may have outlived the table.
+    // The table may have been dropped without the ledger.
     let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
     for (version, sql) in MIGRATIONS {
         if is_gone || !applied.contains(&version) {
@@ -58,7 +59,7 @@ async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     transaction.commit().await
 }
 
-/// Whether the numbers are used up. There is no such table unless a table has AUTOINCREMENT.
+/// Whether the ids are used up. `sqlite_sequence` exists only if a table has AUTOINCREMENT.
 pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
     if !has_table(connection, "sqlite_sequence").await? {
         return Ok(false);
@@ -66,7 +67,7 @@ pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> sqlx::
     sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await
 }
 
-/// The newest migration that was applied, if this version does not know it.
+/// The newest applied migration, if this version does not know it.
 pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Option<i64>> {
     if !has_table(connection, "_lock_db_migrations").await? {
         return Ok(None);
@@ -75,7 +76,7 @@ pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Opt
     Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
 }
 
-/// Without writing anything, which a file that may only be read would not allow.
+/// Does not write, because the file may be read-only.
 async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
     if !has_table(connection, "distributed_lock").await?
         || !has_table(connection, "_lock_db_migrations").await?

@@ -1,6 +1,7 @@
 //! SQLite 3.42 and later, in a file that several processes of one host may open.
 //!
-//! There is one writer at a time in the whole database, so there are no row locks: `lock_row` takes the write lock.
+//! The whole database has one writer at a time, so there are no row locks: `lock_row` takes the
+//! write lock.
 
 mod check;
 mod errors;
@@ -17,62 +18,31 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, Sqlite};
 
+use super::driver::{
+    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+};
 use super::{
-    Claim, Exchanged, Fault, Found, Grant, Guarded, LeaseKey, LockDatabase, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Place, Probe, Released, Renewal, Renewed, Return, RowAttempt, RowClaim, Server,
-    Standing,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
+    PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
+    Server,
 };
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
 
-impl LockDatabase for Sqlite {
+impl SchemaDriver for Sqlite {
     const FOLDER: &'static str = "sqlite";
-    const IS_REMOTE: bool = false;
-    const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
-    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
-    const SETTLES_IN_TRANSACTION: bool = true;
-    /// Some errors end a transaction by themselves; the savepoint is gone then.
-    const BEGIN_MARKED: &'static str = "BEGIN; SAVEPOINT lock_db_guard";
-    /// With the write lock from the first statement on, a takeover waits, and the snapshot can't be too old.
-    const BEGIN_GUARDED: &'static str = "BEGIN IMMEDIATE; SAVEPOINT lock_db_guard";
 
     fn check_options(options: &SqliteConnectOptions, schema: Option<&str>) -> Result<(), Error> {
         schema::check_options(options, schema)
-    }
-
-    fn private_options(options: &SqliteConnectOptions) -> SqliteConnectOptions {
-        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
     }
 
     fn database_name(options: &SqliteConnectOptions) -> String {
         options.get_filename().to_string_lossy().into_owned()
     }
 
-    async fn prepare(connection: &mut SqliteConnection, _session: i64) -> sqlx::Result<()> {
-        sqlx::raw_sql(schema::PREPARE).execute(connection).await.map(drop)
-    }
-
     async fn find_table(connection: &mut SqliteConnection, _schema: Option<&str>) -> sqlx::Result<Found> {
         schema::find(connection).await
-    }
-
-    type Listening = Infallible;
-
-    async fn connect_listening(_pool: &Pool<Sqlite>) -> sqlx::Result<Infallible> {
-        Err(sqlx::Error::Protocol("this database calls nobody".into()))
-    }
-
-    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
-        match *listening {}
-    }
-
-    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut SqliteConnection> {
-        match *listening {}
-    }
-
-    async fn called(listening: &mut Infallible) -> sqlx::Result<i64> {
-        match *listening {}
     }
 
     async fn migrate(connection: &mut SqliteConnection, _schema: Option<&str>) -> sqlx::Result<()> {
@@ -87,12 +57,52 @@ impl LockDatabase for Sqlite {
         snapshots::old(connection, server).await
     }
 
-    async fn look(
+    fn classify(error: &sqlx::Error) -> Fault {
+        errors::classify(error)
+    }
+}
+
+impl SessionDriver for Sqlite {
+    const IS_REMOTE: bool = false;
+
+    const BEGIN_SHORT: &'static str = "BEGIN IMMEDIATE";
+
+    fn private_options(options: &SqliteConnectOptions) -> SqliteConnectOptions {
+        options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
+    }
+
+    async fn prepare(connection: &mut SqliteConnection, _session: i64) -> sqlx::Result<()> {
+        sqlx::raw_sql(schema::PREPARE).execute(connection).await.map(drop)
+    }
+}
+
+impl WakeUpDriver for Sqlite {
+    type Listening = Infallible;
+
+    async fn connect_listening(_pool: &Pool<Sqlite>) -> sqlx::Result<Infallible> {
+        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    }
+
+    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
+        match *listening {}
+    }
+
+    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut SqliteConnection> {
+        match *listening {}
+    }
+
+    async fn notified(listening: &mut Infallible) -> sqlx::Result<i64> {
+        match *listening {}
+    }
+}
+
+impl LeaseDriver for Sqlite {
+    async fn read(
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
     ) -> sqlx::Result<Option<LockRow>> {
-        lease::look(connection, server, name).await
+        lease::read(connection, server, name).await
     }
 
     async fn create(
@@ -112,12 +122,12 @@ impl LockDatabase for Sqlite {
         lease::acquire(connection, server, claim).await
     }
 
-    async fn look_all(
+    async fn read_all(
         connection: &mut SqliteConnection,
         server: &Server,
         names: &[Name],
     ) -> sqlx::Result<Vec<Option<LockRow>>> {
-        lease::look_all(connection, server, names).await
+        lease::read_all(connection, server, names).await
     }
 
     async fn create_all(
@@ -137,7 +147,7 @@ impl LockDatabase for Sqlite {
         lease::acquire_all(connection, server, claims).await
     }
 
-    /// As `probe`.
+    /// Returns all names, for the same reason as `probe`.
     async fn unlocked(
         _connection: &mut SqliteConnection,
         _server: &Server,
@@ -158,7 +168,8 @@ impl LockDatabase for Sqlite {
         lease::settle(connection, server, name).await
     }
 
-    /// What keeps a row from being written keeps the whole database, and is told by every write.
+    /// Always free, because there are no row locks. A write lock covers the whole database, and
+    /// every write reports it.
     async fn probe(_connection: &mut SqliteConnection, _server: &Server, _name: &str) -> sqlx::Result<Probe> {
         Ok(Probe::Free)
     }
@@ -174,7 +185,7 @@ impl LockDatabase for Sqlite {
     async fn release(
         connection: &mut SqliteConnection,
         server: &Server,
-        lease: &Return,
+        lease: &ReleaseClaim,
     ) -> sqlx::Result<Released> {
         lease::release(connection, server, lease).await.map(Released::from)
     }
@@ -185,26 +196,28 @@ impl LockDatabase for Sqlite {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<Standing> {
+    ) -> sqlx::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
-    async fn exchange(
+    async fn batch(
         connection: &mut SqliteConnection,
         server: &Server,
-        returns: &[Return],
+        releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<Exchanged> {
-        lease::exchange(connection, server, returns, claims).await
+    ) -> sqlx::Result<BatchOutcome> {
+        lease::batch(connection, server, releases, claims).await
     }
+}
 
-    async fn stand(
+impl QueueDriver for Sqlite {
+    async fn enqueue(
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
-        place: &Place,
+        place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::stand(connection, server, name, place).await
+        lease::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -217,14 +230,20 @@ impl LockDatabase for Sqlite {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
-    async fn remove_waiter(
+    async fn dequeue(
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::remove_waiter(connection, server, name, secret).await
+        lease::dequeue(connection, server, name, secret).await
     }
+}
+
+impl RowLockDriver for Sqlite {
+    const ROW_IS_MADE_IN_TRANSACTION: bool = true;
+
+    const SETTLES_IN_TRANSACTION: bool = true;
 
     async fn is_here(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<bool> {
         transaction::is_here(connection, server).await
@@ -238,6 +257,15 @@ impl LockDatabase for Sqlite {
     ) -> sqlx::Result<RowAttempt> {
         transaction::lock_row(connection, server, claim, slice).await
     }
+}
+
+impl TransactionDriver for Sqlite {
+    /// Some errors end a transaction by themselves, and the savepoint with it.
+    const BEGIN_MARKED: &'static str = "BEGIN; SAVEPOINT lock_db_guard";
+
+    /// Takes the write lock with the first statement, so that a takeover waits and the snapshot
+    /// can't be too old.
+    const BEGIN_GUARDED: &'static str = "BEGIN IMMEDIATE; SAVEPOINT lock_db_guard";
 
     async fn commit_locked(
         connection: &mut SqliteConnection,
@@ -270,9 +298,5 @@ impl LockDatabase for Sqlite {
 
     async fn reopen(connection: &mut SqliteConnection) {
         transaction::reopen(connection).await;
-    }
-
-    fn classify(error: &sqlx::Error) -> Fault {
-        errors::classify(error)
     }
 }

@@ -1,4 +1,4 @@
-//! Finding the table.
+//! Finds the table.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,8 @@ use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 
-/// How long a private connection waits for another writer before it answers "busy". And a schema is a file of its own here.
+/// How long a private connection waits for another writer before it reports "busy". A schema is a
+/// separate file on SQLite, so none is set.
 pub(super) const PREPARE: &str = "PRAGMA busy_timeout = 100";
 
 const FIND: &str = "
@@ -60,8 +61,8 @@ pub(super) fn check_options(options: &SqliteConnectOptions, schema: Option<&str>
     Ok(())
 }
 
-/// sqlx has no way to ask for it but the text of its options. When this is not found there any more, `FIND` still tells, after a
-/// wait.
+/// sqlx offers no other way to read the setting than the text of its options. If that text changes,
+/// `FIND` still detects it, after a wait.
 fn locks_exclusively(options: &str) -> bool {
     let Some((_, mode)) = options.split_once("\"locking_mode\": ") else { return false };
     mode.get(..20).is_some_and(|mode| mode.to_ascii_uppercase().contains("EXCLUSIVE"))
@@ -117,7 +118,7 @@ pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Foun
     }))
 }
 
-/// Columns, a line of `value name type` each. A name with a blank in it is none of ours.
+/// Parses columns, one `value name type` per line. A name with a blank is not one of ours.
 fn declared(columns: &str) -> HashMap<String, Declared> {
     let parts = columns.lines().filter_map(|column| {
         let (unless_named, column) = column.split_once(' ')?;
@@ -128,14 +129,14 @@ fn declared(columns: &str) -> HashMap<String, Declared> {
     parts.collect()
 }
 
-/// What a column needs if this type does not do. A type is a hint only, but one for numbers turns a
-/// name or a secret of digits into a number, and one for text or floating point changes numbers.
+/// What a column needs if this type does not fit. A type is only a hint, but a numeric type turns a
+/// name or a secret of digits into a number, and a text or floating point type changes numbers.
 fn needed(content: Content, kind: &str) -> Option<String> {
     let kind = kind.to_ascii_uppercase();
     let says = |parts: &[&str]| parts.iter().any(|part| kind.contains(part));
     let is_text = says(&["CHAR", "CLOB", "TEXT"]) && !says(&["INT"]);
     let (fits, needed) = match content {
-        // Any other type is not filled in by itself.
+        // Any other type is not filled in automatically.
         Content::Id => (kind == "INTEGER", "INTEGER PRIMARY KEY"),
         Content::Integer => (says(&["INT"]), "INTEGER"),
         Content::Name | Content::Ascii(_) | Content::Label(_) => (is_text, "TEXT"),

@@ -1,4 +1,4 @@
-//! A reader that keeps the WAL from starting anew.
+//! Finds a reader that keeps the WAL from starting over.
 
 use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
@@ -7,11 +7,11 @@ use crate::database::{OldSnapshots, Server};
 
 const FILE: &str = "SELECT file FROM pragma_database_list WHERE name = 'main'";
 
-/// Copies what no reader needs any more, without waiting for any. Answers how many pages are in the WAL, and how many of them could be
-/// copied.
+/// Copies what no reader needs any more, without waiting for readers. Returns how many pages are in
+/// the WAL, and how many of them could be copied.
 const CHECKPOINT: &str = "PRAGMA main.wal_checkpoint(PASSIVE)";
 
-/// Four times what SQLite checkpoints by itself.
+/// Four times the size at which SQLite checkpoints by itself.
 const LARGE: u64 = 16 << 20;
 
 pub(super) async fn old(connection: &mut SqliteConnection, _server: &Server) -> sqlx::Result<OldSnapshots> {
@@ -27,7 +27,7 @@ pub(super) async fn old(connection: &mut SqliteConnection, _server: &Server) -> 
     }
     let found = format!(
         "the WAL of this database has {} MB, because a transaction that reads stays open and keeps {} of its {pages} pages from being \
-         copied, so it grows with each lock until that ends. SQLite does not tell whose it is: look for transactions and \
+         copied, so it grows with each lock until that ends. SQLite does not tell whose it is: read for transactions and \
          unfinished queries in the processes that have `{}-wal` open",
         size >> 20,
         pages - copied,

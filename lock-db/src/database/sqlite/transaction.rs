@@ -1,4 +1,4 @@
-//! Locks and guards in transactions on connections of the application.
+//! Row locks and guards in transactions on connections of the application.
 
 use std::future::Future;
 use std::pin::pin;
@@ -10,15 +10,18 @@ use sqlx::{AssertSqlSafe, Row, Sqlite};
 
 use super::lease::clock_micros;
 use crate::Kind;
-use crate::database::{Fault, Guarded, LeaseKey, LockDatabase, RowAttempt, RowClaim, Server};
+use crate::database::driver::SchemaDriver;
+use crate::database::{Fault, Guarded, LeaseKey, RowAttempt, RowClaim, Server};
 
-/// The longest wait for the write lock at once: SQLite's own wait sleeps longer and longer, and is not fair.
+/// The longest single wait for the write lock. SQLite's own wait sleeps for longer and longer, and
+/// is not fair.
 const LONGEST_SLICE: Duration = Duration::from_millis(50);
-/// A shorter one is too short to tell whether SQLite waited at all.
+/// A shorter wait does not show whether SQLite waited at all.
 const SHORTEST_SLICE: Duration = Duration::from_millis(4);
 
-/// A write, for the write lock: in a transaction that has none yet, a plain read would hold off nobody.
-/// Whether the lease was released does not matter here: a transaction with an older snapshot than this write can't take the lock.
+/// A write, which takes the write lock. In a transaction without the write lock, a plain read would
+/// hold off no takeover. Whether the lease was released does not matter here: a transaction with an
+/// older snapshot than this write can't take the lock.
 const GUARD: &str = "
 UPDATE {table} SET owner = owner
 WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
@@ -27,8 +30,9 @@ const GUARD_AND_RELEASE: &str = "
 UPDATE {table} SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0
 WHERE lock_name = ?1 AND secret_key = ?2 AND fencing_token = ?3";
 
-/// Ends the transaction, so that what it has read keeps nobody from a commit, and begins one that can't be committed: for a row that refers
-/// to none, which is looked for at the COMMIT. All of it goes with the rollback.
+/// Ends the transaction, so that its reads keep no other transaction from committing, and begins
+/// one that can't be committed. It contains a row that refers to a missing row, which SQLite checks
+/// at the COMMIT. The rollback removes everything.
 const DOOM: &str = "
 BEGIN;
 CREATE TEMP TABLE lock_db_roll_this_transaction_back (
@@ -38,7 +42,7 @@ INSERT INTO temp.lock_db_roll_this_transaction_back VALUES (1, 2)";
 
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
-/// The first statement is a write, whatever it finds: a write is what takes the write lock.
+/// The first statement is a write in every case, because only a write takes the write lock.
 const MAKE_ROW: &str = "
 INSERT INTO {table} (lock_name, lock_kind) VALUES (?1, ?2)
 ON CONFLICT (lock_name) DO UPDATE SET owner = owner
@@ -53,10 +57,11 @@ SET fencing_token = max(fencing_token + 1, ?4), secret_key = ?2, owner = ?3,
 WHERE lock_name = ?1
 RETURNING fencing_token";
 
-/// Taken again in the same transaction, the lock has a larger number.
+/// If the same transaction takes the lock again, the token is larger.
 const STILL_LOCKED: &str = "SELECT 1 FROM {table} WHERE lock_name = ?1 AND fencing_token >= ?2";
 
-/// As a statement, not as a table: that one would begin to read the database, and fix the transaction's snapshot.
+/// The statement form of the pragma. The table form would begin to read the database, and fix the
+/// transaction's snapshot.
 const FILES: &str = "PRAGMA database_list";
 
 pub(super) async fn lock_row(
@@ -76,11 +81,12 @@ pub(super) async fn lock_row(
     let waited = started.elapsed();
     limited.restore().await?;
     match attempt {
-        // SQLite does not wait in a transaction that has read something: it works on what the database was then, and would keep the
-        // writer from its commit without a WAL.
+        // SQLite does not wait in a transaction that has read something. Such a transaction works
+        // on an older state of the database, and without a WAL it would keep the writer from
+        // committing.
         Err(error) if Sqlite::classify(&error) == Fault::Busy => {
             let did_not_wait = slice >= SHORTEST_SLICE && waited < slice / 2;
-            // It is not known whether by the lock's holder.
+            // Whether the writer is the lock's holder is unknown.
             if did_not_wait { Ok(RowAttempt::Stale) } else { Err(error) }
         }
         attempt => attempt,
@@ -162,18 +168,18 @@ async fn ask(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool)
     Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
 }
 
-/// A ROLLBACK without a transaction is an error here, after which sqlx takes the connection for one that is still in
-/// a transaction, for ever.
+/// A ROLLBACK without a transaction is an error on SQLite. After that error, sqlx considers the
+/// connection to be in a transaction permanently.
 pub(super) async fn reopen(connection: &mut SqliteConnection) {
     let _open_anyway = sqlx::raw_sql("BEGIN").execute(connection).await;
 }
 
-/// Only where foreign keys are enforced, as sqlx has it unless it is told otherwise: else what was written afterwards would be committed,
-/// without the snapshot that has kept it from being written.
+/// Only if foreign keys are enforced, which is sqlx's default. Otherwise the new transaction could
+/// commit later writes, which only the old snapshot has prevented.
 pub(super) async fn doom(connection: &mut SqliteConnection) {
     let enforced = sqlx::query_scalar("PRAGMA foreign_keys").fetch_one(&mut *connection).await;
     if matches!(enforced, Ok(true)) {
-        // Those of nested handles of sqlx, which end them one by one.
+        // Savepoints of nested sqlx handles, which end them one by one.
         let mut savepoints = String::new();
         for number in 1.. {
             let savepoint = format!("SAVEPOINT _sqlx_savepoint_{number}");
@@ -183,14 +189,14 @@ pub(super) async fn doom(connection: &mut SqliteConnection) {
             }
             savepoints = format!("{savepoints}; {savepoint}");
         }
-        // An error when it has ended already.
+        // Fails if the transaction has already ended.
         let _ended = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
         let doom = format!("{DOOM}{savepoints}");
         let _doomed = sqlx::raw_sql(AssertSqlSafe(doom)).execute(connection).await;
     }
 }
 
-/// `false`: the marked transaction has ended. Its mark is gone after this.
+/// `false`: the marked transaction has ended. Removes the mark.
 async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
     match sqlx::raw_sql(IS_MARKED).execute(connection).await {
         Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => Ok(false),
@@ -198,8 +204,9 @@ async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
     }
 }
 
-/// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction behind the back of its handle. A BEGIN that succeeds
-/// finds that out, and gives the handle something to roll back.
+/// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction without the knowledge of its
+/// handle. If BEGIN succeeds, no transaction was open, and the new one gives the handle something
+/// to roll back.
 async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     match sqlx::raw_sql("BEGIN").execute(connection).await {
         Err(sqlx::Error::Database(error)) if error.message().contains("within a transaction") => Ok(()),
@@ -208,10 +215,11 @@ async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()
     }
 }
 
-/// The application's connection with another busy timeout, which is put back afterwards, whatever happens.
+/// The application's connection with another busy timeout, which is restored afterwards in every
+/// case.
 struct LimitedWait<'a> {
     connection: &'a mut SqliteConnection,
-    /// What to put back; `None` once it was.
+    /// The timeout to restore; `None` once it was restored.
     restore: Option<i64>,
 }
 
@@ -237,8 +245,9 @@ impl<'a> LimitedWait<'a> {
     }
 }
 
-/// When the future that waits is dropped midway. The first poll hands the statement to the connection's own thread,
-/// which carries it out after what it is doing now, whether anybody looks at the answer or not.
+/// Restores the timeout if the waiting future is dropped midway. The first poll hands the statement
+/// to the connection's own thread. The thread executes it after its current statement, whether the
+/// result is read or not.
 impl Drop for LimitedWait<'_> {
     fn drop(&mut self) {
         if let Some(before) = self.restore.take() {

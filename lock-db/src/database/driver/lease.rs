@@ -1,0 +1,152 @@
+//! Leases: the rows of the table, and the statements that take, renew and release them.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::time::Duration;
+
+use crate::Kind;
+use crate::database::{
+    BatchOutcome, Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, ReleaseClaim, Released, Renewal,
+    Renewed, Server,
+};
+use crate::name::Name;
+use crate::secret::Secret;
+
+/// Leases: the rows of the table, and the statements that take, renew and release them.
+pub trait LeaseDriver: sqlx::Database + Sized {
+    /// Reads the row without locking anything.
+    fn read(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send;
+
+    /// Creates the row of a name, free. An existing row is not changed. `false`: an open
+    /// transaction has created the row, and so holds the lock.
+    fn create(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+        kind: Kind,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Takes the lease if it is free, or if this claim already holds it. A fair claim takes a free
+    /// lease only if no other process is first in the queue. An entry of this claim at the head of
+    /// the queue is removed. `None`: the lease is not free, or there is no row.
+    fn acquire(
+        connection: &mut Self::Connection,
+        server: &Server,
+        claim: &Claim,
+    ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
+
+    /// [`read`](Self::read) for several names, in one statement. Returns one result per name, in
+    /// order.
+    fn read_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<Vec<Option<LockRow>>>> + Send;
+
+    /// [`create`](Self::create) for several names, which are sorted: all or none. `false`: an open
+    /// transaction has created one of the rows.
+    fn create_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Takes several leases, none of which has a queue entry, if all of them can be
+    /// [acquired](Self::acquire). Returns one result per claim, in order. Writes nothing if one of
+    /// them is not free. Uses as few messages as the server allows.
+    ///
+    /// A row that a trigger keeps from being written is missing in the result, although the other
+    /// leases were taken.
+    fn acquire_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        claims: &[Claim],
+    ) -> impl Future<Output = sqlx::Result<Vec<Option<Grant>>>> + Send;
+
+    /// Gives notice to the holders of leases that have expired or nearly so: they will be taken
+    /// over. See [`LockRow::notice_is_due`]. A deadline too far ahead, because the clock was set
+    /// back, becomes one TTL from now instead. Returns how many of the names were written. A name
+    /// is not counted if nothing was due, or if another transaction has locked its row.
+    fn give_notice(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<u64>> + Send;
+
+    /// Makes a free row [settled](LockRow::is_settled), unless another transaction has it locked,
+    /// such as a guarded transaction of the last holder. `false`: the row was not settled.
+    fn settle(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+
+    /// Records in the row that this process handed the lease directly to another of its holders:
+    /// see [`LeaseKey::mark`]. Transactions with an older snapshot don't see the record. `false`:
+    /// the lease is not ours, or another transaction has the row locked. Does nothing on databases
+    /// where a transaction with an old snapshot can't write.
+    fn mark(
+        _connection: &mut Self::Connection,
+        _lease: &LeaseKey,
+    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+        async { Ok(true) }
+    }
+
+    /// Tests whether another transaction has the row of a name locked, by trying to lock it without
+    /// waiting.
+    fn probe(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+    ) -> impl Future<Output = sqlx::Result<Probe>> + Send;
+
+    /// Returns those names whose rows could be locked without waiting. This is a first check;
+    /// [`probe`](Self::probe) gives the exact answer for one name.
+    fn unlocked(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+    ) -> impl Future<Output = sqlx::Result<HashSet<String>>> + Send;
+
+    /// Extends the deadlines of these leases, in one statement. Returns one result per lease, in
+    /// order. Also returns when the leases that were not renewed were read, if that was later than
+    /// the start of this call.
+    fn renew(
+        connection: &mut Self::Connection,
+        server: &Server,
+        leases: &[Renewal],
+    ) -> impl Future<Output = sqlx::Result<Renewed>> + Send;
+
+    /// Frees the lease if it is still ours. `LeaseStatus::Ours` means that it was ours and is free
+    /// now.
+    fn release(
+        connection: &mut Self::Connection,
+        server: &Server,
+        lease: &ReleaseClaim,
+    ) -> impl Future<Output = sqlx::Result<Released>> + Send;
+
+    /// Gives the lease up, but keeps the lock from all others until `at_least` has passed since the
+    /// grant. The row has no owner's secret from then on, so a renewal that is still in flight does
+    /// not match it.
+    fn release_later(
+        connection: &mut Self::Connection,
+        server: &Server,
+        name: &str,
+        secret: &Secret,
+        at_least: Duration,
+    ) -> impl Future<Output = sqlx::Result<LeaseStatus>> + Send;
+
+    /// Performs the releases and claims of several callers in as few messages as the database
+    /// allows, with the same results as separate calls. No name occurs twice.
+    fn batch(
+        connection: &mut Self::Connection,
+        server: &Server,
+        releases: &[ReleaseClaim],
+        claims: &[Claim],
+    ) -> impl Future<Output = sqlx::Result<BatchOutcome>> + Send;
+}

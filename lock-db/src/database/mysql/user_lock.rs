@@ -1,0 +1,27 @@
+//! The user lock of a row.
+//!
+//! Names of user locks are valid on the whole server, so the name contains a digest of the
+//! database's name.
+
+use sqlx::mysql::MySqlConnection;
+
+use super::schema::digest;
+use crate::database::Server;
+
+/// MySQL supports only whole seconds.
+const TAKE: &str = "SELECT COALESCE(GET_LOCK(?, 1), 0)";
+
+const GIVE: &str = "DO RELEASE_LOCK(?)";
+
+pub(super) async fn take(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<bool> {
+    let taken: i64 = sqlx::query_scalar(TAKE).bind(name(server, row)).fetch_one(connection).await?;
+    Ok(taken == 1)
+}
+
+pub(super) async fn give(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<()> {
+    sqlx::query(GIVE).bind(name(server, row)).execute(connection).await.map(drop)
+}
+
+fn name(server: &Server, row: i64) -> String {
+    format!("lock_db:{:.32}:{row}", digest(&server.table.schema))
+}

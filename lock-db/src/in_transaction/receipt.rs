@@ -1,0 +1,35 @@
+//! The receipt for a lock in the caller's own transaction.
+
+use crate::name::Name;
+#[cfg(feature = "testing")]
+use crate::reentrancy::Instance;
+
+/// States that a lock was taken in a transaction. The lock ends with the transaction: by its
+/// commit, its rollback or the end of its connection. Dropping this value changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldInTransaction {
+    pub(super) name: Name,
+    pub(super) hold_count: usize,
+    #[cfg(feature = "testing")]
+    pub(crate) locks: Instance,
+}
+
+impl HeldInTransaction {
+    /// The name of the lock.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.name.shown()
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn name_in_table(&self) -> &Name {
+        &self.name
+    }
+
+    /// How many times the transaction had taken the lock when this value was returned: 1 for the
+    /// first time.
+    #[must_use]
+    pub fn hold_count(&self) -> usize {
+        self.hold_count
+    }
+}

@@ -1,0 +1,330 @@
+//! Several insert locks at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::select;
+
+use super::{Lease, LeaseOptions};
+use crate::context::Context;
+use crate::database::LockDatabase;
+use crate::dropped_at_once::Watched;
+use crate::error::Loss;
+use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
+use crate::options::Wait;
+#[cfg(feature = "testing")]
+use crate::test_support;
+use crate::{Error, Kind};
+
+/// A request for several insert locks, from [`Locks::insert_locks`](crate::Locks::insert_locks). It
+/// takes all of them or none. It does nothing until one of its async methods is called.
+///
+/// A name that is given twice counts once.
+#[derive(Debug)]
+#[must_use = "this only describes locks; call `acquire` or `try_acquire`"]
+pub struct InsertLocks<DB: LockDatabase> {
+    context: Arc<Context<DB>>,
+    names: Vec<String>,
+    options: LeaseOptions,
+    wait: Option<Duration>,
+}
+
+// A derived impl would require `DB: Clone`.
+impl<DB: LockDatabase> Clone for InsertLocks<DB> {
+    fn clone(&self) -> Self {
+        Self { context: Arc::clone(&self.context), names: self.names.clone(), ..*self }
+    }
+}
+
+impl<DB: LockDatabase> InsertLocks<DB> {
+    pub(crate) fn new(context: Arc<Context<DB>>, names: Vec<String>) -> Self {
+        // The request is in no queue: a queue entry for one lock would block that lock while the
+        // others are not free.
+        let options = LeaseOptions { fair: Some(false), ..LeaseOptions::default() };
+        Self { context, names, options, wait: None }
+    }
+
+    /// Sets the TTL of each lock, as [`InsertLock::ttl`](crate::InsertLock::ttl).
+    pub const fn ttl(mut self, ttl: Duration) -> Self {
+        self.options.ttl = Some(ttl);
+        self
+    }
+
+    /// Sets the longest time for which each lock may be held, as
+    /// [`InsertLock::at_most`](crate::InsertLock::at_most).
+    pub const fn at_most(mut self, at_most: Duration) -> Self {
+        self.options.at_most = Some(at_most);
+        self
+    }
+
+    /// Sets for how long each lock stays taken at least, as
+    /// [`InsertLock::at_least`](crate::InsertLock::at_least).
+    pub const fn at_least(mut self, at_least: Duration) -> Self {
+        self.options.at_least = at_least;
+        self
+    }
+
+    /// Sets how long to wait for all of them together, as
+    /// [`InsertLock::wait`](crate::InsertLock::wait).
+    pub const fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Takes all of the locks together, and waits for them if necessary. While one of them is held
+    /// elsewhere, none is taken.
+    ///
+    /// Between processes there is no queue for such a request: it takes the locks when it finds all
+    /// of them free at the same time. The number of round trips does not depend on the number of
+    /// names.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// assert!(leases.is_held());
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`InsertLock::acquire`](crate::InsertLock::acquire). [`Error::InvalidOption`] also
+    /// without any name, and with more than 10 000 names.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. Locks that were granted in the meantime are released.
+    pub async fn acquire(self) -> Result<Leases<DB>, Error> {
+        let wait = self.context.settings().wait(self.wait)?;
+        self.take(wait).await?.ok_or(Error::Closed)
+    }
+
+    /// Takes all of the locks together if all are free now. Returns `None` when one of them is
+    /// held.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. Locks that were granted in the meantime are released.
+    pub async fn try_acquire(self) -> Result<Option<Leases<DB>>, Error> {
+        self.take(Wait::Try).await
+    }
+
+    /// Takes all of the locks in the caller's transaction, one after the other in a fixed order,
+    /// with one statement for each.
+    ///
+    /// The transaction holds them as after
+    /// [`InsertLock::acquire_in`](crate::InsertLock::acquire_in). The order is that of
+    /// [`RowLocks`](crate::RowLocks). After an error, the locks that were already taken stay with
+    /// the transaction until it ends.
+    ///
+    /// # Errors
+    ///
+    /// As [`RowLocks::acquire_in`](crate::RowLocks::acquire_in), but [`Error::WrongKind`] when a
+    /// name is used for row locks. [`Error::InvalidOption`] also when [`at_least`](Self::at_least)
+    /// or [`at_most`](Self::at_most) is set.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the transaction may or may not have the locks: roll it back.
+    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
+        let wait = self.context.settings().wait(self.wait)?;
+        self.options.refuse_in_transaction()?;
+        let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
+        // A request that waits gets all of them or an error.
+        held.ok_or(Error::Closed)
+    }
+
+    /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
+    /// one of them is held. The locks before it in the order stay with the transaction until it
+    /// ends. Otherwise as [`acquire_in`](Self::acquire_in).
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire_in`](Self::acquire_in), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the transaction may or may not have the locks: roll it back.
+    pub async fn try_acquire_in(
+        self,
+        transaction: &mut DB::Connection,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        self.options.refuse_in_transaction()?;
+        let held = lock_all(&self.context, &self.names, Kind::Insert, Wait::Try, transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
+        Ok(held)
+    }
+
+    async fn take(self, wait: Wait) -> Result<Option<Leases<DB>>, Error> {
+        let names = in_order(&self.context, &self.names)?;
+        let holds = self.context.hold_all(names, &self.options, wait).await?;
+        Ok(holds.map(|holds| {
+            let lease = |hold| Lease::of_caller(hold, Arc::clone(&self.context)).unwatched();
+            let leases: Vec<_> = holds.into_iter().map(lease).collect();
+            Leases { leases: Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into()) }
+        }))
+    }
+}
+
+/// Several insert locks that were taken together. Each is a [`Lease`] of its own. Dropping this
+/// releases all of them.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let locks = lock_db::testing::locks().await?;
+/// let leases = locks.insert_locks(["b", "a"]).acquire().await?;
+/// let names: Vec<_> = leases.iter().map(|lease| lease.name()).collect();
+/// assert_eq!(names, ["a", "b"]);
+/// let pages = leases.run_until_lost(async { 12 }).await?;
+/// # let _ = pages;
+/// leases.release().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "bind them to a name (`let _leases = …`); `let _ = …` releases them at once"]
+#[clippy::has_significant_drop]
+#[derive(Debug)]
+pub struct Leases<DB: LockDatabase> {
+    leases: Watched<Vec<Lease<DB>>>,
+}
+
+impl<DB: LockDatabase> Leases<DB> {
+    /// The leases, in the byte order of their names.
+    pub fn iter(&self) -> std::slice::Iter<'_, Lease<DB>> {
+        self.leases.iter()
+    }
+
+    /// The lease of a name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Lease<DB>> {
+        self.leases.iter().find(|lease| lease.name() == name)
+    }
+
+    /// Whether all of them are held.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.leases.iter().all(Lease::is_held)
+    }
+
+    /// Resolves when one of them is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time: a loss is final.
+    pub async fn lost(&self) {
+        let mut waiting: Vec<_> = self.leases.iter().map(|lease| Box::pin(lease.lost())).collect();
+        std::future::poll_fn(|context| {
+            let lost = waiting.iter_mut().any(|lost| lost.as_mut().poll(context).is_ready());
+            if lost { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        })
+        .await;
+    }
+
+    /// How a lease was lost: the first in the order of the names that is lost. `None` while all are
+    /// held.
+    #[must_use]
+    pub fn loss(&self) -> Option<Loss> {
+        self.leases.iter().find_map(Lease::loss)
+    }
+
+    /// Runs `work` under all of the leases. When one of them is lost first, `work` is dropped at
+    /// its next `.await`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] when a lease is lost before `work` has ended, or was lost while `work`
+    /// blocked its thread.
+    ///
+    /// # Cancel safety
+    ///
+    /// `work` is dropped with the future. The leases are not released by that.
+    pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
+        let mut work = std::pin::pin!(work);
+        let output = select! {
+            biased;
+            output = &mut work => Some(output),
+            () = self.lost() => None,
+        };
+        let lost = self.leases.iter().find_map(Lease::lost_error);
+        match (output, lost) {
+            (Some(output), None) => Ok(output),
+            (_, Some(error)) => Err(error),
+            (None, None) => Err(Error::Closed),
+        }
+    }
+
+    /// Checks, in a transaction of the caller, that all of the leases are held, and keeps other
+    /// requests from taking the locks until the transaction ends. As [`Lease::verify_in`], for each
+    /// of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::verify_in`], for the first lease that fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back: it is unknown whether the leases were
+    /// held.
+    pub async fn verify_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        for lease in self.leases.iter() {
+            lease.verify_in(transaction).await?;
+        }
+        Ok(())
+    }
+
+    /// Releases all of the locks, and waits until the database has confirmed it.
+    ///
+    /// The releases are sent together, so many take as long as a few.
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::release`], for the first lease that fails. The others are released in any case.
+    ///
+    /// # Cancel safety
+    ///
+    /// The releases continue when the future is dropped. Only their result is lost.
+    pub async fn release(self) -> Result<(), Error> {
+        // All releases are sent before the first one is awaited, so that they go to the database
+        // together.
+        let released: Vec<_> = self.leases.into_inner().into_iter().map(Lease::begin_to_release).collect();
+        let mut result = Ok(());
+        for released in released {
+            let released = match released {
+                Ok(under_way) => under_way.end().await,
+                Err(error) => Err(error),
+            };
+            result = result.and(released);
+        }
+        result
+    }
+}
+
+/// Turns this into its leases. Each is released when it is dropped.
+impl<DB: LockDatabase> IntoIterator for Leases<DB> {
+    type Item = Lease<DB>;
+    type IntoIter = std::vec::IntoIter<Lease<DB>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.leases.into_inner().into_iter()
+    }
+}
+
+impl<'a, DB: LockDatabase> IntoIterator for &'a Leases<DB> {
+    type Item = &'a Lease<DB>;
+    type IntoIter = std::slice::Iter<'a, Lease<DB>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}

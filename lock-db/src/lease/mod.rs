@@ -1,0 +1,14 @@
+//! The insert lock: a lease that is kept by a row of `distributed_lock`.
+
+mod batch;
+mod guard;
+mod guarded_transaction;
+mod request;
+mod watch;
+
+pub use self::batch::{InsertLocks, Leases};
+pub use self::guard::Lease;
+pub use self::guarded_transaction::GuardedTransaction;
+pub use self::request::InsertLock;
+pub(crate) use self::request::{LeaseOptions, release_quietly};
+pub use self::watch::LeaseWatch;

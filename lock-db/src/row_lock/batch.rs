@@ -1,0 +1,103 @@
+//! The request for several row locks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::context::Context;
+use crate::database::LockDatabase;
+use crate::in_transaction::{HeldInTransaction, lock_all};
+use crate::options::Wait;
+#[cfg(feature = "testing")]
+use crate::test_support;
+use crate::{Error, Kind};
+
+/// A request for several row locks in one transaction, from
+/// [`Locks::row_locks`](crate::Locks::row_locks). It does nothing until one of its async methods is
+/// called.
+///
+/// The locks are taken in the byte order of their names, whatever the order in which the names are
+/// given. Two requests for the same names therefore never wait for each other in a circle.
+/// Deadlocks remain possible with locks of the application's own statements, and with locks that
+/// are taken one by one: the database then ends one of the transactions with [`Error::Deadlock`].
+#[derive(Debug)]
+#[must_use = "this only describes locks; call `acquire_in`"]
+pub struct RowLocks<DB: LockDatabase> {
+    context: Arc<Context<DB>>,
+    names: Vec<String>,
+    wait: Option<Duration>,
+}
+
+// A derived impl would require `DB: Clone`.
+impl<DB: LockDatabase> Clone for RowLocks<DB> {
+    fn clone(&self) -> Self {
+        Self { context: Arc::clone(&self.context), names: self.names.clone(), wait: self.wait }
+    }
+}
+
+impl<DB: LockDatabase> RowLocks<DB> {
+    pub(crate) fn new(context: Arc<Context<DB>>, names: Vec<String>) -> Self {
+        Self { context, names, wait: None }
+    }
+
+    /// Sets how long to wait for all of them together, as [`RowLock::wait`](crate::RowLock::wait).
+    pub const fn wait(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Takes all of the locks in the caller's transaction, with one statement for each.
+    ///
+    /// The transaction holds them as after [`RowLock::acquire_in`](crate::RowLock::acquire_in).
+    /// After an error, the locks that were already taken stay with the transaction until it ends.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let mut transaction = locks.pool().begin().await?;
+    /// locks.row_locks(["account:2", "account:1"]).acquire_in(&mut transaction).await?;
+    /// // … statements on `&mut *transaction` …
+    /// transaction.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`RowLock::acquire_in`](crate::RowLock::acquire_in). [`Error::InvalidOption`] also
+    /// without any name, and with more than 10 000 names.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the transaction may or may not have the locks: roll it back.
+    /// More on that at [`RowLock::acquire_in`](crate::RowLock::acquire_in).
+    pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
+        let wait = self.context.settings().wait(self.wait)?;
+        let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
+        // A request that waits gets all of them or an error.
+        held.ok_or(Error::Closed)
+    }
+
+    /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
+    /// one of them is held elsewhere. The locks before it in the order stay with the transaction.
+    /// Otherwise as [`acquire_in`](Self::acquire_in).
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire_in`](Self::acquire_in), without `Timeout`.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the transaction may or may not have the locks: roll it back.
+    pub async fn try_acquire_in(
+        self,
+        transaction: &mut DB::Connection,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        let held = lock_all(&self.context, &self.names, Kind::Row, Wait::Try, transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
+        Ok(held)
+    }
+}
