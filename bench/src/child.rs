@@ -1,4 +1,5 @@
-//! The process that is measured: this program once more. It reads what to do from its input and ends with it.
+//! The process that is measured: this program in another role. It reads its orders from its input
+//! and ends with it.
 
 use std::io::Write;
 
@@ -13,7 +14,7 @@ use crate::record::{Log, Record};
 use crate::study::Study;
 use crate::summary::Window;
 
-/// The first line that the first process says.
+/// The first line from the parent process.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Task {
     /// A part in a scene.
@@ -21,14 +22,14 @@ pub(crate) enum Task {
     Study(Study),
 }
 
-/// What it says to those who play, one line each.
+/// The lines that follow to a process that plays.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// To all callers; answered by the log.
+    /// To all callers. Answered with the log.
     Drive { begin: Moment, end: Moment },
-    /// To the first caller; answered when it has the lock.
+    /// To the first caller. Answered when it has the lock.
     Acquire,
-    /// To the first caller; answered by the log of this one acquisition.
+    /// To the first caller. Answered with the log of this one acquisition.
     Release,
 }
 
@@ -51,7 +52,7 @@ pub(crate) async fn main() -> anyhow::Result<()> {
     }
 }
 
-/// An acquisition has been ordered already.
+/// An acquisition has already been ordered.
 async fn one_by_one(
     team: contender::Team,
     job: &Job,

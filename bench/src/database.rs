@@ -1,4 +1,5 @@
-//! The SQL of the peers. The databases differ in their placeholders and in how a row is made at most once.
+//! The SQL of the peers. The databases differ in their placeholders and in how a row is created at
+//! most once.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Connection, MySql, Pool, Postgres, Sqlite};
 
-/// As many rows as the floor has callers at most.
+/// The largest number of callers of the floor.
 const FLOOR_ROWS: i64 = 64;
 
 pub(crate) type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
@@ -19,41 +20,41 @@ pub(crate) type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>
 pub(crate) trait Database: LockDatabase {
     fn options(url: &str) -> sqlx::Result<Options<Self>>;
 
-    /// Makes the tables anew.
+    /// Creates the tables anew.
     fn create_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// Removes the tables, and the names of this benchmark from `distributed_lock`.
     fn remove_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Of the floor: writes one row.
+    /// For the floor: writes one row.
     fn touch(connection: &mut Self::Connection, row: i64) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Of the naive lock: whether there was no such row.
+    /// For the naive lock: returns whether there was no such row.
     fn insert(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Of the naive lock: whether there was such a row.
+    /// For the naive lock: returns whether there was such a row.
     fn delete(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Of the row with an expiry: makes it, expired, unless it is there.
+    /// For the row with an expiry: creates it, expired, unless it exists.
     fn make_row(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Of the row with an expiry: whether it was free.
+    /// For the row with an expiry: returns whether it was free.
     fn take_row(
         connection: &mut Self::Connection,
         owner: &str,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// Of the row with an expiry: whether it was the owner's.
+    /// For the row with an expiry: returns whether it was the owner's.
     fn give_row(
         connection: &mut Self::Connection,
         owner: &str,
@@ -61,7 +62,7 @@ pub(crate) trait Database: LockDatabase {
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 }
 
-/// A pool as sqlx makes it, but for its size and a patience that no scene outlasts.
+/// A pool with sqlx's defaults, except for its size and a timeout that is longer than any scene.
 pub(crate) async fn pool<DB: Database>(url: &str, connections: u32) -> sqlx::Result<Pool<DB>> {
     pool_options(connections).connect_with(DB::options(url)?).await
 }
@@ -72,7 +73,8 @@ pub(crate) fn pool_options<DB: Database>(connections: u32) -> PoolOptions<DB> {
 
 const NAMES: &str = "DELETE FROM distributed_lock WHERE lock_name LIKE 'lock-bench:%'";
 
-/// The first placeholder may stand behind the second one: where they have no number the order of the text counts.
+/// In the text the first placeholder may come after the second one. Where placeholders have no
+/// number, their order in the text counts.
 macro_rules! database {
     (
         $database:ty, $options:path, $first:literal, $second:literal,
@@ -217,7 +219,8 @@ database!(
     now: "unixepoch('subsec')", later: "unixepoch('subsec') + 30", past: "0", suffix: ""
 );
 
-/// As durable as the servers: with NORMAL, sqlx's own choice in this mode being FULL, the last commits may be lost.
+/// As durable as the servers. With NORMAL the last commits could be lost; FULL is sqlx's default in
+/// this mode.
 fn sqlite_options(url: &str) -> sqlx::Result<SqliteConnectOptions> {
     Ok(SqliteConnectOptions::from_str(url)?
         .create_if_missing(true)

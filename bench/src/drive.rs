@@ -1,4 +1,4 @@
-//! The callers of one process at work.
+//! The work of the callers of one process.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::summary::Window;
 /// After an error.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Everybody takes the lock, holds it, gives it back and asks again, until the window is over.
+/// Each caller takes the lock, holds it, releases it and starts again, until the window is over.
 pub(crate) async fn drive(team: Team, job: &Job, window: Window) -> Log {
     let mut tasks = JoinSet::new();
     for (number, (caller, name)) in (0..).zip(team.callers.into_iter().zip(&job.names)) {
@@ -33,7 +33,7 @@ pub(crate) async fn drive(team: Team, job: &Job, window: Window) -> Log {
             Err(error) => log.add_error(&error.into(), ""),
         }
     }
-    // What hangs here is no concern of the figures.
+    // A hang here does not affect the figures.
     let _ended_in_time = timeout(Duration::from_secs(5), team.end).await;
     log
 }

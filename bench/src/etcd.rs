@@ -1,4 +1,4 @@
-//! The few calls of etcd that are needed, over gRPC, all of a process on one connection.
+//! The few calls of etcd that are needed, over gRPC. All calls of a process use one connection.
 
 use prost::Message;
 use tonic::client::Grpc;
@@ -13,12 +13,12 @@ pub(crate) struct Etcd {
     channel: Grpc<Channel>,
 }
 
-/// Of a lock that was granted.
+/// The result of a granted lock.
 pub(crate) struct Ownership {
-    /// There as long as the lock is held.
+    /// Exists as long as the lock is held.
     pub(crate) key: Vec<u8>,
-    /// Of the whole store, when the ownership was seen. The key of the holder before was deleted by then, and every change
-    /// has a revision of its own: so it grows from holder to holder.
+    /// Of the whole store, when the ownership was seen. The previous holder's key was deleted by
+    /// then, and every change has its own revision. So the revision grows from holder to holder.
     pub(crate) revision: i64,
 }
 
@@ -40,7 +40,7 @@ impl Etcd {
         Ok(granted.lease)
     }
 
-    /// Deletes what hangs on it, too.
+    /// Also deletes the keys of the lease.
     pub(crate) async fn revoke_lease(&self, lease: i64) -> anyhow::Result<()> {
         let request = LeaseRequest { lease };
         let _revoked: Nothing = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
@@ -59,7 +59,8 @@ impl Etcd {
         Ok(())
     }
 
-    /// Waits for the lock. One lease is one owner: whoever locks with the same lease again has the lock already.
+    /// Waits for the lock. One lease is one owner: a second lock with the same lease is granted
+    /// immediately.
     pub(crate) async fn lock(&self, name: &[u8], lease: i64) -> anyhow::Result<Ownership> {
         let request = LockRequest { name: name.to_vec(), lease };
         let LockResponse { header, key } = self.call("/v3lockpb.Lock/Lock", request).await?;
@@ -80,14 +81,15 @@ impl Etcd {
         channel.ready().await?;
         let path = PathAndQuery::from_static(path);
         let answer = channel.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
-        // Shown whole, a status has all its headers.
+        // The full form of a status contains all headers.
         Ok(answer
             .map_err(|status: Status| anyhow::anyhow!("{}: {}", status.code(), status.message()))?
             .into_inner())
     }
 }
 
-// From `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not needed: readers skip those.
+// From `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not needed. Decoders
+// skip unknown fields.
 
 #[derive(Clone, PartialEq, Message)]
 struct Nothing {}
@@ -119,7 +121,7 @@ struct LeaseGrantResponse {
     lease: i64,
 }
 
-/// To revoke it or to keep it alive.
+/// Revokes a lease or keeps it alive.
 #[derive(Clone, PartialEq, Message)]
 struct LeaseRequest {
     #[prost(int64, tag = "1")]

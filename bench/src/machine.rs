@@ -1,4 +1,4 @@
-//! The machine, for those who read the figures.
+//! The machine, for readers of the figures.
 
 use serde::Serialize;
 
@@ -10,7 +10,8 @@ pub(crate) struct Machine {
     /// Of the last minute.
     pub(crate) load_before: f64,
     pub(crate) load_after: f64,
-    /// What part of the time the processors worked, or were wanted, for other machines on the same host ("steal").
+    /// The share of time that the processors spent on other machines of the same host, or were
+    /// wanted for them ("steal").
     pub(crate) stolen: f64,
     #[serde(skip)]
     ticks_before: Ticks,

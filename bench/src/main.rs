@@ -1,5 +1,5 @@
-//! The benchmark of lock-db, side by side with its peers. `bench/README.md` says what is played; `bench/run` starts
-//! servers for it.
+//! The benchmark of lock-db, side by side with its peers. `bench/README.md` describes the scenes;
+//! `bench/run` starts the servers.
 
 mod child;
 mod clock;
@@ -38,18 +38,18 @@ use crate::study::{Findings, Sizes};
 
 /// How fast and how fair the locks of lock-db are, side by side with their peers.
 ///
-/// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`, which are removed at the
-/// end. Use a database in which nobody works meanwhile. The exit status is 1 when two holders overlapped, a fencing
-/// token did not grow, or a scene could not be played.
+/// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`,
+/// which are removed at the end. Use a database without other load. The exit status is 1 when two
+/// holders overlapped, a fencing token did not grow, or a scene could not be played.
 #[derive(Parser)]
 #[command(version)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of the command line")]
 struct Arguments {
-    /// postgres://…, whose user may create tables
+    /// postgres://…, with a user who may create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_POSTGRES_URL", hide_env_values = true)]
     postgres: Option<String>,
 
-    /// mysql://… (also MariaDB), whose user may create tables
+    /// mysql://… (also MariaDB), with a user who may create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_MYSQL_URL", hide_env_values = true)]
     mysql: Option<String>,
 
@@ -69,7 +69,8 @@ struct Arguments {
     #[arg(long)]
     sqlite: bool,
 
-    /// Where the file of SQLite is made; it should be a disk [default: the folder for temporary files]
+    /// Where to create the SQLite file, preferably on a disk [default: the folder for temporary
+    /// files]
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
@@ -85,7 +86,7 @@ struct Arguments {
     #[arg(long, default_value_t = 45.0, value_parser = seconds, value_name = "SECONDS")]
     hold_leases: f64,
 
-    /// Scene F: how long names are taken and given back, each of the two times
+    /// Scene F: how long names are acquired and released, for each of the two runs
     #[arg(long, default_value_t = 60.0, value_parser = seconds, value_name = "SECONDS")]
     churn: f64,
 
@@ -109,11 +110,11 @@ struct Arguments {
     #[arg(long, default_value_t = 5.0, value_parser = seconds)]
     seconds: f64,
 
-    /// How long to let it run before
+    /// How long to run before measuring
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     warm_up: f64,
 
-    /// How often to play everything; the figures are those of the round in the middle
+    /// How often to play everything; the figures are those of the median round
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
 
@@ -121,11 +122,11 @@ struct Arguments {
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     hold: u64,
 
-    /// How many connections the pool of a process has at most; 10 is sqlx's own choice
+    /// The largest size of a process's pool; sqlx's default is 10
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: u32,
 
-    /// Play although some of the systems have a commit on disk when they answer and others do not
+    /// Play even if some systems have a commit on disk when they answer and others do not
     #[arg(long)]
     allow_unequal_durability: bool,
 
@@ -137,7 +138,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
-    /// Where to draw
+    /// Where to write the plots
     #[arg(long, value_name = "FOLDER")]
     plots: Option<PathBuf>,
 
@@ -225,7 +226,7 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
     };
     let bar = ProgressBar::new(parts.len() as u64 * u64::from(arguments.rounds));
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {eta:>5} left  {msg}")?);
-    // Seldom: drawing takes time from what is measured.
+    // Rarely, because drawing takes time from what is measured.
     bar.enable_steady_tick(Duration::from_secs(1));
     let mut summaries: Vec<Vec<_>> = parts.iter().map(|_part| Vec::new()).collect();
     let mut failures: Vec<Option<String>> = vec![None; parts.len()];
@@ -261,7 +262,7 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
     })
 }
 
-/// The scenes that are not played by contenders.
+/// Runs the studies.
 async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> Findings {
     let sizes = Sizes {
         leases: arguments.leases,
@@ -279,7 +280,7 @@ async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> F
     findings
 }
 
-/// Contenders of one scene follow each other, so that they meet the machine in the same state.
+/// Contenders of one scene follow each other, so that the machine is in the same state for them.
 fn parts<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scene, &'a Server, Contender)> {
     let mut parts = Vec::new();
     let is_named = |contender: &Contender| {
@@ -311,7 +312,7 @@ fn hold(arguments: &Arguments) -> Duration {
 }
 
 fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contender, part: &str) -> Job {
-    // Of its own for each part: what one leaves behind is no concern of the next.
+    // A prefix for each part, so that rows of one part don't affect the next.
     let prefix = format!("{}{part}", server::own_names());
     let name = |caller| if scene.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {

@@ -1,4 +1,4 @@
-//! What a database says about what was written, and about the table of the locks.
+//! What a database reports about its writes, and about the table of the locks.
 
 use lock_db::LockDatabase;
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use sqlx::{Connection, MySql, Postgres, Sqlite};
 
 use crate::database::{Database, Options};
 
-/// Counted since the server was started.
+/// Counts since the start of the server.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Written {
     /// Of the log that a commit waits for: WAL, redo log.
@@ -20,20 +20,21 @@ pub(crate) struct Written {
 pub(crate) struct TableSize {
     pub(crate) table_bytes: u64,
     pub(crate) index_bytes: u64,
-    /// Versions of rows that nobody needs any more. On InnoDB: transactions whose old versions were not removed yet. SQLite
-    /// keeps none.
+    /// Dead row versions. On InnoDB: transactions whose old versions have not been purged yet.
+    /// SQLite keeps none.
     pub(crate) dead: Option<u64>,
-    /// `PostgreSQL` only: updates of all time, and those of them that left the indexes alone.
+    /// PostgreSQL only: all updates so far, and those of them that did not change the indexes.
     pub(crate) updates: Option<u64>,
     pub(crate) hot_updates: Option<u64>,
 }
 
-/// A database that can be asked what a lock costs it.
+/// A database that reports what a lock costs it.
 pub(crate) trait Metered: Database {
-    /// Where it listens. `None`: nothing is sent over a network.
+    /// Its address. `None`: nothing is sent over a network.
     fn address(options: &Options<Self>) -> Option<(String, u16)>;
 
-    /// The same by way of this port of loopback, where it listens anywhere; and so that `written` can count.
+    /// The same options by way of this port of loopback, if the database has an address. Also makes
+    /// `written` able to count.
     fn for_measuring(options: Options<Self>, port: Option<u16>) -> Options<Self>;
 
     /// To be called before `written`, on a connection that stays open.
@@ -93,7 +94,7 @@ impl Metered for Postgres {
     }
 
     async fn written(connection: &mut Self::Connection, _options: &Options<Self>) -> anyhow::Result<Written> {
-        // A transaction gets a number when it writes. The statistics of transactions come late.
+        // A transaction gets an id when it writes. The statistics of transactions are delayed.
         const WRITTEN: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint, \
             txid_snapshot_xmax(txid_current_snapshot())";
 
@@ -129,7 +130,8 @@ impl Metered for MySql {
         }
     }
 
-    /// The other counts of commits count those that only read as well, or miss those without a COMMIT.
+    /// The other counters of commits include transactions that only read, or miss those without a
+    /// COMMIT.
     async fn begin_counting(connection: &mut Self::Connection) -> sqlx::Result<()> {
         const ENABLE: &str = "SET GLOBAL innodb_monitor_enable = 'trx_rw_commits'";
         sqlx::raw_sql(ENABLE).execute(connection).await.map(drop)
@@ -148,7 +150,7 @@ impl Metered for MySql {
         const SIZE: &str = "SELECT CAST(data_length AS SIGNED), CAST(index_length AS SIGNED) \
             FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = 'distributed_lock'";
 
-        // The sizes are taken from statistics, which this renews.
+        // The sizes come from statistics, which this refreshes.
         sqlx::raw_sql("ANALYZE TABLE distributed_lock").execute(&mut *connection).await?;
         let (table, indexes): (i64, i64) = sqlx::query_as(SIZE).fetch_one(&mut *connection).await?;
         let dead = metric(connection, "trx_rseg_history_len").await?;
@@ -172,7 +174,7 @@ impl Metered for Sqlite {
         None
     }
 
-    /// Without checkpoints the file of the WAL grows by all that is written.
+    /// Without checkpoints the WAL file grows by everything that is written.
     fn for_measuring(options: Options<Self>, _port: Option<u16>) -> Options<Self> {
         options.pragma("wal_autocheckpoint", "0")
     }
@@ -194,8 +196,8 @@ impl Metered for Sqlite {
     }
 }
 
-/// By the format of the file: a header of 32 bytes with the size of a page in it, then frames of 24 bytes and a page each.
-/// The frame that ends a transaction names the size of the database.
+/// Follows the file format: a header of 32 bytes that contains the page size, then frames of 24
+/// bytes and a page each. The last frame of a transaction contains the size of the database.
 fn count_frames(wal: &[u8]) -> Written {
     const HEADER: usize = 32;
     const FRAME_HEADER: usize = 24;

@@ -1,4 +1,4 @@
-//! A scene played by child processes.
+//! Plays a scene with child processes.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,19 +18,19 @@ use crate::scene::{Kind, Scene};
 use crate::summary::{Summary, Window};
 
 const START_LIMIT: Duration = Duration::from_mins(1);
-/// For what callers and pools may take to end, and for many records.
+/// For callers and pools to end, and for many records.
 const END_LIMIT: Duration = Duration::from_secs(90);
-/// Between the order and the first acquisition, so that all processes have the order.
+/// Between the order and the first acquisition, so that all processes have received the order.
 const NOTICE: Duration = Duration::from_millis(50);
 
-/// How long it is played.
+/// How long a scene is played.
 #[derive(Clone, Copy)]
 pub(crate) struct Times {
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
 }
 
-/// The job is that of the first process: the others have its names and another number.
+/// `job` is that of the first process. The other processes have the same names and other numbers.
 pub(crate) async fn play(scene: Scene, job: &Job, times: Times) -> anyhow::Result<Summary> {
     let mut processes = Vec::new();
     for process in 0..scene.processes {
@@ -54,8 +54,8 @@ pub(crate) async fn play(scene: Scene, job: &Job, times: Times) -> anyhow::Resul
     Summary::new(log, &scene.crowd(), Window { begin, end })
 }
 
-/// One process has the lock and the other one waits for it, which is long enough for its polls to have slowed down; by
-/// turns.
+/// One process has the lock and the other one waits for it, long enough for its polls to have
+/// slowed down. Then they swap roles.
 async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Summary> {
     let [holder, waiter] = processes else { bail!("two processes are needed") };
     let (mut holder, mut waiter) = (holder, waiter);
@@ -66,7 +66,7 @@ async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Su
     let end = after(begin, times.measured);
     while now() < end {
         waiter.say(&Order::Acquire).await?;
-        // At random, or the release would always fall into the same place between two polls.
+        // At random. Otherwise each release would fall into the same place between two polls.
         sleep(Duration::from_micros(fastrand::u64(50_000..250_000))).await;
         holder.say(&Order::Release).await?;
         log.add(holder.hear(START_LIMIT).await?);
@@ -78,7 +78,7 @@ async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Su
     Summary::of_handovers(log, Window { begin, end })
 }
 
-/// A process that does what it is told.
+/// A process that follows orders.
 pub(crate) struct Process {
     child: Child,
     input: ChildStdin,
@@ -98,7 +98,8 @@ impl Process {
         let input = child.stdin.take().context("a process without input")?;
         let output = child.stdout.take().context("a process without output")?;
         let mut process = Self { child, input, output: BufReader::new(output).lines() };
-        // Not as an argument: everybody on the machine may read those, and the address may hold a password.
+        // Not as an argument: all users of the machine can read those, and the address may contain
+        // a password.
         process.say(task).await?;
         let _ready: String = process.hear(START_LIMIT).await?;
         Ok(process)
@@ -116,7 +117,7 @@ impl Process {
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// After its last answer it has nothing left to do.
+    /// After its last answer the process has nothing left to do.
     pub(crate) async fn end(mut self) -> anyhow::Result<()> {
         drop(self.input);
         let ended = timeout(START_LIMIT, self.child.wait()).await;

@@ -1,4 +1,4 @@
-//! Pictures: throughput against callers, and the distribution of the wait.
+//! Plots: throughput by callers, and the distribution of the wait.
 
 use std::ops::Range;
 use std::path::Path;
@@ -30,7 +30,7 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// One picture for each database and scene, with those that are no databases in each of them.
+/// One plot for each database and scene. Systems that are not databases are in each of them.
 pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let no_database = !report.servers.iter().any(|facts| facts.system.is_database());
@@ -89,7 +89,7 @@ fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
     lines
 }
 
-/// Against 1 / (1 - quantile), of which the scale is logarithmic.
+/// Over 1 / (1 - quantile), on a logarithmic scale.
 fn waits(report: &Report, entries: &[&Entry], scene: Scene) -> Vec<Line> {
     let mut lines = Vec::new();
     for entry in entries.iter().filter(|entry| entry.label == scene.label()) {
@@ -147,7 +147,7 @@ fn chart(
         let style = colour.stroke_width(2);
         let points = line.points.iter().copied().filter(|point| point.1 > 0.0);
         chart.draw_series(LineSeries::new(points, style).point_size(2)).map_err(|error| wrong(&error))?;
-        // Beside the lines, which plotters' own legend would cover.
+        // Beside the lines. plotters' own legend would cover them.
         let (left, middle) = (SIZE.0 - LEGEND + 12, 60 + 22 * number);
         let sample = PathElement::new([(left, middle), (left + 18, middle)], style);
         area.draw(&sample).map_err(|error| wrong(&error))?;

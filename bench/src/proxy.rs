@@ -1,4 +1,4 @@
-//! Counts what goes to a server and back.
+//! Counts the messages to and from a server.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -10,7 +10,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// A TCP proxy on loopback. Dropping it stops the counting and takes no new connections.
+/// A TCP proxy on loopback. When it is dropped, it stops counting and accepts no new connections.
 pub(crate) struct Proxy {
     pub(crate) port: u16,
     counts: Arc<Counts>,
@@ -42,7 +42,7 @@ impl Proxy {
         Ok(Self { port: own_port, counts, task })
     }
 
-    /// How often a client has sent something and been answered.
+    /// How often a client has sent a request and been answered.
     pub(crate) fn round_trips(&self) -> u64 {
         self.counts.round_trips.load(Ordering::SeqCst)
     }
@@ -65,7 +65,7 @@ async fn pass(client: TcpStream, host: String, port: u16, counts: Arc<Counts>) -
     server.set_nodelay(true)?;
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
-    // A message may arrive in pieces: the first one after an answer begins a round trip.
+    // A message may arrive in pieces. The first piece after an answer begins a round trip.
     let answered = AtomicBool::new(true);
     tokio::try_join!(
         pump(from_client, to_server, || {

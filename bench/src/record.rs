@@ -1,4 +1,4 @@
-//! What the processes that are measured write down.
+//! What the measured processes record.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Moment;
 
-/// One acquisition. The time between `granted` and `releasing` lies within the holder's time, so two of these for one name
-/// that overlap are two holders at once.
+/// One acquisition. The time between `granted` and `releasing` lies within the time that the lock
+/// is held. So two overlapping records for one name mean two holders at once.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(from = "Row", into = "Row")]
 pub(crate) struct Record {
@@ -36,13 +36,13 @@ impl From<Record> for Row {
     }
 }
 
-/// All that a process has to tell.
+/// All records of a process.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) records: Vec<Record>,
-    /// When those asked who had nothing when the time was over.
+    /// When those callers asked that had not got the lock when the time was over.
     pub(crate) unfinished: Vec<Moment>,
-    /// What went wrong, and how often.
+    /// The errors, and how often each occurred.
     pub(crate) errors: BTreeMap<String, u64>,
 }
 
@@ -55,7 +55,7 @@ impl Log {
         }
     }
 
-    /// Names of locks differ from run to run and must not make one error many.
+    /// Names of locks differ from run to run. Without this one error would be counted as many.
     pub(crate) fn add_error(&mut self, error: &anyhow::Error, name: &str) {
         let error = format!("{error:#}").replace(name, "…");
         let error = error.chars().take(200).collect();

@@ -1,4 +1,4 @@
-//! What came out, for people and for programs.
+//! The results, for people and for programs.
 
 use std::fmt::Write;
 
@@ -13,7 +13,7 @@ use crate::server::Facts;
 use crate::study::Findings;
 use crate::summary::Summary;
 
-/// Everything that is known after a run.
+/// All results of a run.
 #[derive(Serialize)]
 pub(crate) struct Report {
     pub(crate) machine: Machine,
@@ -34,21 +34,21 @@ pub(crate) struct Entry {
     pub(crate) label: String,
     pub(crate) system: System,
     pub(crate) contender: Contender,
-    /// Of each round, in the order of the rounds; in scene D the median of the wake-ups in microseconds.
+    /// Of each round, in order. In scene D the median of the wake-ups in microseconds.
     pub(crate) rounds: Vec<f64>,
-    /// The round in the middle. `None`: it failed each time.
+    /// The median round. `None`: all rounds failed.
     pub(crate) summary: Option<Summary>,
     pub(crate) failure: Option<String>,
 }
 
 impl Entry {
-    /// Whether the lock did what a lock is for, as far as it could be seen.
+    /// Whether the lock did its job, as far as that could be observed.
     pub(crate) fn is_right(&self) -> bool {
         !self.contender.is_a_lock() || self.summary.as_ref().is_some_and(Summary::is_right)
     }
 }
 
-/// Takes the round in the middle.
+/// Picks the median round.
 pub(crate) fn middle(scene: Scene, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
     let figure = |summary: &Summary| match scene.kind {
         Kind::D => summary.wait.p50,
@@ -65,7 +65,7 @@ impl Report {
         self.servers.iter().find(|facts| facts.system == system)
     }
 
-    /// All of it as text.
+    /// The report as text.
     pub(crate) fn text(&self, scenes: &[Scene]) -> String {
         let mut text = self.head();
         for scene in scenes {
@@ -99,7 +99,7 @@ impl Report {
         text
     }
 
-    /// Whether some systems keep what others may lose.
+    /// Whether some systems keep commits that others may lose.
     pub(crate) fn is_unequal(&self) -> bool {
         are_unequal(&self.servers)
     }
@@ -220,7 +220,7 @@ fn count(number: f64) -> String {
     if number < 100.0 { format!("{number:.1}") } else { format!("{number:.0}") }
 }
 
-/// Microseconds, as people write times.
+/// Microseconds, in a readable unit.
 pub(crate) fn time(microseconds: f64) -> String {
     match microseconds {
         ..1_000.0 => format!("{microseconds:.0} us"),

@@ -1,4 +1,4 @@
-//! What is played.
+//! The scenes that are played.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Not played by contenders. They take their time, so they have to be asked for.
+    /// A study is not played by contenders. It takes long, so it runs only on request.
     pub(crate) fn is_study(self) -> bool {
         matches!(self, Self::E | Self::F | Self::G)
     }
@@ -58,7 +58,7 @@ const SCENES: [Scene; 7] = [
 ];
 
 impl Scene {
-    /// Those of these letters; all of the contenders when there are none.
+    /// The scenes with these letters. Without letters, all scenes of the contenders.
     pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
         SCENES.into_iter().filter(|scene| kinds.is_empty() || kinds.contains(&scene.kind)).collect()
     }

@@ -12,31 +12,31 @@ use crate::database::{self, Database};
 use crate::etcd::Etcd;
 use crate::zookeeper;
 
-/// A system and where it is.
+/// A system and its address.
 pub(crate) struct Server {
     pub(crate) system: System,
     pub(crate) url: String,
 }
 
-/// What the names of all locks of this run begin with.
+/// The prefix of the names of all locks of this run.
 pub(crate) fn own_names() -> String {
     format!("lock-bench:{}:", std::process::id())
 }
 
-/// What a server says of itself.
+/// What a server reports about itself.
 #[derive(Clone, Serialize)]
 pub(crate) struct Facts {
     pub(crate) system: System,
     pub(crate) name: String,
     pub(crate) version: String,
-    /// Those that decide whether a commit that was answered is on disk.
+    /// The settings that decide whether a confirmed commit is on disk.
     pub(crate) settings: Vec<(String, String)>,
     /// Whether it is, by these settings.
     pub(crate) durable: bool,
 }
 
 impl Server {
-    /// Makes the tables, and reads the settings.
+    /// Creates the tables and reads the settings.
     pub(crate) async fn prepare(&self) -> anyhow::Result<Facts> {
         match self.system {
             System::Postgres => {
@@ -63,7 +63,8 @@ impl Server {
             System::Postgres => remove_tables::<Postgres>(&self.url).await,
             System::MySql => remove_tables::<MySql>(&self.url).await,
             System::Redis => remove_keys(&self.url).await,
-            // The file of the first is removed, and the others remove what a session or a lease leaves.
+            // SQLite's file is removed. On the others, the end of a session or lease removes what
+            // is left.
             System::Sqlite | System::ZooKeeper | System::Etcd => Ok(()),
         }
         .with_context(|| format!("tidying up {:?}", self.system))
@@ -87,7 +88,7 @@ async fn remove_tables<DB: Database>(url: &str) -> anyhow::Result<()> {
     Ok(connection.close().await?)
 }
 
-/// The counters of tokens have no expiry.
+/// The token counters have no expiry.
 async fn remove_keys(url: &str) -> anyhow::Result<()> {
     let mut connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
     let mut cursor = 0_u64;
@@ -197,7 +198,7 @@ async fn redis(url: &str) -> anyhow::Result<Facts> {
     Ok(Facts { system: System::Redis, name: "Redis".to_owned(), version, settings, durable })
 }
 
-/// It does not tell `forceSync`. But it counts how often it had its log written to disk, and a new session is in the log.
+/// ZooKeeper does not report `forceSync`. But it counts its log syncs, and a new session is logged.
 async fn zookeeper(address: &str) -> anyhow::Result<Facts> {
     let before = ask(address, "mntr").await?;
     drop(zookeeper::connect(address).await?);
@@ -210,7 +211,7 @@ async fn zookeeper(address: &str) -> anyhow::Result<Facts> {
     Ok(Facts { system: System::ZooKeeper, name: "ZooKeeper".to_owned(), version, settings, durable: synced })
 }
 
-/// It does not tell `unsafe-no-fsync`. But it counts, too, and a lease is in the log.
+/// etcd does not report `unsafe-no-fsync`. But it counts its log syncs, too, and a lease is logged.
 async fn etcd(url: &str) -> anyhow::Result<Facts> {
     let address = url.strip_prefix("http://").context("an address with http:// is needed")?;
     let address = address.trim_end_matches('/');
@@ -227,7 +228,7 @@ async fn etcd(url: &str) -> anyhow::Result<Facts> {
     Ok(Facts { system: System::Etcd, name: "etcd".to_owned(), version, settings, durable: synced })
 }
 
-/// Says something and listens until the server has nothing more to say.
+/// Sends a command and reads until the server closes the connection.
 async fn ask(address: &str, words: &str) -> anyhow::Result<String> {
     let mut connection = TcpStream::connect(address).await?;
     connection.write_all(words.as_bytes()).await?;

@@ -1,4 +1,4 @@
-//! Figures out of records.
+//! Computes figures from records.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::Moment;
 use crate::record::{Log, Record};
 
-/// What is measured.
+/// The time that is measured.
 #[derive(Clone, Copy)]
 pub(crate) struct Window {
     pub(crate) begin: Moment,
@@ -21,20 +21,22 @@ pub(crate) struct Window {
 pub(crate) struct Summary {
     pub(crate) acquisitions: u64,
     pub(crate) acquisitions_per_second: f64,
-    /// From asking to having it; in scene D from the holder's release to the waiter's having it.
+    /// From the request to the grant. In scene D from the holder's release to the waiter's grant.
     pub(crate) wait: Distribution,
-    /// From asking to the end of the release.
+    /// From the request to the end of the release.
     pub(crate) pair: Distribution,
-    /// 1: all got it equally often; 1/n: one got all.
+    /// 1: all got it equally often; 1/n: one of them got it each time.
     pub(crate) jain_callers: f64,
     pub(crate) jain_processes: f64,
-    /// Callers who never got it.
+    /// Callers that never got the lock.
     pub(crate) starved: usize,
     /// How often the next holder was another caller.
     pub(crate) holder_changes_per_second: f64,
-    /// How often somebody had it before the last holder began to give it back. Must be 0, except for the floor.
+    /// How often a caller had the lock before the last holder began to release it. Must be 0,
+    /// except for the floor.
     pub(crate) overlaps: u64,
-    /// How often a token was not larger than the one before. Must be 0. `None`: it has no tokens.
+    /// How often a token was not larger than the one before. Must be 0. `None`: there are no
+    /// tokens.
     pub(crate) tokens_not_grown: Option<u64>,
     pub(crate) errors: BTreeMap<String, u64>,
 }
@@ -49,7 +51,7 @@ pub(crate) struct Distribution {
     pub(crate) quantiles: Vec<(f64, f64)>,
 }
 
-/// Who could have got the lock, and which of them share a name.
+/// The callers that compete, and which of them share a name.
 pub(crate) struct Crowd {
     pub(crate) processes: u32,
     pub(crate) callers: u32,
@@ -63,7 +65,8 @@ impl Summary {
         let (overlaps, tokens_not_grown) = check(&records, crowd.one_name);
         records.retain(|record| (window.begin..window.end).contains(&record.granted));
 
-        // Who waited in vain waited at least so long: without them a lock that starves callers would look fast.
+        // A caller that waited in vain waited at least this long. Without these waits, a lock that
+        // starves callers would look fast.
         let in_vain = unfinished.iter().map(|asked| window.end.saturating_sub(*asked));
         let wait = distribution(records.iter().map(|record| record.granted - record.asked).chain(in_vain))?;
         let pair = distribution(records.iter().map(|record| record.released - record.asked))?;
@@ -99,7 +102,7 @@ impl Summary {
         })
     }
 
-    /// Of scene D: how long it took from the release in one process to the lock in the other.
+    /// For scene D: how long it took from the release in one process to the grant in the other.
     pub(crate) fn of_handovers(log: Log, window: Window) -> anyhow::Result<Self> {
         let Log { mut records, errors, .. } = log;
         records.sort_unstable_by_key(|record| record.granted);
@@ -130,13 +133,14 @@ impl Summary {
         })
     }
 
-    /// Whether the lock did what a lock is for.
+    /// Whether no two holders overlapped and all tokens grew.
     pub(crate) fn is_right(&self) -> bool {
         self.overlaps == 0 && self.tokens_not_grown.unwrap_or_default() == 0
     }
 }
 
-/// How many overlaps there are, and how many tokens that did not grow. The records are in the order of their grants.
+/// Counts the overlaps, and the tokens that did not grow. The records are in the order of their
+/// grants.
 fn check(records: &[Record], one_name: bool) -> (u64, Option<u64>) {
     let mut overlaps = 0;
     let mut not_grown = 0;
@@ -163,7 +167,7 @@ pub(crate) fn distribution(nanoseconds: impl Iterator<Item = u64>) -> anyhow::Re
         return Ok(Distribution::default());
     }
     let at = |quantile: f64| lossy(histogram.value_at_quantile(quantile)) / 1e3;
-    // Ever finer towards the slowest, as far as there are values.
+    // Finer towards the slowest, as far as there are values.
     let mut quantiles: Vec<(f64, f64)> = Vec::new();
     for step in 0_u32..200 {
         let quantile = 1.0 - 10_f64.powf(-f64::from(step) / 20.0);
@@ -183,7 +187,7 @@ fn jain(counts: &[u32]) -> f64 {
     if squares > 0.0 { sum * sum / (number * squares) } else { 0.0 }
 }
 
-/// Nothing here is counted to more than 52 bits.
+/// No count here needs more than 52 bits.
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
 pub(crate) fn lossy(number: u64) -> f64 {
     number as f64
@@ -204,7 +208,7 @@ mod tests {
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 20, 30, 2)], true), (0, Some(0)));
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 19, 30, 2)], true), (1, Some(0)));
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 19, 30, 2)], false), (0, Some(0)));
-        // Also across one that came and went meanwhile.
+        // Also across one that came and went in between.
         let inside = [record(0, 10, 50, 1), record(1, 20, 30, 2), record(2, 40, 60, 3)];
         assert_eq!(check(&inside, true), (2, Some(0)));
     }

@@ -1,4 +1,4 @@
-//! Sessions of ZooKeeper.
+//! ZooKeeper sessions.
 
 use std::time::Duration;
 

@@ -16,17 +16,17 @@ use hyper_util::rt::TokioExecutor;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// Longer than the service waits for a connection and two locks, so that it is the one to give up.
+/// Longer than the service waits for a connection and two locks, so the service gives up first.
 const REQUEST_LIMIT: Duration = Duration::from_mins(2);
 
-/// Among how many clicks those of one user are mixed.
+/// Clicks are shuffled in groups of this size.
 const TOGETHER: usize = 100;
 
-/// What came of a load, as the clients saw it.
+/// The result of a load, as the clients saw it.
 pub(crate) struct Outcome {
     /// Orders that were confirmed.
     pub(crate) confirmed: i64,
-    /// Users who have their order already.
+    /// Requests of users who already have their order.
     pub(crate) repeated: u64,
     pub(crate) sold_out: u64,
     pub(crate) failed: u64,
@@ -37,11 +37,12 @@ pub(crate) struct Outcome {
     pub(crate) sold_within: Duration,
     /// Of all requests, in microseconds.
     pub(crate) latencies: Histogram<u64>,
-    /// Of the confirmed ones.
+    /// Of the confirmed requests.
     pub(crate) buyers: Histogram<u64>,
 }
 
-/// Who clicks, one request each: every user about equally often, and so close together that he meets himself.
+/// The user of each request. All users click about equally often, and the clicks of one user are so
+/// close together that they overlap.
 pub(crate) fn clicks(requests: usize, users: usize, random: &mut fastrand::Rng) -> anyhow::Result<Vec<i64>> {
     let mut order: Vec<usize> = (0..users).collect();
     random.shuffle(&mut order);
@@ -54,7 +55,7 @@ pub(crate) fn clicks(requests: usize, users: usize, random: &mut fastrand::Rng) 
     Ok(clicks)
 }
 
-/// Sends all clicks in their order, each client its next one as soon as the last is answered.
+/// Sends all clicks in order. Each client sends its next click when the last one is answered.
 pub(crate) async fn drive(service: SocketAddr, clicks: Vec<i64>, clients: usize) -> anyhow::Result<Outcome> {
     let mut connector = HttpConnector::new();
     connector.set_nodelay(true);
@@ -103,7 +104,7 @@ impl Outcome {
     }
 }
 
-/// Somebody with one request at a time, on a connection that is kept alive.
+/// A client that sends one request at a time, on a connection that is kept alive.
 struct Client {
     http: HttpClient<HttpConnector, Body>,
     service: SocketAddr,
@@ -142,7 +143,7 @@ impl Client {
         let uri = format!("http://{}/users/{user_id}/order", self.service);
         let answer = self.http.request(Request::post(uri).body(Body::empty())?).await?;
         let status = answer.status();
-        // Only a connection whose answer was read to its end is used again.
+        // Only a connection whose response was read to its end is used again.
         let body = answer.into_body().collect().await?.to_bytes();
         Ok((status, String::from_utf8_lossy(&body).trim().to_owned()))
     }

@@ -1,6 +1,6 @@
-//! A flash sale over HTTP: vouchers, many more users than vouchers, and everybody clicks several times. First without a lock,
-//! where more is sold than there is; then with a lock for each user and one for the stock; then with the stock split into
-//! segments that have a lock each.
+//! A flash sale over HTTP, with many more users than vouchers, who all click several times. The
+//! first sale has no lock and sells more than there is. The second has a lock for each user and one
+//! for the stock. In the third the stock is split into segments with a lock each.
 //!
 //! ```sh
 //! cargo run --release --example flash_sale
@@ -30,15 +30,16 @@ use crate::report::Run;
 use crate::service::{Protection, serve};
 use crate::store::Store;
 
-/// Held for as long as this example uses the database.
+/// Held while this example uses the database.
 const RUN_LOCK: &str = "lock-db-example:flash-sale";
 const TIDY_UP_LIMIT: Duration = Duration::from_secs(30);
 
-/// A flash sale over HTTP: without locks, with one lock for the stock, and with the stock in segments of a lock each.
+/// A flash sale over HTTP: without locks, with one lock for the stock, and with the stock in
+/// segments of a lock each.
 ///
-/// The two tables of the business, `lock_db_example_stock` and `…_orders`, are made anew and removed at the end. The exit
-/// status is 1 when a sale with locks went wrong: more or less sold than there was, a user with two orders, stock below
-/// zero, a request that failed.
+/// The two tables of the business, `lock_db_example_stock` and `…_orders`, are created anew and
+/// removed at the end. The exit status is 1 when a sale with locks went wrong: more or less was
+/// sold than there was, a user has two orders, the stock is below zero, or a request failed.
 #[derive(Parser)]
 struct Arguments {
     /// How many vouchers there are
@@ -65,19 +66,21 @@ struct Arguments {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: u32,
 
-    /// How many milliseconds each order takes besides the database, while its locks are held: a payment to be confirmed, say
+    /// How many milliseconds each order takes besides the database, while its locks are held: the
+    /// confirmation of a payment, for example
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=10_000))]
     work: u64,
 
-    /// Only the sale without locks, whose mistakes then count
+    /// Only the sale without locks; its mistakes then count
     #[arg(long)]
     unlocked: bool,
 
-    /// Decides who clicks when; without it another one each time
+    /// Decides the order of the clicks; random if not given
     #[arg(long)]
     seed: Option<u64>,
 
-    /// postgres://… or mysql://… (also MariaDB), whose user may create tables; without it a temporary SQLite file
+    /// postgres://… or mysql://… (also MariaDB), with a user who may create tables; a temporary
+    /// SQLite file if not given
     #[arg(long, env, hide_env_values = true)]
     database_url: Option<String>,
 }
@@ -129,7 +132,7 @@ async fn start_on<DB: Store>(url: &str, arguments: &Arguments) -> anyhow::Result
             }
         }
     }
-    // Two of these in one database would take each other's tables away: a lock's job.
+    // Two runs in one database would remove each other's tables.
     let exit = locks
         .insert_lock(RUN_LOCK)
         .ttl(Duration::from_secs(10))
@@ -187,7 +190,7 @@ async fn compare<DB: Store>(pool: &Pool<DB>, url: &str, arguments: &Arguments) -
     Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// One sale, with a service of its own on a port that is free.
+/// One sale, with a service of its own on a free port.
 async fn sell<DB: Store>(
     pool: &Pool<DB>,
     url: &str,
@@ -201,7 +204,7 @@ async fn sell<DB: Store>(
     };
     let stock = split(arguments.stock, segments);
     DB::create_tables(&mut *pool.acquire().await?, &stock).await.context("making the tables")?;
-    // Every sale meets its users for the first time.
+    // No sale finds rows of the previous one's locks.
     DB::remove_locks(&mut *pool.acquire().await?).await.context("removing the locks of the last sale")?;
     let requests = usize::try_from(arguments.requests)?;
     let clicks = clicks(requests, usize::try_from(arguments.users)?, &mut fastrand::Rng::with_seed(seed))?;
@@ -225,7 +228,7 @@ async fn sell<DB: Store>(
     Ok(Run { protection, requests, stock: i64::from(arguments.stock), expected, outcome, books })
 }
 
-/// Into parts that differ by one at most.
+/// Splits into parts that differ by at most one.
 fn split(stock: u32, segments: u32) -> Vec<i64> {
     (0..segments).map(|segment| i64::from(stock / segments + u32::from(segment < stock % segments))).collect()
 }

@@ -1,4 +1,4 @@
-//! What came out: the check, and a table for people.
+//! The result: the check, and a table for people.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::drive::Outcome;
 use crate::service::Protection;
 use crate::store::Books;
 
-/// One sale under one protection, and what the tables say after it.
+/// One sale under one protection, and the content of the tables after it.
 pub(crate) struct Run {
     pub(crate) protection: Protection,
     pub(crate) requests: usize,
@@ -22,7 +22,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// What is wrong, sentence by sentence.
+    /// What is wrong, one sentence each.
     pub(crate) fn mistakes(&self) -> Vec<String> {
         let Self { stock, expected, outcome, books, .. } = self;
         let left_over: i64 = books.left_over.iter().sum();
@@ -53,7 +53,7 @@ impl Run {
     }
 }
 
-/// One column a run.
+/// One column for each run.
 pub(crate) fn table(runs: &[Run]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
@@ -85,7 +85,7 @@ pub(crate) fn table(runs: &[Run]) -> Table {
     table
 }
 
-/// What the table means, in a sentence a run.
+/// What the table means, one sentence for each run.
 pub(crate) fn verdict(run: &Run) -> String {
     let mistakes = run.mistakes();
     if mistakes.is_empty() {

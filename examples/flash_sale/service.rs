@@ -18,7 +18,7 @@ use tokio::time::sleep;
 
 use crate::store::Store;
 
-/// How often a transaction is run again that the database ended to break a deadlock, or for a snapshot that is too old.
+/// How often a transaction is run again after a deadlock, or because its snapshot was too old.
 const LONGEST_STREAK: u32 = 5;
 
 /// What keeps two orders apart.
@@ -48,7 +48,7 @@ struct Sale<DB: Store> {
 }
 
 impl<DB: Store> Sale<DB> {
-    /// Sells a voucher to the user, from whatever segment has one left. Answers the segment.
+    /// Sells a voucher to the user, from any segment that has one left. Returns the segment.
     async fn order(&self, user_id: i64) -> Result<i64, SaleError> {
         let mut streak = 0;
         loop {
@@ -58,7 +58,8 @@ impl<DB: Store> Sale<DB> {
                 Protection::Locks { .. } => self.order_in_transaction(user_id, segment).await,
             };
             match ordered {
-                // Somebody was quicker. It was not empty before, and never fills again: so this ends.
+                // Another request took the last voucher. The segment had one left before and is
+                // never refilled, so this ends.
                 Err(SaleError::SegmentIsEmpty) => {}
                 Err(SaleError::Lock(Error::Deadlock { .. } | Error::Serialization { .. }))
                     if streak < LONGEST_STREAK =>
@@ -70,8 +71,9 @@ impl<DB: Store> Sale<DB> {
         }
     }
 
-    /// A look without any lock. That a user has an order, and that a segment is empty, stays true; so most of those who come
-    /// in vain leave here. Everything else may have changed by the time the lock is there, and is looked at again then.
+    /// Reads without any lock. If a user has an order or a segment is empty, that stays true, so
+    /// most requests without a chance end here. Everything else may change before the lock is
+    /// acquired, and is read again under the lock.
     ///
     /// Users are spread over the segments that are not empty.
     async fn promising_segment(&self, user_id: i64) -> Result<i64, SaleError> {
@@ -84,8 +86,8 @@ impl<DB: Store> Sale<DB> {
         chosen.and_then(|chosen| segments.get(chosen).copied()).ok_or(SaleError::SoldOut)
     }
 
-    /// Right for one request at a time, wrong for two: both see that nothing speaks against it. A transaction around it
-    /// would not change that.
+    /// Right for one request at a time, wrong for two: both find that an order is allowed. A
+    /// transaction around it would not change that.
     async fn order_without_locks(&self, user_id: i64, segment: i64) -> Result<(), SaleError> {
         let mut connection = self.pool.acquire().await?;
         if DB::has_order(&mut connection, user_id).await? {
@@ -94,8 +96,8 @@ impl<DB: Store> Sale<DB> {
         self.take_one(&mut connection, user_id, segment).await
     }
 
-    /// One transaction of one connection holds both locks, the stock and the order, and frees the locks when it commits. An
-    /// early return rolls it back.
+    /// One transaction on one connection holds both locks, the stock and the order. The commit
+    /// frees the locks. An early return rolls the transaction back.
     async fn order_in_transaction(&self, user_id: i64, segment: i64) -> Result<(), SaleError> {
         let mut tx = self.pool.begin().await?;
         self.order_as_user(&mut tx, user_id, segment).await?;
@@ -103,7 +105,7 @@ impl<DB: Store> Sale<DB> {
         Ok(())
     }
 
-    /// One order a user: two clicks of his wait for each other.
+    /// One order per user: two clicks of the same user wait for each other.
     #[distributed_lock("lock-db-example:sale:user:{user_id}", mode = row, tx = tx, locks = self.locks)]
     async fn order_as_user(
         &self,
@@ -117,7 +119,8 @@ impl<DB: Store> Sale<DB> {
         self.order_from_segment(tx, user_id, segment).await
     }
 
-    /// Never below zero: one at a time takes from a segment. Always the second lock, so that nobody waits crosswise.
+    /// Never below zero: only one request at a time takes from a segment. This is always the second
+    /// lock, so requests never wait for each other in a cycle.
     #[distributed_lock("lock-db-example:sale:stock:{segment}", mode = row, tx = tx, locks = self.locks)]
     async fn order_from_segment(
         &self,
@@ -128,8 +131,8 @@ impl<DB: Store> Sale<DB> {
         self.take_one(tx, user_id, segment).await
     }
 
-    /// The business itself: whether one is left, whatever an order takes, and the order. Wrong by itself: two of these at the
-    /// same time see the same last one.
+    /// The business itself: reads whether a voucher is left, does the work of an order, and inserts
+    /// the order. Wrong by itself: two of these at the same time see the same last voucher.
     async fn take_one(
         &self,
         connection: &mut DB::Connection,
@@ -155,7 +158,7 @@ async fn order<DB: Store>(
     Ok((StatusCode::CREATED, Json(json!({ "user": user_id, "segment": segment }))))
 }
 
-/// Serves until `stop` resolves; then finishes the requests under way and releases all locks.
+/// Serves until `stop` resolves. Then finishes the requests in progress and releases all locks.
 pub(crate) async fn serve<DB: Store>(
     pool: Pool<DB>,
     protection: Protection,
@@ -173,7 +176,7 @@ pub(crate) async fn serve<DB: Store>(
     Ok(())
 }
 
-/// Why there is no new order. The attribute asks for `From<lock_db::Error>` and nothing else.
+/// Why there is no new order. The attribute only requires `From<lock_db::Error>`.
 #[derive(Debug, thiserror::Error)]
 enum SaleError {
     #[error("one order a user, and you have yours")]

@@ -1,4 +1,5 @@
-//! The business SQL. The databases differ in their placeholders and in how a key is made; the rest is written once.
+//! The business SQL. The databases differ in their placeholders and in how a key is made; the rest
+//! is written once.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -15,10 +16,10 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 
 type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
 
-/// What the tables say after a sale.
+/// The content of the tables after a sale.
 pub(crate) struct Books {
     pub(crate) orders: i64,
-    /// Of the user who has most.
+    /// Of the user with the most orders.
     pub(crate) most_orders_of_a_user: i64,
     /// Of each segment.
     pub(crate) left_over: Vec<i64>,
@@ -26,14 +27,15 @@ pub(crate) struct Books {
 
 /// A database that vouchers can be sold from.
 ///
-/// Neither table has a constraint that would keep a sale in bounds: no CHECK, no unique user. The locks do that.
+/// Neither table has a constraint that limits a sale: no CHECK, no unique user. The locks do that.
 pub(crate) trait Store: LockDatabase {
-    /// How to connect to the database of this URL.
+    /// The options for the database of this URL.
     fn options(url: &str) -> sqlx::Result<Options<Self>>;
 
-    /// What every new connection is told: READ COMMITTED. A transaction here takes two locks, one after the other; under
-    /// InnoDB's own REPEATABLE READ it would see, after it waited for the second, what was there when it got the first,
-    /// and lock-db refuses to go on with that ([`lock_db::Error::Serialization`]).
+    /// Sets every new connection to READ COMMITTED. A transaction here takes two locks, one after
+    /// the other. Under REPEATABLE READ, InnoDB's default, it would read after its wait for the
+    /// second lock the data from when it got the first one. lock-db refuses to continue then
+    /// ([`lock_db::Error::Serialization`]).
     fn on_connect(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// Whether the user has an order.
@@ -42,28 +44,28 @@ pub(crate) trait Store: LockDatabase {
         user_id: i64,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// The segments in which something is left, in order.
+    /// The segments that have vouchers left, in order.
     fn segments_with_stock(
         connection: &mut Self::Connection,
     ) -> impl Future<Output = sqlx::Result<Vec<i64>>> + Send;
 
-    /// What is left in the segment.
+    /// How many vouchers the segment has left.
     fn left_over(
         connection: &mut Self::Connection,
         segment: i64,
     ) -> impl Future<Output = sqlx::Result<i64>> + Send;
 
-    /// Takes one off the segment and writes the order of the user.
+    /// Takes one voucher from the segment and inserts the order of the user.
     fn take_one(
         connection: &mut Self::Connection,
         user_id: i64,
         segment: i64,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Reads what came of it all.
+    /// Reads the result of a sale.
     fn books(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Books>> + Send;
 
-    /// Makes both tables anew, with so much in each segment.
+    /// Creates both tables anew, with this stock in each segment.
     fn create_tables(
         connection: &mut Self::Connection,
         stock: &[i64],
@@ -76,10 +78,10 @@ pub(crate) trait Store: LockDatabase {
     fn remove_locks(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 }
 
-/// A pool of at most so many connections.
+/// A pool with at most this many connections.
 pub(crate) async fn connect<DB: Store>(url: &str, connections: u32) -> anyhow::Result<Pool<DB>> {
     let options = DB::options(url)?;
-    // The pool would try again for half a minute, and then not say what is wrong.
+    // The pool would retry for half a minute, and then not tell the cause.
     let connection = timeout(CONNECT_LIMIT, DB::Connection::connect_with(&options)).await??;
     connection.close().await?;
     let pool = PoolOptions::<DB>::new().max_connections(connections);
@@ -219,7 +221,7 @@ store!(
     on connect: ""
 );
 
-/// As a service would have them: readers don't block the writer, and the writers wait for each other.
+/// The settings of a service: readers don't block the writer, and writers wait for each other.
 fn sqlite_options(url: &str) -> sqlx::Result<SqliteConnectOptions> {
     Ok(SqliteConnectOptions::from_str(url)?
         .create_if_missing(true)

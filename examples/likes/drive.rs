@@ -17,17 +17,17 @@ use indicatif::ProgressBar;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// Longer than a service waits for a connection and a lock, so that it is the one to give up.
+/// Longer than a service waits for a connection and a lock, so the service gives up first.
 const REQUEST_LIMIT: Duration = Duration::from_secs(90);
 
-/// How much is asked for.
+/// The size of the load.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
     pub(crate) requests: u64,
     pub(crate) clients: usize,
 }
 
-/// What came of a load.
+/// The result of a load.
 pub(crate) struct Outcome {
     pub(crate) failed: u64,
     /// The reason of one failed request.
@@ -37,8 +37,8 @@ pub(crate) struct Outcome {
     pub(crate) latencies: Histogram<u64>,
 }
 
-/// Sends all requests, each client its next one as soon as the last is answered. The clients are dealt out to the
-/// services.
+/// Sends all requests. Each client sends its next request when the last one is answered. The
+/// clients are distributed over the services.
 pub(crate) async fn drive(
     services: &[SocketAddr],
     path: &str,
@@ -80,7 +80,7 @@ impl Outcome {
     }
 }
 
-/// Somebody with one request at a time, on a connection that is kept alive.
+/// A client that sends one request at a time, on a connection that is kept alive.
 struct Client {
     http: HttpClient<HttpConnector, Body>,
     uri: Uri,
@@ -112,7 +112,7 @@ impl Client {
         let request = Request::post(self.uri.clone()).body(Body::empty())?;
         let answer = self.http.request(request).await?;
         let status = answer.status();
-        // Only a connection whose answer was read to its end is used again.
+        // Only a connection whose response was read to its end is used again.
         let body = answer.into_body().collect().await?.to_bytes();
         ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body).trim());
         Ok(())

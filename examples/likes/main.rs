@@ -1,5 +1,5 @@
-//! A like counter behind HTTP, with many users who like one comment at the same time: first without a lock, where likes
-//! get lost, then with an insert lock and with a row lock of lock-db, where none does.
+//! A like counter behind HTTP, with many users who like one comment at the same time. Without a
+//! lock, likes get lost. With an insert lock or a row lock of lock-db, none does.
 //!
 //! ```sh
 //! cargo run --release --example likes
@@ -31,16 +31,17 @@ use crate::report::Run;
 use crate::service::Protection;
 use crate::store::Store;
 
-/// The comment that everybody likes.
+/// The comment that all users like.
 const COMMENT_ID: i64 = 1;
-/// Held for as long as this example uses the database.
+/// Held while this example uses the database.
 const RUN_LOCK: &str = "lock-db-example:run";
 const TIDY_UP_LIMIT: Duration = Duration::from_secs(30);
 
-/// A like counter behind HTTP and many users at once: without a lock, with an insert lock, and with a row lock.
+/// A like counter behind HTTP and many users at once: without a lock, with an insert lock, and with
+/// a row lock.
 ///
-/// The two tables of the business, `lock_db_example_*`, are made anew and removed at the end. The exit status is 1 when
-/// a like was lost, or a request failed, in spite of a lock.
+/// The two tables of the business, `lock_db_example_*`, are created anew and removed at the end.
+/// The exit status is 1 when a like was lost, or a request failed, in spite of a lock.
 #[derive(Parser)]
 struct Arguments {
     /// How many likes to send, each time
@@ -59,7 +60,8 @@ struct Arguments {
     #[arg(long, value_name = "LOCK", num_args = 0..=1, default_missing_value = "insert")]
     serve: Option<Protection>,
 
-    /// postgres://… or mysql://… (also MariaDB), whose user may create tables; without it a temporary SQLite file
+    /// postgres://… or mysql://… (also MariaDB), with a user who may create tables; a temporary
+    /// SQLite file if not given
     #[arg(long, env, hide_env_values = true)]
     database_url: Option<String>,
 
@@ -126,7 +128,7 @@ async fn start_on<DB: Store>(url: &str, arguments: &Arguments) -> anyhow::Result
         }
     }
 
-    // Two of these in one database would take each other's tables away: a lock's job.
+    // Two runs in one database would remove each other's tables.
     if let Some(LockInfo { owner, held_until: Some(_), .. }) = locks.info(RUN_LOCK).await? {
         eprintln!("Waiting for another run of this example, {owner}, to end or to be found dead");
     }
@@ -170,7 +172,7 @@ async fn run_until_interrupted<DB: Store>(
     }
 }
 
-/// Starts services for somebody with curl.
+/// Starts services to try with curl.
 async fn serve<DB: Store>(
     pool: &Pool<DB>,
     url: &str,
@@ -231,7 +233,7 @@ async fn run<DB: Store>(
     Ok(Run { protection, requests: load.requests, outcome, comment })
 }
 
-/// Nothing is drawn where the output is no terminal.
+/// Hidden if the output is not a terminal.
 fn progress_bar(protection: Protection, load: Load) -> anyhow::Result<ProgressBar> {
     let style = ProgressStyle::with_template("{prefix:12} {wide_bar} {pos}/{len}")?;
     Ok(ProgressBar::new(load.requests).with_style(style).with_prefix(protection.to_string()))
@@ -244,7 +246,7 @@ async fn tidy_up<DB: Store>(pool: &Pool<DB>) -> sqlx::Result<()> {
     DB::remove_locks(&mut connection).await
 }
 
-/// Resolves on Ctrl-C, and when somebody else asks this process to end.
+/// Resolves on Ctrl-C, and when another process asks this one to end.
 async fn interrupted() -> std::io::Result<()> {
     #[cfg(unix)]
     {

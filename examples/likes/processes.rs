@@ -1,4 +1,4 @@
-//! Service processes: this program once more, in another role. They end with the process that started them.
+//! Service processes: this program in another role. They end with the process that started them.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,7 +19,7 @@ use crate::service::{self, Protection};
 use crate::store::{self, Store};
 
 const START_LIMIT: Duration = Duration::from_mins(1);
-/// For the requests under way, whose wait for a lock may be 30 seconds.
+/// For the requests in progress, which may wait 30 seconds for a lock.
 const STOP_LIMIT: Duration = Duration::from_secs(40);
 
 /// Services in processes of their own, each with its own pool, locks and port.
@@ -45,7 +45,7 @@ impl Services {
         self.processes.iter().map(|process| process.address).collect()
     }
 
-    /// Lets them finish their requests and release their locks.
+    /// Lets the services finish their requests and release their locks.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         for process in &mut self.processes {
             drop(process.child.stdin.take());
@@ -59,8 +59,8 @@ impl Services {
     }
 }
 
-/// How many connections each of so many services may have: 20, or together about as many as half of what a
-/// PostgreSQL server allows as it comes.
+/// The pool size of each of this many services: 20, or fewer, so that together they use about half
+/// of the connections that a PostgreSQL server allows by default.
 fn connections(processes: u32) -> u32 {
     (48 / processes).clamp(3, 20)
 }
@@ -72,7 +72,8 @@ impl Process {
         let mut child = Command::new(program)
             .arg(format!("--role-service={}", protection.get_name()))
             .arg(format!("--role-connections={connections}"))
-            // Not as an argument: everybody on the machine may read those, and it may hold a password.
+            // Not as an argument: all users of the machine can read those, and the URL may contain
+            // a password.
             .env("DATABASE_URL", url)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -90,8 +91,8 @@ impl Process {
     }
 }
 
-/// The other role: serves on a free port, says on which, and stops when the parent closes our input or is gone, or when
-/// it is `interrupted` itself.
+/// The other role: serves on a free port and prints the port. Stops when the parent closes the
+/// input or has ended, or when this process is `interrupted` itself.
 pub(crate) async fn serve_for_parent<DB: Store>(
     url: &str,
     protection: Protection,
@@ -115,8 +116,8 @@ pub(crate) async fn serve_for_parent<DB: Store>(
     service::serve(pool, locks, protection, listener, stop).await
 }
 
-/// Resolves when the standard input ends, as it does when the parent dies, however that happens. On a thread of its own,
-/// which ends a process that doesn't stop.
+/// Resolves when the standard input ends, which also happens when the parent dies for any reason.
+/// Reads on a thread of its own, which ends the process if it does not stop.
 fn parent_is_done() -> anyhow::Result<impl Future<Output = ()>> {
     let (sender, receiver) = oneshot::channel();
     let wait = move || {

@@ -1,4 +1,4 @@
-//! What came out, as a table for people.
+//! The result, as a table for people.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::drive::Outcome;
 use crate::service::Protection;
 use crate::store::Comment;
 
-/// One load under one protection, and what the tables say after it.
+/// One load under one protection, and the content of the tables after it.
 pub(crate) struct Run {
     pub(crate) protection: Protection,
     pub(crate) requests: u64,
@@ -23,7 +23,7 @@ impl Run {
         self.comment.likes - self.comment.like_count
     }
 
-    /// Whether every request was answered well and counted.
+    /// Whether every request succeeded and was counted.
     pub(crate) fn is_right(&self) -> bool {
         self.lost_updates() == 0
             && self.outcome.failed == 0
@@ -41,7 +41,7 @@ impl Run {
     }
 }
 
-/// One column a run.
+/// One column for each run.
 pub(crate) fn table(runs: &[Run]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
@@ -67,7 +67,7 @@ pub(crate) fn table(runs: &[Run]) -> Table {
     table
 }
 
-/// What the table means, in a sentence a run.
+/// What the table means, one sentence for each run.
 pub(crate) fn verdict(run: &Run) -> String {
     let Run { protection, requests, outcome, comment } = run;
     let result = match run.lost_updates() {

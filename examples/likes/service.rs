@@ -50,7 +50,7 @@ impl<DB: Store> Likes<DB> {
         DB::add_like(&mut connection, comment_id).await?.ok_or(LikeError::NoSuchComment(comment_id))
     }
 
-    /// Insert lock: the attribute is all that is new. Whoever waits for the lock waits without a connection.
+    /// Insert lock: only the attribute is new. A request waits for the lock without a connection.
     #[distributed_lock("lock-db-example:comment:{comment_id}:like", locks = self.locks)]
     async fn like_with_lease(&self, comment_id: i64) -> Result<i64, LikeError> {
         self.like(comment_id).await
@@ -64,7 +64,8 @@ impl<DB: Store> Likes<DB> {
         Ok(like_count)
     }
 
-    /// The lock is the first statement of the transaction, so that all that is read after it is new. The commit frees it.
+    /// Taking the lock is the first statement of the transaction, so everything that is read after
+    /// it is current. The commit frees the lock.
     #[distributed_lock("lock-db-example:comment:{comment_id}:row", mode = row, tx = tx, locks = self.locks)]
     async fn like_with_row_lock(
         &self,
@@ -103,7 +104,7 @@ async fn show<DB: Store>(
     })))
 }
 
-/// Serves until `stop` resolves; then finishes the requests under way and releases all locks.
+/// Serves until `stop` resolves. Then finishes the requests in progress and releases all locks.
 pub(crate) async fn serve<DB: Store>(
     pool: Pool<DB>,
     locks: Locks<DB>,
@@ -122,7 +123,7 @@ pub(crate) async fn serve<DB: Store>(
     Ok(())
 }
 
-/// Why there is no new like. The attribute asks for `From<lock_db::Error>` and nothing else.
+/// Why there is no new like. The attribute only requires `From<lock_db::Error>`.
 #[derive(Debug, thiserror::Error)]
 enum LikeError {
     #[error("there is no comment {0}")]

@@ -1,4 +1,5 @@
-//! The business SQL. The databases differ in their placeholders and in how a key is made; the rest is written once.
+//! The business SQL. The databases differ in their placeholders and in how a key is made; the rest
+//! is written once.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -17,22 +18,23 @@ type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
 
 /// What the tables say about a comment.
 pub(crate) struct Comment {
-    /// What the comment table says.
+    /// The count in the comment table.
     pub(crate) like_count: i64,
-    /// How many rows the like table has. Without lost updates both are the same.
+    /// The number of rows in the like table. Without lost updates both are equal.
     pub(crate) likes: i64,
 }
 
 /// A database in which comments can be liked.
 pub(crate) trait Store: LockDatabase {
-    /// How to connect to the database of this URL.
+    /// The options for the database of this URL.
     fn options(url: &str) -> sqlx::Result<Options<Self>>;
 
-    /// Reads the count of the comment, adds one, writes it back, and adds a row to the like table. Answers the new
-    /// count; `None` if there is no such comment.
+    /// Reads the count of the comment, adds one, writes it back, and adds a row to the like table.
+    /// Returns the new count, or `None` if there is no such comment.
     ///
-    /// This is the whole of the business, with and without a lock. It is wrong by itself: two of these at the same time
-    /// read the same count. Each statement commits by itself unless the caller has begun a transaction.
+    /// This is the whole business, with and without a lock. It is wrong by itself: two of these at
+    /// the same time read the same count. Each statement commits by itself unless the caller has
+    /// begun a transaction.
     fn add_like(
         connection: &mut Self::Connection,
         comment_id: i64,
@@ -44,7 +46,7 @@ pub(crate) trait Store: LockDatabase {
         comment_id: i64,
     ) -> impl Future<Output = sqlx::Result<Option<Comment>>> + Send;
 
-    /// Makes both tables anew, with one comment that nobody has liked yet.
+    /// Creates both tables anew, with one comment without likes.
     fn create_tables(
         connection: &mut Self::Connection,
         comment_id: i64,
@@ -57,10 +59,10 @@ pub(crate) trait Store: LockDatabase {
     fn remove_locks(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 }
 
-/// A pool of at most so many connections.
+/// A pool with at most this many connections.
 pub(crate) async fn connect<DB: Store>(url: &str, connections: u32) -> anyhow::Result<Pool<DB>> {
     let options = DB::options(url)?;
-    // The pool would try again for half a minute, and then not say what is wrong.
+    // The pool would retry for half a minute, and then not tell the cause.
     let connection = timeout(CONNECT_LIMIT, DB::Connection::connect_with(&options)).await??;
     connection.close().await?;
     Ok(PoolOptions::new().max_connections(connections).connect_with(options).await?)
@@ -161,7 +163,7 @@ store!(
     placeholders: "?" "?", key: "INTEGER PRIMARY KEY"
 );
 
-/// As a service would have them: readers don't block the writer, and the writers wait for each other.
+/// The settings of a service: readers don't block the writer, and writers wait for each other.
 fn sqlite_options(url: &str) -> sqlx::Result<SqliteConnectOptions> {
     Ok(SqliteConnectOptions::from_str(url)?
         .create_if_missing(true)

@@ -1,5 +1,5 @@
-//! Bad input: whatever the name and the durations, a lock is taken or refused before any SQL, and the same way on every
-//! database.
+//! Bad input. For any name and durations, a lock is taken or refused before any SQL, and the result
+//! is the same on every database.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -23,7 +23,7 @@ const MAX_BYTES: usize = 255;
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_hours(365 * 24);
 
-/// What collations, quoting, LIKE, trimming and transfer encodings treat differently.
+/// Text that collations, quoting, LIKE, trimming and transfer encodings treat differently.
 const PIECES: &[&str] = &[
     "",
     "\0",
@@ -52,7 +52,8 @@ const PIECES: &[&str] = &[
     "\u{7f}",
     "\u{a0}",
     "\u{85}",
-    // Around the surrogates, which are no characters of their own, at the ends of the planes, and non-characters.
+    // Next to the surrogates, which are not characters, at the ends of the planes, and
+    // non-characters.
     "\u{d7ff}",
     "\u{e000}",
     "\u{fffd}",
@@ -61,7 +62,7 @@ const PIECES: &[&str] = &[
     "\u{ffff}",
     "\u{10000}",
     "\u{10ffff}",
-    // Combining, from right to left, invisible, and what folds into something else.
+    // Combining, right-to-left, invisible, and characters that fold into something else.
     "e\u{301}",
     "é",
     "\u{301}",
@@ -123,14 +124,14 @@ fn durations() -> impl Strategy<Value = Duration> {
     ]
 }
 
-/// The same ones on every database and in every run, so that the verdicts can be compared: what proptest calls
-/// deterministic.
+/// The same samples on every database and in every run, so that the results can be compared.
+/// proptest calls that deterministic.
 fn samples<S: Strategy>(strategy: &S, count: usize) -> Vec<S::Value> {
     let mut runner = TestRunner::deterministic();
     (0..count).map(|_| strategy.new_tree(&mut runner).expect("makes a value").current()).collect()
 }
 
-/// The verdict must be the same on all databases, so it is held against one that asks none.
+/// The result must be the same on all databases, so it is compared with a function that uses none.
 fn is_valid(name: &str) -> bool {
     !name.is_empty() && name.len() <= MAX_BYTES && !name.contains('\0')
 }
@@ -152,7 +153,7 @@ async fn any_name_is_taken_or_refused<T: TestDatabase>(database: &T) {
         taken += 1;
         assert_eq!(lease.name(), name);
         assert!(other.insert_lock(&name).try_acquire().await.unwrap().is_none(), "{name:?} excludes");
-        // Neither a neighbour nor what a comparison might take for the same.
+        // Neither a similar name nor one that a comparison could take for the same.
         for alike in
             [format!("{name} "), name.to_uppercase() + "~", name.chars().rev().collect::<String>() + "~"]
         {
@@ -207,20 +208,20 @@ async fn any_duration_is_taken_or_refused<T: TestDatabase>(database: &T) {
     let all = (durations(), durations(), durations());
     let (mut taken, mut number) = (0, 0);
     for (ttl, wait, at_least) in samples(&all, 200) {
-        // Another name each time: one that was kept `at_least` for a year is of no use to the next one.
+        // A new name each time: a lock that is kept `at_least` for a year can't be taken again.
         number += 1;
         let name = format!("lock {number}");
         let is_valid = (SHORTEST_TTL..=LONGEST).contains(&ttl) && wait <= LONGEST && at_least <= LONGEST;
         let lock = locks.insert_lock(&name).ttl(ttl).wait(wait).at_least(at_least);
         match lock.clone().acquire().await {
-            // The shortest ones may be over by now.
+            // The shortest leases may be over by now.
             Ok(lease) => match lease.release().await {
                 Ok(()) | Err(Error::Lost { .. }) => taken += usize::from(is_valid),
                 Err(error) => panic!("{ttl:?} {wait:?} {at_least:?}: {error}"),
             },
-            // On a machine that is busy.
+            // On a busy machine.
             Err(Error::TtlTooShort { .. }) if ttl < Duration::from_secs(1) => taken += 1,
-            // A wait that is hardly any.
+            // The wait is close to zero.
             Err(Error::Timeout { .. }) if is_valid && wait < Duration::from_secs(1) => taken += 1,
             Err(error) => {
                 assert!(!is_valid, "{ttl:?} {wait:?} {at_least:?}: {error}");

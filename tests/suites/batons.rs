@@ -1,4 +1,5 @@
-//! MySQL and MariaDB: whoever waits for a lock waits for its baton on the server, and nothing depends on it.
+//! MySQL and MariaDB: a request that waits for a lock waits for its user lock on the server, and
+//! nothing depends on that.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -37,7 +38,7 @@ fn wait_for<DB: LockDatabase>(locks: &Locks<DB>, name: &str) -> Waiting<DB> {
     tokio::spawn(locks.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire())
 }
 
-/// The name of the baton, in SQL.
+/// The name of the user lock, in SQL.
 async fn baton<T: TestDatabase>(database: &T, name: &str) -> String {
     let row = database.number(&format!("SELECT id FROM distributed_lock WHERE lock_name = '{name}'")).await;
     format!("CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':{row}')")
@@ -88,7 +89,7 @@ async fn nothing_is_left_when_nobody_waits<T: TestServer>(database: &T) {
     })
     .await;
     held.release().await.unwrap();
-    // Its renewals' connection is free for the next.
+    // The connection for its renewals is free for the next request.
     let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let next = wait_for(&second, "a");
     eventually(PATIENCE, async || somebody_has(database, &baton).await).await;
@@ -96,7 +97,7 @@ async fn nothing_is_left_when_nobody_waits<T: TestServer>(database: &T) {
     next.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// Somebody keeps it for ever, like a process that was stopped.
+/// Another session keeps it forever, like a process that was stopped.
 async fn who_has_no_baton_looks<T: TestServer>(database: &T) {
     let (locks, other) = (database.locks().await, database.locks().await);
     let mut held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
@@ -133,7 +134,7 @@ async fn a_process_that_waits_goes_on_renewing<T: TestServer>(database: &T) {
     next.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// On the other connection at first; then this one waits for nothing else any more.
+/// At first on the other connection. Then this one waits for nothing else any more.
 async fn a_lease_with_a_short_ttl_is_renewed_in_time<T: TestServer>(database: &T) {
     let (locks, first_locks, other) =
         (database.locks().await, database.locks().await, database.locks().await);
@@ -195,7 +196,7 @@ async fn a_process_that_waits_for_many_has_no_more_connections<T: TestServer>(da
         database.number("SELECT COUNT(*) FROM distributed_lock WHERE waiters <> ''").await == 10
     })
     .await;
-    // The pool opened one to see whether it can.
+    // The pool opened one to test whether it can.
     assert!(proxy.open() <= 3, "{} connections", proxy.open());
     for lease in held {
         lease.release().await.unwrap();

@@ -1,4 +1,5 @@
-//! PostgreSQL calls the process that is next when a lock is free: only that one, only if it waits, and nothing depends on it.
+//! PostgreSQL notifies the next process when a lock is free. It notifies only that process, and
+//! only if it waits. Nothing depends on the notification.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -30,10 +31,10 @@ fn wait_for(locks: &Locks<Postgres>, name: &str) -> Waiting {
     tokio::spawn(locks.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire())
 }
 
-/// The channel of whoever stands first in the queue of a name.
+/// The channel of the first process in the queue of a name.
 async fn channel_before(database: &PostgresServer, name: &str) -> String {
     let sql = format!("SELECT substr(waiters, 49, 8) FROM distributed_lock WHERE lock_name = '{name}'");
-    // It stands there before it can be called.
+    // It is in the queue before it can be notified.
     eventually(PATIENCE, async || !matches!(&*database.text(&sql).await, "" | "00000000")).await;
     format!("lock_db_{}", database.text(&sql).await)
 }
@@ -117,7 +118,7 @@ async fn nobody_is_called_when_nobody_waits(database: &PostgresServer) {
     assert_eq!(hears(&mut listener).await, "last");
 }
 
-/// Its listening connection is gone, so the call goes nowhere.
+/// Its listening connection is gone, so the notification is lost.
 async fn who_is_not_called_looks(database: &PostgresServer) {
     let (locks, other) = (database.locks().await, database.locks().await);
     let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
@@ -128,7 +129,7 @@ async fn who_is_not_called_looks(database: &PostgresServer) {
     assert_eq!(database.number(ended).await, 1);
     held.release().await.unwrap();
     let held = timeout(PATIENCE, next).await.unwrap().unwrap().unwrap();
-    // And the next time it is called again.
+    // The next time it is notified again.
     let next = wait_for(&locks, "a");
     channel_before(database, "a").await;
     held.release().await.unwrap();
@@ -147,7 +148,7 @@ async fn a_process_that_waits_has_no_more_connections(database: &PostgresServer)
     let others = far.insert_lock("b").ttl(Duration::from_secs(5)).acquire().await.unwrap();
     let next = wait_for(&far, "a");
     channel_before(database, "a").await;
-    // The pool opened one to see whether it can.
+    // The pool opened one to test whether it can.
     assert!(proxy.open() <= 3, "{} connections", proxy.open());
     held.release().await.unwrap();
     next.await.unwrap().unwrap().release().await.unwrap();

@@ -1,6 +1,6 @@
-//! Futures that are dropped at every moment of their lives, over a slow network, leak nothing: no lock, no open
-//! transaction, no waiter, no slot of the application's pool. All leases here last for minutes, so what is free again
-//! soon was given back and did not just run out.
+//! Futures that are dropped at any moment, over a slow network, leak nothing: no lock, no open
+//! transaction, no waiter, no slot of the application's pool. All leases here last for minutes. So
+//! a lock that is soon free again was released and did not expire.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -39,11 +39,11 @@ for_each_server! {
     guards_outlive_their_runtime,
 }
 
-/// One way. It makes every moment of an operation wide enough to drop the future in it.
+/// One way. It makes every moment of an operation long enough to drop the future in it.
 const DELAY: Duration = Duration::from_millis(5);
-/// How soon what was given up must be free again.
+/// How soon everything that was dropped must be free again.
 const SOON: Duration = Duration::from_secs(5);
-/// No operation here takes that many messages.
+/// No operation here takes this many messages.
 const MOST_MOMENTS: usize = 100;
 const TTL: Duration = Duration::from_mins(10);
 /// The slots of the application's pool.
@@ -51,7 +51,8 @@ const POOL: u32 = 2;
 
 type Connection<T> = <<T as lock_tests::TestDatabase>::Database as sqlx::Database>::Connection;
 
-/// An application that is far away from its database, and a neighbour of the database that sees what it leaves there.
+/// An application that is far away from its database, and a `Locks` near the database that sees
+/// what the application leaves there.
 struct Scene<'a, T: TestServer> {
     database: &'a T,
     near: Locks<T::Database>,
@@ -67,7 +68,7 @@ impl<'a, T: TestServer> Scene<'a, T> {
         Self::beside(database, &near)
     }
 
-    /// One more application, which has connected to nothing yet.
+    /// Another application, without any connection yet.
     fn beside(database: &'a T, near: &Locks<T::Database>) -> Self {
         let proxy = database.proxy();
         let pool = PoolOptions::new()
@@ -79,7 +80,8 @@ impl<'a, T: TestServer> Scene<'a, T> {
         Self { database, near: near.clone(), proxy, pool, locks }
     }
 
-    /// Makes the connections, so that an operation that is looked at afterwards consists of its own messages.
+    /// Opens the connections, so that an operation observed afterwards consists of its own messages
+    /// only.
     async fn connect(&self) {
         self.locks.check().await.unwrap();
         self.pool_is_whole().await;
@@ -101,8 +103,8 @@ impl<'a, T: TestServer> Scene<'a, T> {
         self.proxy.delay(Direction::ToClient, delay);
     }
 
-    /// Polls a future over the slow network, at least once, and drops it when the network has carried so many messages.
-    /// `Some`: it has ended before.
+    /// Polls a future over the slow network, at least once, and drops it when the network has
+    /// carried this many messages. `Some`: it has ended before.
     async fn drop_after<F: Future>(&self, messages: usize, future: F) -> Option<F::Output> {
         self.set_delay(DELAY);
         let last = self.messages() + messages;
@@ -118,8 +120,8 @@ impl<'a, T: TestServer> Scene<'a, T> {
         output
     }
 
-    /// Polls a future once, never looks at it again, and drops it when so many messages have arrived: with the answer
-    /// in it that nobody has taken.
+    /// Polls a future once and never again. Drops it when this many messages have arrived, so the
+    /// answer is there but was not read.
     async fn drop_unread<F: Future>(&self, messages: usize, future: F) {
         let last = self.messages() + messages;
         let mut future = Box::pin(future);
@@ -134,8 +136,8 @@ impl<'a, T: TestServer> Scene<'a, T> {
         drop(future);
     }
 
-    /// Whatever was still under way: the network of a scene ends with it, and what can't be given back then lasts as long
-    /// as its TTL.
+    /// Waits for everything that is still in progress. The network of a scene ends with it, and a
+    /// lock that can't be released then lasts until its TTL is over.
     async fn finish(&self) {
         self.locks.close().await;
         self.pool.close().await;
@@ -151,8 +153,8 @@ impl<'a, T: TestServer> Scene<'a, T> {
         taken.expect("the row lock leaked").rollback().await.unwrap();
     }
 
-    /// All slots of the application's pool can be had, and no connection in them is inside of a transaction: what it
-    /// writes is seen by others.
+    /// All slots of the application's pool can be acquired, and no connection in them is inside of
+    /// a transaction: other connections see what it writes.
     async fn pool_is_whole(&self) {
         let mut connections = Vec::new();
         for _ in 0..POOL {
@@ -178,7 +180,7 @@ impl<'a, T: TestServer> Scene<'a, T> {
         T::Database::run(connection, &format!("INSERT INTO marks VALUES ('{mark}')")).await
     }
 
-    /// How often a mark is there for others.
+    /// How often other connections see a mark.
     async fn seen(&self, mark: &str) -> i64 {
         self.database.number(&format!("SELECT count(*) FROM marks WHERE mark = '{mark}'")).await
     }
@@ -190,17 +192,18 @@ fn new_mark() -> String {
     format!("mark {}", LAST.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The moments of an operation: so many messages were carried. The loop ends with the first one that it outlives.
+/// The moments of an operation, as numbers of messages. The loop ends with the first number that
+/// the operation does not reach.
 fn moments() -> impl Iterator<Item = usize> {
     (0..MOST_MOMENTS).chain(std::iter::once_with(|| panic!("the operation never ends")))
 }
 
-// ---------------------------------------------------------------------------------------------------- leases
+// ------------------------------------------------------------------------------------------ leases
 
-/// What there is of a lock when it is asked for.
+/// The state of a lock when it is requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Lock {
-    /// Not even its row.
+    /// Not even its row exists.
     New,
     Free,
     Held,
@@ -225,7 +228,7 @@ async fn acquiring_a_lease<T: TestServer>(database: &T) {
             let has_ended = taken.is_some();
             drop(taken);
             scene.lease_is_free(&name).await;
-            // The turn in this process is free again, too.
+            // The local permit is free again, too.
             lock().acquire().await.unwrap().release().await.unwrap();
             scene.drop_unread(2, lock().acquire()).await;
             scene.lease_is_free(&name).await;
@@ -250,7 +253,8 @@ async fn waiting_for_a_lease<T: TestServer>(database: &T) {
     scene.locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
     for moment in 0..8 {
         let acquiring = || scene.locks.insert_lock("a").ttl(TTL).wait(SOON).acquire();
-        // Behind a neighbour of the same process, which waits without a message, and behind another process.
+        // Behind another request of the same process, which waits without messages, and behind
+        // another process.
         for holder in [&scene.locks, &scene.near] {
             let held = holder.insert_lock("a").ttl(TTL).acquire().await.unwrap();
             let waiting = async { timeout(8 * DELAY, acquiring()).await.is_err() };
@@ -258,7 +262,7 @@ async fn waiting_for_a_lease<T: TestServer>(database: &T) {
             held.release().await.unwrap();
             scene.lease_is_free("a").await;
         }
-        // And when the holder goes at that very time.
+        // And when the holder releases it at the same time.
         let held = scene.near.insert_lock("a").ttl(TTL).acquire().await.unwrap();
         let (waited, released) = tokio::join!(scene.drop_after(moment + 2, acquiring()), held.release());
         released.unwrap();
@@ -304,7 +308,7 @@ async fn running_under_a_lease<T: TestServer>(database: &T) {
     scene.nothing_goes_on().await;
 }
 
-// -------------------------------------------------------------------------------------- guarded transactions
+// ---------------------------------------------------------------------------- guarded transactions
 
 async fn beginning_a_guarded_transaction<T: TestServer>(database: &T) {
     let scene = Scene::new(database).await;
@@ -315,7 +319,7 @@ async fn beginning_a_guarded_transaction<T: TestServer>(database: &T) {
         let has_ended = begun.is_some();
         drop(begun.map(Result::unwrap));
         scene.pool_is_whole().await;
-        // The transaction that nobody has got does not hold on to the lease.
+        // The transaction that the caller never got does not hold the lease.
         lease.release().await.unwrap();
         scene.lease_is_free("a").await;
         if has_ended {
@@ -367,7 +371,8 @@ async fn ending_a_guarded_transaction<T: TestServer>(database: &T) {
     scenes.0.nothing_goes_on().await;
 }
 
-/// A statement of the caller's own, which fails on the server after it was dropped. What comes next gets its error.
+/// A statement of the caller that fails on the server after it was dropped. The next statement gets
+/// its error.
 async fn a_statement_in_a_guarded_transaction<T: TestServer>(database: &T) {
     let near = Scene::new(database).await.near;
     let ending = async |name: &str| {
@@ -400,9 +405,9 @@ async fn a_statement_in_a_guarded_transaction<T: TestServer>(database: &T) {
     scenes.0.nothing_goes_on().await;
 }
 
-// ------------------------------------------------------------------------------------------------- row locks
+// --------------------------------------------------------------------------------------- row locks
 
-/// From the first packet on: connecting and preparing belong to the life of an operation, too.
+/// From the first packet on: connecting and preparing are parts of an operation, too.
 async fn acquiring_on_a_new_connection<T: TestServer>(database: &T) {
     let near = Scene::new(database).await.near;
     let every_fourth = async |first: usize| {
@@ -449,7 +454,7 @@ async fn acquiring_a_row_lock<T: TestServer>(database: &T) {
                 }
                 Lock::Held => Some(near.row_lock(&name).acquire().await.unwrap()),
             };
-            // Through the end of the wait.
+            // To the end of the wait.
             let lock = || scene.locks.row_lock(&name).wait(12 * DELAY);
             let taken = if is_try {
                 scene.drop_after(moment, lock().try_acquire()).await
@@ -541,8 +546,9 @@ async fn with_each_ending<T: TestServer>(database: &T, case: impl AsyncFn(&Scene
 }
 
 impl<T: TestServer> Scene<'_, T> {
-    /// Writes in a transaction, takes a lock in it and drops that in a moment, and ends the transaction: what it wrote
-    /// must be kept as a whole or not at all. Answers whether there was nothing left to drop.
+    /// Writes in a transaction, takes a lock in it, drops that future at some moment, and ends the
+    /// transaction. What the transaction wrote must be kept completely or not at all. Returns
+    /// whether there was nothing left to drop.
     async fn drop_in_transaction<R>(
         &self,
         moment: usize,
@@ -558,7 +564,7 @@ impl<T: TestServer> Scene<'_, T> {
         match ending {
             Ending::RollBack => self.roll_back(transaction).await,
             Ending::WriteAndRollBack => {
-                // What was dropped may have doomed the transaction; then it refuses this.
+                // The dropped future may have doomed the transaction, which then refuses this.
                 let _ = timeout(SOON, self.write(&mut transaction, &after)).await.expect(&case);
                 self.roll_back(transaction).await;
             }
@@ -582,8 +588,8 @@ impl<T: TestServer> Scene<'_, T> {
         has_ended
     }
 
-    /// On MySQL and MariaDB the statement that was dropped may end with an error, which sqlx gives to the next one: then
-    /// the transaction is rolled back when it is dropped.
+    /// On MySQL and MariaDB the dropped statement may end with an error, which sqlx gives to the
+    /// next statement. Then the transaction is rolled back when it is dropped.
     async fn roll_back(&self, transaction: Transaction<'_, T::Database>) {
         let rolled_back = timeout(SOON, transaction.rollback()).await.expect("the connection answers");
         if T::NAME == "postgres" {
@@ -594,7 +600,7 @@ impl<T: TestServer> Scene<'_, T> {
 
 async fn locking_a_row_in_the_callers_transaction<T: TestServer>(database: &T) {
     with_each_ending(database, async |scene, ending| {
-        // Its row has to be made.
+        // Its row has to be created.
         for moment in moments() {
             let name = format!("{ending:?} {moment}");
             let lock = async |tx: &mut _| scene.locks.row_lock(&name).acquire_in(tx).await.unwrap();
@@ -651,7 +657,7 @@ async fn waiting_with_success_in_the_callers_transaction<T: TestServer>(database
                 let _alive = alive;
                 scene.locks.row_lock(&name).acquire_in(tx).await.unwrap()
             };
-            // The holder ends once somebody waits, or has left before that.
+            // The holder ends when the request waits, or has been dropped before that.
             let ending_of_holder = async {
                 while gone.try_recv() == Err(TryRecvError::Empty)
                     && scene.database.activity().await.waiting == 0
@@ -696,7 +702,7 @@ async fn a_dropped_waiter_leaves_the_server_within_its_slice<T: TestServer>(data
     scene.row_is_free("a").await;
 }
 
-// ------------------------------------------------------------------------------------------------- the whole
+// --------------------------------------------------------------------------------------- the whole
 
 async fn migrating<T: TestServer>(database: &T) {
     let scene = Scene::new(database).await;
@@ -705,7 +711,8 @@ async fn migrating<T: TestServer>(database: &T) {
         database.run("DROP TABLE distributed_lock").await;
         database.run("DROP TABLE _lock_db_migrations").await;
         let migrated = scene.drop_after(moment, scene.locks.migrate()).await;
-        // It goes on without the future, and leaves nothing locked that the next one would wait for.
+        // The migration continues without the future, and leaves nothing locked that the next one
+        // would wait for.
         eventually(SOON, async || scene.near.check().await.is_ok()).await;
         timeout(SOON, scene.near.migrate()).await.expect("nothing is locked").unwrap();
         scene.nothing_goes_on().await;
@@ -731,7 +738,8 @@ async fn closing<T: TestServer>(database: &T) {
         }
         scene.lease_is_free("a").await;
         scene.lease_is_free("b").await;
-        // The connections of the session end, too; those of the application have never been made.
+        // The connections of the session end, too. The application's own connections were never
+        // opened.
         eventually(SOON, async || scene.proxy.open() == 0).await;
         for lease in leases {
             lease.lost().await;
@@ -742,7 +750,8 @@ async fn closing<T: TestServer>(database: &T) {
     }
 }
 
-/// A service drops what it holds, closes its `Locks` and ends its process: after that nobody could release anything.
+/// A service drops what it holds, closes its `Locks` and ends its process. After that there would
+/// be no process left to release anything.
 async fn closing_waits_for_what_was_dropped_before<T: TestServer>(database: &T) {
     let near = Scene::new(database).await.near;
     for moment in 0..8 {
@@ -767,7 +776,7 @@ async fn closing_waits_for_what_was_dropped_before<T: TestServer>(database: &T) 
     }
 }
 
-/// Takes a lease and a row lock in a runtime that is gone when they are handed out.
+/// Takes a lease and a row lock in a runtime that is gone when they are returned.
 fn guards_of_a_dead_runtime<T: TestServer>(
     url: String,
 ) -> (Lease<T::Database>, RowGuard<T::Database>, Locks<T::Database>) {
@@ -783,7 +792,7 @@ fn guards_of_a_dead_runtime<T: TestServer>(
 
 async fn guards_outlive_their_runtime<T: TestServer>(database: &T) {
     let scene = Scene::new(database).await;
-    // Dropped outside of any runtime, theirs being alive.
+    // Dropped outside of any runtime, while their own is alive.
     let lease = scene.locks.insert_lock("lease").ttl(TTL).acquire().await.unwrap();
     let guard = scene.locks.row_lock("row").acquire().await.unwrap();
     std::thread::spawn(move || drop((guard, lease))).join().expect("dropping a guard panics nowhere");
@@ -791,15 +800,16 @@ async fn guards_outlive_their_runtime<T: TestServer>(database: &T) {
     scene.row_is_free("row").await;
     scene.pool_is_whole().await;
 
-    // Dropped outside of any runtime, theirs being gone.
+    // Dropped outside of any runtime, when their own is gone.
     let url = database.url().to_owned();
     let dropped = std::thread::spawn(move || drop(guards_of_a_dead_runtime::<T>(url)));
     tokio::task::spawn_blocking(|| dropped.join()).await.unwrap().expect("dropping a guard panics nowhere");
     scene.lease_is_free("lease").await;
     scene.row_is_free("row").await;
 
-    // Ended in another runtime. A lease does not mind. A connection that the application has made is no good without its
-    // runtime: a quick answer may still come through, and else nobody knows whether the commit was carried out.
+    // Ended in another runtime. A lease works there. A connection of the application is unusable
+    // without its runtime: a quick answer may still arrive, and otherwise it is unknown whether the
+    // commit was carried out.
     let url = database.url().to_owned();
     let handed_out = std::thread::spawn(move || guards_of_a_dead_runtime::<T>(url));
     let (lease, guard, locks) =
@@ -808,7 +818,7 @@ async fn guards_outlive_their_runtime<T: TestServer>(database: &T) {
     lease.release().await.unwrap();
     match guard.commit().await {
         Ok(()) => {}
-        Err(error @ Error::Database { .. }) => {
+        Err(error @ Error::CommitUnknown { .. }) => {
             assert!(error.to_string().contains("the runtime that made the connection has ended"), "{error}");
             assert!(!error.is_retryable());
         }

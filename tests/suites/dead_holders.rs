@@ -1,5 +1,6 @@
-//! A holder that has died or vanished keeps nobody from a lock for longer than its TTL, the notice and a little more; nor does
-//! a clock that was wrong. A holder that lives keeps its lease while another transaction keeps it from renewing.
+//! A holder that has died or vanished keeps a lock from others no longer than its TTL, the notice
+//! and a little more. Neither does a clock that was wrong. A holder that lives keeps its lease
+//! while another transaction keeps it from renewing.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -51,7 +52,7 @@ for_each_database! {
     with_others_waiting,
 }
 
-/// PostgreSQL ends transactions that are idle, for as long as one transaction asks for it.
+/// PostgreSQL ends idle transactions, for as long as one transaction requests it.
 mod idle_transactions {
     use super::*;
 

@@ -1,4 +1,4 @@
-//! Transactions that the database has ended behind the back of their handle.
+//! Transactions that the database has ended without the knowledge of their handle.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -26,8 +26,8 @@ async fn counter<T: TestDatabase>(database: &T) {
     }
 }
 
-/// What InnoDB does to the victim of a deadlock, and SQLite when its disk is full. PostgreSQL never does: there the
-/// transaction stays open, and refuses everything.
+/// Does what InnoDB does to the victim of a deadlock, and SQLite when its disk is full. PostgreSQL
+/// never does: its transaction stays open, and refuses everything.
 async fn end_behind_the_back<T: TestDatabase>(connection: &mut <T::Database as sqlx::Database>::Connection) {
     if T::NAME == "postgres" {
         T::Database::run(connection, "SELECT no_such_column").await.unwrap_err();
@@ -39,7 +39,7 @@ async fn end_behind_the_back<T: TestDatabase>(connection: &mut <T::Database as s
 async fn a_lock_in_a_transaction_that_is_gone_is_refused<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, database.locks().await);
     let pool = database.pool(1).await;
-    // Once for a row that is new, and once for one that is known.
+    // Once for a new row, and once for a known one.
     for round in 0..2 {
         let mut gone = pool.begin().await.unwrap();
         end_behind_the_back::<T>(&mut gone).await;
@@ -55,7 +55,7 @@ async fn a_lock_in_a_transaction_that_is_gone_is_refused<T: TestDatabase>(databa
         other.insert_lock("lease").try_acquire().await.unwrap().expect("it is free").release().await.unwrap();
         drop(gone);
 
-        // The pool's only connection is as good as new.
+        // The pool's only connection is usable again.
         let mut again = pool.begin().await.unwrap();
         locks.row_lock("row").acquire_in(&mut again).await.unwrap();
         locks.insert_lock("lease").acquire_in(&mut again).await.unwrap();
@@ -80,7 +80,7 @@ async fn a_lease_is_not_verified_in_a_transaction_that_is_gone<T: TestDatabase>(
         }
         drop(gone);
     }
-    // Neither has touched the lease.
+    // Neither has affected the lease.
     eventually(PATIENCE, async || lease.is_held()).await;
     lease.release().await.unwrap();
 }
@@ -93,7 +93,7 @@ async fn lose_a_deadlock<T: TestServer>(
     let mut winner = database.connection().await;
     T::Database::run(&mut winner, "BEGIN").await.unwrap();
     T::Database::run(&mut winner, "UPDATE counter SET n = n + 1 WHERE id >= 10").await.unwrap();
-    // PostgreSQL ends whoever notices first.
+    // PostgreSQL ends the transaction that notices first.
     if T::NAME == "postgres" {
         T::Database::run(&mut winner, "SET LOCAL deadlock_timeout = '60s'").await.unwrap();
     }
@@ -108,7 +108,7 @@ async fn lose_a_deadlock<T: TestServer>(
     winning.await.unwrap();
 }
 
-/// As code that swallows the error of one statement goes on with the next.
+/// As code that ignores the error of one statement and continues with the next.
 async fn nothing_is_kept_after_a_deadlock<T: TestServer>(database: &T) {
     const WRITES: usize = 3;
     counter(database).await;
@@ -150,7 +150,8 @@ async fn nothing_is_kept_after_a_deadlock<T: TestServer>(database: &T) {
             }
             overtaken.commit().await.unwrap();
 
-            // What the application sends next on the pool's only connection is its own again, and commits by itself.
+            // The next statement on the pool's only connection belongs to the application again,
+            // and commits by itself.
             let mut connection = pool.acquire().await.unwrap();
             T::Database::run(&mut connection, "UPDATE counter SET n = n + 1 WHERE id = 5").await.unwrap();
             drop(connection);
@@ -165,7 +166,7 @@ async fn nothing_is_kept_after_a_deadlock<T: TestServer>(database: &T) {
     assert_eq!(database.number("SELECT n FROM counter WHERE id = 5").await, commits);
 }
 
-/// The error of a statement that was dropped comes up with the next one that is sent, which may be lock-db's.
+/// The error of a dropped statement appears at the next one that is sent, which may be lock-db's.
 async fn nothing_that_is_dropped_stays_with_the_connection<T: TestServer>(database: &T) {
     counter(database).await;
     let pool = database.pool(1).await;

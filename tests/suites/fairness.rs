@@ -1,4 +1,5 @@
-//! Processes that wait for the same lease get it in the order in which they came, also when one of them dies or gives up.
+//! Processes that wait for the same lease get it in the order of their arrival, even if one of them
+//! dies or gives up.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -30,14 +31,14 @@ child_roles! { wait_for_a_lease }
 const PATIENCE: Duration = Duration::from_mins(1);
 const LONG: Duration = Duration::from_mins(10);
 
-/// How many processes stand in the queue of the one name there is.
+/// How many processes are in the queue of the only name.
 async fn in_queue<T: TestDatabase>(database: &T) -> i64 {
     database.number("SELECT length(waiters) FROM distributed_lock").await / 56
 }
 
 type Waiting<T> = JoinHandle<Result<Lease<<T as TestDatabase>::Database>, Error>>;
 
-/// Another process, as far as locks go, that stands in the queue when this returns.
+/// Another process, as far as locks are concerned. It is in the queue when this returns.
 async fn waiter<T: TestDatabase>(database: &T) -> (Locks<T::Database>, Waiting<T>) {
     let before = in_queue(database).await;
     let locks = database.locks().await;
@@ -53,7 +54,7 @@ async fn whoever_waits_longest_is_next<T: TestDatabase>(database: &T) {
     for _ in 0..4 {
         queue.push_back(waiter(database).await);
     }
-    // One more comes when the queue is half through.
+    // Another one arrives when half of the queue is served.
     for round in 0..4 {
         if round == 2 {
             queue.push_back(waiter(database).await);
@@ -104,7 +105,7 @@ async fn a_waiter_that_was_killed_is_passed_over<T: TestDatabase>(database: &T) 
     tokio::time::timeout(PATIENCE, next).await.unwrap().unwrap().unwrap().release().await.unwrap();
 }
 
-/// Somebody else stands first in the queue of a lock that is free, and is seen no more.
+/// Another process is first in the queue of a free lock, and never comes back.
 async fn leave_a_place<T: TestDatabase>(database: &T) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
     let place = format!("{:032x}{:016}{:08x}", 7, now.as_micros(), 0);
@@ -116,7 +117,7 @@ async fn a_try_leaves_a_free_lock_to_those_who_wait<T: TestDatabase>(database: &
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
     leave_a_place(database).await;
     assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
-    // Not for ever.
+    // Not forever.
     eventually(PATIENCE, async || locks.insert_lock("a").try_acquire().await.unwrap().is_some()).await;
 }
 
@@ -149,7 +150,7 @@ async fn a_request_may_be_unfair_by_itself<T: TestDatabase>(database: &T) {
     assert!(unfair.insert_lock("a").fair(true).try_acquire().await.unwrap().is_none());
 }
 
-/// A release takes a place for the next caller of its process, behind the others who wait.
+/// A release adds a queue entry for the next caller of its process, behind the other waiters.
 async fn a_place_that_a_release_took_is_left_when_nobody_needs_it<T: TestDatabase>(database: &T) {
     let first = database.locks().await.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let locks = Locks::builder(database.pool(1).await).hand_off(1, LONG).build();
@@ -158,7 +159,7 @@ async fn a_place_that_a_release_took_is_left_when_nobody_needs_it<T: TestDatabas
     eventually(PATIENCE, async || in_queue(database).await == 1).await;
     let (_others_locks, other) = waiter(database).await;
     first.release().await.unwrap();
-    // One of the two has it, and gives it back while the other one waits in this process.
+    // One of the two has it, and releases it while the other one waits in this process.
     let mut both = VecDeque::from([one, two]);
     let held = next_of(&mut both).await;
     held.release().await.unwrap();
@@ -169,7 +170,7 @@ async fn a_place_that_a_release_took_is_left_when_nobody_needs_it<T: TestDatabas
     held.release().await.unwrap();
 }
 
-/// He wants several locks, and waits for another one of them first.
+/// The next caller wants several locks, and waits for another one of them first.
 async fn a_place_is_left_when_the_next_caller_has_no_use_for_it<T: TestDatabase>(database: &T) {
     let (other, locks) = (database.locks().await, database.locks().await);
     let held = other.insert_lock("a").ttl(LONG).acquire().await.unwrap();
@@ -178,12 +179,13 @@ async fn a_place_is_left_when_the_next_caller_has_no_use_for_it<T: TestDatabase>
     let fair = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
     eventually(PATIENCE, async || database.number(of_a).await > 0).await;
     let both = tokio::spawn(locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire());
-    // It stands behind the other one: a try, which waits for nobody, can't tell. So both have a moment to come.
+    // It is behind the other caller. A try can't tell, because it does not wait. So both have a
+    // moment to arrive.
     tokio::task::yield_now().await;
     fair.abort();
     eventually(PATIENCE, async || database.number(of_a).await == 0).await;
     held.release().await.unwrap();
-    // No place of ours keeps it from the others.
+    // No queue entry of ours keeps it from the others.
     other.insert_lock("a").try_acquire().await.unwrap().unwrap().release().await.unwrap();
     in_the_way.release().await.unwrap();
     both.await.unwrap().unwrap().release().await.unwrap();
@@ -196,7 +198,7 @@ async fn whoever_finds_the_queue_full_waits_without_a_place<T: TestDatabase>(dat
     let places: String =
         (1..=64).map(|one| format!("{one:032x}{:016}{:08x}", until.as_micros(), 0)).collect();
     database.run(&format!("UPDATE distributed_lock SET waiters = '{places}'")).await;
-    // Until those in front are passed over.
+    // Until the entries in front are skipped.
     locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
 }
 
@@ -251,7 +253,7 @@ async fn another_process_has_it_after_some_turns<T: TestDatabase>(database: &T) 
     for _ in 0..2 * TURNS {
         let lock = locks.insert_lock("a").ttl(LONG).wait(PATIENCE);
         callers.push_back(tokio::spawn(lock.acquire()));
-        // The first of them stands in the queue, for all.
+        // The first of them is in the queue, for all.
         eventually(PATIENCE, async || in_queue(database).await == 1).await;
     }
     let (_locks, other) = waiter(database).await;
@@ -272,7 +274,7 @@ async fn another_process_has_it_after_some_turns<T: TestDatabase>(database: &T) 
     }
 }
 
-/// Whoever of them has the lock next. They came in no certain order.
+/// The next of them to get the lock. They arrived in no certain order.
 async fn next_of<DB: LockDatabase>(
     callers: &mut VecDeque<JoinHandle<Result<Lease<DB>, Error>>>,
 ) -> Lease<DB> {

@@ -1,4 +1,4 @@
-//! Many names at once, over a network that is far: round trips are counted, not time.
+//! Many names at once, over a distant network. Round trips are counted, not time.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -35,14 +35,15 @@ for_each_database! {
 const PATIENCE: Duration = Duration::from_mins(1);
 const LONG: Duration = Duration::from_mins(10);
 const MANY: usize = 300;
-/// What a request costs at most, however many names it has: a connection may be made, and statements parsed, for the first time.
+/// The largest cost of a request, however many names it has. A connection may have to be opened,
+/// and statements parsed for the first time.
 const FEW: usize = 40;
 
 fn names(prefix: &str, count: usize) -> Vec<String> {
     (0..count).map(|number| format!("{prefix} {number:05}")).collect()
 }
 
-/// Locks behind a network, with private connections that are there and know the table.
+/// A `Locks` behind a network. Its private connections are open and know the table.
 async fn far<T: TestServer>(database: &T, proxy: &Proxy) -> Locks<T::Database> {
     drop(database.locks().await);
     let locks = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await);
@@ -50,7 +51,7 @@ async fn far<T: TestServer>(database: &T, proxy: &Proxy) -> Locks<T::Database> {
     locks
 }
 
-/// How many messages go to the server while something is done.
+/// How many messages are sent to the server during some work.
 async fn messages<F: Future>(proxy: &Proxy, work: F) -> (usize, F::Output) {
     let before = proxy.reads(Direction::ToServer);
     let output = work.await;
@@ -60,7 +61,7 @@ async fn messages<F: Future>(proxy: &Proxy, work: F) -> (usize, F::Output) {
 async fn many_names_cost_as_many_round_trips_as_a_few<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = far(database, &proxy).await;
-    // So that nobody has another request ready while one is under way.
+    // So that no caller has another request ready while one is in progress.
     proxy.delay(Direction::ToServer, Duration::from_millis(5));
     for what in ["new", "known"] {
         let lock = locks.insert_locks(names("many", MANY)).ttl(LONG).wait(PATIENCE);
@@ -73,10 +74,10 @@ async fn many_names_cost_as_many_round_trips_as_a_few<T: TestServer>(database: &
         released.unwrap();
         assert!(giving < FEW, "{giving} messages to give {MANY} {what} names back");
     }
-    // Each with a number of its own that grows.
+    // Each has its own number, which grows.
     let leases = locks.insert_locks(names("many", MANY)).ttl(LONG).wait(PATIENCE).acquire().await.unwrap();
     let before: Vec<i64> = leases.iter().map(lock_db::Lease::fencing_token).collect();
-    // Dropped ones go together as well.
+    // Dropped leases are released together as well.
     let (giving, ()) = messages(&proxy, async {
         drop(leases);
         let taken = locks.insert_locks(names("many", MANY)).ttl(LONG).wait(PATIENCE).acquire().await.unwrap();
@@ -107,12 +108,12 @@ async fn many_names_keep_nobody_waiting<T: TestServer>(database: &T) {
             }
         }
         several.await.unwrap().unwrap();
-        // Its own statement, and what was under way.
+        // Its own statement, and what was in progress.
         assert!(worst < 15, "{worst} messages for one lock beside {MANY} {what} names");
     }
 }
 
-/// Each of them looks from time to time whether its name is free.
+/// Each of them reads from time to time whether its name is free.
 async fn many_that_wait_keep_nobody_waiting<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = far(database, &proxy).await;
@@ -123,7 +124,7 @@ async fn many_that_wait_keep_nobody_waiting<T: TestServer>(database: &T) {
     let held = near.insert_locks(&names).ttl(LONG).acquire().await.unwrap();
     let mut waiting = JoinSet::new();
     for name in &names {
-        // Without places in queues, which are written by each.
+        // Without queue entries, which each request would write.
         waiting.spawn(locks.insert_lock(name).fair(false).wait(PATIENCE).acquire());
     }
     proxy.delay(Direction::ToServer, Duration::from_millis(5));
@@ -140,7 +141,7 @@ async fn many_that_wait_keep_nobody_waiting<T: TestServer>(database: &T) {
     }
 }
 
-/// As those of a process that died. Each of them is given notice of 1 s.
+/// Like the leases of a process that died. Each of them is given notice of 1 s.
 async fn leases_of_many_names_that_ran_out_are_taken_together<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let names = names("dead", 60);
@@ -152,7 +153,7 @@ async fn leases_of_many_names_that_ran_out_are_taken_together<T: TestDatabase>(d
     database.run(&dies).await;
     let taken = locks.insert_locks(&names).wait(Duration::from_secs(20)).acquire().await.unwrap();
     assert!(taken.is_held());
-    // Beside one that is held for longer they are told as well.
+    // They are given notice as well beside one that is held for longer.
     taken.release().await.unwrap();
     database.run(&dies).await;
     let other = Locks::new(database.pool(2).await);
@@ -164,7 +165,7 @@ async fn leases_of_many_names_that_ran_out_are_taken_together<T: TestDatabase>(d
     waiting.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// Each wants most of what the other wants, whatever rows there are, and never hears of a deadlock.
+/// Each wants most of what the other wants, no matter which rows exist, and never gets a deadlock.
 async fn processes_that_want_overlapping_names_get_them_in_turn<T: TestDatabase>(database: &T) {
     drop(database.locks().await);
     let mut processes = JoinSet::new();
@@ -172,7 +173,7 @@ async fn processes_that_want_overlapping_names_get_them_in_turn<T: TestDatabase>
         let locks = Locks::new(database.pool(2).await);
         processes.spawn(async move {
             for round in 0..5 {
-                // The last rounds make no rows.
+                // The last rounds create no rows.
                 let mut names = names(&format!("round {}", round.min(3)), 60);
                 names.rotate_left(process * 7);
                 names.truncate(50);
@@ -186,7 +187,7 @@ async fn processes_that_want_overlapping_names_get_them_in_turn<T: TestDatabase>
     }
 }
 
-/// As many as are taken together, or as long as names are.
+/// As many names as may be taken together, and names of the greatest length.
 async fn many_long_names_are_taken_together<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let long: Vec<String> = (0..2000).map(|number| format!("{number:05}{}", "é".repeat(125))).collect();
@@ -213,7 +214,7 @@ async fn more_names_than_may_be_taken_together_are_refused<T: TestDatabase>(data
     assert!(matches!(refused, Error::InvalidOption { option: "names", .. }), "{refused:?}");
 }
 
-/// A trigger keeps one row as it is.
+/// A trigger keeps one row unchanged.
 async fn what_can_not_be_written_of_several_leaves_none_of_them<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let names = names("many", 20);
@@ -253,7 +254,8 @@ async fn what_can_not_be_written_of_several_leaves_none_of_them<T: TestDatabase>
     eventually(PATIENCE, async || database.number(held).await == 0).await;
 }
 
-/// PostgreSQL lets the rows of a guarded transaction be freed at once, the others after its end.
+/// PostgreSQL allows the rows of a guarded transaction to be freed immediately, the others after
+/// its end.
 async fn many_guarded_leases_are_given_back_together<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = far(database, &proxy).await;
@@ -293,7 +295,7 @@ async fn an_attempt_that_is_dropped_gives_all_back_together<T: TestServer>(datab
     let names = names("many", MANY);
     let lock = locks.insert_locks(&names).ttl(LONG).wait(PATIENCE);
     lock.clone().acquire().await.unwrap().release().await.unwrap();
-    // It is granted, and nobody hears of it.
+    // It is granted, but no answer arrives.
     proxy.pause(Direction::ToClient);
     let taking = tokio::spawn(lock.acquire());
     eventually(PATIENCE, async || proxy.held(Direction::ToClient) > 0).await;
@@ -309,7 +311,7 @@ async fn an_attempt_that_is_dropped_gives_all_back_together<T: TestServer>(datab
     leases.unwrap().release().await.unwrap();
 }
 
-/// By a transaction that says nothing.
+/// The transaction sends nothing.
 async fn one_locked_row_of_many_is_found_at_once<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = far(database, &proxy).await;
@@ -330,7 +332,7 @@ async fn one_locked_row_of_many_is_found_at_once<T: TestServer>(database: &T) {
     waiting.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// PostgreSQL makes rows in transactions. Which one it is, is told.
+/// PostgreSQL creates rows in transactions. The error names the row.
 async fn one_row_of_many_that_a_transaction_makes_is_found_at_once<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = far(database, &proxy).await;
@@ -413,7 +415,7 @@ async fn a_lease_that_the_network_can_not_keep_is_lost_with_a_word_on_its_ttl<T:
 
 static WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Keeps what operators are warned of.
+/// Keeps the warnings for operators.
 struct Warnings;
 
 impl Subscriber for Warnings {
@@ -442,7 +444,8 @@ impl Subscriber for Warnings {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// `max_allowed_packet`, which may be too small for all renewals of a process, or for all names of a request.
+/// `max_allowed_packet` may be too small for all renewals of a process, or for all names of a
+/// request.
 async fn messages_are_as_long_as_the_server_takes_them<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_secs(3);
     drop(database.locks().await);
@@ -450,14 +453,14 @@ async fn messages_are_as_long_as_the_server_takes_them<T: TestServer>(database: 
     if T::NAME == "postgres" {
         locks = Locks::new(database.pool(2).await);
     } else {
-        // Connections keep what was set when they were made.
+        // Connections keep the setting from when they were opened.
         let before = database.number("SELECT @@GLOBAL.max_allowed_packet").await;
         let mut connection = database.connection().await;
         T::Database::run(&mut connection, "SET GLOBAL max_allowed_packet = 16384").await.unwrap();
         let connected = tokio::time::timeout(PATIENCE, async {
             let locks: Locks<T::Database> = Locks::new(database.pool(1).await);
             let _renewed = locks.insert_lock("warm").ttl(Duration::from_millis(600)).acquire().await.unwrap();
-            // That of the pool, both private ones, and this one.
+            // The pool's connection, both private ones, and this one.
             eventually(PATIENCE, async || database.activity().await.connections >= 4).await;
             locks
         });

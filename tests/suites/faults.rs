@@ -1,7 +1,9 @@
-//! Locks while things go wrong: real workers on real servers, whose processes, networks and servers fail by a seeded
-//! schedule, and a checker that goes over what they have seen. docs/testing.md says what for.
+//! Locks under faults: real workers on real servers, whose processes, networks and servers fail by
+//! a seeded schedule, and a checker of what they have recorded. docs/testing.md explains the
+//! purpose.
 //!
-//! A run that fails says its seed; with `LOCK_DB_TEST_SEED` set to it the same faults are injected at the same moments.
+//! A failed run prints its seed. With `LOCK_DB_TEST_SEED` set to it, the same faults are injected
+//! at the same moments.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -65,20 +67,21 @@ child_roles! { worker }
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Of all leases: short, so that it passes often.
+/// Of all leases. Short, so that it often passes.
 const TTL: Duration = Duration::from_millis(600);
 /// How long faults are injected in a round.
 const LENGTH: Duration = Duration::from_millis(1500);
-/// … of a long run.
+/// The same for a long run.
 const LONG_LENGTH: Duration = Duration::from_secs(20);
-/// How long a run may take, beyond what a long one is to take.
+/// How long a run may take, in addition to the time of a long run.
 const PATIENCE: Duration = Duration::from_mins(4);
 
-/// One round; in a long run as many as there is time for, some with all faults mixed, some with one of them alone.
+/// One round. A long run has as many as fit into its time, some with all faults mixed, some with a
+/// single one.
 async fn rounds(what: &str, faults: &[Fault], mut round: impl AsyncFnMut(Plan<'_>) -> Report) {
     let (started, time) = (Instant::now(), long_run());
     let mut seeds = Random(seed());
-    // The first one is the one that was given, so that a single round can be had again.
+    // The first seed is the given one, so that a single round can be repeated.
     let mut seed = seeds.0;
     let mut total = Report::default();
     loop {
@@ -100,7 +103,7 @@ async fn rounds(what: &str, faults: &[Fault], mut round: impl AsyncFnMut(Plan<'_
     report(&format!("{what}: {total}"));
 }
 
-/// Also into the file that `tests/run --faults` shows in the end.
+/// Also into the file that `tests/run --faults` shows at the end.
 fn report(line: &str) {
     println!("{line}");
     if let Some(path) = std::env::var_os("LOCK_DB_TEST_FAULTS_REPORT") {
@@ -161,7 +164,7 @@ async fn networks_are_parted<T: TestServer>(_: &T) {
     .await;
 }
 
-// -------------------------------------------------------------------------------------- a server of one's own
+// --------------------------------------------------------------------------- a server of one's own
 
 macro_rules! on_own_servers {
     ($($case:ident $faults:ident);* $(;)?) => {$(
@@ -215,7 +218,7 @@ fn on_own_server<K: ServerKind>(faults: &[Fault]) {
     });
 }
 
-/// Else a run with its clock would show nothing.
+/// Otherwise a run with its clock would show nothing.
 async fn assert_clock_moves<K: ServerKind>(database: &Server<K>, server: &OwnServer) {
     const HOUR: i64 = 3600;
     let now = match K::NAME {
@@ -229,9 +232,9 @@ async fn assert_clock_moves<K: ServerKind>(database: &Server<K>, server: &OwnSer
     assert!(wrong_time - true_time > HOUR / 2, "the server's clock does not move");
 }
 
-// --------------------------------------------------------------------------------------- what must be found
+// ------------------------------------------------------------------------------ what must be found
 
-/// The same work with the same checks on a lock that somebody has made by hand.
+/// The same work with the same checks, on a handwritten lock.
 async fn by_hand<T: TestServer>(mistake: Mistake) -> Vec<Violation> {
     const ROUNDS: u64 = 12;
     let mut seeds = Random(seed());

@@ -1,5 +1,5 @@
-//! The first uses of a name by several at once: making its row must not stop the session, through which all locks of a
-//! process go.
+//! The first uses of a name by several callers at once. Creating its row must not stop the session,
+//! which handles all locks of a process.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +9,8 @@ use lock_tests::{Backend, TestServer, for_each_server};
 use sqlx::Connection;
 use tokio::task::JoinSet;
 
-/// A statement on a private connection is given up after five seconds, and InnoDB gives up after one what is locked.
+/// A statement on a private connection is given up after five seconds, and InnoDB gives up a locked
+/// row after one.
 const STANDSTILL: Duration = Duration::from_millis(3500);
 
 for_each_server! {
@@ -17,7 +18,7 @@ for_each_server! {
     two_new_names_in_one_transaction,
 }
 
-/// Somebody else is making the row, and does not get on with it.
+/// Another transaction creates the row, and makes no progress.
 async fn a_row_in_the_making_stops_no_other_name<T: TestServer>(database: &T) {
     let (locks, pool) = (database.locks().await, database.pool(2).await);
     let mut maker = pool.begin().await.unwrap();
@@ -33,7 +34,8 @@ async fn a_row_in_the_making_stops_no_other_name<T: TestServer>(database: &T) {
     waiting.await.unwrap().unwrap().rollback().await.unwrap();
 }
 
-/// Who has the first lock needs the session for the second one, and others make the row of the first one meanwhile.
+/// A holder of the first lock needs the session for the second one, while others create the row of
+/// the first one.
 async fn two_new_names_in_one_transaction<T: TestServer>(database: &T) {
     let (locks, pool) = (database.locks().await, Arc::new(database.pool(20).await));
     let started = Instant::now();
@@ -43,7 +45,7 @@ async fn two_new_names_in_one_transaction<T: TestServer>(database: &T) {
         clicks.spawn(async move {
             let mut connection = pool.acquire().await.unwrap();
             if T::NAME != "postgres" {
-                // As PostgreSQL begins them: the snapshot after a wait for the second lock is a new one.
+                // As PostgreSQL begins them: after a wait for the second lock, the snapshot is new.
                 let sql = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
                 <T::Database as Backend>::run(&mut connection, sql).await.unwrap();
             }
@@ -56,7 +58,7 @@ async fn two_new_names_in_one_transaction<T: TestServer>(database: &T) {
                 };
                 match stock {
                     Ok(_) => return tx.commit().await.unwrap(),
-                    // The row was just being made.
+                    // The row was being created.
                     Err(Error::Serialization { .. }) => tx.rollback().await.unwrap(),
                     Err(error) => panic!("{error}"),
                 }

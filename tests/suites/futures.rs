@@ -1,4 +1,4 @@
-//! What users put into `tokio::spawn` and into `static`s.
+//! Values that users put into `tokio::spawn` and into `static`s.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -35,12 +35,12 @@ fn types_cross_threads() {
     crosses::<HeldInTransaction>();
     crosses::<LockInfo>();
     crosses::<Error>();
-    // As sqlx's own transaction on SQLite.
+    // Like sqlx's own transaction on SQLite.
     fn moves<T: Send + 'static>() {}
     moves::<RowGuard<Sqlite>>();
 }
 
-/// Never called: that it compiles is the test.
+/// Never called: the test is that it compiles.
 #[allow(dead_code)]
 fn futures_are_send<DB: LockDatabase>(
     locks: &Locks<DB>,
@@ -86,7 +86,7 @@ async fn run_can_be_spawned() {
     assert_eq!(task.await.unwrap().unwrap(), "a borrowed");
 }
 
-/// A database of its own for a test, and what keeps it.
+/// A database for one test, and what keeps it.
 async fn own_locks() -> (Locks<Sqlite>, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}?mode=rwc", folder.path().join("test.db").display());
@@ -95,9 +95,9 @@ async fn own_locks() -> (Locks<Sqlite>, tempfile::TempDir) {
     (locks, folder)
 }
 
-// ------------------------------------------------------------------------- what annotated functions cost their callers
+// ----------------------------------------------------- what annotated functions cost their callers
 
-/// An address in the frame of a function that was called here.
+/// An address in the stack frame of a function that was called here.
 #[inline(never)]
 fn place_on_stack() -> usize {
     let here = 0_u8;
@@ -140,8 +140,9 @@ async fn deep_row(left: u32, outermost: usize) -> Stack {
     deep_row(left - 1, outermost).await
 }
 
-/// The thread of a test has 2 MiB, a worker of tokio as well, and the main thread of Windows 1 MiB: recursion over a tree, or
-/// layers of services that each take their lock, must find room in it, in programs that are not optimised, too.
+/// The thread of a test has 2 MiB, and so has a worker of tokio. The main thread of Windows has 1
+/// MiB. Recursion over a tree, or layers of services that each take their lock, must fit into that,
+/// also without optimization.
 #[test]
 fn nested_calls_need_little_stack() {
     let most = if cfg!(debug_assertions) { 4096 } else { 2048 };
@@ -160,7 +161,7 @@ fn nested_calls_need_little_stack() {
             locks.close().await;
         });
     };
-    // Room for a failure to be told instead of an overflow.
+    // Room to report a failure instead of an overflow.
     std::thread::Builder::new().stack_size(64 << 20).spawn(on_thread).unwrap().join().unwrap();
 }
 
@@ -172,8 +173,9 @@ async fn two_locks(sizes: [u64; 64]) -> Result<(), Error> {
     Ok(())
 }
 
-/// A future is copied into the one that awaits it, and so on outwards. So that of an annotated function has room for its
-/// arguments and for what it returns, and for little else; its body and its lock are elsewhere.
+/// A future is copied into the one that awaits it, and so on outwards. So that of an annotated
+/// function has room for its arguments and its output, and little else. Its body and its lock are
+/// boxed.
 #[test]
 fn futures_of_annotated_functions_are_small() {
     let output = size_of::<Result<usize, Error>>();
@@ -188,9 +190,9 @@ fn futures_of_annotated_functions_are_small() {
     assert!(size <= 2 * arguments + output + 128, "{size} bytes, {arguments} of them the arguments");
 }
 
-// ------------------------------------------------------------------------------------------------- `let _ = acquire()`
+// ----------------------------------------------------------------------------- `let _ = acquire()`
 
-/// Counts the told of one thread.
+/// Counts the warnings of one thread.
 #[derive(Clone, Default)]
 struct Told(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
 
@@ -232,7 +234,7 @@ impl Told {
     }
 }
 
-/// The compiler says nothing about it unless it is told to: see `tests/ui/underscores.rs`.
+/// The compiler does not warn by default: see `tests/ui/underscores.rs`.
 #[tokio::test]
 async fn a_guard_that_is_dropped_at_once_is_told_of() {
     let (locks, _folder) = own_locks().await;
@@ -259,7 +261,7 @@ async fn a_guard_that_is_dropped_at_once_is_told_of() {
     }
     assert_eq!(told.of_dropped_guards(), 0, "{:?}", told.0);
 
-    // Each may be missed when this thread is interrupted just then.
+    // Each may be missed when this thread is interrupted at that moment.
     for name in ["lease", "tried", "several", "row"] {
         for _ in 0..1000 {
             match name {
@@ -279,7 +281,7 @@ async fn a_guard_that_is_dropped_at_once_is_told_of() {
             if told.name(name) || !cfg!(debug_assertions) {
                 break;
             }
-            // Free again, or a try gets nothing.
+            // Free again; otherwise a try gets nothing.
             if name == "tried" {
                 locks.insert_lock(name).acquire().await.unwrap().release().await.unwrap();
             }

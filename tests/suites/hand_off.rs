@@ -1,7 +1,8 @@
-//! A lease that is given back while callers of the same process wait for it: it goes from one to the next in memory,
-//! with a fencing token of its own for each, unless a transaction of the last holder may still commit by it.
+//! A lease that is released while callers of the same process wait for it is handed from one to the
+//! next in memory. Each gets a fencing token of its own. The lease is not handed on while a
+//! transaction of the last holder may still commit under it.
 //!
-//! Leases that were handed on have the secret of the one acquisition in common: that is how the cases tell.
+//! Leases that were handed on share the secret of one acquisition. The cases use that to tell.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -40,19 +41,19 @@ for_each_database! {
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const LONG: Duration = Duration::from_mins(10);
-/// For what must not happen: too short a time only lets a mistake pass.
+/// For what must not happen: if it is too short, a mistake may only pass unnoticed.
 const A_WHILE: Duration = Duration::from_millis(300);
 
 type Acquiring<DB> = Pin<Box<dyn Future<Output = Result<Lease<DB>, Error>> + Send>>;
 
-/// A caller that stands in the queue when this returns.
+/// A caller that is in the queue when this returns.
 async fn queued<DB: LockDatabase>(locks: &Locks<DB>, ttl: Duration) -> Acquiring<DB> {
     let mut acquiring: Acquiring<DB> = Box::pin(locks.insert_lock("a").ttl(ttl).wait(PATIENCE).acquire());
     assert!(poll_fn(|context| Poll::Ready(acquiring.as_mut().poll(context))).await.is_pending());
     acquiring
 }
 
-/// A lease that may be handed on, and those who wait for it: granted while they waited.
+/// A lease that may be handed on, and its waiters: granted while they waited.
 async fn held_before<DB: LockDatabase>(locks: &Locks<DB>, waiters: usize) -> (Lease<DB>, Vec<Acquiring<DB>>) {
     let first = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let second = queued(locks, LONG).await;
@@ -101,7 +102,7 @@ async fn waiters_have_it_one_after_the_other<T: TestDatabase>(database: &T) {
 }
 
 async fn after_its_turns_it_goes_by_the_database<T: TestDatabase>(database: &T) {
-    // Nobody waits anywhere else: four times as many.
+    // Without waiters in other processes the limit is four times as high.
     let locks = locks_with(database, 2, LONG).await;
     let (mut held, waiting) = held_before(&locks, 9).await;
     let mut by_hand = Vec::new();
@@ -138,7 +139,7 @@ async fn a_waiter_that_has_gone_is_passed_over<T: TestDatabase>(database: &T) {
     assert!(was_handed_on(&secret, &next));
 }
 
-/// It has got the lease, and nobody looks.
+/// The waiter has got the lease, but its future is not polled.
 async fn a_waiter_that_goes_while_it_is_served_passes_it_on<T: TestDatabase>(database: &T) {
     let locks = locks(database).await;
     let (held, mut waiting) = held_before(&locks, 2).await;
@@ -200,7 +201,7 @@ async fn a_committed_transaction_is_no_obstacle<T: TestDatabase>(database: &T) {
     assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_some());
 }
 
-/// Nobody but its owner knows when it ends: the next holder comes after it.
+/// Only its owner knows when it ends. The next holder comes after it.
 async fn a_verified_transaction_is<T: TestDatabase>(database: &T) {
     let locks = locks(database).await;
     let mut connection = database.connection().await;
@@ -216,7 +217,8 @@ async fn a_verified_transaction_is<T: TestDatabase>(database: &T) {
     assert!(!was_handed_on(&secret, &next));
 }
 
-/// The holder before has changed something since the transaction read it, and the row of the lease has not changed in between.
+/// The previous holder has changed data since the transaction read it, and the row of the lease has
+/// not changed in between.
 async fn an_older_transaction_is_refused<T: TestDatabase>(database: &T) {
     let locks = locks(database).await;
     let pool = database.pool(2).await;
@@ -239,14 +241,15 @@ async fn an_older_transaction_is_refused<T: TestDatabase>(database: &T) {
     assert!(matches!(refused, Error::Serialization { .. }), "{refused:?}");
     drop(older);
     assert!(next.is_held());
-    // Run again it is one that began under the lease.
+    // Run again, it is a transaction that began under the lease.
     let mut newer = begin::<T>(&pool, "REPEATABLE READ").await;
     assert_eq!(count::<T>(&mut newer).await, 1);
     next.verify_in(&mut newer).await.unwrap();
     newer.commit().await.unwrap();
     next.release().await.unwrap();
 
-    // From now on the database tells one holder from the next, so that nobody is refused without need.
+    // From now on the database distinguishes one holder from the next, so no transaction is refused
+    // without need.
     let (held, mut waiting) = held_before(&locks, 1).await;
     let secret = held.secret_key().to_owned();
     drop(held);
@@ -292,7 +295,7 @@ async fn a_lease_that_is_over_is_not_handed_on<T: TestDatabase>(database: &T) {
     first.release().await.unwrap();
     let second = second.await.unwrap();
     let secret = second.secret_key().to_owned();
-    // Somebody takes it by force.
+    // The lease is taken by force.
     database.run("UPDATE distributed_lock SET secret_key = 'x', expire_time = '1970-01-01 00:00:00'").await;
     timeout(PATIENCE, second.lost()).await.unwrap();
     assert!(matches!(second.release().await, Err(Error::Lost { .. })));
@@ -337,7 +340,7 @@ async fn tokens_grow_over_hands_and_processes<T: TestDatabase>(database: &T) {
     let tokens = std::mem::take(&mut *tokens.lock().unwrap());
     assert_eq!(tokens.len(), 320);
     assert!(tokens.is_sorted_by(|before, after| before < after), "{tokens:?}");
-    // Never ahead of the clock: a row that is made anew begins with that.
+    // Never ahead of the clock: a row that is created anew begins with the clock's value.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros();
     let in_the_row = database.number("SELECT fencing_token FROM distributed_lock").await;
     assert!(u128::try_from(in_the_row).unwrap() <= now, "{in_the_row} at {now}");
@@ -362,7 +365,7 @@ async fn no_message_is_needed<T: TestServer>(database: &T) {
     held.release().await.unwrap();
 }
 
-/// It may be carried out later, and would be by the same lease.
+/// It may be carried out later, under the same lease.
 async fn a_commit_without_an_answer_is_an_obstacle<T: TestServer>(database: &T) {
     drop(database.locks().await);
     let proxy = database.proxy();

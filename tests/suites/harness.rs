@@ -1,4 +1,4 @@
-//! The harness itself: what the other suites rely on without looking.
+//! The harness itself: what the other suites rely on.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -45,7 +45,7 @@ for_each_database! {
 
 lock_tests::child_roles! { counter }
 
-// ------------------------------------------------------------------------------------------------- databases
+// --------------------------------------------------------------------------------------- databases
 
 async fn each_test_has_a_database_of_its_own<T: TestDatabase>(database: &T) {
     let other = T::create().await.unwrap();
@@ -141,7 +141,7 @@ async fn connections_are_ended<T: TestServer>(database: &T) {
     eventually(LONG, async || database.activity().await.connections == 0).await;
 }
 
-// ----------------------------------------------------------------------------------------------------- proxy
+// ------------------------------------------------------------------------------------------- proxy
 
 async fn a_proxy_delays<T: TestServer>(database: &T) {
     let proxy = database.proxy();
@@ -266,9 +266,10 @@ async fn a_proxy_does_not_need_the_runtime<T: TestServer>(database: &T) {
     assert_eq!(elsewhere.join().unwrap(), Some(7));
 }
 
-// ------------------------------------------------------------------------------------------------- processes
+// --------------------------------------------------------------------------------------- processes
 
-/// Says what its argument makes of the database, and then doubles each number that it hears.
+/// Prints what its argument evaluates to in the database, and then doubles each number that it
+/// receives.
 async fn counter<DB: Backend>(mut parent: Parent) {
     let mut connection = connection::<DB>(parent.url()).await;
     let number = DB::find_number(&mut connection, &format!("SELECT {}", parent.argument(1))).await.unwrap();
@@ -321,7 +322,7 @@ async fn a_child_ends_with_its_handle<T: TestDatabase>(database: &T) {
     assert!(!Path::new(&process).exists());
 }
 
-// -------------------------------------------------------------------------------------------- without servers
+// --------------------------------------------------------------------------------- without servers
 
 /// Runs one of the tests above in an environment without servers.
 fn run_without_servers(required: &str) -> Output {

@@ -1,4 +1,4 @@
-//! How long a holder may have a lease, and what becomes of one that has it for too long.
+//! How long a holder may have a lease, and what happens to a holder that keeps it for too long.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -77,13 +77,13 @@ async fn a_guard_that_is_never_dropped_is_taken_back<T: TestDatabase>(database: 
     lease.release().await.unwrap();
 }
 
-/// In a `select!` that polls something else, say.
+/// In a `select!` that polls something else, for example.
 async fn a_grant_that_is_never_looked_at_is_taken_back<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let first = locks.insert_lock("a").ttl(MINUTE).acquire().await.unwrap();
     let request = locks.insert_lock("a").ttl(MINUTE).at_most(AT_MOST).wait(PATIENCE);
     let mut second = Box::pin(request.acquire());
-    // Polled once, it stands in the queue.
+    // After one poll it is in the queue.
     assert!(is_pending(&mut second).await);
     first.release().await.unwrap();
     other.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
@@ -111,7 +111,7 @@ async fn each_holder_by_hand_has_a_time_of_its_own<T: TestDatabase>(database: &T
     let started = Instant::now();
     for next in waiting {
         let lease = next.await.unwrap();
-        // Together longer than each of them may, and the last one alone, which has no limit.
+        // Together longer than each of them may. The last one alone has no limit.
         let lost = tokio::time::timeout(AT_MOST, lease.lost()).await;
         assert!(lost.is_err(), "after {:?}", started.elapsed());
         if started.elapsed() > HOLDERS * AT_MOST {
@@ -129,7 +129,7 @@ async fn the_next_caller_of_the_process_has_it_next<T: TestDatabase>(database: &
     let next = request.acquire().await.unwrap();
     assert!(!hangs.is_held());
     assert!(next.fencing_token() > hangs.fencing_token());
-    // The end of the one before is nothing to the next.
+    // The end of the previous lease does not affect the next one.
     drop(hangs);
     next.release().await.unwrap();
 }
@@ -142,7 +142,7 @@ async fn a_guarded_transaction_does_not_outlive_it<T: TestDatabase>(database: &T
     T::Database::run(&mut transaction, "INSERT INTO work VALUES (1)").await.unwrap();
     lease.lost().await;
     if T::NAME == "sqlite" {
-        // The transaction itself keeps everybody else from the lock.
+        // The transaction itself keeps all others from the lock.
         transaction.commit().await.unwrap();
         assert_eq!(database.number("SELECT COUNT(*) FROM work").await, 1);
         return;
@@ -155,7 +155,7 @@ async fn a_guarded_transaction_does_not_outlive_it<T: TestDatabase>(database: &T
     assert_eq!(database.number("SELECT COUNT(*) FROM work").await, 0);
 }
 
-/// Nobody else has the lock before the end of what was verified under it.
+/// No other process has the lock before the end of the transaction that was verified under it.
 async fn what_was_verified_before_keeps_the_lock<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     database.run("CREATE TABLE work (n INTEGER)").await;
@@ -207,7 +207,7 @@ async fn several_leases_are_taken_back<T: TestDatabase>(database: &T) {
 }
 
 async fn a_time_that_cannot_be_kept_is_refused_before_any_sql<T: TestDatabase>(database: &T) {
-    // Without the table: whatever reached the database would answer SchemaMissing.
+    // There is no table: a request that reached the database would get SchemaMissing.
     let pool = database.pool(2).await;
     let locks = Locks::new(pool.clone());
     let is_refused = |result: Result<(), Error>| {
@@ -223,7 +223,7 @@ async fn a_time_that_cannot_be_kept_is_refused_before_any_sql<T: TestDatabase>(d
     let request = locks.insert_lock("a").at_most(AT_MOST).at_least(2 * AT_MOST);
     is_refused(request.clone().acquire().await.map(drop));
     is_refused(request.run(async |_| Ok::<_, Error>(())).await);
-    // What ends such a lock is the caller's transaction.
+    // The caller's transaction ends such a lock.
     let mut transaction = pool.begin().await.unwrap();
     is_refused(locks.insert_lock("a").at_most(MINUTE).acquire_in(&mut transaction).await.map(drop));
     is_refused(locks.insert_locks(["a"]).at_most(MINUTE).acquire_in(&mut transaction).await.map(drop));
@@ -241,7 +241,7 @@ async fn it_is_told_in_time_although_the_database_is_away<T: TestServer>(databas
     proxy.pause(Direction::ToServer);
     lease.lost().await;
     assert!(started.elapsed() < TTL, "told by its own clock, {:?}", started.elapsed());
-    // The row says so for as long as it was granted, and not for longer; and the notice.
+    // The row keeps the lease for as long as it was granted, plus the notice, and no longer.
     let lease = other.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
     assert!(started.elapsed() < AT_MOST + 2 * TTL, "{:?}", started.elapsed());
     lease.release().await.unwrap();

@@ -1,6 +1,7 @@
-//! Statements that end the transaction in which they are sent: DDL on MySQL and MariaDB, LOCK TABLES, START TRANSACTION, and
-//! COMMIT and ROLLBACK as text on every database. The lock is not said to be held after that, no commit says Ok, and the pool's
-//! connection is as good as new. On PostgreSQL and SQLite DDL is a part of the transaction.
+//! Statements that end the transaction in which they are sent: DDL, LOCK TABLES and START
+//! TRANSACTION on MySQL and MariaDB, and COMMIT and ROLLBACK as text on every database. After that
+//! the lock is not reported as held, no commit returns Ok, and the pool's connection is usable
+//! again. On PostgreSQL and SQLite DDL is part of the transaction.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -25,7 +26,8 @@ for_each_database! {
 const PATIENCE: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_mins(10);
 
-/// What ends a transaction there. Most of them fail, because what follows is read-only.
+/// The statements that end a transaction there. Most of them fail, because what follows is
+/// read-only.
 fn statements<T: TestDatabase>() -> &'static [&'static str] {
     match T::NAME {
         "mysql" | "mariadb" => &[
@@ -92,7 +94,7 @@ fn is_ended<V>(ended: &Result<V, Error>) -> bool {
     matches!(ended, Err(Error::Lost { reason: Loss::TransactionEnded, .. }))
 }
 
-/// Where the database itself refuses what follows, or the mark of the transaction makes it.
+/// Whether what follows is refused, by the database itself or by the mark of the transaction.
 fn refuses_what_follows<T: TestDatabase>() -> bool {
     matches!(T::NAME, "mysql" | "mariadb")
 }
@@ -121,7 +123,7 @@ async fn a_guarded_transaction<T: TestDatabase>(database: &T) {
             if refuses_what_follows::<T>() {
                 assert_eq!(rows(database, 2).await, 0, "{what}");
             }
-            // It is the transaction that has ended, not the lease.
+            // The transaction has ended, not the lease.
             assert!(lease.is_held(), "{what}");
         }
     }
@@ -161,7 +163,7 @@ async fn a_row_lock<T: TestDatabase>(database: &T) {
             let mut guard = stage.locks.row_lock("row").wait(PATIENCE).acquire().await.unwrap();
             write::<T::Database>(&mut guard, 1).await.unwrap();
             let _refused = T::Database::run(&mut guard, statement).await;
-            // It is free from here on.
+            // The lock is free from here on.
             let taken = stage.other.row_lock("row").wait(PATIENCE).acquire().await;
             taken.unwrap_or_else(|error| panic!("{what}: {error}")).rollback().await.unwrap();
             let _refused = write::<T::Database>(&mut guard, 2).await;
@@ -211,7 +213,7 @@ async fn a_row_lock_of_a_function<T: TestDatabase>(database: &T) {
     }
 }
 
-// ------------------------------------------------------------------------------- the caller's transaction
+// ------------------------------------------------------------------------ the caller's transaction
 
 /// Its locks are gone, and it gets no others.
 async fn a_lock_in_the_callers_transaction<T: TestDatabase>(database: &T) {
@@ -235,7 +237,8 @@ async fn a_lock_in_the_callers_transaction<T: TestDatabase>(database: &T) {
                 let taken = stage.other.insert_lock("lease").wait(PATIENCE).acquire().await;
                 taken.unwrap_or_else(|error| panic!("{what}: {error}")).release().await.unwrap();
             }
-            // With START TRANSACTION it is in another one that nobody can tell from the first.
+            // After START TRANSACTION it is in another transaction, which can't be told from the
+            // first.
             if *statement != "START TRANSACTION" {
                 let again = stage.locks.row_lock("another").wait(PATIENCE).acquire_in(&mut transaction).await;
                 assert!(is_ended(&again), "{what}: {again:?}");
@@ -298,7 +301,7 @@ async fn a_lease_that_is_verified_afterwards<T: TestDatabase>(database: &T) {
                 T::Database::run(&mut stage.pool.acquire().await.unwrap(), "UNLOCK TABLES").await.unwrap();
             }
             stage.is_as_before(database, &what).await;
-            // Neither has touched the lease.
+            // Neither has affected the lease.
             eventually(PATIENCE, async || lease.is_held()).await;
             assert!(stage.other.insert_lock("a").try_acquire().await.unwrap().is_none(), "{what}");
         }
@@ -306,7 +309,7 @@ async fn a_lease_that_is_verified_afterwards<T: TestDatabase>(database: &T) {
     lease.release().await.unwrap();
 }
 
-/// The release counts with the commit, whoever has sent that.
+/// The release takes effect with the commit, no matter who sent the commit.
 async fn a_lease_that_was_released<T: TestDatabase>(database: &T) {
     let stage = Stage::new(database).await;
     for statement in statements::<T>() {
@@ -335,7 +338,7 @@ async fn a_lease_that_was_released<T: TestDatabase>(database: &T) {
     }
 }
 
-/// And on MySQL and MariaDB what makes a temporary table.
+/// On MySQL and MariaDB, also statements that create a temporary table.
 async fn ddl_that_belongs_to_the_transaction<T: TestDatabase>(database: &T) {
     let stage = Stage::new(database).await;
     Stage::<T>::set(database).await;

@@ -84,7 +84,7 @@ async fn tasks_of_one_process_take_turns_in_order<T: TestDatabase>(database: &T)
     let mut waiting = JoinSet::new();
     for place in 0..8 {
         let mut acquire = Box::pin(locks.insert_lock("a").wait(PATIENCE).acquire());
-        // Polled once, it stands in the queue.
+        // After one poll it is in the queue.
         assert!(poll_once(&mut acquire).await.is_none());
         let order = Arc::clone(&order);
         waiting.spawn(async move {
@@ -120,7 +120,7 @@ async fn fencing_tokens_only_grow<T: TestDatabase>(database: &T) {
         last = lease.fencing_token();
         lease.release().await.unwrap();
         if round % 5 == 4 {
-            // Rows that were cleaned away do not bring numbers back.
+            // Tokens don't go back when rows have been deleted.
             assert_eq!(database.run("DELETE FROM distributed_lock WHERE lock_name = 'a'").await, 1);
         }
     }
@@ -165,7 +165,7 @@ async fn the_row_says_who_holds_it<T: TestDatabase>(database: &T) {
 async fn a_wait_ends_in_time<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let _held = locks.insert_lock("a").acquire().await.unwrap();
-    // A database that has not answered yet has longer than the wait.
+    // The first answer of a database may take longer than the wait.
     assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
     // Behind another process, behind our own, and behind a queue.
     for locks in [&other, &locks] {
@@ -179,7 +179,7 @@ async fn a_wait_ends_in_time<T: TestDatabase>(database: &T) {
     }
     let error = other.insert_lock("a").wait(Duration::ZERO).acquire().await.unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
-    // Free, a wait of nothing is enough.
+    // If the lock is free, a wait of zero is enough.
     other.insert_lock("b").wait(Duration::ZERO).acquire().await.unwrap().release().await.unwrap();
 }
 
@@ -193,7 +193,7 @@ async fn try_acquire_never_waits<T: TestDatabase>(database: &T) {
 }
 
 async fn bad_input_is_refused_before_any_sql<T: TestDatabase>(database: &T) {
-    // Without the table: whatever reached the database would answer SchemaMissing.
+    // There is no table: a request that reached the database would get SchemaMissing.
     let locks = Locks::new(database.pool(2).await);
     for name in ["", "a\0b", &"x".repeat(256), &"é".repeat(128)] {
         let error = locks.insert_lock(name).acquire().await.unwrap_err();
@@ -226,7 +226,7 @@ async fn a_lease_outlives_its_ttl_while_it_is_held<T: TestDatabase>(database: &T
     lease.release().await.unwrap();
 }
 
-/// A lease that nobody renews: as a process that was killed leaves it.
+/// A lease that is not renewed, as a killed process leaves it.
 async fn abandoned<T: TestDatabase>(database: &T, name: &str, ttl: Duration) {
     let locks = other(database).await;
     locks.insert_lock(name).ttl(ttl).acquire().await.unwrap().release().await.unwrap();
@@ -265,7 +265,7 @@ const TAKE_OVER: &str =
 async fn a_stranger_neither_releases_nor_renews<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let lease = locks.insert_lock("a").ttl(SECOND).acquire().await.unwrap();
-    // Somebody else has it from here on, as after a pause that was too long.
+    // Another holder has it from here on, as after a pause that was too long.
     assert_eq!(database.run(TAKE_OVER).await, 1);
     let deadline = "SELECT CAST(expire_time AS CHAR(40)) FROM distributed_lock WHERE lock_name = 'a'";
     let before = database.text(deadline).await;
@@ -284,7 +284,7 @@ async fn a_late_release_touches_nobody<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let lease = locks.insert_lock("a").acquire().await.unwrap();
     assert_eq!(database.run(TAKE_OVER).await, 1);
-    // Before the watchdog has noticed anything: the database says it.
+    // Before the watchdog has noticed: the database reports it.
     assert!(lease.is_held());
     let error = lease.release().await.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error:?}");
@@ -318,7 +318,7 @@ async fn a_row_deleted_by_hand_is_a_loss<T: TestDatabase>(database: &T) {
 async fn a_released_row_is_not_renewed_back_to_life<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     for _ in 0..30 {
-        // The shortest interval, so that releases meet renewals.
+        // The shortest interval, so that releases coincide with renewals.
         let lease = locks.insert_lock("a").ttl(Duration::from_millis(90)).acquire().await.unwrap();
         let due = Instant::now() + Duration::from_millis(30);
         while Instant::now() < due {
@@ -430,14 +430,14 @@ async fn the_other_kind_is_refused<T: TestDatabase>(database: &T) {
     lease.release().await.unwrap();
 }
 
-/// A reader holds off the commit of SQLite: what could not be committed was not granted.
+/// A reader holds off a commit on SQLite: a grant that could not be committed was not given.
 async fn a_lock_that_was_granted_is_in_the_table<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
     let mut reader = database.pool(1).await.begin().await.unwrap();
     T::Database::find_number(&mut reader, "SELECT COUNT(*) FROM distributed_lock").await.unwrap();
     let mut waiting = Box::pin(locks.insert_lock("a").ttl(Duration::from_mins(1)).acquire());
-    // On SQLite it fails to commit meanwhile, elsewhere it is granted.
+    // On SQLite the commit fails in the meantime; elsewhere the lock is granted.
     let early = tokio::time::timeout(Duration::from_secs(1), &mut waiting).await;
     assert_eq!(early.is_err(), T::NAME == "sqlite");
     reader.rollback().await.unwrap();

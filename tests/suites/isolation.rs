@@ -1,4 +1,5 @@
-//! Row locks where transactions meet: deadlocks, snapshots, and what a transaction that the database ended may still do.
+//! Row locks where transactions conflict: deadlocks, snapshots, and what a transaction that the
+//! database has ended may still do.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -37,7 +38,7 @@ async fn begin<DB: Backend>(pool: &Pool<DB>, level: &str) -> Transaction<'static
     }
 }
 
-/// Two transactions that take two locks crosswise.
+/// Two transactions that take two locks in opposite order.
 async fn a_deadlock_is_typed_and_its_victim_cannot_write<T: TestServer>(database: &T) {
     counter(database).await;
     let locks = database.locks().await;
@@ -54,11 +55,12 @@ async fn a_deadlock_is_typed_and_its_victim_cannot_write<T: TestServer>(database
     let error = first.and(second).unwrap_err();
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
     assert!(error.is_retryable());
-    // The victim's attempts to go on wrote nothing; the winner wrote once.
+    // The victim's later statements wrote nothing; the winner wrote once.
     assert_eq!(database.number("SELECT n FROM counter").await, 1);
 }
 
-/// Takes the lock and adds one; when that fails, tries to write all the same, as code does that swallows the error.
+/// Takes the lock and adds one. If that fails, it writes nevertheless, as code does that ignores
+/// the error.
 async fn cross<DB: Backend>(
     locks: &Locks<DB>,
     name: &str,
@@ -66,7 +68,7 @@ async fn cross<DB: Backend>(
 ) -> Result<(), Error> {
     let taken = locks.row_lock(name).wait(PATIENCE).acquire_in(&mut transaction).await;
     let written = DB::run(&mut transaction, "UPDATE counter SET n = n + 1").await;
-    // The other one waits for the end of this one.
+    // The other transaction waits for the end of this one.
     if taken.is_ok() {
         written.unwrap();
         transaction.commit().await.unwrap();
@@ -77,7 +79,8 @@ async fn cross<DB: Backend>(
     taken.map(drop)
 }
 
-/// The transaction has looked at the data before it takes the lock, and somebody else held it in between.
+/// The transaction has read the data before it takes the lock, and another transaction held the
+/// lock in between.
 async fn a_stale_snapshot_is_refused<T: TestServer>(database: &T) {
     counter(database).await;
     let locks = database.locks().await;
@@ -87,7 +90,8 @@ async fn a_stale_snapshot_is_refused<T: TestServer>(database: &T) {
         let mut stale = begin(&pool, level).await;
         T::Database::run(&mut stale, "SELECT COUNT(*) FROM distributed_lock").await.unwrap();
         if level == "SERIALIZABLE" && T::NAME != "postgres" {
-            // There every read locks what it reads, so nobody can come in between.
+            // At this level every read locks what it reads, so no other transaction can get in
+            // between.
             stale.rollback().await.unwrap();
             continue;
         }
@@ -107,8 +111,8 @@ async fn a_stale_snapshot_is_refused<T: TestServer>(database: &T) {
     }
 }
 
-/// The lock is the first statement, but waits for a holder that changes the data meanwhile: the waiter either reads the
-/// new data or is refused, at every level.
+/// Taking the lock is the first statement, but it waits for a holder that changes the data in the
+/// meantime. The waiter either reads the new data or is refused, at every level.
 async fn a_lock_taken_first_is_fresh_or_refused<T: TestServer>(database: &T) {
     counter(database).await;
     let locks = database.locks().await;
@@ -140,14 +144,14 @@ async fn a_lock_taken_first_is_fresh_or_refused<T: TestServer>(database: &T) {
     }
 }
 
-/// On InnoDB a waiter could lock the place where new rows go.
+/// On InnoDB a waiter could lock the gap where new rows go.
 async fn a_waiter_keeps_nobody_from_other_names<T: TestServer>(database: &T) {
     let locks = database.locks().await;
     let other = Locks::new(database.pool(2).await);
     let held = locks.row_lock("a").acquire().await.unwrap();
     let mut tried = database.pool(1).await.begin().await.unwrap();
     assert!(locks.row_lock("a").try_acquire_in(&mut tried).await.unwrap().is_none());
-    // Of the same process it would wait in memory.
+    // In the same process it would wait in memory.
     let waiter = Locks::new(database.pool(1).await);
     let waiting = tokio::spawn(waiter.row_lock("a").wait(PATIENCE).acquire());
     lock_tests::eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
@@ -159,7 +163,7 @@ async fn a_waiter_keeps_nobody_from_other_names<T: TestServer>(database: &T) {
     waiting.await.unwrap().unwrap().rollback().await.unwrap();
 }
 
-/// In a small table the server might read, and wait for, more rows than it was asked for.
+/// In a small table the server might read more rows than requested, and wait for them.
 async fn a_lock_of_another_name_keeps_no_lease_from_renewal<T: TestServer>(database: &T) {
     let locks = database.locks().await;
     let other = Locks::new(database.pool(2).await);

@@ -1,5 +1,5 @@
-//! What is logged: nothing that is nothing to worry about, each loss once, no secret, and one line for one event. And what errors
-//! say to people.
+//! What is logged: nothing harmless, each loss once, no secret, and one line for one event. And the
+//! messages of errors.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -60,7 +60,7 @@ async fn a_clean_shutdown_warns_of_nothing<T: TestDatabase>(database: &T) {
             locks.close().await;
             Ok::<_, Error>(())
         });
-        // `close` stops the work that calls it; whoever calls it again waits for the same end.
+        // `close` stops the work that calls it. Another call of `close` waits for the same end.
         let _stopped = run.await;
         locks.close().await;
         drop(lease);
@@ -108,7 +108,7 @@ async fn a_loss_is_one_warning_that_says_how<T: TestDatabase>(database: &T) {
     let error = ran(&deleted, format!("DELETE FROM distributed_lock WHERE lock_name = '{deleted}'")).await;
     assert!(matches!(error, Error::Lost { reason: Loss::RowDeleted, .. }), "{error:?}");
 
-    // The guards are dropped by now; wait for what they cause.
+    // The guards are dropped by now. This waits for the effects.
     locks.close().await;
     for (name, how) in [
         (taken, "lock lost: taken over by host/7/thief"),
@@ -127,7 +127,7 @@ async fn a_lock_that_is_held_for_long_is_warned_of<T: TestDatabase>(database: &T
     let builder = Locks::builder(database.pool(4).await).label("slow\njob").warn_after(SECOND);
     let locks = builder.build();
     locks.migrate().await.unwrap();
-    // It would keep everybody from writing on SQLite.
+    // It would keep all others from writing on SQLite.
     let guard = if T::NAME == "sqlite" { None } else { Some(locks.row_lock(&row).acquire().await.unwrap()) };
     let bounded =
         locks.insert_lock(format!("{name}:bounded")).ttl(MINUTE).at_most(MINUTE).acquire().await.unwrap();
@@ -163,7 +163,7 @@ async fn a_name_forges_no_line<T: TestDatabase>(database: &T) {
         vec![foreign.insert_lock(&name).wait(Duration::from_millis(50)).acquire().await.unwrap_err()];
     errors.push(locks.insert_lock(&name).wait(Duration::ZERO).acquire().await.unwrap_err());
     errors.push(locks.row_lock(&name).wait(Duration::ZERO).acquire().await.unwrap_err());
-    // What is no name is shown in part.
+    // A text that can't be a name is shown in part.
     let refused = locks.insert_lock(format!("{name}\0")).acquire().await.unwrap_err().to_string();
     assert!(!refused.contains(char::is_control), "{refused:?}");
     database
@@ -213,7 +213,10 @@ async fn a_holder_of_this_process_says_what_to_use<T: TestDatabase>(database: &T
     let error = locks.insert_lock("a").wait(Duration::from_millis(50)).acquire().await.unwrap_err();
     let text = error.to_string();
     assert!(text.contains("held by this process (") && text.contains("/billing) since 20"), "{text}");
-    assert!(text.contains("if that is the caller itself, use `run`, `reenter()` or `Owner`"), "{text}");
+    assert!(
+        text.contains("if that is the caller itself, use `run`, `reenter()` or `ReentryContext`"),
+        "{text}"
+    );
     let error = other(database, "").await.insert_lock("a").wait(Duration::ZERO).acquire().await.unwrap_err();
     assert!(!error.to_string().contains("this process"), "{error}");
 }
@@ -288,7 +291,7 @@ async fn no_secret_is_logged<T: TestServer>(database: &T) {
         }
     }
     assert!(!logged("distributed_lock").is_empty(), "statements are logged");
-    // What pg_stat_statements can't make one of: each text of a block is an entry of its own.
+    // pg_stat_statements can't merge these: each text of a block is an entry of its own.
     let lines = logged("DO $lock_db$");
     let blocks: std::collections::HashSet<&str> = lines.iter().filter_map(|line| block(&line.text)).collect();
     assert!(blocks.len() <= 2, "{blocks:?}");

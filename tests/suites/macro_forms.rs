@@ -1,5 +1,5 @@
-//! Every form of function that `#[distributed_lock]` may stand on, in a crate that allows no lint: what the attribute
-//! writes must compile there, run under the lock, and be a future that can be spawned.
+//! Every form of function that `#[distributed_lock]` accepts, in a crate that allows no lint. The
+//! generated code must compile there, run under the lock, and be a future that can be spawned.
 
 #![deny(warnings, clippy::all, clippy::pedantic)]
 #![deny(unused_qualifications, unused_lifetimes, elided_lifetimes_in_paths, single_use_lifetimes)]
@@ -34,7 +34,7 @@ use lock_db::{Error, Locks, distributed_lock};
 use lock_tests::{SqliteFile, TestDatabase};
 use sqlx::Sqlite;
 
-/// What an application calls its errors.
+/// The error type of an application.
 #[derive(Debug)]
 enum ShopError {
     Lock(Error),
@@ -66,7 +66,8 @@ impl From<std::num::ParseIntError> for ShopError {
 
 type Answer<T = i64> = Result<T, ShopError>;
 
-/// Runs a case against a database of its own, as a task: so its future is `Send`. Its locks are the ambient ones, too.
+/// Runs a case against a database of its own, as a task: so its future is `Send`. Its locks are
+/// also those of the task.
 async fn with_locks<F>(case: impl FnOnce(Locks<Sqlite>) -> F)
 where
     F: Future<Output = Answer<()>> + Send + 'static,
@@ -83,7 +84,7 @@ async fn is_held(locks: &Locks<Sqlite>, name: &str) -> bool {
     info.is_some_and(|info| info.held_until.is_some())
 }
 
-/// Says from inside of a body that it runs under the lock.
+/// Checks from inside of a body that it runs under the lock.
 async fn under(locks: &Locks<Sqlite>, name: &str) {
     assert!(is_held(locks, name).await, "`{name}` is not held");
 }

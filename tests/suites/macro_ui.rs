@@ -1,11 +1,12 @@
-//! How the compiler words mistakes around `#[distributed_lock]`, and what it points at. What the macro says by itself is
-//! tested in lock-macros.
+//! The compiler's messages for mistakes around `#[distributed_lock]`, and what they point at. The
+//! macro's own messages are tested in lock-macros.
 //!
-//! After a change that is meant, `TRYBUILD=overwrite` writes the `.stderr` files anew: read them before you keep them.
+//! After an intended change, `TRYBUILD=overwrite` writes the `.stderr` files anew. Read them before
+//! you keep them.
 
 use std::process::Command;
 
-/// Compilers differ in their words, so only that one is asked which wrote the `.stderr` files.
+/// Compilers differ in their messages, so only the one that wrote the `.stderr` files is tested.
 const COMPILER: &str = "rustc 1.95.";
 
 #[test]

@@ -1,6 +1,7 @@
-//! However long a process works with locks, it keeps no more memory than after a while.
+//! A process that works with locks for long keeps no more memory than after a short while.
 //!
-//! Counted by the allocator: what is allocated and not given back. One case after the other, since they share it.
+//! The allocator counts what is allocated and not freed. The cases run one after the other, since
+//! they share it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -25,12 +26,13 @@ static ALONE: Mutex<()> = Mutex::const_new(());
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_mins(10);
-/// What is kept for good comes at some time or other: statements, buffers, rows that are known. A leak comes each time.
+/// What is kept permanently is allocated at some time: statements, buffers, known rows. A leak
+/// occurs in each stage.
 const STAGES: u32 = 8;
 const ROUNDS: u32 = 100;
 /// Ten bytes for each round of more than ten operations.
 const TOLERANCE: usize = 1024;
-/// For what is given back in the background. Too short a time costs another stage.
+/// For what is freed in the background. If this is too short, another stage is needed.
 const A_MOMENT: Duration = Duration::from_secs(2);
 
 fn in_use() -> usize {
@@ -38,14 +40,15 @@ fn in_use() -> usize {
     stats.bytes_allocated.saturating_sub(stats.bytes_deallocated)
 }
 
-/// Each way to get and to give back a lock, some of them with others in the way.
+/// Each way to acquire and release a lock, some of them with contention.
 async fn round<T: TestDatabase>(locks: &Locks<T::Database>, others: &Locks<T::Database>, number: u32) {
     let fresh = format!("fresh {number}");
     locks.insert_lock(&fresh).acquire().await.unwrap().release().await.unwrap();
     drop(locks.insert_lock("a").acquire().await.unwrap());
     let held = others.insert_lock("a").wait(PATIENCE).acquire().await.unwrap();
     assert!(locks.insert_lock("a").try_acquire().await.unwrap().is_none());
-    // They stand in the queue of the process, one for all in that of the row, until they are not waited for any more.
+    // They are in the queue of the process, and one entry for all of them is in that of the row,
+    // until they are not waited for any more.
     let mut waiting = JoinSet::new();
     for _ in 0..3 {
         waiting.spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
@@ -56,7 +59,7 @@ async fn round<T: TestDatabase>(locks: &Locks<T::Database>, others: &Locks<T::Da
     leaves.abort();
     let transaction = held.begin().await.unwrap();
     held.commit_and_release(transaction).await.unwrap();
-    // From hand to hand.
+    // Handed on directly.
     while let Some(taken) = waiting.join_next().await {
         taken.unwrap().unwrap().release().await.unwrap();
     }

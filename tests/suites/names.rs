@@ -12,7 +12,8 @@ for_each_database! {
     names_are_data_and_never_sql,
 }
 
-/// Case, accents, Unicode forms, blanks, invisible characters, widths: what collations fold.
+/// Case, accents, Unicode forms, blanks, invisible characters, widths: differences that collations
+/// fold.
 const ALIKE: [&str; 16] = [
     "job",
     "JOB",
@@ -67,7 +68,7 @@ async fn the_longest_name_works<T: TestDatabase>(database: &T) {
         let lease = locks.insert_lock(&name).acquire().await.unwrap();
         assert_eq!(lease.name(), name);
         assert!(other.insert_lock(&name).try_acquire().await.unwrap().is_none());
-        // Not cut anywhere: the same beginning is another lock.
+        // Names are not truncated: a prefix is another lock.
         let mut shorter = name.clone();
         shorter.pop();
         assert!(other.insert_lock(&shorter).try_acquire().await.unwrap().is_some());

@@ -1,5 +1,6 @@
-//! All statements of a `Locks` mean the same table: whatever `search_path`, current database or temporary tables the
-//! connections have, in the schema that the builder names, and with a prefix in front of all names.
+//! All statements of a `Locks` use the same table, whatever `search_path`, current database or
+//! temporary tables the connections have. This also holds in the schema that the builder names, and
+//! with a prefix before all names.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 

@@ -1,5 +1,6 @@
-//! DDL on `distributed_lock`, and locks on the whole table, while it is in use. What waits for the table to be altered is not
-//! waited for by what it waits for; and a table that is locked as a whole is no lock that is held.
+//! DDL on `distributed_lock`, and locks on the whole table, while it is in use. A transaction that
+//! an `ALTER TABLE` waits for does not wait for that `ALTER TABLE`. A table that is locked as a
+//! whole is not reported as a held lock.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 

@@ -1,5 +1,5 @@
-//! A database that is away, connections that die, answers that get lost, and applications that starve or block
-//! themselves: what leases and callers make of it, and how long that takes.
+//! A database that is down, connections that die, answers that get lost, and applications that
+//! starve or block themselves: what happens to leases and callers, and how long it takes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -29,11 +29,11 @@ for_each_server! {
 
 /// For what must happen, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How late anything may be that has a bound.
+/// How late an event with a bound may be.
 const MARGIN: Duration = Duration::from_millis(1500);
 const LONG_TTL: Duration = Duration::from_mins(10);
 
-/// An application that reaches its database by a proxy.
+/// An application that reaches its database through a proxy.
 struct Far<T: TestServer> {
     proxy: Proxy,
     pool: Pool<T::Database>,
@@ -41,13 +41,13 @@ struct Far<T: TestServer> {
 }
 
 impl<T: TestServer> Far<T> {
-    /// With all its connections made: what is looked at is not how they come up.
+    /// Opens all connections first: how they are opened is not part of the test.
     async fn new(database: &T) -> Self {
         let proxy = database.proxy();
         let pool = PoolOptions::new()
             .max_connections(2)
             .acquire_timeout(PATIENCE)
-            // So that it is not the pool that finds a dead connection out.
+            // So that the pool does not detect a dead connection.
             .test_before_acquire(false)
             .connect_lazy(&database.url_by(proxy.address()))
             .unwrap();
@@ -99,7 +99,7 @@ async fn in_each_outage(scenario: impl AsyncFn(Outage)) {
     tokio::join!(scenario(Outage::Refused), scenario(Outage::Swallowed), scenario(Outage::Silent));
 }
 
-// ---------------------------------------------------------------------------------------------------- leases
+// ------------------------------------------------------------------------------------------ leases
 
 async fn leases_outlive_connections_that_are_ended<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_secs(1);
@@ -121,7 +121,8 @@ async fn leases_outlive_connections_that_are_ended<T: TestServer>(database: &T) 
     }
 }
 
-/// The server behind the connections becomes one that does not know the lease: here by a row that is as before the grant.
+/// The server behind the connections is replaced by one that does not know the lease. Here the row
+/// is set back to its state before the grant.
 async fn a_holder_hears_soon_that_a_failover_forgot_its_grant<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_mins(2);
     drop(database.locks().await);
@@ -131,7 +132,7 @@ async fn a_holder_hears_soon_that_a_failover_forgot_its_grant<T: TestServer>(dat
     let lease = locks.insert_lock("a").ttl(TTL).acquire().await.unwrap();
     let hears = T::NAME == "postgres";
     if hears {
-        // The one of the pool and both private ones, long before the first renewal.
+        // The pool's connection and both private ones, long before the first renewal.
         eventually(TTL / 6, async || connections().await == 3).await;
     }
     let forget =
@@ -139,7 +140,7 @@ async fn a_holder_hears_soon_that_a_failover_forgot_its_grant<T: TestServer>(dat
     database.run(forget).await;
     database.end_connections().await;
     if !hears {
-        // It is found out with the next statement.
+        // The next statement finds it out.
         locks.insert_lock("b").acquire().await.unwrap().release().await.unwrap();
     }
     timeout(TTL / 6, lease.lost()).await.expect("leases are renewed as soon as a connection is lost");
@@ -164,7 +165,7 @@ async fn a_long_outage_ends_a_lease_on_time<T: TestServer>(
     let lease = far.lease(&name, TTL).await;
     assert!(lease.is_held());
     outage.begin(&far.proxy);
-    // Before the database gives it to somebody else, and therefore without asking it.
+    // Before the database can give the lease to another holder, and so without asking the database.
     timeout(TTL, lease.lost()).await.expect("the lease outlives its TTL");
     assert!(!lease.is_held());
     assert!(lease.reenter().is_err());
@@ -174,9 +175,18 @@ async fn a_long_outage_ends_a_lease_on_time<T: TestServer>(
     let released = timeout(Duration::from_secs(5) + MARGIN, lease.release()).await;
     assert!(matches!(released, Ok(Err(Error::Lost { .. }))), "{outage:?}: {released:?}");
     Outage::end(&far.proxy);
-    // What is still on its way now touches nobody.
+    // A message that is still on its way now has no effect.
     let taken = far.locks.insert_lock(&name).wait(Duration::ZERO).acquire().await;
-    assert!(matches!(taken, Err(Error::Timeout { .. } | Error::Database { .. })), "{outage:?}: {taken:?}");
+    assert!(
+        matches!(
+            taken,
+            Err(Error::Timeout { .. }
+                | Error::Database { .. }
+                | Error::Unreachable { .. }
+                | Error::Refused { .. })
+        ),
+        "{outage:?}: {taken:?}"
+    );
     next.release().await.unwrap();
 }
 
@@ -201,7 +211,7 @@ async fn a_short_outage_costs_no_lease<T: TestServer>(
     lease.release().await.unwrap();
 }
 
-// --------------------------------------------------------------------------------------------------- callers
+// ----------------------------------------------------------------------------------------- callers
 
 async fn callers_and_outages<T: TestServer>(database: &T) {
     let near = database.locks().await;
@@ -221,7 +231,16 @@ async fn an_acquire_gives_up_in_time<T: TestServer>(database: &T, near: &Locks<T
     let acquired = far.locks.insert_lock(&name).ttl(LONG_TTL).wait(WAIT).acquire().await;
     assert!(started.elapsed() < WAIT + GRACE + MARGIN, "{outage:?}: {:?}", started.elapsed());
     assert!(started.elapsed() >= WAIT, "{outage:?}: {:?}", started.elapsed());
-    assert!(matches!(acquired, Err(Error::Timeout { .. } | Error::Database { .. })), "{acquired:?}");
+    assert!(
+        matches!(
+            acquired,
+            Err(Error::Timeout { .. }
+                | Error::Database { .. }
+                | Error::Unreachable { .. }
+                | Error::Refused { .. })
+        ),
+        "{acquired:?}"
+    );
     assert!(acquired.unwrap_err().is_retryable());
     Outage::end(&far.proxy);
     near.insert_lock(&name).wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
@@ -240,7 +259,7 @@ async fn an_acquire_waits_for_the_database<T: TestServer>(database: &T, outage: 
     lease.unwrap().release().await.unwrap();
 }
 
-/// Whatever is asked of a network that has gone silent has an end.
+/// Every request to a network that has gone silent ends.
 async fn silence_keeps_nobody_for_ever<T: TestServer>(database: &T) {
     drop(database.locks().await);
     tokio::join!(closing_in_silence(database), releasing_in_silence(database), asking_in_silence(database));
@@ -272,14 +291,20 @@ async fn releasing_in_silence<T: TestServer>(database: &T) {
     let mut releasing: JoinSet<_> = leases.into_iter().map(Lease::release).collect();
     while let Some(released) = releasing.join_next().await {
         let released = released.unwrap();
-        assert!(matches!(released, Err(Error::Database { .. })), "{released:?}");
+        assert!(
+            matches!(
+                released,
+                Err(Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
+            ),
+            "{released:?}"
+        );
         assert!(started.elapsed() < Duration::from_secs(5) + MARGIN, "{:?}", started.elapsed());
     }
 }
 
 async fn asking_in_silence<T: TestServer>(database: &T) {
     const WAIT: Duration = Duration::from_secs(1);
-    /// For what has no wait of its own.
+    /// For requests without a wait of their own.
     const LIMIT: Duration = Duration::from_secs(5);
     let far = Far::new(database).await;
     far.locks.row_lock("row").acquire().await.unwrap().rollback().await.unwrap();
@@ -296,12 +321,30 @@ async fn asking_in_silence<T: TestServer>(database: &T) {
     tokio::join!(
         async {
             let taken = far.locks.row_lock("row").wait(WAIT).acquire().await;
-            assert!(matches!(taken, Err(Error::Timeout { .. } | Error::Database { .. })), "{taken:?}");
+            assert!(
+                matches!(
+                    taken,
+                    Err(Error::Timeout { .. }
+                        | Error::Database { .. }
+                        | Error::Unreachable { .. }
+                        | Error::Refused { .. })
+                ),
+                "{taken:?}"
+            );
             is_over("a row lock", WAIT + Duration::from_secs(2));
         },
         async {
             let taken = far.locks.row_lock("row").wait(WAIT).acquire_in(&mut transaction).await;
-            assert!(matches!(taken, Err(Error::Timeout { .. } | Error::Database { .. })), "{taken:?}");
+            assert!(
+                matches!(
+                    taken,
+                    Err(Error::Timeout { .. }
+                        | Error::Database { .. }
+                        | Error::Unreachable { .. }
+                        | Error::Refused { .. })
+                ),
+                "{taken:?}"
+            );
             is_over("a row lock in a transaction", WAIT + Duration::from_secs(5));
         },
         async {
@@ -323,7 +366,7 @@ async fn asking_in_silence<T: TestServer>(database: &T) {
     );
 }
 
-/// The server answers all the time, but somebody has locked the row and keeps it.
+/// The server answers all the time, but another transaction has locked the row and keeps it.
 async fn a_release_behind_a_locked_row<T: TestServer>(database: &T) {
     let (locks, other) = (database.locks().await, database.locks().await);
     let lease = locks.insert_lock("a").ttl(LONG_TTL).acquire().await.unwrap();
@@ -333,14 +376,23 @@ async fn a_release_behind_a_locked_row<T: TestServer>(database: &T) {
     T::Database::find_number(&mut transaction, lock).await.unwrap();
 
     let released = timeout(Duration::from_secs(5) + MARGIN, lease.release()).await.expect("it has a bound");
-    // Not `Lost`: nobody else has it.
-    assert!(matches!(released, Err(Error::Timeout { .. } | Error::Database { .. })), "{released:?}");
+    // Not `Lost`: no other process has it.
+    assert!(
+        matches!(
+            released,
+            Err(Error::Timeout { .. }
+                | Error::Database { .. }
+                | Error::Unreachable { .. }
+                | Error::Refused { .. })
+        ),
+        "{released:?}"
+    );
     transaction.rollback().await.unwrap();
     let next = other.insert_lock("a").wait(MARGIN).acquire().await;
     next.expect("it was released as soon as it could be").release().await.unwrap();
 }
 
-// ---------------------------------------------------------------------------------------------- lost answers
+// ------------------------------------------------------------------------------------ lost answers
 
 async fn token<T: TestDatabase>(database: &T) -> i64 {
     database.number("SELECT fencing_token FROM distributed_lock WHERE lock_name = 'a'").await
@@ -354,7 +406,7 @@ async fn an_acquire_whose_answer_is_lost_is_granted_once<T: TestServer>(database
 
     far.proxy.pause(Direction::ToClient);
     let acquiring = tokio::spawn(far.locks.insert_lock("a").ttl(LONG_TTL).wait(PATIENCE).acquire());
-    // The server has granted it; nobody has heard.
+    // The server has granted it, but the answer has not arrived.
     eventually(PATIENCE, async || token(database).await > before).await;
     let granted = token(database).await;
     eventually(PATIENCE, async || far.proxy.held(Direction::ToClient) > 0).await;
@@ -372,13 +424,13 @@ async fn an_acquire_whose_answer_is_lost_is_granted_once<T: TestServer>(database
 async fn a_release_whose_answer_is_lost_is_done_once<T: TestServer>(database: &T) {
     let near = database.locks().await;
     let far = Far::new(database).await;
-    // What has to be prepared is prepared.
+    // All statements are prepared.
     far.lease("a", LONG_TTL).await.release().await.unwrap();
     let lease = far.lease("a", LONG_TTL).await;
     far.proxy.pause(Direction::ToClient);
     let releasing = tokio::spawn(lease.release());
-    // It is released, without anybody in the way, whom it would have to ask for again; and somebody else has it by the
-    // time that it is asked for again all the same.
+    // The lease is released. No locked row makes the release ask again. Because the answer is lost
+    // it asks again nevertheless, and by then another holder has the lease.
     let free =
         "SELECT COUNT(*) FROM distributed_lock WHERE lock_name = 'a' AND expire_time < '2001-01-01 00:00:00'";
     eventually(PATIENCE, async || database.number(free).await == 1).await;
@@ -403,7 +455,16 @@ async fn a_caller_who_gave_up_before_the_answer_leaves_nothing<T: TestServer>(da
             acquiring.abort();
         } else {
             let acquired = acquiring.await.unwrap();
-            assert!(matches!(acquired, Err(Error::Timeout { .. } | Error::Database { .. })), "{acquired:?}");
+            assert!(
+                matches!(
+                    acquired,
+                    Err(Error::Timeout { .. }
+                        | Error::Database { .. }
+                        | Error::Unreachable { .. }
+                        | Error::Refused { .. })
+                ),
+                "{acquired:?}"
+            );
         }
         far.proxy.cut();
         far.proxy.resume(Direction::ToClient);
@@ -411,7 +472,7 @@ async fn a_caller_who_gave_up_before_the_answer_leaves_nothing<T: TestServer>(da
     }
 }
 
-// ---------------------------------------------------------------------------- applications in their own way
+// ------------------------------------------------------------------- applications in their own way
 
 async fn a_starved_pool_costs_no_lease<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_secs(1);
@@ -432,7 +493,7 @@ async fn a_starved_pool_costs_no_lease<T: TestServer>(database: &T) {
     drop(taken);
 }
 
-/// The application's only thread does nothing but sleep and spin: nothing of it can be polled.
+/// The application's only thread only sleeps and spins, so none of its futures can be polled.
 async fn a_blocked_runtime_costs_no_lease<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_secs(2);
     let locks = database.locks().await;
@@ -460,7 +521,7 @@ async fn a_thousand_leases_are_renewed_by_few_statements<T: TestServer>(database
     const TOGETHER: usize = 50;
     const TTL: Duration = Duration::from_secs(6);
     drop(database.locks().await);
-    // Their rows are there, as on any but the first day.
+    // Their rows exist, as on any but the first day.
     let rows: Vec<String> = (0..LEASES).map(|number| format!("('{number}', 'insert')")).collect();
     database
         .run(&format!("INSERT INTO distributed_lock (lock_name, lock_kind) VALUES {}", rows.join(", ")))

@@ -1,8 +1,9 @@
-//! The promise of the guarded transaction, with real processes: a holder is stopped (SIGSTOP) for longer than its TTL,
-//! anywhere in its work, another process takes the lock over, and the first one goes on as if nothing had happened.
+//! The guarantee of the guarded transaction, with real processes. A holder is stopped (SIGSTOP) for
+//! longer than its TTL, anywhere in its work. Another process takes the lock over, and the first
+//! one then continues as if nothing had happened.
 //!
-//! The places are random. A run that fails says its seed; with `LOCK_DB_TEST_SEED` set to it the same rounds are made
-//! again, as far as the machine is as fast.
+//! The places are random. A failed run prints its seed. With `LOCK_DB_TEST_SEED` set to it the same
+//! rounds are played again, as far as the speed of the machine is the same.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -31,9 +32,9 @@ const ROUNDS: u64 = 200;
 const UNGUARDED_ROUNDS: u64 = 60;
 
 const TTL: Duration = Duration::from_millis(100);
-/// Of those who are not stopped.
+/// Of processes that are not stopped.
 const LONG_TTL: Duration = Duration::from_secs(30);
-/// After which those who got nowhere are taken to wait for the one who is stopped.
+/// After this time without progress a process is taken to wait for the one that is stopped.
 const MOMENT: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -43,7 +44,7 @@ async fn a_stopped_holder_never_commits_after_a_takeover<T: TestDatabase>(databa
     let tally = play_rounds(database, true, ROUNDS).await;
     println!("{}, {ROUNDS} rounds:\n{tally}", T::NAME);
     assert_eq!((tally.lost_updates, tally.out_of_order), (0, 0));
-    // What was asked was asked often enough.
+    // Each situation occurred often enough.
     assert!(tally.taken_over >= ROUNDS / 10, "{} takeovers while the holder stood", tally.taken_over);
     assert!(tally.refused >= ROUNDS / 20, "{} holders were refused", tally.refused);
     assert!(T::NAME == "postgres" || tally.waited >= ROUNDS / 20, "{} takers had to wait", tally.waited);
@@ -57,8 +58,8 @@ async fn without_the_guard_it_does<T: TestServer>(database: &T) {
     assert!(tally.out_of_order > 0, "no transaction was late");
 }
 
-/// Found by the rounds: on SQLite in its usual journal mode a reader holds off every commit, and a grant that can't be
-/// committed is none.
+/// Found by these rounds. On SQLite in its default journal mode a reader holds off every commit,
+/// and a grant that can't be committed is not given.
 async fn a_reader_who_stands_still_makes_no_false_grants<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, database.locks().await);
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
@@ -102,9 +103,9 @@ struct Plan {
     holder: Part,
     taker: Part,
     place: Place,
-    /// How long the holder runs on before it is stopped; where it waits, only its watchdog does.
+    /// How long the holder continues before it is stopped. Where it waits, only its watchdog runs.
     delay: Duration,
-    /// Whether the holder goes on as soon as the taker has the lock, or after the taker's commit.
+    /// Whether the holder continues as soon as the taker has the lock, or after the taker's commit.
     race: bool,
 }
 
@@ -123,7 +124,7 @@ impl Plan {
         };
         let mut part = |ways: &[Way], ttl, place| Part {
             way: random.pick(ways),
-            // Without a guard at the level at which nobody else refuses anything.
+            // Without a guard, at the level at which the database itself refuses nothing.
             level: if guarded { random.below(LEVELS.len()) } else { 0 },
             row: random.pick(&BUSINESS_ROWS),
             ttl,
@@ -142,7 +143,7 @@ impl Plan {
     }
 }
 
-/// The rounds of two processes, which take turns at being the one that is stopped.
+/// The rounds of two processes, which take turns at being stopped.
 struct Rounds<'a, T: TestDatabase> {
     database: &'a T,
     observer: <T::Database as sqlx::Database>::Connection,
@@ -203,14 +204,14 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         let mut holders_end = None;
         if plan.place != Place::Anywhere {
             let line = hear(holder).await;
-            // Else its lease was gone before it came to the place: a busy machine.
+            // Otherwise its lease was lost before it came to the place, on a busy machine.
             if line != Line::Here {
                 holders_end = Some(line);
             }
         }
         let until = Instant::now() + plan.delay;
         while Instant::now() < until {
-            // More exact than a sleep, and the other pair goes on.
+            // More exact than a sleep, and lets the other pair continue.
             tokio::task::yield_now().await;
         }
         holder.stop();
@@ -230,12 +231,12 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         sleep_until((stopped + TTL + TTL / 10).into()).await;
         let taken_over = taken.is_some();
         if takers_end.is_some() {
-            // What the holder commits now, it commits later than what can be seen by now.
+            // What the holder commits from here on is later than what can be seen now.
             self.look().await;
         }
 
         let [holder, taker] = &mut self.players;
-        // What is heard of it now, it said before it was stopped.
+        // A line that arrives now was sent before the holder was stopped.
         if holders_end.is_none() {
             holders_end = hear_within(holder, Duration::ZERO).await;
         }
@@ -264,7 +265,8 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         self.check().await;
     }
 
-    /// Whether a holder that stands there keeps every taker off by what it has locked in the database.
+    /// Whether a holder that is stopped there keeps every taker off by what it has locked in the
+    /// database.
     fn is_locked_by(&self, holder: &Part, place: Place) -> bool {
         if !self.guarded {
             return false;
@@ -287,7 +289,7 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         let Line::Ended { token: takers_token, outcome: takers } = takers_end else {
             panic!("the taker said {takers_end:?}");
         };
-        // Nobody takes its lock, but two transactions may still be in each other's way.
+        // Its lock is not taken, but two transactions may still conflict.
         if let Outcome::Refused(why) | Outcome::Unknown(why) = &takers {
             let is_conflict = ["40001", "40P01", "try restarting transaction", "database is locked"]
                 .into_iter()
@@ -306,7 +308,8 @@ impl<'a, T: TestDatabase> Rounds<'a, T> {
         }
     }
 
-    /// Looks at what was committed since the last time: none of it may be of an earlier grant than what was seen then.
+    /// Reads what was committed since the last time. None of it may be of an earlier grant than
+    /// what was seen then.
     async fn look(&mut self) {
         let sql = "SELECT token FROM history ORDER BY token";
         let tokens = T::Database::numbers(&mut self.observer, sql).await.unwrap();
@@ -358,12 +361,12 @@ impl<T: TestDatabase> Drop for Rounds<'_, T> {
     }
 }
 
-/// How the taker came to the lock.
+/// How the taker got the lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum When {
     /// The holder had ended before it was stopped.
     Done,
-    /// While the holder stood.
+    /// While the holder was stopped.
     TakenOver,
     /// After the holder was continued.
     Waited,
@@ -374,11 +377,11 @@ struct Tally {
     /// What happened, and how often.
     rounds: BTreeMap<String, u64>,
     committed: u64,
-    /// The lock was taken over while the holder stood.
+    /// The lock was taken over while the holder was stopped.
     taken_over: u64,
-    /// … and the holder did not commit.
+    /// The same, and the holder did not commit.
     refused: u64,
-    /// The taker got the lock after the holder was continued, which committed.
+    /// The taker got the lock after the holder was continued and had committed.
     waited: u64,
     lost_updates: u64,
     out_of_order: u64,

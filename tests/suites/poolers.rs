@@ -1,5 +1,5 @@
-//! Locks behind PgBouncer. In transaction mode every transaction may run on another server connection, and other
-//! applications use the same ones.
+//! Locks behind PgBouncer. In transaction mode every transaction may run on another server
+//! connection, and other applications use the same ones.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -41,7 +41,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const LONG: Duration = Duration::from_mins(10);
 /// The time that an acquire may wait.
 const WAIT: Duration = Duration::from_secs(30);
-/// "Well within the wait": far more than a lock takes that is free, on a busy machine.
+/// Well below the wait, and far more than a free lock takes on a busy machine.
 const SOON: Duration = Duration::from_secs(10);
 /// Server connections of the pooler.
 const SERVER_CONNECTIONS: u32 = 4;
@@ -50,12 +50,12 @@ async fn in_transaction_mode(database: &PostgresServer) -> Option<PgBouncer> {
     PgBouncer::start(database.url(), PoolMode::Transaction, SERVER_CONNECTIONS).await
 }
 
-/// Locks on a pool of their own, through the pooler, as another process has them.
+/// A `Locks` on a pool of its own, through the pooler, as another process has.
 async fn locks_through(pooler: &PgBouncer) -> Locks<Postgres> {
     migrated(Locks::new(pool(&pooler.url(), 2).await)).await
 }
 
-// ----------------------------------------------------------------------------------------------- the harness
+// ------------------------------------------------------------------------------------- the harness
 
 async fn start_a_pooler<DB: Backend>(mut parent: Parent) {
     let pooler = PgBouncer::start(parent.url(), PoolMode::Session, 1).await.unwrap();
@@ -78,7 +78,7 @@ async fn a_pooler_ends_with_the_process_that_started_it(database: &PostgresServe
     PgConnection::connect(&own.url()).await.unwrap().close().await.unwrap();
 }
 
-// ------------------------------------------------------------------------------------------------ the schema
+// -------------------------------------------------------------------------------------- the schema
 
 async fn the_schema_is_made_through_a_pooler(database: &PostgresServer) {
     let Some(pooler) = in_transaction_mode(database).await else { return };
@@ -94,9 +94,10 @@ async fn the_schema_is_made_through_a_pooler(database: &PostgresServer) {
     assert_eq!(database.advisory_locks().await, 0);
 }
 
-// ---------------------------------------------------------------------------------------- other applications
+// ------------------------------------------------------------------------------ other applications
 
-/// A lock that goes from one process to the other and back; answers when each has had it `rounds` times.
+/// A lock that goes from one process to the other and back. Returns when each has had it `rounds`
+/// times.
 async fn take_turns(processes: &[Locks<Postgres>; 2], rounds: usize) {
     let mut taking = JoinSet::new();
     for locks in processes.clone() {
@@ -111,7 +112,8 @@ async fn take_turns(processes: &[Locks<Postgres>; 2], rounds: usize) {
     taking.join_all().await;
 }
 
-/// An application without lock-db inserts and commits until `ended`. Answers which of its calls failed, and why.
+/// An application without lock-db inserts and commits until `ended`. Returns which of its calls
+/// failed, and why.
 async fn insert_until(pool: PgPool, ended: Arc<AtomicBool>) -> Vec<String> {
     let mut failures = Vec::new();
     while !ended.load(Ordering::Relaxed) {
@@ -130,7 +132,8 @@ async fn insert_until(pool: PgPool, ended: Arc<AtomicBool>) -> Vec<String> {
     failures
 }
 
-/// A notification that reaches a client which never asked for one is a breach of the protocol to its driver.
+/// A notification that reaches a client which never requested one is a protocol violation for its
+/// driver.
 async fn another_application_on_the_pool_is_not_disturbed(database: &PostgresServer) {
     const CLIENTS: u32 = 4;
     let Some(pooler) = in_transaction_mode(database).await else { return };
@@ -163,7 +166,8 @@ async fn on_all_server_connections(pooler: &PgBouncer) -> Vec<PgTransaction<'sta
     transactions
 }
 
-/// What a session has that outlives its transactions. The pooler sets some settings for its clients itself.
+/// The state of a session that outlives its transactions. The pooler sets some settings for its
+/// clients itself.
 const SESSION_STATE: &str = "SELECT string_agg(found, ', ') FROM (
     SELECT 'LISTEN ' || pg_listening_channels() AS found
     UNION ALL SELECT 'SET ' || name || ' = ' || setting FROM pg_settings
@@ -202,9 +206,10 @@ async fn nothing_stays_on_a_server_connection(database: &PostgresServer) {
     assert!(left.is_empty(), "{left:?}");
 }
 
-// ------------------------------------------------------------------------- transactions that have all connections
+// ---------------------------------------------------------- transactions that have all connections
 
-/// Every server connection is in a transaction of the application, so what these need besides their own can't be had.
+/// Every server connection is in a transaction of the application, so no further connection is
+/// available to these.
 async fn in_all_transactions(
     database: &PostgresServer,
     lock: impl AsyncFn(&Locks<Postgres>, &mut PgConnection, u32) -> Result<(), Error>,
@@ -246,7 +251,7 @@ async fn transactions_on_all_server_connections_lock_several_new_names(database:
     .await;
 }
 
-/// Their rows are there, but this process has not seen them.
+/// Their rows exist, but this process has not seen them.
 async fn transactions_on_all_server_connections_lock_names_of_another_process(database: &PostgresServer) {
     let other = database.locks().await;
     for number in 0..3 * SERVER_CONNECTIONS {
@@ -262,7 +267,7 @@ async fn pass_on_in_all_transactions(
 ) {
     let Some(pooler) = in_transaction_mode(database).await else { return };
     let locks = locks_through(&pooler).await;
-    // The name is not new any more.
+    // The name is no longer new.
     let mut first = pool::<Postgres>(&pooler.url(), 1).await.begin().await.unwrap();
     lock(&locks, &mut first).await.unwrap();
     first.commit().await.unwrap();
@@ -326,9 +331,9 @@ async fn more_transactions_than_server_connections_lock_new_names(database: &Pos
     }
 }
 
-// ---------------------------------------------------------------------------------------------- session mode
+// ------------------------------------------------------------------------------------ session mode
 
-/// There a client has its server connection for itself.
+/// In session mode a client has its server connection for itself.
 async fn the_next_one_is_notified_in_session_mode(database: &PostgresServer) {
     let Some(pooler) = PgBouncer::start(database.url(), PoolMode::Session, 20).await else { return };
     let processes = [locks_through(&pooler).await, locks_through(&pooler).await];
@@ -350,7 +355,7 @@ async fn the_next_one_is_notified_in_session_mode(database: &PostgresServer) {
     take_turns(&processes, 20).await;
 }
 
-// --------------------------------------------------------------------------------------------------- workload
+// ---------------------------------------------------------------------------------------- workload
 
 #[derive(Debug, Clone, Copy)]
 enum Kind {
@@ -374,7 +379,7 @@ const KINDS: [Kind; 6] = [
 /// How an increment of a counter ended.
 enum Step {
     Done,
-    /// Surely not.
+    /// It certainly failed.
     NotDone(String),
     /// The answer to its commit is missing.
     Unknown,
@@ -389,7 +394,7 @@ struct Count {
     is_inside: AtomicBool,
 }
 
-/// Reads, adds and writes: what loses updates without a lock.
+/// Reads, adds and writes: loses updates without a lock.
 async fn increment(connection: &mut PgConnection, kind: Kind) -> sqlx::Result<()> {
     let id = kind as i32;
     let n: i64 = sqlx::query_scalar("SELECT n FROM counter WHERE id = $1")
@@ -493,7 +498,7 @@ async fn work(
     }
 }
 
-/// Until each kind has been done so many times more.
+/// Waits until each kind has been done this many more times.
 async fn go_on(counts: &[Count], times: i64) {
     let done = |count: &Count| count.done.load(Ordering::SeqCst);
     let goals: Vec<i64> = counts.iter().map(|count| done(count) + times).collect();
@@ -511,7 +516,7 @@ async fn no_update_is_lost_when_the_pooler_restarts(database: &PostgresServer) {
     for _ in 0..2 {
         let pool = pool::<Postgres>(&pooler.url(), 6).await;
         let locks = migrated(Locks::new(pool.clone())).await;
-        // Other cases have the first use of a name.
+        // Other cases test the first use of a name.
         for kind in KINDS {
             assert!(matches!(step(kind, &locks, &pool, &counts[kind as usize]).await, Ok(Step::Done)));
             counts[kind as usize].done.fetch_add(1, Ordering::SeqCst);

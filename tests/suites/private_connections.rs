@@ -1,5 +1,5 @@
-//! The connections that lock-db makes for itself live as those of the application's pool do: with its options of the day, its hooks and its
-//! lifetimes. What a network does to connections that are idle costs a second.
+//! lock-db's private connections behave like those of the application's pool: with its current
+//! options, its hooks and its lifetimes. If a network drops idle connections, that costs a second.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -36,7 +36,7 @@ for_each_server! {
 /// For what must happen, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LONG_TTL: Duration = Duration::from_mins(10);
-/// What a silent server costs. A connection that was dropped costs about one second.
+/// The cost of a silent server. A connection that was dropped costs about one second.
 const SILENCE: Duration = Duration::from_secs(5);
 
 type Options<T> = <<<T as TestDatabase>::Database as sqlx::Database>::Connection as Connection>::Options;
@@ -50,7 +50,7 @@ fn options_of<T: TestServer>(url: &str) -> Options<T> {
     options.unwrap()
 }
 
-/// A pool that makes no connections by itself, so that those of lock-db can be counted.
+/// A pool that opens no connections by itself, so that those of lock-db can be counted.
 fn pool_by<T: TestServer>(
     database: &T,
     proxy: &Proxy,
@@ -67,9 +67,9 @@ async fn locks_by<T: TestServer>(database: &T, proxy: &Proxy) -> Locks<T::Databa
     locks
 }
 
-// ------------------------------------------------------------------------------------------------------ silence
+// ----------------------------------------------------------------------------------------- silence
 
-/// What goes over a connection that was dropped succeeds on another one.
+/// A call on a connection that was dropped succeeds on another one.
 async fn calls_on_connections_that_were_dropped_while_idle<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let locks = locks_by(database, &proxy).await;
@@ -132,7 +132,7 @@ async fn a_server_far_away_is_not_taken_for_silent<T: TestServer>(database: &T) 
     for direction in [Direction::ToServer, Direction::ToClient] {
         proxy.delay(direction, Duration::from_millis(100));
     }
-    // A third of the TTL is enough to make a connection.
+    // A third of the TTL is enough to open a connection.
     let lease = locks.insert_lock("held").ttl(Duration::from_secs(15)).acquire().await.unwrap();
     let each = async || {
         locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
@@ -145,13 +145,13 @@ async fn a_server_far_away_is_not_taken_for_silent<T: TestServer>(database: &T) 
         each().await;
     }
     lease.release().await.unwrap();
-    // The one for renewals, and a look beside it, because that takes long.
+    // The one for renewals, and a read beside it, because that takes long.
     assert!(proxy.opened() <= before + 2, "{} connections", proxy.opened() - before);
 }
 
-// ------------------------------------------------------------------------------------------- options of the day
+// ------------------------------------------------------------------------------ options of the day
 
-/// As after a rotation: what was told to the pool holds for its next connection, and for ours.
+/// As after a rotation: options set on the pool apply to its next connection, and to ours.
 async fn connections_are_made_with_the_options_of_now<T: TestServer>(database: &T) {
     const TTL: Duration = Duration::from_secs(6);
     drop(database.locks().await);
@@ -169,7 +169,7 @@ async fn connections_are_made_with_the_options_of_now<T: TestServer>(database: &
     assert!(after.opened() > 0);
 }
 
-/// The table there is another one, in which others have the same locks.
+/// There the table is a different one, with the same lock names of other processes.
 async fn options_that_lead_to_another_database_are_refused<T: TestServer>(database: &T) {
     drop(database.locks().await);
     let pool = database.pool(2).await;
@@ -179,7 +179,7 @@ async fn options_that_lead_to_another_database_are_refused<T: TestServer>(databa
     let name = database.text(name).await;
     let other = database.url().replace(&name, if T::NAME == "postgres" { "postgres" } else { "mysql" });
     pool.set_connect_options(options_of::<T>(&other));
-    // What is there goes on.
+    // Existing connections continue to work.
     locks.insert_lock("b").try_acquire().await.unwrap().unwrap().release().await.unwrap();
     database.end_connections().await;
     let error = locks.insert_lock("b").wait(PATIENCE).acquire().await.unwrap_err();
@@ -188,7 +188,7 @@ async fn options_that_lead_to_another_database_are_refused<T: TestServer>(databa
     lease.release().await.unwrap();
 }
 
-// ---------------------------------------------------------------------------------------------------- lifetimes
+// --------------------------------------------------------------------------------------- lifetimes
 
 async fn connections_are_replaced_at_the_end_of_their_lifetime<T: TestServer>(database: &T) {
     const LIFETIME: Duration = Duration::from_secs(1);
@@ -197,7 +197,7 @@ async fn connections_are_replaced_at_the_end_of_their_lifetime<T: TestServer>(da
     let locks = Locks::new(pool_by(database, &proxy, |options| options.max_lifetime(LIFETIME)));
     let lease = locks.insert_lock("held").ttl(Duration::from_secs(3)).acquire().await.unwrap();
     let mut most = 0;
-    // With a lane that is never idle, and one that is most of the time.
+    // With a connection worker that is never idle, and one that is idle most of the time.
     eventually(PATIENCE, async || {
         locks.insert_lock("a").try_acquire().await.unwrap().unwrap().release().await.unwrap();
         most = most.max(proxy.open());
@@ -252,9 +252,10 @@ async fn a_closed_pool_costs_nothing<T: TestServer>(database: &T) {
     others.insert_lock("a").try_acquire().await.unwrap().expect("it was released").release().await.unwrap();
 }
 
-// --------------------------------------------------------------------------------------------------- statements
+// -------------------------------------------------------------------------------------- statements
 
-/// With `statement-cache-capacity=0` sqlx prepares each statement anew each time, and on PostgreSQL leaves it on the server.
+/// With `statement-cache-capacity=0` sqlx prepares each statement anew each time, and on PostgreSQL
+/// leaves it on the server.
 async fn statements_are_kept_prepared_whatever_the_pool_does<T: TestServer>(database: &T) {
     const PAIRS: usize = 50;
     drop(database.locks().await);
@@ -279,7 +280,7 @@ async fn statements_are_kept_prepared_whatever_the_pool_does<T: TestServer>(data
     assert!(not_kept < kept + PAIRS / 2, "{not_kept} messages, and {kept} where the pool keeps them");
 }
 
-/// Those of row locks and guarded transactions go over the application's connections.
+/// Row locks and guarded transactions use the application's connections.
 mod on_connections_of_the_application {
     use super::*;
 
@@ -288,7 +289,8 @@ mod on_connections_of_the_application {
         statements_are_kept_prepared_where_the_pool_keeps_them
     );
 
-    /// How many statements are prepared on the connection of the pool after some locks, and after twice as many.
+    /// How many statements are prepared on the connection of the pool after some locks, and after
+    /// twice as many.
     async fn prepared(database: &PostgresServer, capacity: &str) -> [i64; 2] {
         drop(database.locks().await);
         let url = format!("{}?{capacity}", database.url());

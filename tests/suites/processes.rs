@@ -1,4 +1,5 @@
-//! Locks among real processes: they exclude one another, are killed, are stopped for too long, and all migrate at once.
+//! Locks among real processes, which exclude one another, are killed, are stopped for too long, and
+//! all migrate at once.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -30,7 +31,7 @@ child_roles! { increment_under_leases, increment_under_row_locks, hold_a_lease, 
 const PATIENCE: Duration = Duration::from_mins(1);
 const PROCESSES: i64 = 4;
 
-// ----------------------------------------------------------------------------------------- mutual exclusion
+// -------------------------------------------------------------------------------- mutual exclusion
 
 async fn make_counter<T: TestDatabase>(database: &T) -> Locks<T::Database> {
     database.run("CREATE TABLE counter (id BIGINT PRIMARY KEY, n BIGINT NOT NULL)").await;
@@ -39,7 +40,7 @@ async fn make_counter<T: TestDatabase>(database: &T) -> Locks<T::Database> {
     database.locks().await
 }
 
-/// Read, add, write: what loses updates without a lock. Answers the new number.
+/// Read, add, write: loses updates without a lock. Returns the new number.
 async fn increment<DB: Backend>(connection: &mut DB::Connection) -> i64 {
     let n = DB::find_number(connection, "SELECT n FROM counter WHERE id = 1").await.unwrap().unwrap() + 1;
     tokio::task::yield_now().await;
@@ -47,7 +48,7 @@ async fn increment<DB: Backend>(connection: &mut DB::Connection) -> i64 {
     n
 }
 
-/// Increments as often as the first argument says, and notes the fencing token of each grant.
+/// Increments as often as the first argument says, and records the fencing token of each grant.
 async fn increment_under_leases<DB: Backend>(mut parent: Parent) {
     let pool = pool::<DB>(parent.url(), 1).await;
     let locks = Locks::new(pool.clone());
@@ -124,9 +125,10 @@ async fn four_processes_exclude_one_another_by_a_row_lock<T: TestDatabase>(datab
     count_in_four_processes(database, "increment_under_row_locks", 15).await;
 }
 
-// ---------------------------------------------------------------------------------- killed and stopped holders
+// ---------------------------------------------------------------------- killed and stopped holders
 
-/// Holds a lease with a TTL of as many milliseconds as the first argument says, and answers questions about it.
+/// Holds a lease with a TTL of as many milliseconds as the first argument says, and answers
+/// questions about it.
 async fn hold_a_lease<DB: Backend>(mut parent: Parent) {
     let locks = Locks::new(pool::<DB>(parent.url(), 1).await);
     let ttl = Duration::from_millis(parent.argument(0).parse().unwrap());
@@ -201,7 +203,7 @@ async fn a_holder_that_was_stopped_for_too_long_has_lost<T: TestDatabase>(databa
     let locks = database.locks().await;
     let mut first = Process::spawn("hold_a_lease", database.url(), ["1000"]);
     let token: i64 = first.hear().await.parse().unwrap();
-    // Right after a renewal: in the middle of one it would take a lock of the database itself along.
+    // Right after a renewal. In the middle of one it would keep a lock of the database itself.
     let deadline = database.text(DEADLINE).await;
     eventually(PATIENCE, async || database.text(DEADLINE).await != deadline).await;
     first.stop();
@@ -225,9 +227,9 @@ async fn a_holder_that_was_stopped_for_too_long_has_lost<T: TestDatabase>(databa
     second.release().await.unwrap();
 }
 
-// ----------------------------------------------------------------------------------------------- migrations
+// -------------------------------------------------------------------------------------- migrations
 
-/// Migrates when it is told to. Has connected before, so that the migration is all that is left to do.
+/// Migrates when it is told to. Has connected before, so that only the migration is left to do.
 async fn migrate<DB: Backend>(mut parent: Parent) {
     let locks = Locks::new(PoolOptions::<DB>::new().connect_lazy(parent.url()).unwrap());
     let _connected = locks.check().await;
@@ -237,7 +239,7 @@ async fn migrate<DB: Backend>(mut parent: Parent) {
         Ok(()) => parent.say("done"),
         Err(error) => parent.say(error),
     }
-    // Not before it is told to: an end of its own accord is no kill.
+    // Waits for the order: if it ended by itself, it would not be killed.
     parent.hear().await;
 }
 
@@ -258,8 +260,8 @@ async fn sixteen_processes_migrate_at_once<T: TestDatabase>(database: &T) {
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
 }
 
-/// Whatever a migration was in the middle of when its process was killed: the next one finds nothing locked and makes
-/// the table.
+/// Whatever a migration was doing when its process was killed, the next one finds nothing locked
+/// and creates the table.
 async fn make_up_for_migration<T: TestDatabase>(database: &T) {
     const SOON: Duration = Duration::from_secs(10);
     let locks = Locks::new(database.pool(1).await);

@@ -1,7 +1,8 @@
-//! Entering a lock again from within its holder: by `run` and by annotated functions, nested and side by side.
+//! Entering a lock again from within its holder, by `run` and by annotated functions, nested and
+//! side by side.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-// Holders within holders, many of them side by side in one future.
+// Nested holders, many of them side by side in one future.
 #![allow(clippy::large_futures)]
 
 use std::pin::pin;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
-use lock_db::{Error, Lease, LockDatabase, Locks, Loss, Owner, WaitingFor, distributed_lock};
+use lock_db::{Error, Lease, LockDatabase, Locks, Loss, ReentryContext, WaitingFor, distributed_lock};
 use lock_tests::{Direction, TestDatabase, TestServer, eventually, for_each_database, is_taken};
 use sqlx::{Postgres, Sqlite};
 use tokio::select;
@@ -52,7 +53,7 @@ for_each_database! {
 }
 
 const PATIENCE: Duration = Duration::from_mins(1);
-/// A wait that is in vain.
+/// A wait that times out.
 const VAIN: Duration = Duration::from_millis(200);
 
 /// A second `Locks` with connections of its own, as another process would have.
@@ -64,7 +65,7 @@ async fn becomes_free<DB: LockDatabase>(other: &Locks<DB>, name: &str) {
     eventually(PATIENCE, async || other.insert_lock(name).try_acquire().await.unwrap().is_some()).await;
 }
 
-/// Counts who is inside at the same time.
+/// Counts how many calls are inside at the same time.
 #[derive(Debug, Clone, Default)]
 struct Room {
     inside: Arc<AtomicUsize>,
@@ -72,7 +73,7 @@ struct Room {
 }
 
 impl Room {
-    /// A visit of some length.
+    /// Stays inside for some polls.
     async fn visit(&self) {
         assert_eq!(self.inside.fetch_add(1, Ordering::SeqCst), 0, "two at once");
         for _ in 0..3 {
@@ -87,7 +88,7 @@ impl Room {
     }
 }
 
-/// What tells one acquisition from another, and how many are inside.
+/// What distinguishes one acquisition from another, and how many are inside.
 type Seen = (i64, String, usize);
 
 fn seen<DB: LockDatabase>(lease: &Lease<DB>) -> Seen {
@@ -110,7 +111,7 @@ async fn annotated<DB: LockDatabase>(locks: &Locks<DB>, wait: Duration) -> Resul
     nested(locks, wait).await
 }
 
-// ------------------------------------------------------------------------------------------------------------ nesting
+// ----------------------------------------------------------------------------------------- nesting
 
 async fn run_enters_again<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
@@ -213,7 +214,7 @@ async fn run_and_annotated_functions_enter_each_other<T: TestDatabase>(database:
     assert_eq!(counts.await.unwrap().2, 5);
 }
 
-/// Bytes that go to the server: none.
+/// No bytes are sent to the server.
 async fn entering_again_asks_nobody<T: TestServer>(database: &T) {
     let proxy = database.proxy();
     let url = database.url_by(proxy.address());
@@ -221,7 +222,7 @@ async fn entering_again_asks_nobody<T: TestServer>(database: &T) {
     let pool = lock_tests::pool::<T::Database>(&url, 4).await;
     let locks = Locks::builder(pool).default_ttl(Duration::from_hours(1)).build();
     let room = Room::default();
-    // Nothing of the pool itself is under way any more.
+    // The pool itself sends nothing any more.
     let sent = async || {
         let mut before = proxy.reads(Direction::ToServer);
         eventually(PATIENCE, async || {
@@ -260,7 +261,7 @@ async fn entering_again_asks_nobody<T: TestServer>(database: &T) {
     assert_eq!(room.visits(), 105);
 }
 
-// ----------------------------------------------------------------------------------------------------------- siblings
+// ---------------------------------------------------------------------------------------- siblings
 
 async fn joined_siblings_take_turns<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
@@ -304,7 +305,7 @@ async fn buffered_siblings_take_turns<T: TestDatabase>(database: &T) {
     assert_eq!(room.visits(), 50);
 }
 
-/// The stream is not polled while the loop is in its body.
+/// The stream is not polled while the loop runs its body.
 async fn a_loop_over_a_buffer_enters_too<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let room = Room::default();
@@ -440,7 +441,7 @@ async fn a_wait_for_a_sibling_ends<T: TestDatabase>(database: &T) {
         .unwrap();
 }
 
-// ------------------------------------------------------------------------------------------------ tasks and their owner
+// --------------------------------------------------------------------------- tasks and their owner
 
 async fn a_spawned_task_contends<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
@@ -449,7 +450,7 @@ async fn a_spawned_task_contends<T: TestDatabase>(database: &T) {
         .run(async |lease| {
             let contender = locks.clone();
             let contending = tokio::spawn(async move {
-                assert!(Owner::current().is_none());
+                assert!(ReentryContext::current().is_none());
                 nested(&contender, VAIN).await
             });
             let error = contending.await.unwrap().unwrap_err();
@@ -482,7 +483,7 @@ async fn an_owner_that_is_carried_enters<T: TestDatabase>(database: &T) {
     locks
         .insert_lock("a")
         .run(async |lease| {
-            let owner = Owner::current().unwrap();
+            let owner = ReentryContext::current().unwrap();
             let mut carried = JoinSet::new();
             for _ in 0..8 {
                 let (locks, room) = (locks.clone(), room.clone());
@@ -505,9 +506,12 @@ async fn an_owner_that_is_carried_enters<T: TestDatabase>(database: &T) {
 
 async fn an_owner_does_not_outlive_the_hold<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
-    let owner =
-        locks.insert_lock("a").run(async |_| Ok::<_, Error>(Owner::current().unwrap())).await.unwrap();
-    // An owner holds nothing.
+    let owner = locks
+        .insert_lock("a")
+        .run(async |_| Ok::<_, Error>(ReentryContext::current().unwrap()))
+        .await
+        .unwrap();
+    // A reentry context holds nothing.
     let held = other.insert_lock("a").try_acquire().await.unwrap().expect("it is free");
     let carried = locks.clone();
     let task = tokio::spawn(
@@ -519,7 +523,7 @@ async fn an_owner_does_not_outlive_the_hold<T: TestDatabase>(database: &T) {
         assert_eq!(error.name(), Some("a"));
     }
     held.release().await.unwrap();
-    // Nor does it come back with a new holder.
+    // It does not come back with a new holder either.
     locks
         .insert_lock("a")
         .run(async |lease| {
@@ -537,7 +541,7 @@ async fn an_owner_lives_as_long_as_the_lease<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let kept = locks
         .insert_lock("a")
-        .run(async |lease| Ok::<_, Error>((Owner::current().unwrap(), lease.reenter()?)));
+        .run(async |lease| Ok::<_, Error>((ReentryContext::current().unwrap(), lease.reenter()?)));
     let (owner, lease) = kept.await.unwrap();
     assert!(lease.is_held());
     assert!(other.insert_lock("a").try_acquire().await.unwrap().is_none());
@@ -553,12 +557,12 @@ async fn a_call_that_outlives_the_holder_keeps_the_lock<T: TestDatabase>(databas
     let (finish, finished) = oneshot::channel::<()>();
     let holder = locks.insert_lock("a").ttl(Duration::from_secs(2)).run(async |_| {
         let carried = locks.clone();
-        let straggler = tokio::spawn(Owner::current().unwrap().scope(async move {
+        let straggler = tokio::spawn(ReentryContext::current().unwrap().scope(async move {
             let inside = carried.insert_lock("a").run(async |lease| {
                 entered.send(()).unwrap();
                 finished.await.unwrap();
                 assert!(lease.is_held());
-                // Deeper still works.
+                // Deeper nesting still works.
                 nested(&carried, Duration::ZERO).await
             });
             inside.await
@@ -588,7 +592,7 @@ async fn a_lock_that_is_lost_is_not_entered<T: TestDatabase>(database: &T) {
         .ttl(Duration::from_secs(3))
         .run(async |lease| {
             let task_locks = locks.clone();
-            carried = Some(tokio::spawn(Owner::current().unwrap().scope(async move {
+            carried = Some(tokio::spawn(ReentryContext::current().unwrap().scope(async move {
                 gone_on.await.unwrap();
                 nested(&task_locks, PATIENCE).await
             })));
@@ -643,12 +647,12 @@ async fn guarded_transactions_of_inner_calls_are_of_the_same_lease<T: TestDataba
     becomes_free(&other, "a").await;
 }
 
-// --------------------------------------------------------------------------------------------------- what takes no part
+// ------------------------------------------------------------------------------ what takes no part
 
 async fn guards_are_not_reentrant<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     let lease = locks.insert_lock("a").acquire().await.unwrap();
-    assert!(Owner::current().is_none(), "a guard is no frame");
+    assert!(ReentryContext::current().is_none(), "a guard is no frame");
     let error = nested(&locks, VAIN).await.unwrap_err();
     assert!(matches!(error, Error::Timeout { waiting_for: WaitingFor::Lock, .. }), "{error:?}");
     lease.release().await.unwrap();
@@ -681,7 +685,7 @@ async fn bad_options_are_refused_inside_too<T: TestDatabase>(database: &T) {
         .unwrap();
 }
 
-// ---------------------------------------------------------------------------------------------------------- row locks
+// --------------------------------------------------------------------------------------- row locks
 
 #[distributed_lock("row", mode = row, locks = locks)]
 async fn in_row<DB: LockDatabase, R>(
@@ -738,7 +742,7 @@ async fn siblings_in_a_row_lock_take_turns<T: TestDatabase>(database: &T) {
     .unwrap();
     assert_eq!(room.visits(), 24);
     assert!(row_is_free::<T>(&other).await);
-    // One that is dropped lets the next one in, but its part of the work is missing.
+    // A call that is dropped lets the next one in, but its part of the work is missing.
     let dropped = in_row(&locks, async || {
         let endless = in_row(&locks, async || {
             std::future::pending::<()>().await;
@@ -759,14 +763,14 @@ async fn siblings_in_a_row_lock_take_turns<T: TestDatabase>(database: &T) {
     assert!(row_is_free::<T>(&other).await);
 }
 
-/// What becomes of the transaction: `macro_forms::outcomes`.
+/// How the transaction ends: see `macro_forms::outcomes`.
 async fn a_holder_of_a_row_lock_waits_for_the_calls_inside<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, other(database).await);
     let (entered, has_entered) = oneshot::channel();
     let (finish, finished) = oneshot::channel::<()>();
     let (body_ends, body_has_ended) = oneshot::channel();
     let mut holder = pin!(in_row(&locks, async || {
-        let owner = Owner::current().unwrap();
+        let owner = ReentryContext::current().unwrap();
         let carried = locks.clone();
         let straggler = tokio::spawn(owner.scope(async move {
             in_row(&carried, async || {
@@ -809,20 +813,21 @@ async fn in_transaction<DB: LockDatabase>(
 async fn row_locks_of_a_transaction_know_no_frames<T: TestDatabase>(database: &T) {
     let (locks, pool) = (database.locks().await, database.pool(2).await);
     let mut tx = pool.begin().await.unwrap();
-    // The database is re-entrant itself.
+    // The database itself is re-entrant.
     assert_eq!(in_transaction(&locks, &mut tx, 5).await.unwrap(), 5);
     assert!(!row_is_free::<T>(&locks).await);
-    // A frame of another lock is not in the way.
+    // A scope of another lock does not interfere.
     let inside = locks.insert_lock("a").run(async |_| in_transaction(&locks, &mut tx, 2).await);
     if T::NAME == "sqlite" {
-        // The transaction has the only write lock there is, so nothing else can be taken.
+        // The transaction has the only write lock, so nothing else can be taken.
         drop(inside);
     } else {
         assert_eq!(inside.await.unwrap(), 2);
     }
     tx.commit().await.unwrap();
     assert!(row_is_free::<T>(&locks).await);
-    // Another transaction is another holder, also for whom holds the row in a transaction of its own.
+    // Another transaction is another holder. This is also true for a caller that holds the row in a
+    // transaction of its own.
     in_row(&locks, async || {
         let mut tx = pool.begin().await.unwrap();
         let error = in_transaction(&locks, &mut tx, 1).await.unwrap_err();
@@ -852,17 +857,17 @@ async fn the_other_kind_is_refused_inside_too<T: TestDatabase>(database: &T) {
         .unwrap();
 }
 
-// ------------------------------------------------------------------------------------------------------- what compiles
+// ----------------------------------------------------------------------------------- what compiles
 
 #[test]
 fn an_owner_crosses_threads() {
     fn crosses<T: Clone + std::fmt::Debug + Send + Sync + 'static>() {}
-    crosses::<Owner>();
+    crosses::<ReentryContext>();
 }
 
-/// Never called: that it compiles is the test.
+/// Never called: the test is that it compiles.
 #[allow(dead_code)]
-fn futures_are_send(locks: &Locks<Postgres>, owner: &Owner, room: &Room) {
+fn futures_are_send(locks: &Locks<Postgres>, owner: &ReentryContext, room: &Room) {
     fn is_send<T: Send>(_: T) {}
     fn is_static<T: Send + 'static>(_: T) {}
     is_send(owner.scope(visit(locks, room)));
@@ -872,7 +877,8 @@ fn futures_are_send(locks: &Locks<Postgres>, owner: &Owner, room: &Room) {
     is_send(nested(locks, VAIN));
 }
 
-/// Not all connections can be shared between threads; the futures of the holders can be sent all the same.
+/// Not all connections can be shared between threads; the futures of the holders are `Send`
+/// nevertheless.
 #[allow(dead_code)]
 fn futures_are_send_on_sqlite(locks: &Locks<Sqlite>, room: &Room) {
     fn is_send<T: Send>(_: T) {}

@@ -1,4 +1,4 @@
-//! The row lock: on a transaction of its own and on the caller's.
+//! The row lock, in a transaction of its own and in the caller's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -37,7 +37,7 @@ async fn counter<T: TestDatabase>(database: &T) {
     database.run("INSERT INTO counter VALUES (1, 0)").await;
 }
 
-/// Read, add, write: what loses updates without a lock.
+/// Read, add, write: loses updates without a lock.
 async fn increment<DB: Backend>(connection: &mut DB::Connection) {
     let n = DB::find_number(connection, "SELECT n FROM counter WHERE id = 1").await.unwrap().unwrap();
     tokio::task::yield_now().await;
@@ -103,7 +103,8 @@ async fn a_guard_whose_transaction_died_does_not_commit<T: TestDatabase>(databas
     let locks = database.locks().await;
     let mut guard = locks.row_lock("a").acquire().await.unwrap();
     increment::<T::Database>(&mut guard).await;
-    // As an error that the work swallowed: on PostgreSQL the transaction is doomed, and COMMIT would still answer Ok.
+    // The caller ignores an error. On PostgreSQL the transaction is doomed, and COMMIT would still
+    // return Ok.
     let _ = T::Database::run(&mut guard, "INSERT INTO counter VALUES (1, 0)").await;
     T::Database::run(&mut guard, "ROLLBACK").await.unwrap();
     assert!(matches!(guard.commit().await, Err(Error::Lost { .. })));
@@ -116,7 +117,7 @@ async fn the_callers_transaction_holds_it<T: TestDatabase>(database: &T) {
     let mut transaction = pool.begin().await.unwrap();
     let held = locks.row_lock("a").acquire_in(&mut transaction).await.unwrap();
     assert_eq!(held.name(), "a");
-    // The receipt is not what holds it.
+    // The receipt does not hold the lock.
     drop(held);
     assert!(is_taken::<T, _>(locks.row_lock("a").try_acquire().await));
     transaction.commit().await.unwrap();
@@ -155,7 +156,7 @@ async fn a_wait_ends_in_time_and_the_transaction_goes_on<T: TestDatabase>(databa
     assert!(started.elapsed() >= MOMENT && started.elapsed() < PATIENCE);
     increment::<T::Database>(&mut held).await;
     held.commit().await.unwrap();
-    // The timeout has not doomed it: it takes the lock now, writes and commits.
+    // The timeout has not doomed the transaction: it takes the lock now, writes and commits.
     locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction).await.unwrap();
     increment::<T::Database>(&mut transaction).await;
     transaction.commit().await.unwrap();
@@ -168,7 +169,8 @@ async fn the_waiter_gets_it_after_commit_and_after_rollback<T: TestDatabase>(dat
     for commit in [true, false] {
         let held = locks.row_lock("a").acquire().await.unwrap();
         let waiting = tokio::spawn(other.row_lock("a").wait(PATIENCE).acquire());
-        // On a server the waiter of another process stands in its queue before the holder ends.
+        // On a server the waiter of another process is in the server's queue before the holder
+        // ends.
         if T::NAME != "sqlite" {
             eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
         }
@@ -276,7 +278,7 @@ async fn settings_of_the_callers_connection_stay<T: TestDatabase>(database: &T) 
     assert_eq!(T::Database::find_number(&mut transaction, setting).await.unwrap(), Some(4321));
     let (taken, ended) = tokio::join!(
         locks.row_lock("a").wait(PATIENCE).acquire_in(&mut transaction),
-        // Once the waiter waits.
+        // When the waiter waits.
         async {
             if T::NAME != "sqlite" {
                 eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
@@ -315,7 +317,7 @@ async fn an_acquire_that_is_dropped_before_an_empty_pool_leaves_nothing<T: TestD
         }
     }
     drop(the_only_one);
-    // Neither the turn before the name nor a place before the pool.
+    // Neither a permit for the name nor a place in the queue of the pool.
     let started = Instant::now();
     while started.elapsed() < PATIENCE {
         if let Some(guard) = locks.row_lock("a").try_acquire().await.unwrap() {
@@ -332,7 +334,7 @@ mod on_postgres {
 
     lock_tests::__tests_on!(postgres PostgresServer a_limit_that_is_set_in_a_guard_stays);
 
-    /// Also one that is changed in a transaction of lock-db's own.
+    /// This includes a limit that is changed in a transaction of lock-db's own.
     async fn a_limit_that_is_set_in_a_guard_stays(database: &PostgresServer) {
         let locks = database.locks().await;
         let mut guard = locks.row_lock("a").acquire().await.unwrap();

@@ -1,5 +1,6 @@
-//! What becomes of a lock that was taken, verified or released inside a savepoint when that is rolled back. It is the
-//! database that decides, so this says what each of them does: `docs/guarantees.md` repeats it for people.
+//! What happens to a lock that was taken, verified or released inside a savepoint when the
+//! savepoint is rolled back. The database decides that, so this suite records what each of them
+//! does. `docs/guarantees.md` describes it for users.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -27,14 +28,15 @@ for_each_database! {
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// So far away that the watchdog does not stir.
+/// So far away that the watchdog does nothing.
 const LONG: Duration = Duration::from_mins(10);
 
-/// Whether the row stays locked when the savepoint is rolled back in which it was locked.
+/// Whether the row stays locked when the savepoint in which it was locked is rolled back.
 ///
-/// PostgreSQL frees what a savepoint locked. InnoDB frees nothing before the end of the transaction, but its
-/// transaction begins with the first statement on one of its tables: if that was inside the savepoint, the rollback
-/// ends it. SQLite has one lock for the whole file, which belongs to the whole transaction.
+/// PostgreSQL frees what a savepoint locked. InnoDB frees nothing before the end of the
+/// transaction. But its transaction begins with the first statement on one of its tables: if that
+/// was inside the savepoint, the rollback ends it. SQLite has one lock for the whole file, which
+/// belongs to the whole transaction.
 fn stays_locked<T: TestDatabase>(used_before: bool) -> bool {
     match T::NAME {
         "postgres" => false,
@@ -77,7 +79,7 @@ async fn lease<T: TestDatabase>(locks: &Locks<T::Database>) -> Lease<T::Database
     locks.insert_lock("a").ttl(LONG).wait(PATIENCE).acquire().await.unwrap()
 }
 
-/// A lease that anybody may take over.
+/// A lease that any process may take over.
 async fn overdue_lease<T: TestDatabase>(database: &T, locks: &Locks<T::Database>) -> Lease<T::Database> {
     let lease = lease::<T>(locks).await;
     let past = "UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name = 'a'";
@@ -157,7 +159,7 @@ async fn a_lock_taken_inside<T: TestDatabase>(database: &T, kind: Kind) {
         transaction.commit().await.unwrap();
         try_take(&other, kind).await.expect("it is free").give_back().await;
 
-        // The number that the savepoint wrote is undone with it, whoever has the row then.
+        // The number that the savepoint wrote is undone with it, no matter who has the row then.
         let before = fencing_token(database).await;
         let mut transaction = begin::<T>(&pool, used_before).await;
         let mut savepoint = transaction.begin().await.unwrap();
@@ -169,7 +171,7 @@ async fn a_lock_taken_inside<T: TestDatabase>(database: &T, kind: Kind) {
     }
 }
 
-/// A lock that somebody else has taken, in a way of his own.
+/// A lock that another holder has taken, of either kind.
 enum Taken<DB: LockDatabase> {
     Row(RowGuard<DB>),
     Insert(Lease<DB>),
@@ -198,7 +200,7 @@ async fn try_take<DB: LockDatabase>(locks: &Locks<DB>, kind: Kind) -> Option<Tak
     }
 }
 
-/// On SQLite, where the write lock is that of the file, what is in the way may be any writer.
+/// On SQLite the write lock is that of the file, so any writer may be in the way.
 async fn try_insert<DB: LockDatabase>(locks: &Locks<DB>) -> Option<Lease<DB>> {
     match locks.insert_lock("a").try_acquire().await {
         Err(error) if DB::NAME == "SQLite" => {
@@ -209,7 +211,7 @@ async fn try_insert<DB: LockDatabase>(locks: &Locks<DB>) -> Option<Lease<DB>> {
     }
 }
 
-/// Answers how often the transaction has it.
+/// Returns how often the transaction has it.
 async fn try_take_in<DB: LockDatabase>(
     locks: &Locks<DB>,
     kind: Kind,
@@ -223,7 +225,7 @@ async fn try_take_in<DB: LockDatabase>(
     held.map(|held| held.hold_count())
 }
 
-/// What was taken before the savepoint and once more inside of it.
+/// A lock taken before the savepoint, and again inside of it.
 async fn a_lock_taken_again_inside<T: TestDatabase>(database: &T) {
     let (locks, other, pool) = (database.locks().await, database.locks().await, database.pool(1).await);
     for kind in [Kind::Row, Kind::Insert] {
@@ -240,7 +242,8 @@ async fn a_lock_taken_again_inside<T: TestDatabase>(database: &T) {
     }
 }
 
-/// The row of a new name is made outside of the transaction on InnoDB, and in it elsewhere.
+/// The row of a new name is created outside of the transaction on InnoDB, and inside of it
+/// elsewhere.
 async fn the_first_row_lock_of_a_name_taken_inside<T: TestDatabase>(database: &T) {
     counter(database).await;
     let (locks, other, pool) = (database.locks().await, database.locks().await, database.pool(1).await);
@@ -282,7 +285,7 @@ async fn a_lease_verified_inside<T: TestDatabase>(database: &T) {
     }
 }
 
-/// What must not be done: the check belongs at the end of the transaction, outside of all savepoints.
+/// An incorrect use: the check belongs at the end of the transaction, outside of all savepoints.
 async fn a_verification_inside_guards_nothing_once_it_was_undone<T: TestDatabase>(database: &T) {
     counter(database).await;
     let (locks, other, pool) = (database.locks().await, database.locks().await, database.pool(1).await);
@@ -298,8 +301,9 @@ async fn a_verification_inside_guards_nothing_once_it_was_undone<T: TestDatabase
     assert_eq!(count(database).await, 1, "after a takeover, except on SQLite");
 }
 
-/// `Lost` is about the whole transaction. Who only rolls the savepoint back is stopped except on PostgreSQL: elsewhere the transaction
-/// was ended with it, and what comes after can't be committed.
+/// `Lost` concerns the whole transaction. A caller that only rolls the savepoint back is refused,
+/// except on PostgreSQL: elsewhere the transaction was ended with it, and later statements can't be
+/// committed.
 async fn a_loss_found_inside<T: TestDatabase>(database: &T) {
     counter(database).await;
     let (locks, other, pool) = (database.locks().await, database.locks().await, database.pool(1).await);
@@ -320,7 +324,7 @@ async fn a_loss_found_inside<T: TestDatabase>(database: &T) {
     assert_eq!(count(database).await, if stops { 0 } else { 11 });
     taken.release().await.unwrap();
 
-    // The connection is as good as new.
+    // The connection is usable again.
     increment::<T::Database>(&mut pool.acquire().await.unwrap()).await;
 }
 
@@ -343,7 +347,7 @@ async fn a_lease_released_inside<T: TestDatabase>(database: &T) {
         increment::<T::Database>(&mut transaction).await;
         transaction.commit().await.unwrap();
 
-        // It goes on, as if nobody had released it.
+        // The lease continues, as if it had not been released.
         eventually(PATIENCE, async || lease.is_held()).await;
         assert!(try_insert(&other).await.is_none());
         let mut transaction = lease.begin().await.unwrap();
@@ -408,8 +412,8 @@ async fn a_guarded_transaction_with_savepoints_is_refused_after_a_takeover<T: Te
     }
 }
 
-/// On PostgreSQL the rollback of the savepoint brings the victim back; InnoDB has ended all of it, and what it sends then is
-/// refused.
+/// On PostgreSQL the rollback of the savepoint recovers the victim. InnoDB has ended the whole
+/// transaction, and refuses what it sends then.
 async fn a_deadlock_inside<T: TestServer>(database: &T) {
     counter(database).await;
     database.run("INSERT INTO counter VALUES (2, 0)").await;
@@ -428,7 +432,7 @@ async fn a_deadlock_inside<T: TestServer>(database: &T) {
     assert_ne!(victims.0, victims.1, "one is the victim");
     let kept = database.number("SELECT SUM(n) FROM counter").await;
     assert_eq!(kept, if recovers { 2 } else { 1 });
-    // The connections are as good as new.
+    // The connections are usable again.
     for _ in 0..4 {
         let mut transaction = pool.begin().await.unwrap();
         increment::<T::Database>(&mut transaction).await;
@@ -437,8 +441,8 @@ async fn a_deadlock_inside<T: TestServer>(database: &T) {
     assert_eq!(database.number("SELECT SUM(n) FROM counter").await, kept + 8);
 }
 
-/// Takes a lock inside a savepoint, and commits what was done before, as far as that is possible. Answers whether this was
-/// the victim of a deadlock.
+/// Takes a lock inside a savepoint, and commits what was done before, as far as that is possible.
+/// Returns whether this was the victim of a deadlock.
 async fn take_in_savepoint<DB: Backend>(
     locks: &Locks<DB>,
     mut transaction: Transaction<'static, DB>,

@@ -1,4 +1,4 @@
-//! Making the table, checking it, and what is said when it is missing.
+//! Creating the table, checking it, and the errors when it is missing.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -73,13 +73,22 @@ async fn sixteen_migrate_at_once<T: TestDatabase>(database: &T) {
 }
 
 async fn a_failed_migration_leaves_nothing_behind<T: TestDatabase>(database: &T) {
-    // A ledger that does not fit: the migration fails in the middle, with its lock taken.
+    // A ledger with the wrong columns: the migration fails in the middle, with its lock taken.
     database.run("CREATE TABLE _lock_db_migrations (nonsense INT)").await;
     let locks = Locks::new(database.pool(1).await);
     let error = locks.migrate().await.unwrap_err();
-    assert!(matches!(error, Error::Database { .. } | Error::SchemaMissing { .. }), "{error:?}");
+    assert!(
+        matches!(
+            error,
+            Error::Database { .. }
+                | Error::Unreachable { .. }
+                | Error::Refused { .. }
+                | Error::SchemaMissing { .. }
+        ),
+        "{error:?}"
+    );
 
-    // Another process is not held up by what the first one left.
+    // Another process does not have to wait for anything that the first one left.
     database.run("DROP TABLE _lock_db_migrations").await;
     let other = Locks::new(database.pool(1).await);
     other.migrate().await.unwrap();
@@ -132,7 +141,7 @@ fn sql<T: TestDatabase>() -> &'static str {
     }
 }
 
-/// By restarts, while services go on.
+/// By restarts, while services are running.
 async fn a_table_that_the_ledger_calls_applied_is_made_again<T: TestDatabase>(database: &T) {
     let used = database.locks().await;
     used.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
@@ -178,14 +187,14 @@ async fn a_ledger_of_a_newer_version<T: TestDatabase>(database: &T) {
         locks.insert_lock("a").try_acquire().await.map(drop).unwrap_err(),
         locks.row_lock("b").acquire().await.map(drop).unwrap_err(),
     ] {
-        let Error::UnsupportedTable { reason } = &error else { panic!("{error:?}") };
+        let Error::UnsupportedTable { reason, .. } = &error else { panic!("{error:?}") };
         for told in ["newer version", "migration 7", "`waiters`"] {
             assert!(reason.contains(told), "{told}: {reason}");
         }
     }
 }
 
-/// Of those who add one, and of tables that were copied without their defaults.
+/// Added columns, and tables that were copied without their defaults.
 async fn columns_that_keep_rows_from_being_made<T: TestDatabase>(database: &T) {
     drop(database.locks().await);
     let lost = match T::NAME {
@@ -211,7 +220,7 @@ async fn columns_that_keep_rows_from_being_made<T: TestDatabase>(database: &T) {
             locks.insert_lock("a").try_acquire().await.map(drop).unwrap_err(),
             locks.row_lock("b").acquire().await.map(drop).unwrap_err(),
         ] {
-            let Error::UnsupportedTable { reason } = &error else { panic!("{column}: {error:?}") };
+            let Error::UnsupportedTable { reason, .. } = &error else { panic!("{column}: {error:?}") };
             assert!(reason.contains(&format!("`{column}`")) && reason.contains("default"), "{reason}");
         }
         database.run("DROP TABLE distributed_lock").await;
@@ -220,7 +229,7 @@ async fn columns_that_keep_rows_from_being_made<T: TestDatabase>(database: &T) {
     }
 }
 
-/// An account without any right, its name in SQL, and what names the tables there.
+/// An account without any privilege, its name in SQL, and the prefix of table names.
 async fn account<T: TestServer>(database: &T) -> (String, String, String, AtEnd<T::Database>) {
     let mut url = url::Url::parse(database.url()).unwrap();
     let name = url.path()[1..].to_owned();
@@ -243,7 +252,8 @@ async fn a_role_that_may_only_use_the_table_migrates_what_is_applied<T: TestServ
     drop(database.locks().await);
     let (url, account, schema, _at_end) = account(database).await;
     database.run(&format!("GRANT SELECT, INSERT, UPDATE ON {schema}distributed_lock TO {account}")).await;
-    // It may not read the ledger; may; finds nothing in it; finds none, as after sqlx-cli.
+    // The account may not read the ledger; may read it; finds nothing in it; finds none, as after
+    // sqlx-cli.
     for left in [
         String::new(),
         format!("GRANT SELECT ON {schema}_lock_db_migrations TO {account}"),
@@ -261,7 +271,7 @@ async fn a_role_that_may_only_use_the_table_migrates_what_is_applied<T: TestServ
         locks.close().await;
         pool.close().await;
     }
-    // Nothing that it has not made is locked for others.
+    // Nothing stays locked for others.
     assert_eq!(database.advisory_locks().await, 0);
 }
 
@@ -274,12 +284,16 @@ async fn a_role_that_may_not_create_is_told_what_to_do<T: TestServer>(database: 
     }
     let locks = Locks::new(pool::<T::Database>(&url, 2).await);
     let error = locks.migrate().await.unwrap_err();
-    assert!(matches!(error, Error::Database { .. }) && !error.is_retryable(), "{error:?}");
+    assert!(
+        matches!(error, Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
+            && !error.is_retryable(),
+        "{error:?}"
+    );
     for told in ["denied", "may create tables", "SELECT, INSERT and UPDATE"] {
         assert!(error.to_string().contains(told), "{error}");
     }
     locks.close().await;
-    // Another one is not held up.
+    // Another one does not have to wait.
     database.locks().await.check().await.unwrap();
 }
 
@@ -309,7 +323,7 @@ async fn apply<T: TestDatabase>(database: &T, migrations: &Migrator) {
     connection.close().await.unwrap();
 }
 
-/// Both are there; and an empty database for the next order.
+/// Checks that both exist, and empties the database for the next order.
 async fn are_applied<T: TestDatabase>(database: &T) {
     assert_eq!(database.number("SELECT COUNT(*) FROM app").await, 0);
     let locks = Locks::new(database.pool(2).await);
@@ -342,7 +356,8 @@ async fn beside_migrations_of_the_application_by_migrate<T: TestDatabase>(databa
     }
 }
 
-/// The file copied as it is: before the first start, or into a folder that is in use, or after `migrate()`.
+/// The file copied as it is: before the first start, or into a folder that is in use, or after
+/// `migrate()`.
 async fn beside_migrations_of_the_application_as_one_of_them<T: TestDatabase>(database: &T) {
     for file in OWN {
         for order in ["at once", "later", "after migrate()"] {
@@ -362,7 +377,7 @@ async fn beside_migrations_of_the_application_as_one_of_them<T: TestDatabase>(da
             for _ in 0..2 {
                 apply(database, &of(application.path()).await).await;
             }
-            // The application goes on numbering.
+            // The application adds its next number.
             fs::write(application.path().join("0002_app.sql"), "CREATE TABLE more (n INTEGER)").unwrap();
             apply(database, &of(application.path()).await).await;
             database.run("DROP TABLE more").await;
@@ -371,14 +386,14 @@ async fn beside_migrations_of_the_application_as_one_of_them<T: TestDatabase>(da
     }
 }
 
-/// What `table-name` in a `sqlx.toml` sets for sqlx-cli.
+/// As `table-name` in a `sqlx.toml` for sqlx-cli.
 async fn beside_migrations_of_the_application_with_two_ledgers<T: TestDatabase>(database: &T) {
     let mut ours = of(&folder::<T>()).await;
     ours.dangerous_set_table_name("_lock_db_sqlx_migrations");
     in_each_order(database, &ours, |_| {}).await;
 }
 
-/// What `--ignore-missing` does: on both sides.
+/// As `--ignore-missing`, on both sides.
 async fn beside_migrations_of_the_application_with_missing_ones_ignored<T: TestDatabase>(database: &T) {
     let mut ours = of(&folder::<T>()).await;
     ours.set_ignore_missing(true);

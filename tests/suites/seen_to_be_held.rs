@@ -1,8 +1,10 @@
-//! "Held" is said only of a lock that was seen to be held: `Error::Timeout`, `None` from a try, and a function that is
-//! skipped. All other answers are errors with a cause. What passes is waited for, and what does not pass fails at once.
+//! Only a lock that was seen to be held is reported as held: by `Error::Timeout`, by `None` from a
+//! try, and by a function that is skipped. All other results are errors with a cause. A temporary
+//! obstacle is waited for, and a permanent one fails immediately.
 //!
-//! Each case makes every kind of request: leases and row locks, one or several, in a transaction of their own or of the
-//! caller, by a call or by the attribute with `skip`; with short waits and as tries.
+//! Each case makes every kind of request: leases and row locks, one or several, in a transaction of
+//! their own or of the caller, by a call or by the attribute with `skip`, with short waits and as
+//! tries.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -71,7 +73,7 @@ for_each_database! {
     a_server_that_does_not_wait_is_not_asked_without_pause,
 }
 
-/// There whoever writes keeps all others from writing.
+/// There any writer keeps all others from writing.
 mod one_writer {
     use super::*;
 

@@ -1,10 +1,11 @@
-//! Locks in transactions that may have read something before the last holder's commit. At an isolation level with one
-//! snapshot for the whole transaction they are refused with `Error::Serialization`, at once, and can't commit any more.
-//! At the levels below they get the lock.
+//! Locks in transactions that may have read something before the last holder's commit. At an
+//! isolation level with one snapshot for the whole transaction they are refused immediately with
+//! `Error::Serialization`, and can't commit any more. At the levels below they get the lock.
 //!
-//! The fixed cases consist of cells. A cell says how the holder works and ends, and when and how the transaction asks. Each
-//! runs at every isolation level, and a failure lists the cells that failed. In the random cases two transactions and two
-//! holders take locks and work under them, one step at a time, in the order of a seeded schedule.
+//! The fixed cases consist of cells. A cell says how the holder works and ends, and when and how
+//! the transaction requests the lock. Each runs at every isolation level, and a failure lists the
+//! cells that failed. In the random cases two transactions and two holders take locks and work
+//! under them, one step at a time, in the order of a seeded schedule.
 //!
 //! ```text
 //! LOCK_DB_TEST_ROUNDS=1000 tests/run -p lock-tests --test snapshots random_orders_lose_nothing
@@ -65,9 +66,9 @@ for_each_database! {
     random_orders_of_a_lock_by_hand_lose_updates,
 }
 
-/// How many random worlds there are, unless `LOCK_DB_TEST_ROUNDS` says otherwise.
+/// How many random worlds there are, unless `LOCK_DB_TEST_ROUNDS` is set.
 const WORLDS: usize = 30;
-/// Within how many worlds a lock by hand must have failed. Usually it fails in the first one.
+/// Within how many worlds a handwritten lock must have failed. Usually it fails in the first one.
 const WORLDS_BY_HAND: i64 = 400;
 
 child_roles! { holder_that_is_killed, waiter_that_counts }
@@ -103,7 +104,7 @@ async fn after_insert_locks_in_transactions<T: CountedWay>(database: &T) {
     run_cells(database, &cells).await;
 }
 
-/// Without a read before it, the lock comes with a new snapshot.
+/// Without an earlier read, the lock comes with a new snapshot.
 async fn a_lock_taken_first<T: CountedWay>(database: &T) {
     let cells = [
         Cell::all(Way::GuardedTransaction, End::Release),
@@ -148,12 +149,13 @@ async fn after_a_takeover<T: CountedWay>(database: &T) {
     run_crashes(database, End::Takeover).await;
 }
 
-/// In the snapshot the lease has expired, but its holder commits after that. The commit leaves no trace in the lock's row.
+/// In the snapshot the lease has expired, but its holder commits after that. The commit leaves no
+/// trace in the lock's row.
 async fn after_a_commit_that_was_late<T: CountedWay>(database: &T) {
     run_crashes(database, End::LateCommit).await;
 }
 
-/// The other cases count messages, where there is a network.
+/// The other cases count messages, if there is a network.
 #[test]
 fn waiting_on_sqlite_is_no_spin() {
     run_case(CaseRuntime::TwoWorkers, async |database: &SqliteFile| count_statements(database).await);
@@ -188,7 +190,8 @@ async fn random_orders_of_a_lock_by_hand_lose_updates<T: TestServer>(database: &
         let world = World::random::<T>(seeds.next(), number, Lock::ByHand);
         let (_tally, violations) = Stage::play(database, &crew, &world, false).await;
         let is_found = |violation: &Violation| match violation {
-            // PostgreSQL refuses to change a row that is newer than the snapshot, but not to insert another one.
+            // PostgreSQL refuses to change a row that is newer than the snapshot, but not to insert
+            // another one.
             Violation::LostUpdate(_) => T::NAME != "postgres",
             Violation::SecondOrder(_) => T::NAME == "postgres",
             _ => false,

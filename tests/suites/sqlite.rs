@@ -1,5 +1,6 @@
-//! What is particular to SQLite: databases that connections can't share are refused with a reason, both kinds of journal
-//! work, a transaction that can't write any more is told at once, and long writes cost no lease.
+//! The specifics of SQLite. Databases that connections can't share are refused with a reason. Both
+//! kinds of journal work. A transaction that can't write any more is refused immediately. Long
+//! writes cost no lease.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 

@@ -1,5 +1,6 @@
-//! A server that is there and does not answer: its table is locked, its standby is gone, its processes stand still, or the network
-//! carries nothing one way. What a process gives up then, the server gives up, and nothing is granted late.
+//! A server that is reachable and does not answer: its table is locked, its standby is gone, its
+//! processes are stopped, or the network carries nothing one way. What a process then gives up, the
+//! server gives up as well, and nothing is granted late.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -31,23 +32,24 @@ for_each_server! {
 const PATIENCE: Duration = Duration::from_mins(1);
 /// More than twice as long as an answer is waited for.
 const STALL: Duration = Duration::from_secs(11);
-/// How late anything may be that has a bound.
+/// How late an event with a bound may be.
 const MARGIN: Duration = Duration::from_millis(1500);
-/// How soon after a stall all is as it should be: a connection that was begun in it may be waited for as long as that.
+/// How soon after a stall everything works again. A connection that was begun in the stall may be
+/// waited for as long as that.
 const SOON: Duration = Duration::from_secs(8);
-/// Of leases that nobody has after the stall, and of those whose holder lives.
+/// Of leases that have no holder after the stall, and of those whose holder lives.
 const LONG_TTL: Duration = Duration::from_mins(10);
 const KEPT_TTL: Duration = Duration::from_mins(1);
-/// Of a lease that is lost in the stall, and should not be renewed behind its end.
+/// Of a lease that is lost in the stall, and must not be renewed after its end.
 const LOST_TTL: Duration = Duration::from_secs(10);
 
 /// The connections of the pool, and those of the `Locks` itself.
 const POOL: u32 = 2;
 const OWN: usize = 2;
-/// While one takes the place of another, or is asked why there is none.
+/// While one replaces another, or is asked why there is none.
 const FOR_A_MOMENT: usize = 2 * OWN;
 
-/// A service that takes and gives back locks all the time, in all ways.
+/// A service that takes and releases locks all the time, in all ways.
 struct Service<DB: Backend> {
     locks: Locks<DB>,
     ends: Arc<AtomicBool>,
@@ -73,7 +75,7 @@ impl<DB: Backend> Service<DB> {
     }
 }
 
-/// What fails does not matter: it has to leave nothing.
+/// Errors don't matter here, but a failed request must leave nothing behind.
 async fn take_leases<DB: Backend>(locks: Locks<DB>, name: String, ends: Arc<AtomicBool>) {
     while !ends.load(Ordering::SeqCst) {
         drop(locks.insert_lock(&name).ttl(LONG_TTL).wait(Duration::from_secs(1)).acquire().await);
@@ -93,7 +95,7 @@ async fn take_rows<DB: Backend>(locks: Locks<DB>, pool: Pool<DB>, name: String, 
     }
 }
 
-/// A service at work, which reaches its database by `url`, goes through a stall.
+/// A working service, which reaches its database by `url`, goes through a stall.
 async fn goes_through<T: TestServer>(
     database: &T,
     url: &str,
@@ -129,9 +131,16 @@ async fn goes_through<T: TestServer>(
         }
         sleep(Duration::from_millis(100)).await;
     }
-    // The error is that of the database, or there is none: where a release waits for nothing, it may be in time.
+    // The error is that of the database, or there is none: where a release waits for nothing, it
+    // may be in time.
     let answer = releasing.await.unwrap();
-    assert!(matches!(answer, Ok(()) | Err(Error::Database { .. })), "{answer:?}");
+    assert!(
+        matches!(
+            answer,
+            Ok(()) | Err(Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
+        ),
+        "{answer:?}"
+    );
     lost.await.unwrap();
     service.ends.store(true, Ordering::SeqCst);
     end().await;
@@ -148,7 +157,7 @@ async fn goes_through<T: TestServer>(
     assert!(near.insert_lock("kept").try_acquire().await.unwrap().is_none());
     let all_end = timeout(PATIENCE, async { while service.work.join_next().await.is_some() {} }).await;
     assert!(all_end.is_ok(), "a lock is waited for without an end");
-    // That of `near` has two of its own as well.
+    // The `Locks` of `near` has two of its own as well.
     let allowed = before + 2 * OWN + POOL as usize;
     eventually(PATIENCE, async || database.activity().await.connections <= allowed).await;
     kept.release().await.unwrap();
@@ -166,12 +175,12 @@ async fn a_table_that_is_locked<T: TestServer>(database: &T) {
     goes_through(database, database.url(), true, async || run(lock).await, async || run(unlock).await).await;
 }
 
-/// The server hears everything, also that a connection was given up.
+/// The server receives everything, including that a connection was given up.
 async fn answers_that_are_lost<T: TestServer>(database: &T) {
     silent(database, Direction::ToClient).await;
 }
 
-/// What was sent arrives when the network is back, on connections that were given up long ago.
+/// Messages arrive when the network is back, on connections that were given up long ago.
 async fn requests_that_are_late<T: TestServer>(database: &T) {
     silent(database, Direction::ToServer).await;
 }
@@ -191,7 +200,8 @@ async fn far<T: TestServer>(url: &str) -> Locks<T::Database> {
     locks
 }
 
-/// A request for a lease whose caller has gone, on a connection that was given up. It is not carried out when all is over.
+/// A request for a lease whose caller is gone, on a connection that was given up. It is not carried
+/// out when the outage is over.
 async fn a_request_that_comes_after_the_next_ones<T: TestServer>(database: &T) {
     let near = database.locks().await;
     near.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
@@ -200,7 +210,7 @@ async fn a_request_that_comes_after_the_next_ones<T: TestServer>(database: &T) {
     far.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
 
     proxy.strand();
-    // Dropped at once where it was granted by way of the next connection.
+    // If the next connection granted it, the lease is dropped immediately.
     drop(far.insert_lock("a").ttl(LONG_TTL).wait(Duration::from_millis(1)).acquire().await);
     // Another request, on the next connection.
     far.insert_lock("b").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
@@ -212,12 +222,12 @@ async fn a_request_that_comes_after_the_next_ones<T: TestServer>(database: &T) {
     assert!(near.insert_lock("a").try_acquire().await.unwrap().is_some(), "granted late, and left");
 }
 
-/// The renewal of a lease that was lost meanwhile.
+/// The renewal of a lease that was lost in the meantime.
 async fn a_renewal_that_comes_after_the_release<T: TestServer>(database: &T) {
     let near = database.locks().await;
     let proxy = database.proxy();
     let far = far::<T>(&database.url_by(proxy.address())).await;
-    // Renewed at a third of it, and lost soon after.
+    // Renewed at a third of its TTL, and lost soon after.
     let lease = far.insert_lock("a").ttl(Duration::from_secs(6)).acquire().await.unwrap();
     let reads = proxy.reads(Direction::ToServer);
     eventually(PATIENCE, async || proxy.reads(Direction::ToServer) > reads).await;
@@ -231,7 +241,7 @@ async fn a_renewal_that_comes_after_the_release<T: TestServer>(database: &T) {
     near.insert_lock("a").wait(Duration::from_secs(3)).acquire().await.unwrap().release().await.unwrap();
 }
 
-// ------------------------------------------------------------------------------------------ servers of their own
+// ---------------------------------------------------------------------------- servers of their own
 
 fn on_own_server<K: ServerKind>(options: &'static str, case: impl AsyncFnOnce(&OwnServer, &Server<K>)) {
     if !OwnServer::can_have(K::NAME) {
@@ -248,7 +258,7 @@ fn on_own_server<K: ServerKind>(options: &'static str, case: impl AsyncFnOnce(&O
     runtime.shutdown_timeout(Duration::from_secs(5));
 }
 
-/// SIGSTOP: connections can be made, as the operating system does it, and nothing answers.
+/// SIGSTOP: connections can be opened, because the operating system does that, and nothing answers.
 fn processes_that_stand_still<K: ServerKind>()
 where
     Server<K>: TestServer<Database = K::Database>,
@@ -258,7 +268,7 @@ where
     });
 }
 
-/// A commit waits for a standby that is gone, and for no limit of the client's session.
+/// A commit waits for a standby that is gone, and no limit of the client's session ends the wait.
 fn a_standby_that_is_gone<K: ServerKind>(options: &'static str, begin: &[&str], end: &[&str])
 where
     Server<K>: TestServer<Database = K::Database>,

@@ -1,6 +1,7 @@
-//! Tables `distributed_lock` that can't keep locks, or only look as if they could not: of another kind, with rows that are
-//! hidden, without their index, with columns of other types, in another encoding, under odd settings, with rights that are
-//! missing. What can't be used is named by `check()`, nothing is granted on it, and nothing is called held.
+//! Tables `distributed_lock` that can't keep locks, or only seem unable to: of another kind, with
+//! hidden rows, without their index, with columns of other types, in another encoding, under
+//! unusual settings, or with missing privileges. `check()` names what can't be used, nothing is
+//! granted on such a table, and nothing is reported as held.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lock_db::testing::{self, TestLocks, assert_held, assert_held_by, without_locks};
-use lock_db::{Error, Locks, Owner, distributed_lock};
+use lock_db::{Error, Locks, ReentryContext, distributed_lock};
 use sqlx::{Sqlite, SqlitePool, Transaction};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber, span};
@@ -15,13 +15,13 @@ use tracing::{Event, Level, Metadata, Subscriber, span};
 const MOMENT: Duration = Duration::from_millis(200);
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What `assert_held` says against a name here; `None` when it is held.
+/// The message of `assert_held` for a name here; `None` when it is held.
 fn complaint(name: &str) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(|| assert_held(name))).err()?;
     Some(panic.downcast_ref::<String>().expect("a message").clone())
 }
 
-/// Where the database of these locks is.
+/// The file of the database of these locks.
 fn file(locks: &TestLocks) -> PathBuf {
     locks.pool().connect_options().get_filename().to_path_buf()
 }
@@ -43,7 +43,8 @@ async fn each_test_has_a_database_of_its_own() {
     assert!(found.unwrap_err().to_string().contains("no such table"));
 }
 
-/// A lease and its release go through connections of the session; row locks and the business through those of the pool.
+/// A lease and its release use connections of the session. Row locks and the business use those of
+/// the pool.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_database_is_the_same_for_all_connections() {
     let locks = testing::locks().await.unwrap();
@@ -58,7 +59,8 @@ async fn the_database_is_the_same_for_all_connections() {
             if number % 2 == 0 {
                 locks.insert_lock("stock").run(async |_lease| take_one(&pool).await).await
             } else {
-                // Another kind of lock on the same data: the writes of each are one transaction, and SQLite has one writer.
+                // Another kind of lock on the same data. The writes of each are one transaction,
+                // and SQLite has one writer.
                 let mut guard = locks.row_lock("stock:row").acquire().await?;
                 sqlx::query("UPDATE stock SET left_over = left_over - 1").execute(&mut *guard).await.unwrap();
                 guard.commit().await
@@ -77,7 +79,8 @@ async fn take_one(pool: &SqlitePool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Also the lookers-on of a long transaction: a database in memory would let them wait for its end, or fail.
+/// Also those beside a long transaction. With a database in memory they would wait for its end, or
+/// fail.
 #[tokio::test]
 async fn readers_do_not_wait_for_a_transaction() {
     let locks = testing::locks().await.unwrap();
@@ -222,7 +225,7 @@ async fn tasks_are_not_under_the_locks_of_their_parents() {
     let locks = testing::locks().await.unwrap();
     let run = locks.insert_lock("a").run(async |_lease| {
         assert!(tokio::spawn(async { complaint("a") }).await.unwrap().is_some());
-        let owner = Owner::current().expect("is inside");
+        let owner = ReentryContext::current().expect("is inside");
         assert!(tokio::spawn(owner.scope(async { complaint("a") })).await.unwrap().is_none());
         Ok::<_, Error>(owner)
     });
@@ -240,7 +243,7 @@ async fn a_lost_lock_is_not_held() {
     let (complaints, seen) = tokio::sync::oneshot::channel();
     let other = locks.clone();
     let lost = locks.insert_lock("a").run(async |lease| {
-        // The body of `run` is dropped when the lease is lost, unless it is not asked in between.
+        // The body of `run` is dropped when the lease is lost, unless it is not polled in between.
         assert_held("a");
         let closing = tokio::spawn(async move { other.close().await });
         while lease.is_held() {
@@ -257,7 +260,7 @@ async fn a_lost_lock_is_not_held() {
     }
 }
 
-/// What is held by hand in this test, and not in another one.
+/// Locks held by guards in this test, and not in another one.
 #[tokio::test]
 async fn open_guards_are_held() {
     let locks = testing::locks().await.unwrap();
@@ -320,7 +323,7 @@ async fn a_lost_guard_is_not_held() {
     drop(lease);
 }
 
-/// Nothing tells when the transaction of the caller ends, so the database does.
+/// lock-db is not told when the caller's transaction ends, so it asks the database.
 #[tokio::test]
 async fn locks_in_open_transactions_are_held() {
     let locks = testing::locks().await.unwrap();
@@ -339,7 +342,7 @@ async fn locks_in_open_transactions_are_held() {
             transaction.rollback().await.unwrap()
         }
         for name in ["row", "insert", "one", "two"] {
-            // What the database does not answer in time counts as held.
+            // If the database does not answer in time, the lock counts as held.
             lock_tests::eventually(PATIENCE, async || complaint(name).is_some()).await;
         }
     }
@@ -365,7 +368,7 @@ async fn of_two_locks_the_one_that_is_meant() {
     assert!(run.await.unwrap());
 }
 
-/// Also where the clock of the test is paused.
+/// Also with a paused clock in the test.
 #[tokio::test(start_paused = true)]
 async fn a_paused_clock_is_no_matter() {
     let locks = testing::locks().await.unwrap();
@@ -384,7 +387,8 @@ mod beside_sqlx_test {
 
     for_each_database! { the_database_can_be_dropped, of_an_unclosed_pool }
 
-    /// `#[sqlx::test]` closes its pool after the test, and drops the database, whatever else the test has left behind.
+    /// `#[sqlx::test]` closes its pool after the test, and drops the database, whatever else the
+    /// test has left behind.
     async fn the_database_can_be_dropped<T: TestDatabase>(database: &T) {
         let pool = database.pool(5).await;
         let locks = testing::locks_on(pool.clone()).await.unwrap();
@@ -404,7 +408,7 @@ mod beside_sqlx_test {
         assert!(free.is_some(), "what was held is released");
     }
 
-    /// The pool is not kept.
+    /// The pool is not kept open.
     async fn of_an_unclosed_pool<T: TestDatabase>(database: &T) {
         let pool = database.pool(2).await;
         let locks = testing::locks_on(&pool).await.unwrap();
@@ -446,7 +450,7 @@ async fn without_locks_nothing_is_locked() {
     lease.release().await.unwrap();
     assert_eq!(explicit(&locks).await.unwrap(), None);
 
-    // Neither is anything installed here.
+    // Nothing is installed here either.
     assert!(without_locks(ambient("a")).await.unwrap().is_some());
     without_locks(row(MOMENT)).await.unwrap();
     let mut transaction = locks.pool().begin().await.unwrap();
@@ -471,7 +475,7 @@ async fn the_switch_ends_with_its_scope() {
     })
     .await;
     assert!(refused(ambient("after").await));
-    // What counts is where it is polled.
+    // What counts is where the future is polled.
     let mut made_inside = None;
     without_locks(async { made_inside = Some(Box::pin(ambient("made inside"))) }).await;
     assert!(refused(made_inside.expect("is made").await));

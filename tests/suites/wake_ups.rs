@@ -1,7 +1,8 @@
-//! PostgreSQL notifies the process that is next. A notification only shortens a sleep: when it fails or waits, the release or
-//! the commit that it follows is done all the same and at once, and the next process finds the lock free by itself.
+//! PostgreSQL notifies the next process. A notification only shortens a sleep. If it fails or
+//! waits, the release or commit before it is still done, without delay, and the next process finds
+//! the free lock by itself.
 //!
-//! Each database has its own entry for the function `pg_notify`, so a test can put another one in its place.
+//! Each database has its own entry for the function `pg_notify`, so a test can replace it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -20,14 +21,15 @@ lock_tests::__tests_on! { postgres PostgresServer
     many_releases_beside_notifications_that_wait
 }
 
-/// In which the next process finds by itself that the lock is free.
+/// Within this time the next process finds by itself that the lock is free.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Far less than a notification waits, and more than a busy machine takes.
 const SOON: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_mins(10);
 
 const FAILS: &str = "RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'";
-/// As one does behind another transaction that notifies and waits for its disk or a standby: all of a server share a lock.
+/// As a notification waits for another transaction that notifies and waits for its disk or a
+/// standby: all notifications of a server share a lock.
 const WAITS: &str = "PERFORM pg_advisory_xact_lock(4711)";
 
 async fn replace_notify(database: &PostgresServer, body: &str) {
@@ -80,7 +82,7 @@ async fn write(connection: &mut sqlx::PgConnection) {
     Postgres::run(connection, "INSERT INTO work VALUES (1)").await.unwrap();
 }
 
-/// A holder of the lock, and how it gives it back.
+/// A holder of the lock, and how it releases it.
 async fn hold_and_end(
     locks: &Locks<Postgres>,
     pool: &PgPool,
@@ -137,7 +139,7 @@ async fn in_time<V>(end: End, ending: impl Future<Output = V>) -> V {
 
 type Waiting = JoinHandle<Result<Lease<Postgres>, Error>>;
 
-/// Waits in another process, and stands in the queue.
+/// Waits in another process, and is in the queue.
 async fn wait_for(database: &PostgresServer, other: &Locks<Postgres>, name: &str) -> Waiting {
     let waiting = tokio::spawn(other.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire());
     let stands = format!("SELECT length(waiters) FROM distributed_lock WHERE lock_name = '{name}'");
@@ -153,7 +155,7 @@ async fn wait_for(database: &PostgresServer, other: &Locks<Postgres>, name: &str
 async fn each_end(database: &PostgresServer, locks: impl AsyncFn() -> (Locks<Postgres>, PgPool)) {
     let (other, _) = locks().await;
     for end in ENDS {
-        // A process of its own, so that nothing of one hangs in the way of the next.
+        // A process of its own, so that a request that hangs does not block the next.
         let (holder, pool) = locks().await;
         let before = database.number("SELECT COUNT(*) FROM work").await;
         let name = format!("{end:?}");
@@ -165,7 +167,7 @@ async fn each_end(database: &PostgresServer, locks: impl AsyncFn() -> (Locks<Pos
         let next = waiting.await.unwrap().unwrap_or_else(|error| panic!("{end:?}: {error}"));
         in_time(end, next.release()).await.unwrap();
         if end != End::Close {
-            // And the process goes on.
+            // And the process continues to work.
             let again = in_time(end, holder.insert_lock("again").wait(SOON).acquire()).await;
             in_time(end, again.unwrap().release()).await.unwrap();
         }
@@ -195,7 +197,7 @@ async fn a_notification_that_waits(database: &PostgresServer) {
     with_notify(database, WAITS).await;
 }
 
-/// Taken from everybody.
+/// Revoked from all.
 async fn a_notification_without_the_right_to_it(database: &PostgresServer) {
     database.run("CREATE TABLE work (n INT)").await;
     drop(database.locks().await);
@@ -230,7 +232,7 @@ async fn a_notification_without_the_right_to_it(database: &PostgresServer) {
     }
 }
 
-/// Of one process, which goes on with everything else meanwhile.
+/// The releases of one process, which continues with everything else in the meantime.
 async fn many_releases_beside_notifications_that_wait(database: &PostgresServer) {
     const NAMES: usize = 20;
     const TTL: Duration = Duration::from_secs(3);

@@ -8,8 +8,8 @@ use tokio::runtime::Builder;
 
 use crate::Backend;
 
-/// Runs statements when it is dropped, whatever came of the case: for what a case makes outside of its own database, such as
-/// roles and other databases.
+/// Runs statements when it is dropped, however the case ends. For objects that a case creates
+/// outside of its own database, such as roles and other databases.
 #[derive(Debug)]
 pub struct AtEnd<DB: Backend> {
     url: String,
@@ -26,7 +26,7 @@ impl<DB: Backend> AtEnd<DB> {
 impl<DB: Backend> Drop for AtEnd<DB> {
     fn drop(&mut self) {
         let (url, statements) = (self.url.clone(), std::mem::take(&mut self.statements));
-        // On a thread of its own, because this is one of a runtime.
+        // On a separate thread, because this one belongs to a runtime.
         let done = thread::spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let all = async {
@@ -41,7 +41,7 @@ impl<DB: Backend> Drop for AtEnd<DB> {
         });
         let done: Result<sqlx::Result<()>, _> = done.join();
         if !matches!(done, Ok(Ok(()))) {
-            // Past what the test harness catches.
+            // Bypasses the test harness, which captures output.
             let _ = writeln!(std::io::stderr(), "lock-tests: something is left on the server: {done:?}");
         }
     }

@@ -7,16 +7,17 @@ use tokio::runtime::Builder;
 
 use crate::TestDatabase;
 
-/// Longer than any case takes on a slow machine: what passes it hangs.
+/// Longer than any case takes on a slow machine. A case that takes longer hangs.
 const PATIENCE: Duration = Duration::from_mins(3);
 
-/// How long faults are to be injected (`tests/run --faults`), if longer than in every run of all tests.
+/// How long to inject faults (`tests/run --faults`), if longer than in an ordinary run of all
+/// tests.
 pub fn long_run() -> Option<Duration> {
     let seconds = std::env::var("LOCK_DB_TEST_FAULTS_SECONDS").ok().filter(|seconds| !seconds.is_empty())?;
     Some(Duration::from_secs(seconds.parse().expect("LOCK_DB_TEST_FAULTS_SECONDS is a number")))
 }
 
-/// How many random rounds a case makes: what `LOCK_DB_TEST_ROUNDS` says, or so many.
+/// How many random rounds a case runs: the value of `LOCK_DB_TEST_ROUNDS`, or `default`.
 pub fn rounds(default: usize) -> usize {
     more_rounds().unwrap_or(default)
 }
@@ -26,8 +27,8 @@ fn more_rounds() -> Option<usize> {
     Some(rounds.parse().expect("LOCK_DB_TEST_ROUNDS is a number"))
 }
 
-/// Makes a test of each case on each kind of database, named `postgres::case`, `mariadb::case`, `mysql::case` and
-/// `sqlite::case`. Once in a module:
+/// Creates a test of each case on each kind of database, named `postgres::case`, `mariadb::case`,
+/// `mysql::case` and `sqlite::case`. Used once in a module:
 ///
 /// ```ignore
 /// for_each_database! {
@@ -39,8 +40,8 @@ fn more_rounds() -> Option<usize> {
 /// ```
 ///
 /// A case is an `async fn case<T: TestDatabase>(database: &T)` or, below `on servers`, an
-/// `async fn case<T: TestServer>(database: &T)`. It runs on a runtime of two worker threads, or on the one thread of
-/// the test when it says so.
+/// `async fn case<T: TestServer>(database: &T)`. It runs on a runtime with two worker threads, or
+/// on the test's own thread with `(current_thread)`.
 #[macro_export]
 macro_rules! for_each_database {
     (
@@ -55,7 +56,8 @@ macro_rules! for_each_database {
     };
 }
 
-/// [`for_each_database!`] without SQLite. A case is an `async fn case<T: TestServer>(database: &T)`.
+/// [`for_each_database!`] without SQLite. A case is an
+/// `async fn case<T: TestServer>(database: &T)`.
 #[macro_export]
 macro_rules! for_each_server {
     ($($case:ident $(($runtime:ident))?),* $(,)?) => {
@@ -92,14 +94,15 @@ macro_rules! __runtime {
     };
 }
 
-/// What a case runs on.
+/// The runtime of a case.
 #[derive(Debug, Clone, Copy)]
 pub enum CaseRuntime {
     TwoWorkers,
     CurrentThread,
 }
 
-/// Runs a case on a new database, if this run has such a server. The database is dropped last, however the case ends.
+/// Runs a case on a new database, if this run has such a server. The database is dropped last,
+/// however the case ends.
 pub fn run_case<T: TestDatabase>(runtime: CaseRuntime, case: impl AsyncFnOnce(&T)) {
     let mut builder = match runtime {
         CaseRuntime::TwoWorkers => Builder::new_multi_thread(),

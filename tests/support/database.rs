@@ -1,4 +1,4 @@
-//! What a suite may ask of a database, whatever its kind.
+//! What a suite can do with a database, whatever its kind.
 
 use std::future::Future;
 use std::time::Duration;
@@ -8,27 +8,30 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Pool, Postgres, Row, Sqlite};
 
-/// An empty database for one test, of one kind. Dropping it drops it on the server too.
+/// An empty database of one kind for one test. Dropping it drops it on the server too.
 pub trait TestDatabase: Sized + Send + Sync + 'static {
     type Database: Backend;
 
-    /// As it stands in `LOCK_DB_TEST_REQUIRE` and in the names of tests.
+    /// The name in `LOCK_DB_TEST_REQUIRE` and in the names of tests.
     const NAME: &'static str;
 
-    /// A new database; `None` when this run has no such server and need not have one (it says so, loudly).
+    /// Creates a database. `None` if this run has no such server and does not require one; this is
+    /// printed.
     fn create() -> impl Future<Output = Option<Self>> + Send;
 
     fn url(&self) -> &str;
 
-    /// The connections to this database and what they are doing; not those of the harness itself.
+    /// The connections to this database and what they are doing, without those of the harness
+    /// itself.
     fn activity(&self) -> impl Future<Output = Activity> + Send;
 
-    /// The locks of lock-db's migrations that somebody has.
+    /// How many of lock-db's advisory locks are held: of its migrations, and on MySQL and MariaDB
+    /// its user locks of rows.
     fn advisory_locks(&self) -> impl Future<Output = usize> + Send {
         std::future::ready(0)
     }
 
-    /// After the server was away: the harness's own connection has to be made anew.
+    /// Reopens the harness's own connection, after the server was away.
     fn reconnect(&self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -36,18 +39,20 @@ pub trait TestDatabase: Sized + Send + Sync + 'static {
     /// Runs statements on a connection of the harness.
     fn run(&self, sql: &str) -> impl Future<Output = u64> + Send;
 
-    /// The first column of the first row, read on a connection of the harness. `None`: no row, or NULL.
+    /// The first column of the first row, read on a connection of the harness. `None`: no row, or
+    /// NULL.
     fn find_number(&self, sql: &str) -> impl Future<Output = Option<i64>> + Send;
 
-    /// The first column of the first row, read on a connection of the harness. `None`: no row, or NULL.
+    /// The first column of the first row, read on a connection of the harness. `None`: no row, or
+    /// NULL.
     fn find_text(&self, sql: &str) -> impl Future<Output = Option<String>> + Send;
 
-    /// [`find_number`](Self::find_number) where there must be one.
+    /// [`find_number`](Self::find_number), which panics if there is none.
     fn number(&self, sql: &str) -> impl Future<Output = i64> + Send {
         async move { self.find_number(sql).await.unwrap_or_else(|| panic!("no number: {sql}")) }
     }
 
-    /// [`find_text`](Self::find_text) where there must be one.
+    /// [`find_text`](Self::find_text), which panics if there is none.
     fn text(&self, sql: &str) -> impl Future<Output = String> + Send {
         async move { self.find_text(sql).await.unwrap_or_else(|| panic!("no text: {sql}")) }
     }
@@ -60,7 +65,7 @@ pub trait TestDatabase: Sized + Send + Sync + 'static {
         async { connection::<Self::Database>(self.url()).await }
     }
 
-    /// Locks on a pool of their own, with the table made.
+    /// Locks with their own pool. The table is created.
     fn locks(&self) -> impl Future<Output = Locks<Self::Database>> + Send {
         async { migrated(Locks::new(self.pool(8).await)).await }
     }
@@ -71,34 +76,36 @@ pub trait TestServer: TestDatabase {
     /// Host and port.
     fn address(&self) -> (String, u16);
 
-    /// The URL of the same database by another way, usually that of a [`Proxy`](crate::Proxy).
+    /// The URL of the same database by another address, usually that of a [`Proxy`](crate::Proxy).
     fn url_by(&self, address: std::net::SocketAddr) -> String;
 
-    /// Ends every connection to this database but the harness's own, at the server, as an administrator would.
+    /// Ends every connection to this database except the harness's own, on the server, as an
+    /// administrator would.
     fn end_connections(&self) -> impl Future<Output = ()> + Send;
 
-    /// A proxy in front of the server. [`url_by`](Self::url_by) gives the way through it.
+    /// A proxy in front of the server. [`url_by`](Self::url_by) returns the URL through it.
     fn proxy(&self) -> crate::Proxy {
         crate::Proxy::new(self.address())
     }
 }
 
-/// What is going on in a database.
+/// What is happening in a database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Activity {
-    /// Open connections. On SQLite: of this process only, and a closed one may be counted for as long as another
-    /// one is in the middle of something.
+    /// Open connections. On SQLite, only those of this process; a closed one may be counted while
+    /// another connection is busy.
     pub connections: usize,
-    /// Transactions that are open, running statements included. On MySQL and MariaDB: those that have touched a table.
-    /// On SQLite: one if somebody has the write lock.
+    /// Open transactions, including running statements. On MySQL and MariaDB, only those that have
+    /// accessed a table. On SQLite, one if the write lock is held.
     pub transactions: usize,
-    /// Connections that wait for a lock of the server. Always 0 on SQLite, where waiting is done by the client.
+    /// Connections that wait for a lock of the server. Always 0 on SQLite, where the client waits.
     pub waiting: usize,
 }
 
-/// SQL as literal text, the same on every driver: no placeholders, no prepared statements, types as they come.
+/// Executes SQL as text, in the same way on every driver: without placeholders, prepared statements
+/// or type checks.
 pub trait Backend: LockDatabase {
-    /// Runs statements. Answers the number of rows that they changed.
+    /// Runs statements. Returns the number of rows that they changed.
     fn run(connection: &mut Self::Connection, sql: &str) -> impl Future<Output = sqlx::Result<u64>> + Send;
 
     /// The first column of the first row. `None`: no row, or NULL.
@@ -170,7 +177,8 @@ pub async fn connection<DB: Backend>(url: &str) -> DB::Connection {
     DB::Connection::connect(url).await.expect("connects to the test's database")
 }
 
-/// A pool such as an application has, but patient: the machine may be busy with other tests.
+/// A pool like an application's, but with a long timeout, because the machine may be busy with
+/// other tests.
 pub async fn pool<DB: Backend>(url: &str, max_connections: u32) -> Pool<DB> {
     PoolOptions::new()
         .max_connections(max_connections)
@@ -180,19 +188,23 @@ pub async fn pool<DB: Backend>(url: &str, max_connections: u32) -> Pool<DB> {
         .expect("connects to the test's database")
 }
 
-/// The same locks, with the table made.
+/// The same locks, with the table created.
 pub async fn migrated<DB: Backend>(locks: Locks<DB>) -> Locks<DB> {
     locks.migrate().await.expect("makes the table");
     locks
 }
 
-/// Whether a try was told that somebody else has the lock. On SQLite nobody can tell a transaction that has a lock from any other that
-/// writes, except in the process that has it.
+/// Whether the result of a try says that the lock is taken. On SQLite, a transaction that has the
+/// lock looks like any other that writes, except in its own process.
 #[track_caller]
 pub fn is_taken<T: TestDatabase, G>(answer: Result<Option<G>, Error>) -> bool {
     match answer {
         Ok(granted) => granted.is_none(),
-        Err(error @ Error::Database { .. }) if T::NAME == "sqlite" && error.is_retryable() => true,
+        Err(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }))
+            if T::NAME == "sqlite" && error.is_retryable() =>
+        {
+            true
+        }
         Err(error) => panic!("{error:?}"),
     }
 }

@@ -1,7 +1,8 @@
 use std::panic::Location;
 use std::time::{Duration, Instant};
 
-/// Asks again and again until the answer is yes; panics, at the caller's line, when it is not within `patience`.
+/// Repeats `question` until the answer is yes. Panics, at the caller's line, if that takes longer
+/// than `patience`.
 #[track_caller]
 pub fn eventually(patience: Duration, mut question: impl AsyncFnMut() -> bool) -> impl Future<Output = ()> {
     let caller = Location::caller();

@@ -1,8 +1,9 @@
-//! What the test suites stand on: a database of its own for each test on every kind of database, a proxy that makes a
-//! network slow, silent or dead, and real processes that can be stopped and killed.
+//! Support for the test suites: a separate database for each test on every kind of database, a
+//! proxy that makes a network slow, silent or dead, and real processes that can be stopped and
+//! killed.
 //!
-//! A suite is a file in `tests/suites`: its cases are written once, for any [`TestDatabase`], and
-//! [`for_each_database!`] makes a test of each of them on each kind of database.
+//! A suite is a file in `tests/suites`. Its cases are written once, for any [`TestDatabase`], and
+//! [`for_each_database!`] turns each of them into a test on each kind of database.
 
 #![allow(
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! What is logged in this process.
+//! Records what this process logs.
 
 use std::fmt::Write as _;
 use std::sync::{Mutex, OnceLock};
@@ -13,7 +13,7 @@ static LINES: Mutex<Vec<Line>> = Mutex::new(Vec::new());
 pub struct Line {
     pub level: Level,
     pub target: String,
-    /// The fields, the message among them.
+    /// The fields, including the message.
     pub text: String,
 }
 
@@ -23,7 +23,8 @@ impl Line {
     }
 }
 
-/// Notes all events of lock-db and sqlx from now on, on all threads: a session has its own.
+/// Records all events of lock-db and sqlx from now on. On all threads, because a session has its
+/// own.
 pub fn record_logs() {
     static BEGUN: OnceLock<()> = OnceLock::new();
     BEGUN.get_or_init(|| {
@@ -37,7 +38,7 @@ pub fn logged(text: &str) -> Vec<Line> {
     lines.iter().filter(|line| line.text.contains(text)).cloned().collect()
 }
 
-/// The warnings among them.
+/// The warnings that contain a text.
 pub fn warned(text: &str) -> Vec<String> {
     logged(text).into_iter().filter(Line::is_warning).map(|line| line.text).collect()
 }
@@ -47,7 +48,7 @@ struct Recorder;
 impl Subscriber for Recorder {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let target = metadata.target();
-        // sqlx asks beforehand, by what is no event.
+        // sqlx first asks with metadata that is not of an event, so only spans are excluded.
         !metadata.is_span() && (target.starts_with("lock_db") || target.starts_with("sqlx"))
     }
 

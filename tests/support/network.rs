@@ -1,15 +1,16 @@
-//! A network of its own for a child process, which can be parted from this one.
+//! A separate network for a child process, which can be disconnected from this one.
 
 use std::net::Ipv4Addr;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// A network namespace of the kernel, with one wire to the network of this process. Needs the rights of root.
+/// A network namespace of the kernel, with one wire to the network of this process. Needs root
+/// privileges.
 ///
-/// It lasts as long as something runs in it, so nothing of it is left when this process is killed.
+/// It lasts as long as a process runs in it, so nothing is left when this process is killed.
 #[derive(Debug)]
 pub struct Network {
-    /// Ends with the pipe, and with this.
+    /// Ends when the pipe closes, or when this value is dropped.
     holder: Child,
     _pipe: Option<ChildStdin>,
     wire: String,
@@ -19,7 +20,7 @@ pub struct Network {
 static NUMBER: AtomicU8 = AtomicU8::new(0);
 
 impl Network {
-    /// Why there can be none, if so.
+    /// Returns the reason if a namespace can't be created.
     pub fn new() -> Result<Self, String> {
         let mut holder = Command::new("unshare")
             .args(["--net", "sh", "-c", "echo; exec cat"])
@@ -28,7 +29,7 @@ impl Network {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| format!("unshare: {error}"))?;
-        // The first line comes from inside.
+        // The first line comes from inside the namespace.
         let mut line = String::new();
         let inside = holder.stdout.take().map(std::io::BufReader::new);
         let read = inside.map(|mut output| std::io::BufRead::read_line(&mut output, &mut line));
@@ -56,22 +57,23 @@ impl Network {
         Ok(network)
     }
 
-    /// Where those inside reach this process.
+    /// The address at which processes inside reach this process.
     pub fn outside(&self) -> Ipv4Addr {
         self.outside
     }
 
-    /// What stands before a command that is to run inside.
+    /// The prefix of a command that is to run inside.
     pub(crate) fn enter(&self) -> [String; 3] {
         ["nsenter".to_owned(), format!("--net=/proc/{}/ns/net", self.holder.id()), "--".to_owned()]
     }
 
-    /// From now on nothing arrives on either side, and nobody is told.
+    /// Disconnects the wire. From then on nothing arrives on either side, and neither side is
+    /// notified.
     pub fn part(&self) {
         run("ip", &["link", "set", &self.wire, "down"]).expect("the wire is there");
     }
 
-    /// What was sent meanwhile is sent again, by the kernel.
+    /// Connects the wire again. The kernel retransmits what was sent in the meantime.
     pub fn join(&self) {
         run("ip", &["link", "set", &self.wire, "up"]).expect("the wire is there");
     }

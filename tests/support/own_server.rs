@@ -1,4 +1,4 @@
-//! A server of the test's own, which may be killed, and whose clock may be moved.
+//! A server for one test, which may be killed, and whose clock may be moved.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -13,7 +13,7 @@ use url::Url;
 
 use crate::{Backend, eventually, free_port};
 
-/// How long it takes to start on a busy machine.
+/// How long it may take to start on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
 
 #[derive(Debug)]
@@ -31,23 +31,24 @@ fn script() -> PathBuf {
 }
 
 impl OwnServer {
-    /// Whether there are the programs for it; `clock` is the one that moves clocks.
+    /// Whether the programs for it are installed. The kind `clock` is the program that moves
+    /// clocks.
     pub fn can_have(kind: &str) -> bool {
         let status = Command::new(script()).args(["have", kind]).status();
         let can = status.expect("runs tests/server").success();
         if !can {
-            // Past what the test harness catches.
+            // Bypasses the test harness, which captures output.
             drop(writeln!(std::io::stderr(), "lock-tests: NOT TESTED: faults of a server without {kind}"));
         }
         can
     }
 
-    /// With empty data.
+    /// Creates a server with empty data.
     pub async fn new(kind: &'static str, moves_clock: bool) -> Self {
         Self::make(kind, moves_clock, "").await
     }
 
-    /// The same, started with these options of the server's program.
+    /// The same, with these options for the server's program.
     pub async fn with_options(kind: &'static str, options: &'static str) -> Self {
         Self::make(kind, false, options).await
     }
@@ -81,7 +82,7 @@ impl OwnServer {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// With the data that is there. It takes a while until it [is back](Self::is_back).
+    /// Starts it with the existing data. It takes a while until it [is back](Self::is_back).
     pub fn start(&mut self) {
         if self.process.is_some() {
             return;
@@ -102,7 +103,7 @@ impl OwnServer {
         eventually(PATIENCE, async || DB::Connection::connect(url.as_str()).await.is_ok()).await;
     }
 
-    /// kill -9, of all its processes at once.
+    /// Kills all its processes (kill -9).
     pub fn kill(&mut self) {
         let Some(mut process) = self.process.take() else { return };
         let children = children(&process);
@@ -114,7 +115,7 @@ impl OwnServer {
         process.wait().expect("waits for the server");
     }
 
-    /// Stops all its processes: nothing answers, and nothing is closed.
+    /// Stops all its processes: the server answers nothing and closes no connection.
     pub fn freeze(&self) {
         let Some(process) = &self.process else { return };
         kill_process(Pid::from_child(process), Signal::STOP).expect("stops the server");
@@ -123,7 +124,7 @@ impl OwnServer {
         }
     }
 
-    /// Lets them go on.
+    /// Continues all its processes.
     pub fn thaw(&self) {
         let Some(process) = &self.process else { return };
         for child in children(process) {
@@ -136,16 +137,16 @@ impl OwnServer {
         self.folder.path().join("clock")
     }
 
-    /// How many seconds its clock is ahead of the true one.
+    /// Sets how many seconds its clock is ahead of the true time.
     pub fn set_clock(&self, seconds: i64) {
-        // In one piece: it is read at any time.
+        // Replaces the file in one step, because it may be read at any time.
         let new = self.folder.path().join("clock.new");
         fs::write(&new, format!("{seconds:+}\n")).expect("writes the clock");
         fs::rename(new, self.clock()).expect("writes the clock");
     }
 }
 
-/// On PostgreSQL there is one for each connection.
+/// PostgreSQL has one child process per connection.
 fn children(process: &Child) -> Vec<Pid> {
     let id = process.id();
     let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
@@ -159,7 +160,8 @@ impl Drop for OwnServer {
         if std::thread::panicking() {
             eprintln!("{}: {}", self.kind, self.log());
         }
-        // PostgreSQL ends at once with it, and takes its shared memory along. The others know it as a crash.
+        // PostgreSQL ends immediately, and removes its shared memory. For the others this is like a
+        // crash.
         let signal = if self.kind == "postgres" { Signal::QUIT } else { Signal::KILL };
         let _ended = kill_process(Pid::from_child(&process), signal);
         let _status = process.wait();

@@ -1,4 +1,4 @@
-//! PgBouncer in front of the PostgreSQL server, started by a test for itself.
+//! PgBouncer in front of the PostgreSQL server, started by a test for its own use.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -14,9 +14,9 @@ use url::Url;
 use crate::free_port;
 use crate::servers::{is_required, say_once};
 
-/// As in `LOCK_DB_TEST_REQUIRE`.
+/// The name in `LOCK_DB_TEST_REQUIRE`.
 const NAME: &str = "pgbouncer";
-/// How long it takes to start on a busy machine.
+/// How long it may take to start on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long a client keeps a server connection.
@@ -35,7 +35,8 @@ impl fmt::Display for PoolMode {
     }
 }
 
-/// A PgBouncer between a test and its PostgreSQL database. It ends when it is dropped, or when the process of the test ends.
+/// A PgBouncer between a test and its PostgreSQL database. It ends when it is dropped, or when the
+/// test's process ends.
 #[derive(Debug)]
 pub struct PgBouncer {
     folder: TempDir,
@@ -49,8 +50,9 @@ fn script() -> PathBuf {
 }
 
 impl PgBouncer {
-    /// Starts one in front of the database with this URL, to which it has at most `pool_size` connections. It supports prepared
-    /// statements. `None` when this run has no PgBouncer and need not have one.
+    /// Starts a PgBouncer in front of the database with this URL, with at most `pool_size`
+    /// connections to the database. It supports prepared statements. `None` if this run has no
+    /// PgBouncer and does not require one.
     pub async fn start(url: &str, mode: PoolMode, pool_size: u32) -> Option<Self> {
         let settings = format!(
             "pool_mode = {mode}\ndefault_pool_size = {pool_size}\nmax_prepared_statements = 200\n\
@@ -59,7 +61,8 @@ impl PgBouncer {
         Self::start_with(url, &settings).await
     }
 
-    /// Starts one with these lines in its configuration, beside those that say where to listen and to connect to.
+    /// Starts a PgBouncer with these lines in its configuration, in addition to those with its
+    /// addresses.
     pub async fn start_with(url: &str, settings: &str) -> Option<Self> {
         let status = Command::new(script()).arg("have").status();
         if !status.expect("runs tests/pgbouncer").success() {
@@ -81,7 +84,7 @@ impl PgBouncer {
         panic!("PgBouncer does not start: {}", pooler.log());
     }
 
-    /// The URL of the test's database by way of this pooler.
+    /// The URL of the test's database through this pooler.
     pub fn url(&self) -> String {
         let mut url = self.database.clone();
         url.set_host(Some("127.0.0.1")).expect("the URL has a host");
@@ -89,12 +92,12 @@ impl PgBouncer {
         url.into()
     }
 
-    /// Where its configuration and its log are.
+    /// The folder with its configuration and its log.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Kills it (SIGKILL), and with it all connections through it. Returns when it is dead.
+    /// Kills it (SIGKILL), and all connections through it. Returns when it is dead.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.kill().expect("kills PgBouncer");
@@ -120,7 +123,7 @@ impl PgBouncer {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             let answers = TcpStream::connect(("127.0.0.1", self.port)).await.is_ok();
-            // What answers may be somebody else's.
+            // The process that answers may be another one.
             if process.try_wait().expect("asks for PgBouncer's state").is_some() {
                 self.process = None;
                 return false;

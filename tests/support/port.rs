@@ -5,8 +5,8 @@ use std::net::TcpListener;
 
 use crate::Random;
 
-/// A free port on 127.0.0.1, below the range that outgoing connections take theirs from, so that it is still free after the
-/// server was killed.
+/// A free port on 127.0.0.1. It is below the range of outgoing connections, so that it is still
+/// free after the server was killed.
 pub fn free_port() -> u16 {
     let mut random = Random(RandomState::new().hash_one(0));
     loop {

@@ -1,7 +1,8 @@
-//! Real processes: the test's own program, started once more in a role, which can be stopped, continued and killed.
+//! Real processes that can be stopped, continued and killed: the test's own program, started again
+//! in a role.
 //!
-//! A suite declares its roles with [`child_roles!`](crate::child_roles). Parent and child talk in lines of text, over
-//! the child's standard input and output.
+//! A suite declares its roles with [`child_roles!`](crate::child_roles). Parent and child exchange
+//! lines of text over the child's standard input and output.
 
 use std::env;
 use std::ffi::OsStr;
@@ -22,17 +23,18 @@ const URL: &str = "LOCK_TESTS_URL";
 const ARGUMENTS: &str = "LOCK_TESTS_ARGUMENTS";
 const SEPARATOR: char = '\u{1f}';
 
-/// The test that the roles of a suite are run by.
+/// The test that runs the roles of a suite.
 const ENTRY: &str = "child_process";
 
-/// Starts each line that the child says, in the middle of what the test program prints by itself.
+/// Prefix of each line that the child sends, to distinguish it from the test program's own output.
 const MARK: &str = "\u{1e}child: ";
 
-/// How long a child may take to say something that is waited for.
+/// How long a child may take to send a line that is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Declares the roles that [`Process::spawn`] can start: each an `async fn role<DB: Backend>(parent: Parent)`, where
-/// `DB` is what the URL says that the process was given. Once in a suite, at its top level.
+/// Declares the roles that [`Process::spawn`] can start. Each is an
+/// `async fn role<DB: Backend>(parent: Parent)`, where `DB` follows from the URL that the process
+/// was given. Used once in a suite, at its top level.
 #[macro_export]
 macro_rules! child_roles {
     ($($role:ident),* $(,)?) => {
@@ -62,7 +64,7 @@ pub struct RoleForAll {
     pub sqlite: Role,
 }
 
-/// A child process. Dropping it kills it, stopped or not.
+/// A child process. Dropping it kills it, even if it is stopped.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -71,12 +73,12 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this program once more, in a role.
+    /// Starts this program again, in a role.
     pub fn spawn<A: AsRef<str>>(role: &str, url: &str, arguments: impl IntoIterator<Item = A>) -> Self {
         Self::spawn_in(None, role, url, arguments)
     }
 
-    /// The same, with a network of its own.
+    /// The same, in a separate network.
     pub fn spawn_in<A: AsRef<str>>(
         network: Option<&Network>,
         role: &str,
@@ -118,7 +120,7 @@ impl Process {
         Self { input: child.stdin.take(), child, lines }
     }
 
-    /// Its number on this machine.
+    /// The process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
@@ -129,7 +131,8 @@ impl Process {
         writeln!(input, "{line}").expect("the child listens");
     }
 
-    /// The next line that the child says; panics when it ends or says nothing for a minute.
+    /// Returns the next line from the child. Panics when the child ends or sends nothing for a
+    /// minute.
     pub async fn hear(&mut self) -> String {
         let line = tokio::time::timeout(PATIENCE, self.lines.recv())
             .await
@@ -137,7 +140,8 @@ impl Process {
         line.unwrap_or_else(|| panic!("the child process ended: {:?}", self.child.wait()))
     }
 
-    /// What it has said by now and nobody has heard; panics when it has ended.
+    /// Returns a line that the child has already sent, if there is one. Panics if the child has
+    /// ended.
     pub fn overhear(&mut self) -> Option<String> {
         match self.lines.try_recv() {
             Ok(line) => Some(line),
@@ -146,7 +150,8 @@ impl Process {
         }
     }
 
-    /// [`kill`](Self::kill), and what it had said before and nobody has heard. The last line may be cut off.
+    /// [Kills](Self::kill) the child and returns the lines that were not read yet. The last line
+    /// may be truncated.
     pub async fn kill_and_hear(&mut self) -> Vec<String> {
         self.kill();
         let mut lines = Vec::new();
@@ -161,13 +166,13 @@ impl Process {
         assert_eq!(self.hear().await, line);
     }
 
-    /// Kills it (SIGKILL): it has no chance to do anything any more. Returns when it is dead.
+    /// Kills it (SIGKILL), so that it can do nothing more. Returns when it is dead.
     pub fn kill(&mut self) -> ExitStatus {
         self.child.kill().expect("kills the child process");
         self.child.wait().expect("waits for the child process")
     }
 
-    /// Stops it (SIGSTOP), as a long pause would: its clocks go on. Returns when it stands.
+    /// Stops it (SIGSTOP), like a long pause: its clocks continue. Returns when it is stopped.
     pub fn stop(&self) {
         kill_process(self.pid(), Signal::STOP).expect("stops the child process");
         waitid(WaitId::Pid(self.pid()), WaitIdOptions::STOPPED).expect("waits for the child process to stop");
@@ -178,7 +183,7 @@ impl Process {
         kill_process(self.pid(), Signal::CONT).expect("continues the child process");
     }
 
-    /// Closes its input, which a child listens to as a sign to end, and waits for its end.
+    /// Closes its input, which tells the child to end, and waits for its end.
     pub async fn wait(mut self) -> ExitStatus {
         drop(self.input.take());
         let deadline = tokio::time::Instant::now() + PATIENCE;
@@ -202,7 +207,7 @@ impl Drop for Process {
     }
 }
 
-/// The parent, as its child sees it.
+/// The parent process, as its child sees it.
 #[derive(Debug)]
 pub struct Parent {
     url: String,
@@ -211,12 +216,12 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// Of the database.
+    /// The URL of the database.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// An argument that [`Process::spawn`] was given.
+    /// An argument given to [`Process::spawn`].
     pub fn argument(&self, index: usize) -> &str {
         self.arguments.get(index).unwrap_or_else(|| panic!("no argument {index}"))
     }
@@ -226,7 +231,7 @@ impl Parent {
         say_to_parent(line);
     }
 
-    /// The next line that the parent says; `None` when it wants an end.
+    /// Returns the next line from the parent; `None` when the child should end.
     pub async fn hear(&mut self) -> Option<String> {
         self.lines.recv().await
     }
@@ -243,7 +248,8 @@ impl Parent {
                 }
             }
             drop(say);
-            // A child whose parent has gone, or which does not mind that it should end, must not live on.
+            // A child must not continue after its parent has gone, or if it ignores the request to
+            // end.
             thread::sleep(PATIENCE);
             std::process::exit(1);
         });
@@ -251,13 +257,13 @@ impl Parent {
     }
 }
 
-/// Sends a line to the parent, from anywhere in a child. It is on its way when this returns.
+/// Sends a line to the parent, from anywhere in a child. The line is flushed when this returns.
 pub fn say_to_parent(line: impl std::fmt::Display) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "\n{MARK}{line}").and_then(|()| output.flush()).expect("the parent listens");
 }
 
-/// Runs the role that this process was started for; returns at once when it is no child.
+/// Runs the role that this process was started for. Returns at once if the process is not a child.
 #[doc(hidden)]
 pub fn become_child(roles: &[(&str, RoleForAll)]) {
     let Some(name) = env::var_os(ROLE) else { return };

@@ -15,8 +15,8 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// A TCP proxy, on 127.0.0.1 unless it is told otherwise. It lives on a thread of its own, so that a test may block its runtime. Dropping it closes
-/// everything.
+/// A TCP proxy, on 127.0.0.1 by default. It has its own thread, so that a test may block its
+/// runtime. Dropping it closes all connections.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
@@ -25,7 +25,7 @@ pub struct Proxy {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Which way bytes go.
+/// The direction of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     ToServer,
@@ -36,9 +36,9 @@ pub enum Direction {
 struct State {
     server: (String, u16),
     admission: watch::Sender<Admission>,
-    /// Counts the cuts; a connection ends when it changes.
+    /// Counts the cuts. A connection ends when the count changes.
     cut: watch::Sender<u64>,
-    /// Connections with a smaller number carry nothing.
+    /// Connections with a smaller number transfer nothing.
     stranded: watch::Sender<usize>,
     to_server: Way,
     to_client: Way,
@@ -63,7 +63,7 @@ enum Admission {
 }
 
 impl Proxy {
-    /// A proxy in front of a server, which passes everything on at once until told otherwise.
+    /// A proxy in front of a server. It passes everything on at once until a method changes that.
     pub fn new(server: (String, u16)) -> Self {
         Self::on(Ipv4Addr::LOCALHOST, server)
     }
@@ -86,7 +86,7 @@ impl Proxy {
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("starts a runtime").block_on(async {
-                // Never listens: it keeps the address from others while the proxy refuses.
+                // Never listens: it reserves the address while the proxy refuses connections.
                 let reserved = bind(SocketAddr::from((address, 0))).expect("binds");
                 let address = reserved.local_addr().expect("has an address");
                 let listener = listen(address).expect("listens");
@@ -101,38 +101,39 @@ impl Proxy {
         Self { address, state, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// Where it listens. `TestServer::url_by` makes a URL of it.
+    /// The address on which it listens. `TestServer::url_by` makes a URL of it.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What is read from now on arrives that much later. The bandwidth stays.
+    /// Delays everything that is read from now on. The bandwidth is not limited.
     pub fn delay(&self, direction: Direction, delay: Duration) {
         self.way(direction).delay.send_replace(delay);
     }
 
-    /// Holds everything that goes this way, on all connections, until [`resume`](Self::resume).
+    /// Holds everything in this direction, on all connections, until [`resume`](Self::resume).
     pub fn pause(&self, direction: Direction) {
         self.way(direction).paused.send_replace(true);
     }
 
-    /// Lets go what was held.
+    /// Releases what was held.
     pub fn resume(&self, direction: Direction) {
         self.way(direction).paused.send_replace(false);
     }
 
-    /// Bytes that are delayed or held at the moment: when a statement's answer is among them, the server has done it.
+    /// How many bytes are delayed or held at the moment. If a statement's answer is among them, the
+    /// server has executed the statement.
     pub fn held(&self, direction: Direction) -> usize {
         self.way(direction).held.load(Ordering::SeqCst)
     }
 
-    /// Holds everything on the connections that there are, as a router does that has forgotten them. New ones are as good as
-    /// ever.
+    /// Holds everything on the existing connections, like a router that has forgotten them. New
+    /// connections are not affected.
     pub fn strand(&self) {
         self.state.stranded.send_replace(self.opened());
     }
 
-    /// Lets go what [`strand`](Self::strand) holds.
+    /// Releases what [`strand`](Self::strand) holds.
     pub fn rescue(&self) {
         self.state.stranded.send_replace(0);
     }
@@ -142,32 +143,33 @@ impl Proxy {
         self.state.cut.send_modify(|cuts| *cuts += 1);
     }
 
-    /// New connections are refused, as by a server that is down. Does not touch those that are open.
+    /// Refuses new connections, like a server that is down. Open connections are not affected.
     pub fn refuse(&self) {
         self.state.admission.send_replace(Admission::Refuse);
     }
 
-    /// New connections are taken, but nobody answers. Does not touch those that are open.
+    /// Accepts new connections, but never answers. Open connections are not affected.
     pub fn swallow(&self) {
         self.state.admission.send_replace(Admission::Swallow);
     }
 
-    /// New connections reach the server again.
+    /// Lets new connections reach the server again.
     pub fn admit(&self) {
         self.state.admission.send_replace(Admission::Pass);
     }
 
-    /// How many connections there have been, swallowed ones too.
+    /// How many connections were opened, including swallowed ones.
     pub fn opened(&self) -> usize {
         self.state.opened.load(Ordering::SeqCst)
     }
 
-    /// How many connections there are.
+    /// How many connections are open.
     pub fn open(&self) -> usize {
         self.state.open.load(Ordering::SeqCst)
     }
 
-    /// How often something was read that goes this way: about one a message when client and server take turns.
+    /// How many reads there were in this direction: about one per message if client and server take
+    /// turns.
     pub fn reads(&self, direction: Direction) -> usize {
         self.way(direction).reads.load(Ordering::SeqCst)
     }
@@ -206,7 +208,7 @@ impl Way {
     }
 }
 
-/// A socket that can share its address with one that listens.
+/// A socket that can share its address with a listening one.
 fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = TcpSocket::new_v4()?;
     socket.set_reuseaddr(true)?;
@@ -214,7 +216,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
-/// A listener that can have the same address again after it was closed.
+/// A listener that can use the same address again after it was closed.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     bind(address)?.listen(1024)
 }
@@ -244,7 +246,7 @@ async fn serve(listener: TcpListener, address: SocketAddr, state: Arc<State>) {
     }
 }
 
-/// One connection, from its first byte to its end.
+/// Handles one connection, from its first byte to its end.
 async fn connect(client: TcpStream, admitted: Admission, state: Arc<State>) {
     let count = Open::new(&state);
     let mut cut = state.cut.subscribe();
@@ -276,7 +278,8 @@ async fn pass(client: TcpStream, state: &State, number: usize) -> io::Result<()>
     Ok(())
 }
 
-/// Carries bytes one way. It goes on reading while it holds what it has read, as a network does.
+/// Transfers bytes in one direction. Continues to read while it holds what it has read, as a
+/// network does.
 async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
@@ -316,7 +319,7 @@ async fn pump(
     }
 }
 
-/// What is on its way, and counted as such.
+/// Bytes on their way, which are counted.
 struct Held<'a> {
     way: &'a Way,
     pieces: VecDeque<(Instant, Vec<u8>)>,

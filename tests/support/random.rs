@@ -1,10 +1,10 @@
-//! Chance that can be had again.
+//! Reproducible random numbers.
 
 use std::env;
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// What `LOCK_DB_TEST_SEED` says, or a new one.
+/// The value of `LOCK_DB_TEST_SEED`, or a new one.
 pub fn seed() -> u64 {
     match env::var("LOCK_DB_TEST_SEED") {
         Ok(seed) => seed.parse().expect("LOCK_DB_TEST_SEED is a number"),
@@ -34,7 +34,7 @@ impl Random {
         values[self.below(values.len())]
     }
 
-    /// From the one to just before the other.
+    /// A duration of at least `from` and less than `to` milliseconds.
     pub fn millis(&mut self, from: u64, to: u64) -> Duration {
         Duration::from_micros(from * 1000 + self.next() % ((to - from) * 1000))
     }

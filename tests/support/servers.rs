@@ -1,4 +1,4 @@
-//! The servers of this run, as `tests/run` or a person has named them in the environment.
+//! The servers of this run, which the environment names.
 
 use std::collections::HashSet;
 use std::env;
@@ -17,14 +17,15 @@ use url::Url;
 
 use crate::{Activity, Backend, TestDatabase, TestServer};
 
-/// A comma-separated list of the databases that must be there: one that is not fails its tests, instead of skipping them.
+/// A comma-separated list of the required databases. If one is missing, its tests fail instead of
+/// being skipped.
 const REQUIRE: &str = "LOCK_DB_TEST_REQUIRE";
 
 /// A kind of server.
 pub trait ServerKind: Send + Sync + 'static {
     type Database: ServerDialect;
     const NAME: &'static str;
-    /// Names the environment variable with the URL.
+    /// The environment variable with the URL.
     const VARIABLE: &'static str;
 }
 
@@ -49,14 +50,14 @@ impl ServerKind for MariaDbKind {
     const VARIABLE: &'static str = "LOCK_DB_TEST_MARIADB_URL";
 }
 
-/// Of either make: whatever the person has who runs the tests.
+/// MySQL or MariaDB, whichever is available.
 impl ServerKind for MySqlKind {
     type Database = MySql;
     const NAME: &'static str = "mysql";
     const VARIABLE: &'static str = "LOCK_DB_TEST_MYSQL_URL";
 }
 
-/// Several nodes of one cluster: their URLs, with commas between them.
+/// Several nodes of one cluster: their URLs, separated by commas.
 impl ServerKind for GaleraKind {
     type Database = MySql;
     const NAME: &'static str = "galera";
@@ -69,7 +70,7 @@ pub type PostgresServer = Server<PostgresKind>;
 pub type MariaDbServer = Server<MariaDbKind>;
 /// A database for one test on a MySQL server.
 pub type MySqlServer = Server<MySqlKind>;
-/// A database for one test on a Galera cluster. What a [`TestDatabase`] does, it does on the first node.
+/// A database for one test on a Galera cluster. The methods of [`TestDatabase`] use the first node.
 pub type GaleraCluster = Server<GaleraKind>;
 
 /// A database for one test on a server.
@@ -138,7 +139,7 @@ impl<K: ServerKind> TestDatabase for Server<K> {
 }
 
 impl<K: ServerKind> Server<K> {
-    /// A new database on a server of the test's own, with the URL of a database that is there.
+    /// Creates a database on the test's own server, given the URL of an existing database.
     pub async fn create_at(administration: Url) -> Self {
         let name = format!("lock_db_test_{:016x}", RandomState::new().hash_one(std::process::id()));
         let mut url = administration.clone();
@@ -185,7 +186,7 @@ impl<K: ServerKind> TestServer for Server<K> {
 
 impl<K: ServerKind> Drop for Server<K> {
     fn drop(&mut self) {
-        // On a thread of its own, because this may be a runtime's thread, and one that is going down at that.
+        // On a separate thread, because this may be a thread of a runtime that is shutting down.
         let (administration, url, name) = (self.administration.clone(), self.url.clone(), self.name.clone());
         let dropped = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -202,18 +203,19 @@ impl<K: ServerKind> Drop for Server<K> {
     }
 }
 
-/// What only the two kinds of server know.
+/// What differs between the two kinds of server.
 pub trait ServerDialect: Backend {
     const PORT: u16;
     const CREATE_OPTIONS: &'static str;
-    /// A row for each that is held. Of MySQL and MariaDB it asks by name: only one of them lists them all.
+    /// Returns a row for each lock that is held. On MySQL and MariaDB it queries locks by name,
+    /// because only one of them lists all locks.
     const ADVISORY_LOCKS: &'static str;
 
     fn activity(observer: &mut Self::Connection) -> impl Future<Output = sqlx::Result<Activity>> + Send;
 
     fn end_connections(observer: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Drops it whoever is connected.
+    /// Drops the database, even if clients are connected.
     fn drop_database(
         administration: &Url,
         url: &Url,
@@ -265,8 +267,8 @@ impl ServerDialect for MySql {
         UNION ALL SELECT id FROM distributed_lock
         WHERE IS_USED_LOCK(CONCAT('lock_db:', LEFT(SHA2(DATABASE(), 224), 32), ':', id)) IS NOT NULL";
 
-    /// `information_schema.innodb_trx` would be simpler, but it is a copy that is made anew only when nobody on the
-    /// whole server has read it for a tenth of a second.
+    /// Does not use `information_schema.innodb_trx`, which would be simpler. It is a copy that is
+    /// refreshed only if no client of the server has read it for a tenth of a second.
     async fn activity(observer: &mut MySqlConnection) -> sqlx::Result<Activity> {
         const OTHERS: &str = "FROM information_schema.processlist
             WHERE db = DATABASE() AND id <> CONNECTION_ID()";
@@ -295,13 +297,14 @@ impl ServerDialect for MySql {
         let sql = "SELECT id FROM information_schema.processlist
             WHERE db = DATABASE() AND id <> CONNECTION_ID()";
         for connection in Self::numbers(observer, sql).await? {
-            // It may have gone by itself.
+            // The connection may have ended by itself.
             drop(Self::run(observer, &format!("KILL {connection}")).await);
         }
         Ok(())
     }
 
-    /// Would wait for any open transaction that has read a table in it.
+    /// Ends connections first, because it would otherwise wait for each open transaction that has
+    /// read a table of the database.
     async fn drop_database(_administration: &Url, url: &Url, name: &str) -> sqlx::Result<()> {
         let mut administrator = MySqlConnection::connect(url.as_str()).await?;
         Self::run(&mut administrator, "SET lock_wait_timeout = 2").await?;
@@ -309,7 +312,8 @@ impl ServerDialect for MySql {
             <Self as ServerDialect>::end_connections(&mut administrator).await?;
             let dropped = Self::run(&mut administrator, &format!("DROP DATABASE IF EXISTS {name}")).await;
             match dropped {
-                // ER_LOCK_WAIT_TIMEOUT: somebody has connected in between. The caller has a deadline.
+                // ER_LOCK_WAIT_TIMEOUT: a client has connected in between. The caller has a
+                // deadline.
                 Err(sqlx::Error::Database(error)) if error.message().contains("ock wait timeout") => {}
                 other => return other.map(drop),
             }
@@ -317,7 +321,7 @@ impl ServerDialect for MySql {
     }
 }
 
-/// Which connection a transaction of `SHOW ENGINE INNODB STATUS` belongs to.
+/// The connection of a transaction in `SHOW ENGINE INNODB STATUS`.
 fn connection_of(transaction: &str) -> Option<i64> {
     let (_, after) = transaction.split_once("thread id ")?;
     after.split(',').next()?.trim().parse().ok()
@@ -335,7 +339,7 @@ fn without_password(url: &Url) -> Url {
     url
 }
 
-/// Several only of a cluster.
+/// More than one URL only for a cluster.
 fn configured_servers<K: ServerKind>() -> Option<Vec<Url>> {
     let urls = env::var(K::VARIABLE).ok().filter(|urls| !urls.is_empty());
     if let Some(urls) = urls {
@@ -364,7 +368,8 @@ pub(crate) fn say_once(message: &str) {
     }
 }
 
-/// On the real standard error: what goes through `eprintln!` is hidden when the test passes.
+/// Uses the real standard error, because the harness hides the output of `eprintln!` when the test
+/// passes.
 fn say(message: &str) {
     let _ = writeln!(std::io::stderr(), "lock-tests: {message}");
 }

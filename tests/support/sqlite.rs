@@ -7,7 +7,7 @@ use tokio::sync::Mutex;
 
 use crate::{Activity, Backend, TestDatabase};
 
-/// A SQLite database for one test: a file in a folder of its own.
+/// A SQLite database for one test: a file in its own folder.
 #[derive(Debug)]
 pub struct SqliteFile {
     url: String,
@@ -27,7 +27,8 @@ impl TestDatabase for SqliteFile {
         let path = folder.path().join("test.db");
         let url = format!("sqlite://{}?mode=rwc", path.display());
         let mut observer = SqliteConnection::connect(&url).await.expect("makes a database file");
-        // A file comes into being with the first write, and others may want to open it without `mode=rwc`.
+        // SQLite creates the file with the first write. Other connections may open it without
+        // `mode=rwc`.
         Sqlite::run(&mut observer, "PRAGMA user_version = 1").await.expect("writes to the database file");
         Some(Self { url, path, observer: Mutex::new(observer), _folder: folder })
     }
@@ -69,7 +70,7 @@ impl TestDatabase for SqliteFile {
 }
 
 impl SqliteFile {
-    /// How often this process has the database file open.
+    /// How many times this process has the database file open.
     fn open_files(&self) -> usize {
         let path = self.path.canonicalize().expect("the database file is there");
         let files = fs::read_dir("/proc/self/fd").expect("lists the open files");

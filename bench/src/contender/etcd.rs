@@ -1,4 +1,5 @@
-//! etcd's own lock. Each caller has a lease, because one lease is one owner; all share the connection of the process.
+//! etcd's own lock. Each caller has a lease, because one lease is one owner. All share the
+//! connection of the process.
 
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ async fn keep_alive(etcd: Etcd, leases: Vec<i64>) {
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        // The next try comes in time. If not, the leases end, which the overlaps show.
+        // The next attempt comes in time. If it does not, the leases end, and the overlaps show it.
         let _kept = etcd.keep_alive(&leases).await;
     }
 }

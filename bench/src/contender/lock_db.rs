@@ -1,4 +1,5 @@
-//! lock-db, as a service would use it: one `Locks` and one pool, as sqlx makes it, for the whole process.
+//! lock-db, as a service would use it: one `Locks` and one pool with sqlx's defaults for the whole
+//! process.
 
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ impl<DB: Database> Caller for RowLock<DB> {
     }
 
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
-        // What was written under the lock would be committed.
+        // A service would commit what it wrote under the lock.
         Box::pin(async { Ok(self.guard.take().context("not held")?.commit().await?) })
     }
 }

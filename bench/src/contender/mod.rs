@@ -1,4 +1,4 @@
-//! Who is measured.
+//! The contenders.
 
 mod etcd;
 mod lock_db;
@@ -27,7 +27,7 @@ pub(crate) enum System {
 }
 
 impl System {
-    /// Whether lock-db can lock there.
+    /// Whether lock-db supports it.
     pub(crate) fn is_database(self) -> bool {
         matches!(self, Self::Postgres | Self::MySql | Self::Sqlite)
     }
@@ -41,9 +41,9 @@ pub(crate) enum Contender {
     RowLock,
     /// No lock: two committed updates of one row, on a connection that the caller keeps.
     Floor,
-    /// A row that is inserted and deleted, through a pool as sqlx makes it.
+    /// A row that is inserted and deleted, through a pool with sqlx's defaults.
     Naive,
-    /// A row with an expiry, asked for every 100 ms.
+    /// A row with an expiry, polled every 100 ms.
     Poll,
     AdvisoryLock,
     GetLock,
@@ -87,19 +87,20 @@ impl Contender {
         }
     }
 
-    /// Those that write nothing have nothing to lose in a crash, or lose it.
+    /// Whether it writes anything that a crash could lose.
     pub(crate) fn writes(self) -> bool {
         !matches!(self, Self::AdvisoryLock | Self::GetLock)
     }
 
-    /// Whether it excludes anybody.
+    /// Whether it is a lock at all.
     pub(crate) fn is_a_lock(self) -> bool {
         self != Self::Floor
     }
 
-    /// How long callers are left to finish when the time is over. Those who wait on the server must not be dropped there:
-    /// the server would go on waiting for them, or, if it is etcd and they are many, lock up for good
-    /// (etcd-io/etcd#13336). The others are dropped at once.
+    /// How long callers have to finish when the time is over. Callers that wait on the server must
+    /// not be dropped while they wait: the server would go on waiting for them. etcd with many such
+    /// callers would even lock up for good (etcd-io/etcd#13336). The others are dropped
+    /// immediately.
     pub(crate) fn patience(self) -> Duration {
         match self {
             Self::AdvisoryLock | Self::GetLock => Duration::from_secs(5),
@@ -109,15 +110,15 @@ impl Contender {
     }
 }
 
-/// A future in a box: the callers of a contender differ in type.
+/// A boxed future: the callers of a contender differ in type.
 pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// One of those who take the lock.
+/// A caller that takes the lock.
 pub(crate) trait Caller: Send {
-    /// Waits until it has the lock. The fencing token, where there is one.
+    /// Waits until it has the lock. Returns the fencing token, if there is one.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>>;
 
-    /// Gives it back, and waits until that is done.
+    /// Releases the lock, and waits until that is done.
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>>;
 }
 
@@ -127,7 +128,7 @@ pub(crate) struct Team {
     pub(crate) end: Boxed<'static, ()>,
 }
 
-/// What a process is to do.
+/// What a process has to do.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) system: System,
@@ -135,7 +136,7 @@ pub(crate) struct Job {
     pub(crate) url: String,
     /// One for each caller.
     pub(crate) names: Vec<String>,
-    /// How many connections the pool of a process has at most.
+    /// The largest size of a process's pool.
     pub(crate) connections: u32,
     pub(crate) process: u32,
     pub(crate) hold: Duration,

@@ -1,5 +1,6 @@
-//! Redis, by the crate rslock, as it comes: a random retry within 200 ms, no fencing token. And by scripts of one's own that
-//! count the grants, which retry in the same way.
+//! Redis. One contender is the crate rslock with its defaults: a random retry within 200 ms, no
+//! fencing token. The other one uses our own scripts that count the grants, and retries in the same
+//! way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use super::{Boxed, Caller, Contender, Job, Team};
 
 const TTL: Duration = Duration::from_secs(30);
 
-/// The counter has no expiry: a token must be larger than all before, also than those of locks long gone.
+/// The counter has no expiry: a token must be larger than all earlier ones, including those of
+/// locks that are long gone.
 const LOCK: &str = "\
     if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then \
         return redis.call('INCR', KEYS[2]) \
@@ -26,7 +28,7 @@ const UNLOCK: &str = "\
     end \
     return 0";
 
-/// The upper end of rslock's pause between two tries, in milliseconds.
+/// The upper end of rslock's pause between two attempts, in milliseconds.
 const LONGEST_PAUSE: u64 = 200;
 
 struct Rslock {
@@ -62,7 +64,7 @@ struct TokenLock {
     scripts: Arc<Scripts>,
     name: String,
     counter: String,
-    /// What the key holds when it is this caller's: of its own for each acquisition.
+    /// The value of the key when it is this caller's. New for each acquisition.
     value: String,
 }
 
@@ -93,9 +95,9 @@ impl Caller for TokenLock {
 }
 
 pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
-    // An answer that comes after a limit would be a lock of which nobody knows.
+    // An answer after a timeout would be a lock without a known holder.
     let config = AsyncConnectionConfig::new().set_response_timeout(None);
-    // Also for rslock, which says nothing when it cannot connect: it tries for ever.
+    // Also for rslock, which reports nothing when it can't connect and retries forever.
     let connection =
         redis::Client::open(job.url.as_str())?.get_multiplexed_async_connection_with_config(&config).await?;
     let callers = if job.contender == Contender::Rslock {

@@ -1,4 +1,4 @@
-//! What one writes by hand.
+//! Locks that are written by hand.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use tokio::time::sleep;
 use super::{Boxed, Caller, Contender, Job, Team};
 use crate::database::{self, Database};
 
-/// Between two tries to insert the row.
+/// Between two attempts to insert the row.
 const SHORT_PAUSE: Duration = Duration::from_millis(10);
-/// As of `JdbcLockRegistry` of Spring Integration; `ShedLock` does not wait at all.
+/// As `JdbcLockRegistry` of Spring Integration. `ShedLock` does not wait at all.
 const LONG_PAUSE: Duration = Duration::from_millis(100);
 
 struct Floor<DB: Database> {
@@ -63,7 +63,7 @@ struct Poll<DB: Database> {
     pool: Pool<DB>,
     name: String,
     owner: String,
-    /// The row has been made: `ShedLock` remembers that, too.
+    /// The row has been created. `ShedLock` remembers that, too.
     has_row: bool,
 }
 

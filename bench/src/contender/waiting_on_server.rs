@@ -1,5 +1,6 @@
-//! Locks of the server's sessions: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter has a connection, out of
-//! a pool that does not ask them whether they live (which is in favour of these).
+//! Locks of the server's sessions: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter
+//! has a connection, from a pool that does not test its connections before use. That favours these
+//! contenders.
 
 use anyhow::Context;
 use sqlx::pool::PoolConnection;

@@ -1,5 +1,5 @@
-//! ZooKeeper, by the recipe for locks: everybody queues up with an ephemeral sequential node and watches only the one before.
-//! All callers share the session of the process.
+//! ZooKeeper, by its recipe for locks. Each caller queues with an ephemeral sequential node and
+//! watches only the node before its own. All callers share the session of the process.
 
 use anyhow::Context;
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions, Error};
@@ -14,18 +14,20 @@ const QUEUE: CreateOptions<'static> = CreateMode::Container.with_acls(Acls::anyo
 /// A node in the queue.
 struct Place {
     node: String,
-    /// When the node was created, in the order of all changes to all nodes. The queue is in the same order, so this grows
-    /// from holder to holder, and it goes on growing when the queue was removed and made again.
+    /// When the node was created, in the order of all changes to all nodes. The queue has the same
+    /// order, so this grows from holder to holder. It continues to grow when the queue was removed
+    /// and created again.
     zxid: i64,
 }
 
 struct RecipeLock {
     client: Client,
     queue: String,
-    /// What the nodes of this caller begin with.
+    /// The prefix of this caller's nodes.
     prefix: String,
     held: Option<Place>,
-    /// Whether there may be a node, also one of which nothing was heard because the connection broke.
+    /// Whether there may be a node, including one whose creation was not confirmed because the
+    /// connection broke.
     may_have_node: bool,
 }
 
@@ -93,7 +95,7 @@ fn number(node: &str) -> Option<u64> {
 }
 
 impl Caller for RecipeLock {
-    /// When it is dropped, the node stays until the session ends: that is next.
+    /// When this is dropped, the node stays until the session ends, which comes next.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             let place = self.queue_up().await?;
@@ -111,7 +113,7 @@ impl Caller for RecipeLock {
             loop {
                 match self.client.delete(&path, None).await {
                     Err(Error::ConnectionLoss) => {}
-                    // It may have been deleted by a try of which nothing was heard.
+                    // An earlier, unconfirmed attempt may have deleted it.
                     Ok(()) | Err(Error::NoNode) => break,
                     Err(error) => return Err(error.into()),
                 }
@@ -137,7 +139,7 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
     let callers = job.names.iter().enumerate().map(caller).collect();
     let end = Box::pin(async move {
         let mut states = client.state_watcher();
-        // The last one closes the session, and the server removes its nodes.
+        // The last client closes the session, and the server removes its nodes.
         drop(client);
         while !states.changed().await.is_terminated() {}
     });

@@ -13,10 +13,10 @@ use crate::summary::{Distribution, distribution};
 
 const MANY: u32 = 10_000;
 const PARTS: u64 = 6;
-/// For statistics, which come a moment after the connections of those who caused them have ended.
+/// For statistics, which appear shortly after the connections that caused them have ended.
 const SETTLED: Duration = Duration::from_millis(1500);
 
-/// A time of acquiring and releasing, one after the other.
+/// A period of acquiring and releasing, one after the other.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Churn {
     pub(crate) names: u32,
@@ -64,7 +64,7 @@ async fn on_names<DB: Metered>(study: &Study, count: u32) -> anyhow::Result<Chur
     Ok(Churn { names: count, pairs, first, last, before, after })
 }
 
-/// By many tasks at once: their first use is no part of what is looked at.
+/// With many tasks at once: the first use of a name is not part of the study.
 async fn make_rows<DB: Metered>(study: &Study, names: &[String]) -> anyhow::Result<()> {
     const AT_ONCE: usize = 256;
 
@@ -86,12 +86,12 @@ async fn make_rows<DB: Metered>(study: &Study, names: &[String]) -> anyhow::Resu
 }
 
 impl Churn {
-    /// How much slower the last sixth was: 1 is not at all.
+    /// How much slower the last sixth was; 1 means no slower.
     pub(crate) fn growth(&self) -> f64 {
         if self.first.p50 > 0.0 { self.last.p50 / self.first.p50 } else { 0.0 }
     }
 
-    /// The part of the updates that left the indexes alone, in percent.
+    /// The share of the updates that did not change the indexes, in percent.
     pub(crate) fn hot_percent(&self) -> Option<f64> {
         let updates = self.after.updates? - self.before.updates?;
         let hot = self.after.hot_updates? - self.before.hot_updates?;

@@ -18,18 +18,18 @@ const RENEWED: u32 = 500;
 const SHORT_TTL: Duration = Duration::from_secs(3);
 const RENEWAL_TICKS: u32 = 10;
 
-/// Of one operation, on the average.
+/// The average cost of one operation.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Cost {
     pub(crate) operation: String,
     pub(crate) times: u32,
-    /// Where there is a network.
+    /// If there is a network.
     pub(crate) round_trips: Option<f64>,
     pub(crate) commits: f64,
     pub(crate) log_bytes: f64,
 }
 
-/// One process and what counts what it does.
+/// One process, and what counts its work.
 struct Counted<DB: Metered> {
     meter: Meter<DB>,
     proxy: Option<Proxy>,
@@ -46,7 +46,7 @@ pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost
     let (locks, pool) = locks::<DB>(options).await?;
     let prefix = study.prefix.clone();
     let mut counted = Counted { meter, proxy, locks, pool, prefix, costs: Vec::new() };
-    // The first times make connections and prepare statements.
+    // The first round opens connections and prepares statements.
     let repeats = study.sizes.repeats;
     for times in [20, repeats] {
         counted.costs.clear();
@@ -193,7 +193,7 @@ impl<DB: Metered> Counted<DB> {
         let mut tasks = JoinSet::new();
         for name in self.names("renewed", RENEWED) {
             let lock = locks.insert_lock(name).ttl(SHORT_TTL);
-            // At once: those that are due at about the same time are renewed together.
+            // All at once: leases that are due at about the same time are renewed together.
             tasks.spawn(lock.acquire());
         }
         let mut leases = Vec::new();
@@ -213,7 +213,7 @@ impl<DB: Metered> Counted<DB> {
 
     /// From a waiter's first attempt to its grant, the holder's release included.
     async fn between_processes(&mut self, wait: Duration, times: u32) -> anyhow::Result<()> {
-        // A process of its own as far as the database knows.
+        // For the database this is another process.
         let (others, pool) = {
             let port = self.proxy.as_ref().map(|proxy| proxy.port);
             let options = (*self.pool.connect_options()).clone();
@@ -228,7 +228,7 @@ impl<DB: Metered> Counted<DB> {
             commits: 0.0,
             log_bytes: 0.0,
         };
-        // The first one waits in vain for the statements to be prepared.
+        // The first round only prepares the statements.
         for number in 0..=times {
             let lease = self.locks.insert_lock(&name).ttl(LONG).acquire().await?;
             let waiting = others.insert_lock(&name).ttl(LONG).acquire();

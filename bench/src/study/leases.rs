@@ -1,4 +1,4 @@
-//! E: many leases that one process does nothing with but hold them.
+//! E: many leases that one process only holds.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::clock::now;
 use crate::database::Database;
 use crate::meter::{Meter, Metered};
 
-/// lock-db's own default.
+/// lock-db's default.
 const TTL: Duration = Duration::from_secs(30);
 const TASKS: u32 = 256;
 
@@ -29,18 +29,18 @@ pub(crate) struct Held {
     /// Of one core, by the process that holds them.
     pub(crate) processor_percent: f64,
     pub(crate) bytes_per_lease: f64,
-    /// While they were held, where there is a network.
+    /// While they were held, if there is a network.
     pub(crate) round_trips: Option<u64>,
     pub(crate) commits: u64,
     pub(crate) log_bytes: u64,
-    /// There have been so many, those of the pool included.
+    /// All connections that were opened, including the pool's.
     pub(crate) connections: Option<u64>,
     /// Must be 0.
     pub(crate) lost: usize,
 }
 
 impl Held {
-    /// Every third of the TTL each lease is renewed once.
+    /// Each lease is renewed once in every third of its TTL.
     pub(crate) fn ticks(&self) -> f64 {
         self.seconds / (self.ttl_seconds / 3.0)
     }
@@ -51,7 +51,7 @@ pub(super) async fn hold<DB: Metered>(study: &Study) -> anyhow::Result<()> {
     let mut meter = Meter::<DB>::start(&study.url).await?;
     let options = DB::for_measuring(DB::options(&study.url)?, study.port);
     let (locks, pool) = locks::<DB>(options).await?;
-    // So that the memory of connections, statements and tasks is not counted with the leases.
+    // So that the memory of connections, statements and tasks is not counted for the leases.
     drop(acquire(&locks, &format!("{}:before", study.prefix), TASKS * 4).await?);
     sleep(Duration::from_secs(1)).await;
     let memory_before = resident_bytes()?;
@@ -82,7 +82,7 @@ pub(super) async fn hold<DB: Metered>(study: &Study) -> anyhow::Result<()> {
     end(locks, pool).await
 }
 
-/// By many tasks at once.
+/// Acquires with many tasks at once.
 async fn acquire<DB: Database>(
     locks: &Locks<DB>,
     prefix: &str,

@@ -1,4 +1,5 @@
-//! What is looked at for longer than a scene, or counted instead of timed: lock-db alone, in a process of its own.
+//! Studies: measurements that take longer than a scene, or count instead of time. They run lock-db
+//! alone, in a process of its own.
 
 mod churn;
 mod costs;
@@ -24,14 +25,14 @@ use crate::play::Process;
 use crate::proxy::Proxy;
 use crate::scene::Kind;
 
-/// For what a process does before and after that what it is told to.
+/// For what a process does before and after the study itself.
 const SPARE: Duration = Duration::from_mins(5);
-/// As many connections as sqlx's own pools have.
+/// The size of a pool by sqlx's default.
 const CONNECTIONS: u32 = 10;
-/// Longer than any of this takes: nothing is renewed meanwhile.
+/// Longer than any study, so nothing is renewed in between.
 const LONG: Duration = Duration::from_hours(1);
 
-/// How much of it.
+/// The sizes of the studies.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Sizes {
     pub(crate) leases: u32,
@@ -40,7 +41,7 @@ pub(crate) struct Sizes {
     pub(crate) repeats: u32,
 }
 
-/// What a process is to look at.
+/// A study for one process.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Study {
     kind: Kind,
@@ -53,7 +54,7 @@ pub(crate) struct Study {
     sizes: Sizes,
 }
 
-/// What came out, for one database each.
+/// The results, one for each database.
 #[derive(Default, Serialize)]
 pub(crate) struct Findings {
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -67,12 +68,12 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    /// Nothing failed and no lease was lost.
+    /// Whether nothing failed and no lease was lost.
     pub(crate) fn are_right(&self) -> bool {
         self.failures.is_empty() && self.leases.iter().all(|(_, held)| held.lost == 0)
     }
 
-    /// Looks at one database.
+    /// Runs a study on one database.
     pub(crate) async fn add(&mut self, kind: Kind, system: System, url: &str, sizes: Sizes) {
         let prefix = format!("lock-bench:{}:{kind:?}", std::process::id());
         let study = Study { kind, system, url: url.to_owned(), port: None, prefix, sizes };
@@ -118,7 +119,7 @@ async fn look<T: serde::de::DeserializeOwned>(study: Study, takes: Duration) -> 
 }
 
 impl Study {
-    /// In the process that looks.
+    /// Runs the study in this process.
     pub(crate) async fn carry_out(self) -> anyhow::Result<()> {
         match self.system {
             System::Postgres => Box::pin(self.on::<Postgres>()).await,
@@ -146,7 +147,7 @@ impl Study {
     }
 }
 
-/// In front of a server.
+/// A proxy in front of a server.
 async fn proxy<DB: Metered>(url: &str) -> anyhow::Result<Option<Proxy>> {
     match DB::address(&DB::options(url)?) {
         Some((host, port)) => Ok(Some(Proxy::start(host, port).await?)),
@@ -154,8 +155,8 @@ async fn proxy<DB: Metered>(url: &str) -> anyhow::Result<Option<Proxy>> {
     }
 }
 
-/// As a service has them. Without the ping of sqlx's pools before each use, which has nothing to do with locks; the one
-/// after each use cannot be switched off.
+/// The pool of a service, but without the ping of sqlx's pools before each use, which is no cost of
+/// a lock. The ping after each use can't be switched off.
 async fn locks<DB: Database>(options: Options<DB>) -> anyhow::Result<(Locks<DB>, sqlx::Pool<DB>)> {
     let pool = pool_options(CONNECTIONS).test_before_acquire(false).connect_with(options).await?;
     let locks = Locks::new(pool.clone());

@@ -1,4 +1,4 @@
-//! What came out, for people.
+//! The results, for people.
 
 use std::fmt::Write;
 
@@ -11,7 +11,7 @@ use crate::meter::TableSize;
 use crate::report::time;
 
 impl Findings {
-    /// Adds a table for each kind, with the name of the database first in each line.
+    /// Adds a table for each kind. Each line begins with the name of the database.
     pub(crate) fn write<'a>(&self, text: &mut String, name: impl Fn(System) -> &'a str) {
         let mut write = |title: &str, head: &[&str], rows: Vec<(System, Vec<String>)>| {
             if !rows.is_empty() {

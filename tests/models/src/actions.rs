@@ -1,4 +1,5 @@
-//! What can happen next, and what clients make of it. After `lock-db/src/session` and `lock-db/src/insert`.
+//! The actions that can happen next, and how clients react. Modeled after `lock-db/src/session` and
+//! `lock-db/src/lease`.
 
 use crate::database::end;
 use crate::model::{Mutation, Protocol};
@@ -7,39 +8,39 @@ use crate::state::{
     TransactionStage as Stage,
 };
 
-/// One thing that happens.
+/// One action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// All clocks go on, but perhaps one client's.
+    /// All clocks advance, except perhaps the clock of one client.
     Tick {
-        /// Whose clock is late.
+        /// The client whose clock is late.
         missed_by: Option<u8>,
     },
-    /// Somebody deletes the row.
+    /// The row is deleted.
     CleanRow,
-    /// The server carries out what nobody waits for any more.
+    /// The server executes a request that no client waits for any more.
     CarryOutLate(usize),
     /// The same for a commit.
     CommitLate(usize),
-    /// A takeover tells the holder of a lease that has run out, or nearly so.
+    /// A takeover gives notice to the holder of a lease that has expired, or nearly so.
     GiveNotice,
     /// The last holder is ruled out.
     Settle,
-    /// A transaction that knows nothing of leases locks the row, or ends.
+    /// A transaction without knowledge of leases locks the row, or ends.
     LockByOthers,
     UnlockByOthers,
-    /// A transaction that is to have the lock itself reads something.
+    /// A transaction that is to take the lock itself reads something.
     TakeSnapshot,
-    /// And asks for the lock.
+    /// That transaction requests the lock.
     LockBySnapshot,
-    /// A client, or its connections.
+    /// A step of a client or of its connections.
     Client(u8, Step),
 }
 
-/// A connection of its own that a session has.
+/// A private connection of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// For what callers wait for.
+    /// For statements that callers wait for.
     Callers,
     /// For the watchdog.
     Renewals,
@@ -52,22 +53,22 @@ pub enum Step {
     SendAcquire,
     GiveUp,
     SendRenewal,
-    /// To the next one of the same process.
+    /// To the next holder in the same process.
     HandOn,
     Release,
     SendRelease,
     CarryOut(Lane),
     Hear(Lane),
-    /// The request or its answer.
+    /// The request or its answer is lost.
     Lose(Lane),
     /// The connection is given up, and the request arrives later.
     LoseUntilLater(Lane),
-    /// What is written without a guard.
+    /// Data that is written without a guard.
     CommitUnguarded,
     BeginTransaction,
     Guard,
     Commit,
-    /// Its connection is given up while guard and commit are on their way.
+    /// The connection is given up while guard and commit are on their way.
     LoseCommit,
     RollBack,
     SendReleaseIn,
@@ -99,7 +100,7 @@ impl Client {
         *self.lane_mut(lane) = Some(Statement { request, acquisition, age: 0, after_doubt, answer: None });
     }
 
-    /// What was asked before says nothing.
+    /// Begins a doubt. Answers to earlier requests do not end it.
     fn doubt_anew(&mut self) {
         self.doubt = self.phase == Phase::Holding;
         if let Some(renewal) = &mut self.renewal {
@@ -114,7 +115,7 @@ impl Client {
         (self.hand, self.commit_is_open) = (0, false);
     }
 
-    /// Whether a statement that releases the lease is on its way, or its commit.
+    /// Whether a statement that releases the lease, or its commit, is on its way.
     fn is_releasing_in(&self) -> bool {
         let stage = self.transaction.as_ref().map(|transaction| transaction.stage);
         matches!(stage, Some(Stage::ReleaseSent | Stage::ReleaseDone | Stage::Released))
@@ -346,13 +347,13 @@ impl Protocol {
             (Request::Acquire, Some(Answer::Granted(token))) if client.phase == Phase::Acquiring => {
                 let left = if self.is(Mutation::DeadlineFromTheAnswer) { self.reliable } else { left };
                 if left == 0 {
-                    // Worth nothing, but ours: for another attempt, or to be given back.
+                    // Too late to be used, but ours: it is for another attempt, or to be released.
                     client.unsettled = true;
                     return;
                 }
                 client.phase = Phase::Holding;
                 (client.token, client.left, client.hand) = (token, left, 0);
-                // Of no use any more: the release goes by the secret in any case.
+                // Not needed any more: a release goes by the secret in any case.
                 client.unsettled = false;
             }
             (Request::Renew, Some(Answer::Ours)) if client.phase == Phase::Holding => {
@@ -382,7 +383,7 @@ impl Protocol {
         }
         let Some(mut transaction) = client.transaction.take() else { return };
         let secret = Secret { client: number, acquisition: transaction.acquisition };
-        // What becomes of it: `None` when it has ended.
+        // The next stage; `None` when the transaction has ended.
         let stage = match step {
             Step::Guard => self.guard(state, secret, &transaction, false).then_some(Stage::Guarded),
             Step::Commit => {

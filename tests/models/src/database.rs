@@ -1,4 +1,5 @@
-//! What the statements do: one step each, as the row's lock orders them. After the SQL in `lock-db/src/database`.
+//! What the statements do: one step each, in the order in which they lock the row. Modeled after
+//! the SQL in `lock-db/src/database`.
 
 use crate::model::{Mutation, Protocol};
 use crate::state::{Answer, Client, Request, Row, RowLock, Secret, State, Transaction};
@@ -13,7 +14,7 @@ impl Protocol {
     }
 
     fn acquire(&self, state: &mut State, secret: Secret) -> Answer {
-        // A missing row is made, free, and then asked for again.
+        // A missing row is created, free, and then requested again.
         let row = state.row.get_or_insert_default();
         // SKIP LOCKED
         if row.is_locked() {
@@ -21,7 +22,7 @@ impl Protocol {
         }
         let again = row.secret == Some(secret);
         let is_free = match self.mutation {
-            // Every other client's clock goes ahead of the database's by a tick.
+            // The clock of every other client is one tick ahead of the database's.
             Some(Mutation::ExpiryByClientClock) => row.expires_in <= secret.client % 2,
             Some(Mutation::TakeoverWithoutNotice) => row.expires_in == 0,
             _ => row.is_free(),
@@ -78,7 +79,8 @@ impl Protocol {
         }
         state.wrong.touched_another |= !is_ours && row.expires_in > 0;
         row.expires_in = 0;
-        // Under a guard it can be released, but a transaction of this lease may be committed after it.
+        // The lease can be released under a guard, but one of its transactions may commit
+        // afterwards.
         (row.released, row.settled) = (true, row.lock.is_none());
         Answer::Ours
     }
@@ -91,7 +93,8 @@ impl Protocol {
         transaction: &Transaction,
         releases: bool,
     ) -> bool {
-        // A secret can be granted twice: an attempt that was made again may arrive once more after the lease is over.
+        // A secret can be granted twice: an attempt that was repeated may arrive once more after
+        // the lease is over.
         let is_ours = |row: &Row| {
             row.secret == Some(secret)
                 && !row.foreign_lock
@@ -141,13 +144,13 @@ impl Protocol {
         row.is_free() && !row.settled && (!row.is_locked() || self.is(Mutation::SettledUnderGuard))
     }
 
-    /// Its secret goes, and with it what could be committed by it.
+    /// Removes the secret, so that no transaction can commit by it any more.
     pub(crate) fn settle(row: &mut Row) {
         row.secret = None;
         (row.released, row.noticed, row.settled) = (true, false, true);
     }
 
-    /// A transaction with a snapshot asks for the lock. `false`: refused.
+    /// A transaction with a snapshot requests the lock. `false`: refused.
     pub(crate) fn lock_by_snapshot(&self, state: &mut State) -> bool {
         let Some(snapshot) = state.snapshot.take() else { return false };
         let Some(row) = &mut state.row else { return false };
@@ -158,7 +161,7 @@ impl Protocol {
         if is_good {
             state.wrong.old_snapshot |= snapshot.is_old;
             state.wrong.two_leases |= state.clients.iter().any(Client::is_held);
-            // It commits at once: the others could do nothing meanwhile.
+            // The transaction commits at once, because the others could do nothing in the meantime.
             row.token = row.token.max(state.greatest_token) + 1;
             (state.greatest_token, state.greatest_hand) = (row.token, 0);
             Self::settle(row);
@@ -167,7 +170,7 @@ impl Protocol {
     }
 }
 
-/// The end of a transaction gives its lock back.
+/// Ends a transaction, which unlocks its row.
 pub(crate) fn end(state: &mut State, client: u8) {
     if let Some(row) = &mut state.row
         && row.lock.as_ref().is_some_and(|lock| lock.client == client)

@@ -1,8 +1,9 @@
 //! The lease protocol of lock-db as a state machine that is small enough to be searched completely.
 //!
-//! One name, one row, a few clients. A client can stand still between any two steps for any time, a message can take any
-//! time, and time passes in ticks without end: no state counts what has passed, only what is left. See
-//! [`Protocol`] for what is bounded, [`Mutation`] for what the protocol would be without one of its rules.
+//! The model has one name, one row and a few clients. A client can pause between any two steps for
+//! any time, a message can take any time, and time passes in ticks without end: a state stores only
+//! the time that is left, never the time that has passed. See [`Protocol`] for the bounds, and
+//! [`Mutation`] for the protocol without one of its rules.
 
 #![forbid(unsafe_code)]
 

@@ -5,44 +5,46 @@ use stateright::{Model, Property};
 use crate::actions::Action;
 use crate::state::{Answer, Phase, Request, State, Transaction, TransactionStage};
 
-/// The protocol within bounds. Not bounded: time, renewals, attempts, pauses, delays.
+/// The protocol within bounds. Time, renewals, attempts, pauses and delays are not bounded.
 #[derive(Clone, Debug)]
 pub struct Protocol {
-    /// How many there are.
+    /// The number of clients.
     pub clients: usize,
-    /// How often each of them wants the lock.
+    /// How many times each of them wants the lock.
     pub acquisitions: u8,
     /// How many guarded transactions each of them begins.
     pub transactions: u8,
     /// Whether those may release the lease with their commit.
     pub releases_in: bool,
-    /// How many holders a lease may have one after the other in its process.
+    /// How many successive holders a lease may have within its process.
     pub hands: u8,
-    /// How many requests or answers are lost, of all.
+    /// How many requests or answers are lost in total.
     pub losses: u8,
-    /// How many of those requests may be carried out later, at the same time.
+    /// How many of those requests may be waiting for late execution at the same time.
     pub late: usize,
-    /// How often somebody deletes the row.
+    /// How many times the row is deleted.
     pub cleanings: u8,
-    /// Also while a lease is held, which takes it from its holder.
+    /// Whether the row may also be deleted while a lease is held, which takes the lease from its
+    /// holder.
     pub cleans_held_rows: bool,
     /// Whether each client's clock may lose a tick during a lease.
     pub late_clocks: bool,
-    /// Whether the database's clock was set back, and does not reach the last token again. Else every grant is later than
-    /// the one before.
+    /// Whether the database's clock was set back, and does not reach the last token again.
+    /// Otherwise every grant is later than the previous one.
     pub clock_stands_still: bool,
-    /// How often a transaction that knows nothing of leases locks the row, for as long as it likes.
+    /// How many times a transaction without knowledge of leases locks the row, for any time.
     pub foreign_locks: u8,
-    /// How many transactions take a snapshot and ask for the lock some time later.
+    /// How many transactions take a snapshot and request the lock some time later.
     pub snapshots: u8,
-    /// How long a takeover gives notice, in ticks; and on how much of that a holder relies that has just seen that none was given.
+    /// How long a takeover gives notice, in ticks. A holder that has just seen that no notice was
+    /// given relies on `reliable_notice` of these ticks.
     pub notice: u8,
     pub reliable_notice: u8,
     /// How long a lease lasts, in ticks.
     pub ttl: u8,
-    /// On how much of that its holder relies.
+    /// How many ticks of the TTL its holder relies on.
     pub reliable: u8,
-    /// What is done differently.
+    /// The rule that is left out, if any.
     pub mutation: Option<Mutation>,
 }
 
@@ -62,23 +64,24 @@ pub enum Mutation {
     TokenOfTheRowAlone,
     TokenOfTheClockAlone,
     ReleaseInWithoutDoubt,
-    /// A holder hands the lease on, and its guarded transaction goes on.
+    /// A holder hands the lease on, and its guarded transaction continues.
     HandOnDuringTransaction,
     /// A holder hands the lease on after a commit without an answer.
     HandOnAfterLostCommit,
     /// Another transaction of a lease begins after a commit without an answer.
     BeginAfterLostCommit,
-    /// A lease that has run out is taken at once.
+    /// An expired lease is taken at once.
     TakeoverWithoutNotice,
-    /// A holder that can't renew relies on the row without looking whether notice was given.
+    /// A holder that can't renew relies on the row without checking whether notice was given.
     NoticeUnread,
-    /// A guard passes by a lease that was released.
+    /// A guard accepts a lease that was released.
     GuardByReleased,
-    /// The last holder counts as ruled out although a transaction of its may be committed.
+    /// The last holder counts as ruled out although one of its transactions may still commit.
     SettledUnderGuard,
-    /// A transaction gets the lock when the token is the one of its snapshot.
+    /// A transaction gets the lock if the token equals that of its snapshot.
     SnapshotByTokenAlone,
-    /// A renewal that is asked for and answered while `commit_and_release` is under way settles the doubt.
+    /// A renewal that is sent and answered while `commit_and_release` is in progress ends the
+    /// doubt.
     DoubtEndsWhileReleasing,
 }
 
@@ -234,11 +237,12 @@ impl Model for Protocol {
 }
 
 impl Protocol {
-    /// Leaves out what nobody will ever look at, so that states that differ in nothing else are one.
+    /// Removes what has no further effect, so that states that differ in nothing else become equal.
     fn without_differences(&self, mut state: State) -> State {
         for client in &mut state.clients {
             let (phase, acquisition, left) = (client.phase, client.acquisition, client.left);
-            // Only the holder heeds what becomes of a renewal, and an answer that changes nothing need not be heard.
+            // Only the holder uses the answer of a renewal, and an answer that changes nothing can
+            // be dropped.
             client.renewal.take_if(|renewal| {
                 let is_heeded = phase == Phase::Holding && renewal.acquisition == acquisition;
                 if !is_heeded {
@@ -286,7 +290,8 @@ fn holders_hold(state: &State) -> bool {
     })
 }
 
-/// A late request may take a lease for nobody, which then is over after a TTL.
+/// A late request may take a lease for a client that no longer wants it. That lease is over after a
+/// TTL.
 fn nothing_left(state: &State) -> bool {
     let at_rest = state.clients.iter().all(super::Client::is_at_rest);
     !at_rest || state.row.as_ref().is_none_or(|row| row.expires_in == 0)

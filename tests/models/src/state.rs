@@ -1,37 +1,37 @@
-//! What there is at a moment.
+//! The state of the model at one moment.
 
-/// Who was granted a lease: a client and which of its acquisitions. Stands for the 128 random bits.
+/// Identifies a grant: a client and the number of its acquisition. Represents the 128 random bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Secret {
     /// The client that made it.
     pub client: u8,
-    /// Which of its acquisitions.
+    /// The number of the client's acquisition.
     pub acquisition: u8,
 }
 
-/// The lock's row, as everybody sees it who may.
+/// The lock's row, as every transaction sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Row {
-    /// Of the last grant; stays when the lease is released.
+    /// The secret of the last grant. It stays when the lease is released.
     pub secret: Option<Secret>,
     /// The fencing token of the last grant.
     pub token: u8,
     /// In ticks of the database's clock. Zero: free.
     pub expires_in: u8,
-    /// Whether it stands at 1970, from where no renewal brings it back.
+    /// Whether the deadline is 1970, from where no renewal brings the lease back.
     pub released: bool,
     /// Whether its holder was given notice since the last renewal.
     pub noticed: bool,
-    /// Whether no transaction of its last holder can be committed any more, and the row says so.
+    /// Whether no transaction of the last holder can commit any more, and the row says so.
     pub settled: bool,
-    /// The transaction that has it locked.
+    /// The lock of a guarded transaction on the row.
     pub lock: Option<RowLock>,
-    /// Whether a transaction has it locked that knows nothing of leases.
+    /// Whether a transaction without knowledge of leases has it locked.
     pub foreign_lock: bool,
 }
 
 impl Row {
-    /// Free, and never held.
+    /// A row that is free and was never held.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -46,13 +46,13 @@ impl Row {
         }
     }
 
-    /// Whether anybody may take it.
+    /// Whether any client may take it.
     #[must_use]
     pub fn is_free(&self) -> bool {
         self.expires_in == 0 && (self.released || self.noticed)
     }
 
-    /// Whether some transaction has it locked.
+    /// Whether a transaction has it locked.
     #[must_use]
     pub fn is_locked(&self) -> bool {
         self.lock.is_some() || self.foreign_lock
@@ -68,9 +68,9 @@ impl Default for Row {
 /// What a transaction in REPEATABLE READ has seen, and will see.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Snapshot {
-    /// The token in the row, if that was settled.
+    /// The token in the row, if the row was settled.
     pub settled: Option<u8>,
-    /// The token in the row, whatever else stood there.
+    /// The token in the row, settled or not.
     pub token: Option<u8>,
     /// Whether a holder has committed anything since.
     pub is_old: bool,
@@ -79,52 +79,52 @@ pub struct Snapshot {
 /// A lock on the row, until the end of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RowLock {
-    /// Whose transaction.
+    /// The client whose transaction it is.
     pub client: u8,
-    /// A release that is not committed yet; else a guard, which lets renewals pass.
+    /// A release that is not committed yet. Otherwise a guard, which does not block renewals.
     pub releases: bool,
 }
 
-/// What a statement on a private connection asks for.
+/// What a statement on a private connection requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Request {
     /// The conditional update.
     Acquire,
-    /// By secret, never of a released row.
+    /// By secret. Never renews a released row.
     Renew,
     /// By secret.
     Release,
 }
 
-/// What the database said.
+/// The answer of the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Answer {
     /// With the fencing token.
     Granted(u8),
-    /// Somebody else has it.
+    /// Another client has it.
     Refused,
     /// Renewed, or released.
     Ours,
-    /// Locked by a transaction for now. Nothing was said of a notice.
+    /// Locked by a transaction at the moment. Whether notice was given is unknown.
     Busy,
     /// The same, and the holder was given no notice.
     BusyUnchallenged,
-    /// The row carries another secret, or is released.
+    /// The row has another secret, or is released.
     NotOurs,
 }
 
 /// A statement whose answer a client waits for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Statement {
-    /// What it asks for.
+    /// What it requests.
     pub request: Request,
-    /// For which of the client's acquisitions.
+    /// The client's acquisition that it is for.
     pub acquisition: u8,
-    /// Ticks of the client's clock since before it was sent.
+    /// Ticks of the client's clock since just before it was sent.
     pub age: u8,
-    /// Whether a doubt that stands was there when it was sent.
+    /// Whether the present doubt already existed when it was sent.
     pub after_doubt: bool,
-    /// Once it was carried out; the answer is on its way.
+    /// Set when the statement was executed. The answer is then on its way.
     pub answer: Option<Answer>,
 }
 
@@ -135,41 +135,41 @@ pub enum Phase {
     Idle,
     /// It wants the lock.
     Acquiring,
-    /// It was granted the lock, and has not given it back; it may have lost it.
+    /// It was granted the lock, and has not released it. It may have lost it.
     Holding,
-    /// It gives back what it has, or may have.
+    /// It releases what it has, or may have.
     Releasing,
 }
 
-/// How far a guarded transaction is.
+/// The progress of a guarded transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum TransactionStage {
     /// Begun.
     Open,
-    /// The guard has found the lease to be ours, and COMMIT comes next.
+    /// The guard has found that the lease is ours, and COMMIT comes next.
     Guarded,
     /// A statement that releases with the commit is on its way.
     ReleaseSent,
-    /// That statement was carried out, but not answered: `commit_and_release` goes on to COMMIT.
+    /// That statement was executed, but not answered: `commit_and_release` continues with COMMIT.
     ReleaseDone,
-    /// It was answered: `release_in`, and COMMIT or ROLLBACK is the caller's.
+    /// The statement was answered: with `release_in`, the caller decides on COMMIT or ROLLBACK.
     ReleaseAnswered,
-    /// COMMIT was carried out, and its answer is on its way.
+    /// COMMIT was executed, and its answer is on its way.
     Released,
 }
 
 /// A guarded transaction.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Transaction {
-    /// How far it is.
+    /// Its progress.
     pub stage: TransactionStage,
-    /// Under which of the client's acquisitions.
+    /// The client's acquisition under which it runs.
     pub acquisition: u8,
-    /// The fencing token of that, in the row.
+    /// The fencing token of that acquisition, in the row.
     pub token: u8,
-    /// Which of its holders began it.
+    /// The number of the holder that began it.
     pub hand: u8,
-    /// Which of the client's transactions it is.
+    /// The number among the client's transactions.
     pub number: u8,
 }
 
@@ -180,25 +180,26 @@ pub struct Client {
     pub phase: Phase,
     /// How many acquisitions it has begun.
     pub acquisition: u8,
-    /// Whether the outcome of an attempt is not known.
+    /// Whether the outcome of an attempt is unknown.
     pub unsettled: bool,
-    /// Of the lease that it holds, in the row.
+    /// The token in the row of the lease that it holds.
     pub token: u8,
-    /// How often that was handed on. With it the holder's own fencing token grows, among those of the grant.
+    /// How many times the lease was handed on. Each time the holder's own fencing token grows,
+    /// within the token range of the grant.
     pub hand: u8,
-    /// Whether a transaction of the lease may still commit, for all it knows.
+    /// Whether a transaction of the lease may still commit, as far as the client knows.
     pub commit_is_open: bool,
-    /// Ticks of its own clock to its deadline.
+    /// Ticks of its own clock until its deadline.
     pub left: u8,
     /// Whether its clock has missed a tick during this lease.
     pub late_clock: bool,
     /// Whether a transaction may have released the lease.
     pub doubt: bool,
-    /// The lane that callers wait for.
+    /// The statement on the connection for callers.
     pub lane: Option<Statement>,
-    /// The lane of the watchdog.
+    /// The statement on the watchdog's connection.
     pub renewal: Option<Statement>,
-    /// On a connection of the application.
+    /// A transaction on a connection of the application.
     pub transaction: Option<Transaction>,
     /// How many transactions it has begun.
     pub transactions: u8,
@@ -213,7 +214,7 @@ impl Client {
         self.phase == Phase::Holding && self.left > 0 && !self.doubt
     }
 
-    /// Whether nothing of it is under way.
+    /// Whether nothing of it is in progress.
     #[must_use]
     pub fn is_at_rest(&self) -> bool {
         self.phase == Phase::Idle
@@ -223,54 +224,56 @@ impl Client {
     }
 }
 
-/// What refers to a client: the row's secret, its lock, and what is late.
+/// Everything that refers to a client: the row's secret, its lock, late requests and late commits.
 type References = (Option<u8>, bool, Vec<(u8, Request)>, Vec<Transaction>);
 
 /// What must never have happened.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Wrong {
-    /// A grant while the lease before it was neither over nor released.
+    /// A grant while the previous lease was neither over nor released.
     pub two_leases: bool,
-    /// A grant with a token that is not larger than all before.
+    /// A grant with a token that is not larger than all earlier ones.
     pub token_did_not_grow: bool,
     /// A commit after a newer grant.
     pub late_commit: bool,
-    /// A commit after that of a later transaction of the same client.
+    /// A commit after the commit of a later transaction of the same client.
     pub overtaken_commit: bool,
-    /// A renewal or a release that changed somebody else's row.
+    /// A renewal or a release that changed another client's row.
     pub touched_another: bool,
-    /// An attempt that its own earlier grant stood in the way of.
+    /// An attempt that the client's own earlier grant prevented.
     pub refused_by_itself: bool,
-    /// A transaction that works under the lock, and may have read something before the last holder's commit.
+    /// A transaction that works under the lock, and may have read something before the last
+    /// holder's commit.
     pub old_snapshot: bool,
 }
 
-/// Everything at a moment.
+/// The complete state at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct State {
-    /// `None` before the first acquire, and when somebody has cleaned it away.
+    /// `None` before the first acquire, and after the row was deleted.
     pub row: Option<Row>,
-    /// All of them alike.
+    /// The clients, which are all alike.
     pub clients: Vec<Client>,
-    /// Requests whose sender has given up the connection; the server may carry them out whenever it likes. Sorted.
+    /// Requests whose sender has given up the connection. The server may execute them at any time.
+    /// Sorted.
     pub late: Vec<(Secret, Request)>,
-    /// Guards and commits likewise. Sorted.
+    /// The same for guards and commits. Sorted.
     pub late_commits: Vec<(Secret, Transaction)>,
     /// How many messages were lost.
     pub losses: u8,
-    /// How often the row was cleaned away.
+    /// How many times the row was deleted.
     pub cleanings: u8,
-    /// How often a transaction has locked it that knows nothing of leases.
+    /// How many times a transaction without knowledge of leases has locked the row.
     pub foreign_locks: u8,
-    /// Of a transaction that is to have the lock itself.
+    /// The snapshot of a transaction that is to take the lock itself.
     pub snapshot: Option<Snapshot>,
-    /// How many of those there were.
+    /// How many such transactions there were.
     pub snapshots: u8,
-    /// Whether one of them has got the lock.
+    /// Whether one of them got the lock.
     pub snapshot_was_good: bool,
     /// The largest token that was ever granted.
     pub greatest_token: u8,
-    /// How often the lease with that token was handed on.
+    /// How many times the lease with that token was handed on.
     pub greatest_hand: u8,
     /// For properties only.
     pub wrong: Wrong,
@@ -311,11 +314,12 @@ impl State {
         }
     }
 
-    /// The same state with the clients in one of their orders, the same one for all states that differ in nothing else.
+    /// The same state with the clients in canonical order, so that states that differ only in the
+    /// order of clients become equal.
     #[must_use]
     pub fn with_clients_in_order(&self) -> Self {
         let mut order: Vec<usize> = (0..self.clients.len()).collect();
-        // What refers to a client belongs to it: without that, equal clients could be told apart.
+        // Includes what refers to a client. Otherwise equal clients could be distinguished.
         order.sort_by_cached_key(|&index| (self.clients[index].clone(), self.references(index)));
         let mut place = vec![0_u8; order.len()];
         for (new, &old) in (0_u8..).zip(&order) {
@@ -343,7 +347,8 @@ impl State {
         sorted
     }
 
-    /// The same state with tokens as small as they can be: only their order counts, and a search must come to an end.
+    /// The same state with the smallest possible tokens. Only their order matters, and the search
+    /// must be finite.
     pub(crate) fn with_small_tokens(mut self) -> Self {
         let mut tokens = vec![0];
         self.each_token(|token| tokens.push(*token));

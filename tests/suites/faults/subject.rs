@@ -112,7 +112,7 @@ impl<DB: Backend> SubjectLease<DB> {
 pub(crate) fn outcome(committed: Result<(), Error>) -> Outcome {
     match committed {
         Ok(()) => Outcome::Committed,
-        Err(Error::Database { action: "commit the transaction", .. }) => Outcome::Unknown,
+        Err(Error::CommitUnknown { .. }) => Outcome::Unknown,
         Err(_) => Outcome::Refused,
     }
 }

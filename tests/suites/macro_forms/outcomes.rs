@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::poll_immediate;
-use lock_db::{Error, LockDatabase, Locks, Loss, NoReentry, Owner, WaitingFor, distributed_lock};
+use lock_db::{Error, LockDatabase, Locks, Loss, NoReentry, ReentryContext, WaitingFor, distributed_lock};
 use lock_tests::{Backend, TestDatabase, TestServer, for_each_database};
 use sqlx::Transaction;
 use tokio::sync::oneshot;
@@ -81,7 +81,7 @@ impl End {
 #[track_caller]
 fn is_rolled_back<R: std::fmt::Debug>(outcome: &Result<R, Failed>) {
     assert!(
-        matches!(outcome, Err(Failed::Lock(Error::RolledBack { name })) if name == "account"),
+        matches!(outcome, Err(Failed::Lock(Error::RolledBack { name, .. })) if name == "account"),
         "{outcome:?}"
     );
 }
@@ -161,7 +161,7 @@ impl Late {
         let ((enter, entered), (end, ended)) = (oneshot::channel(), oneshot::channel());
         let locks = locks.clone();
         let call = async move { audit_slowly(&locks, enter, ended).await };
-        let task = tokio::spawn(Owner::current().unwrap().scope(call));
+        let task = tokio::spawn(ReentryContext::current().unwrap().scope(call));
         entered.await.unwrap();
         Self { task, end }
     }
@@ -401,7 +401,7 @@ async fn a_late_call_works_with_the_transaction<T: TestDatabase>(database: &T) {
     let mut outcome = pin!(around(&locks, async || {
         let (enter, entered) = oneshot::channel();
         let booking = book_slowly(locks.clone(), enter, gone_on);
-        let booking = tokio::spawn(Owner::current().unwrap().scope(booking));
+        let booking = tokio::spawn(ReentryContext::current().unwrap().scope(booking));
         entered.await.unwrap();
         started.send(booking).unwrap();
         Ok(())
@@ -430,7 +430,7 @@ async fn a_late_call_has_calls_inside<T: TestDatabase>(database: &T) {
                 });
                 outcome.await
             };
-            let late = tokio::spawn(Owner::current().unwrap().scope(late));
+            let late = tokio::spawn(ReentryContext::current().unwrap().scope(late));
             entered.await.unwrap();
             started.send(late).unwrap();
         }));
@@ -535,12 +535,12 @@ async fn a_call_beside_the_holder_in_one_task<T: TestDatabase>(database: &T) {
     let ((give, given), (enter, entered)) = (oneshot::channel(), oneshot::channel());
     let ((end, ended), (body_ends, body_has_ended)) = (oneshot::channel(), oneshot::channel());
     let paying = pay(&locks, End::Well, async || {
-        give.send(Owner::current().unwrap()).unwrap();
+        give.send(ReentryContext::current().unwrap()).unwrap();
         entered.await.unwrap();
         body_ends.send(()).unwrap();
     });
     let beside = async {
-        let owner: Owner = given.await.unwrap();
+        let owner: ReentryContext = given.await.unwrap();
         owner.scope(audit_slowly(&locks, enter, ended)).await
     };
     let ends = async {
@@ -618,7 +618,9 @@ async fn a_commit_that_fails_is_told_to_both<T: TestServer>(database: &T) {
     let told = |outcome: &Outcome| {
         matches!(
             outcome,
-            Err(Failed::Lock(Error::Lost { reason: Loss::TransactionEnded, .. } | Error::Database { .. }))
+            Err(Failed::Lock(
+                Error::Lost { reason: Loss::TransactionEnded, .. } | Error::CommitUnknown { .. }
+            ))
         )
     };
     let audited = audited.unwrap();

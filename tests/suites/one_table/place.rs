@@ -150,7 +150,11 @@ pub async fn is_free<DB: LockDatabase>(locks: &Locks<DB>, kind: Kind, name: &str
     match granted {
         Ok(granted) => granted,
         // A transaction that writes keeps all others out there, and it is not known what it holds.
-        Err(error @ Error::Database { .. }) if DB::NAME == "SQLite" && error.is_retryable() => false,
+        Err(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }))
+            if DB::NAME == "SQLite" && error.is_retryable() =>
+        {
+            false
+        }
         Err(error) => panic!("{kind:?} {name}: {error:?}"),
     }
 }

@@ -133,7 +133,13 @@ async fn a_schema_is_not_looked_for_elsewhere<T: lock_tests::TestServer>(databas
             locks.insert_lock("a").try_acquire().await.map(drop).unwrap_err(),
             locks.row_lock("b").try_acquire().await.map(drop).unwrap_err(),
         ] {
-            let is_refused = matches!(error, Error::SchemaMissing { .. } | Error::Database { .. });
+            let is_refused = matches!(
+                error,
+                Error::SchemaMissing { .. }
+                    | Error::Database { .. }
+                    | Error::Unreachable { .. }
+                    | Error::Refused { .. }
+            );
             assert!(is_refused && !error.is_retryable(), "{name}: {error:?}");
         }
     }

@@ -62,8 +62,7 @@ async fn temporary_tables_of_all_connections_are_refused<T: TestDatabase>(databa
     });
     let pool = options.connect(database.url()).await.unwrap();
     let locks: Locks<T::Database> = Locks::new(pool.clone());
-    let refused =
-        |error: Error| matches!(&error, Error::UnsupportedTable { reason } if reason.contains("temporary"));
+    let refused = |error: Error| matches!(&error, Error::UnsupportedTable { reason, .. } if reason.contains("temporary"));
     assert!(locks.check().await.is_err_and(refused));
     assert!(locks.insert_lock("lease").try_acquire().await.is_err_and(refused));
     assert!(is_free(&other, Kind::Insert, "lease").await);

@@ -161,7 +161,9 @@ impl<DB: Backend> Stage<'_, DB> {
         };
         let outcome = match committed {
             Ok(()) => Outcome::Committed,
-            Err(error @ Error::Database { .. }) => Outcome::Unknown(label(&error)),
+            Err(
+                error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::CommitUnknown { .. }),
+            ) => Outcome::Unknown(label(&error)),
             Err(error) => Outcome::Refused(label(&error)),
         };
         (lease, outcome)
@@ -220,7 +222,11 @@ fn label(error: &Error) -> String {
         Error::Serialization { source: Some(source), .. } => {
             format!("Serialization ({})", statement_label(source))
         }
-        Error::Database { source, .. } => format!("Database ({})", statement_label(source)),
+        Error::Database { source, .. }
+        | Error::Unreachable { source, .. }
+        | Error::Refused { source, .. } => {
+            format!("Database ({})", statement_label(source))
+        }
         other => format!("{other:?}"),
     }
 }

@@ -105,7 +105,13 @@ async fn short_statements<T: TestServer>(database: &T, kind: Kind) {
         assert_none(&wrong);
         // On a busy machine all this takes longer than a release waits for its answer. It goes on all the same.
         let released = releasing.await.unwrap();
-        assert!(matches!(released, Ok(()) | Err(Error::Database { .. })), "{released:?}");
+        assert!(
+            matches!(
+                released,
+                Ok(()) | Err(Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
+            ),
+            "{released:?}"
+        );
         for name in ["released", "dropped"] {
             near.insert_lock(name).wait(PATIENCE).acquire().await.expect(name).release().await.unwrap();
         }

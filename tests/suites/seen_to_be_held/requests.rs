@@ -114,7 +114,7 @@ impl Request {
     /// succeed.
     fn is_not_unknown(self, answer: &Answer) -> Option<String> {
         match answer {
-            Answer::Failed(error @ Error::Database { source, .. })
+            Answer::Failed(error @ (Error::Database { source, .. } | Error::Unreachable { source, .. }))
                 if error.is_retryable() && !source.to_string().is_empty() =>
             {
                 None
@@ -165,7 +165,7 @@ impl Answers {
     /// That asking again is of no use.
     #[must_use]
     pub fn not_refused(&self, circumstances: &str) -> Vec<String> {
-        let is_refused = |answer: &Answer| matches!(answer, Answer::Failed(error @ Error::Database { .. }) if !error.is_retryable());
+        let is_refused = |answer: &Answer| matches!(answer, Answer::Failed(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })) if !error.is_retryable());
         let wrong = self.0.iter().filter(|(_, answer)| !is_refused(answer));
         wrong.map(|(request, answer)| format!("{circumstances}: {request:?}: {answer:?}")).collect()
     }

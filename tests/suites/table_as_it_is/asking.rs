@@ -166,7 +166,7 @@ pub async fn is_refused_as_unsupported<DB: Backend>(
     says: &str,
 ) {
     let is_right = |error: &Error| {
-        let Error::UnsupportedTable { reason } = error else { return false };
+        let Error::UnsupportedTable { reason, .. } = error else { return false };
         reason.contains("distributed_lock`") && reason.contains(says)
     };
     let checked = locks.check().await;

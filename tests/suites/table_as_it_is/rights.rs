@@ -53,7 +53,13 @@ async fn each_right_that_is_missing_is_said<T: TestServer>(database: &T) {
         let locks = Locks::new(pool.clone());
         let error = locks.check().await.expect_err(missing);
         assert!(
-            matches!(error, Error::Database { .. } | Error::UnsupportedTable { .. }),
+            matches!(
+                error,
+                Error::Database { .. }
+                    | Error::Unreachable { .. }
+                    | Error::Refused { .. }
+                    | Error::UnsupportedTable { .. }
+            ),
             "{missing}: {error:?}"
         );
         assert!(!error.is_retryable(), "{missing}: {error:?}");
@@ -88,7 +94,7 @@ async fn an_account_that_may_only_read<T: TestServer>(database: &T) {
     let pool = pool::<T::Database>(&url, 4).await;
     let locks = Locks::new(pool.clone());
     let is_denied = |error: &Error| {
-        matches!(error, Error::Database { .. })
+        matches!(error, Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
             && error.to_string().contains("denied")
             && !error.is_retryable()
     };
@@ -142,7 +148,13 @@ mod of_postgres {
                 locks.check().await.map(drop).unwrap_err(),
                 locks.insert_lock("a").acquire().await.map(drop).unwrap_err(),
             ] {
-                assert!(matches!(error, Error::Database { .. }) && !error.is_retryable(), "{error:?}");
+                assert!(
+                    matches!(
+                        error,
+                        Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }
+                    ) && !error.is_retryable(),
+                    "{error:?}"
+                );
                 assert!(error.to_string().contains("permission denied for schema locks"), "{error}");
             }
         }

@@ -165,7 +165,9 @@ impl<DB: Backend> Reader<DB> {
                 Outcome::Refused
             }
             // Somebody writes, and it is not known whether that is the holder.
-            Err(error @ Error::Database { .. }) if DB::NAME == "SQLite" && error.is_retryable() => {
+            Err(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }))
+                if DB::NAME == "SQLite" && error.is_retryable() =>
+            {
                 drop(transaction.rollback().await);
                 Outcome::Refused
             }
@@ -229,12 +231,12 @@ impl<DB: Backend> Reader<DB> {
                 return Ok(());
             }
             if started.elapsed() > *wait {
-                return Err(Error::Timeout {
-                    name: name.clone(),
-                    waited: started.elapsed(),
-                    waiting_for: lock_db::WaitingFor::Lock,
-                    held_by: None,
-                });
+                // Which says that the time is over.
+                return if *kind == Kind::Row {
+                    self.locks.row_lock(name).wait(Duration::ZERO).acquire_in(transaction).await.map(drop)
+                } else {
+                    self.locks.insert_lock(name).wait(Duration::ZERO).acquire_in(transaction).await.map(drop)
+                };
             }
             tokio::time::sleep(PAUSE).await;
         }

@@ -304,7 +304,9 @@ impl<T: TestDatabase> Stage<'_, T> {
             }
             Ok(None) | Err(Error::Timeout { .. }) => actor.note("… is taken"),
             // Perhaps: it may be any writer.
-            Err(error @ Error::Database { .. }) if T::NAME == "sqlite" && error.is_retryable() => {
+            Err(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }))
+                if T::NAME == "sqlite" && error.is_retryable() =>
+            {
                 actor.note("… can't be had");
             }
             // Its transaction was the victim of others that it met on the way.

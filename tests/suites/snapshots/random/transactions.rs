@@ -129,7 +129,9 @@ impl<T: TestDatabase> Stage<'_, T> {
                     self.ledger.count(|tally| tally.taken_in_transactions += 1);
                 }
                 // Somebody else writes, and SQLite does not say whether under the lock; or a busy machine has not answered in time.
-                Err(error @ Error::Database { .. }) if error.is_retryable() => {
+                Err(error @ (Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. }))
+                    if error.is_retryable() =>
+                {
                     actor.note(format!("… {error}"));
                     self.ledger.count(|tally| tally.taken_in_transactions += 1);
                 }
