@@ -131,22 +131,21 @@ async fn large_batches_do_not_once_the_snapshot_was_seen(database: &PostgresServ
     join_all(names.iter().map(|name| pair(&locks, name))).await;
     let _old = old_snapshot(database, "report").await;
     many_versions(database, "hot").await;
-    let is_seen = AtomicBool::new(false);
-    let of_round = async |names: &[String]| {
-        counted(database, INDEX_ENTRIES, async |locks| {
-            if !is_seen.swap(true, Ordering::Relaxed) {
-                let report = locks.check().await.unwrap();
-                assert!(report.warnings().iter().any(|warning| warning.contains("report")), "{report:?}");
-            }
-            join_all(names.iter().map(|name| pair(locks, name))).await;
-        })
-        .await
+    let round = async |locks: &Locks<Postgres>| {
+        join_all(names.iter().map(|name| pair(locks, name))).await;
     };
-    let others = of_round(&names[1..]).await;
-    is_seen.store(false, Ordering::Relaxed);
-    let all = of_round(&names).await;
-    // Some 400 pages have a version, and each has an entry.
-    assert!(all - others < 100, "{others} entries each round, and {all} with the hot lock");
+    let plain = counted(database, INDEX_ENTRIES, round).await;
+    let is_seen = AtomicBool::new(false);
+    let from_behind = counted(database, INDEX_ENTRIES, async |locks| {
+        if !is_seen.swap(true, Ordering::Relaxed) {
+            let report = locks.check().await.unwrap();
+            assert!(report.warnings().iter().any(|warning| warning.contains("report")), "{report:?}");
+        }
+        round(locks).await;
+    })
+    .await;
+    // A session that is granted many leases looks by itself after two thirds of the rounds.
+    assert!(2 * from_behind < plain, "{plain} entries each round, and {from_behind} from behind");
 }
 
 async fn looks_do_not_read_all_versions(database: &PostgresServer) {

@@ -271,10 +271,7 @@ async fn a_connection_that_dies_with_its_runtime<T: TestServer>(database: &T) {
     runtime.shutdown_background();
     eventually(PATIENCE, async || T::Database::find_number(&mut guard, "SELECT 1").await.is_err()).await;
     let error = guard.commit().await.unwrap_err();
-    assert!(
-        matches!(&error, Error::CommitUnknown { .. } | Error::Unreachable { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(&error, Error::CommitUnknown { .. } | Error::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains("runtime that made the connection has ended"), "{error}");
     let source = error.source().and_then(|source| source.downcast_ref()).expect("is of sqlx");
     assert!(
