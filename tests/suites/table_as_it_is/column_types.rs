@@ -42,9 +42,6 @@ fn change<T: TestDatabase>(column: &str, kind: &str) -> String {
     }
     let (before, default) = match column {
         "id" => ("ALTER TABLE distributed_lock ALTER id DROP IDENTITY;", "nextval('ids')"),
-        "lock_kind" => {
-            ("ALTER TABLE distributed_lock DROP CONSTRAINT distributed_lock_lock_kind_check;", default)
-        }
         _ => ("", default),
     };
     let set_default = match column {
