@@ -143,7 +143,8 @@ impl Failure {
 
     /// Whether the server did not answer at all.
     pub(crate) fn is_silence(&self) -> bool {
-        self.cause == Cause::Silence
+        let is_timeout = |error: &io::Error| error.kind() == io::ErrorKind::TimedOut;
+        self.cause == Cause::Silence || matches!(&*self.source, sqlx::Error::Io(error) if is_timeout(error))
     }
 
     /// Whether the connection belongs to a runtime that has ended.
