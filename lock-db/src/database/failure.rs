@@ -98,12 +98,19 @@ impl Failure {
         match error {
             Error::Unreachable { silent, reason, .. } => {
                 failure.reason.clone_from(reason);
+                failure.fault = Fault::Disconnected;
                 if *silent {
                     failure.cause = Cause::Silence;
                 }
             }
-            Error::Database { reason, .. } | Error::Refused { reason, .. } => {
+            // The source may be an error of lock-db's own, which no database classifies.
+            Error::Database { reason, retryable, .. } => {
                 failure.reason.clone_from(reason);
+                failure.fault = if *retryable { Fault::Passing } else { Fault::Other };
+            }
+            Error::Refused { reason, .. } => {
+                failure.reason.clone_from(reason);
+                failure.fault = Fault::Refused;
             }
             _ => {}
         }
