@@ -1,10 +1,11 @@
 //! Row locks and guards in transactions on connections of the application.
 
+use std::future::poll_fn;
 use std::time::Duration;
 
 use sha2::Digest;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
-use sqlx::{AssertSqlSafe, MySql, Row};
+use sqlx::{AssertSqlSafe, Column, Either, MySql, Row};
 
 use super::errors::{
     LOCK_WAIT_TIMEOUT, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, ROW_IS_LOCKED, TOOK_TOO_LONG, number,
@@ -267,12 +268,33 @@ fn write(lease: &LeaseKey, release: bool, or_released: &str) -> Option<String> {
     ))
 }
 
+/// A row of this column follows the COMMIT. What fails after it does not undo the commit.
+const COMMITTED: &str = "SELECT 1 AS lock_db_committed";
+
 /// Sends check, commit and unmark in one message. The server executes nothing after an error.
 async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
-    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE; {UNMARK}");
-    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
-        Ok(_) => Ok(Guarded::Committed { call: None }),
-        Err(error) => match number(&error) {
+    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE; {COMMITTED}; {UNMARK}");
+    let mut is_committed = false;
+    let mut results = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(&mut *connection);
+    let error = loop {
+        match poll_fn(|context| results.as_mut().poll_next(context)).await {
+            None => break None,
+            Some(Ok(Either::Right(row))) => {
+                is_committed |= row.columns().iter().any(|column| column.name() == "lock_db_committed");
+            }
+            Some(Ok(Either::Left(_))) => {}
+            Some(Err(error)) => break Some(error),
+        }
+    };
+    drop(results);
+    match error {
+        None => Ok(Guarded::Committed { call: None }),
+        Some(_) if is_committed => {
+            // Such as by KILL QUERY. A connection that is gone needs no unmark.
+            let _unmarked = sqlx::raw_sql(UNMARK).execute(connection).await;
+            Ok(Guarded::Committed { call: None })
+        }
+        Some(error) => match number(&error) {
             Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),
             Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
             _ => Err(error),
