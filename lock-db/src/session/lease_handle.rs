@@ -115,7 +115,7 @@ impl LeaseHandle {
         watched.send_if_modified(|ended| {
             let is_news = ended.is_none();
             if is_news {
-                *ended = Some(self.lease.told_loss().unwrap_or(Loss::Released));
+                *ended = Some(self.lease.loss().unwrap_or(Loss::Released));
             }
             is_news
         });
