@@ -329,11 +329,11 @@ impl TransactionDriver for MySql {
 
     async fn commit_locked(
         connection: &mut MySqlConnection,
-        _server: &Server,
+        server: &Server,
         _name: &str,
         _fencing_token: i64,
     ) -> sqlx::Result<Guarded> {
-        transaction::commit_locked(connection).await
+        transaction::commit_locked(connection, server).await
     }
 
     async fn commit_guarded(

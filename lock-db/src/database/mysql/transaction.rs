@@ -96,8 +96,11 @@ async fn is_locked(
 }
 
 /// The row stays locked as long as the transaction lasts, and the savepoint shows that it does.
-pub(super) async fn commit_locked(connection: &mut MySqlConnection) -> sqlx::Result<Guarded> {
-    commit_marked(connection, String::new()).await
+pub(super) async fn commit_locked(
+    connection: &mut MySqlConnection,
+    server: &Server,
+) -> sqlx::Result<Guarded> {
+    commit_marked(connection, server.cluster, String::new()).await
 }
 
 pub(super) async fn commit_guarded(
@@ -119,7 +122,7 @@ pub(super) async fn commit_guarded(
             select_within(MySql::GUARD_LIMIT),
         ),
     };
-    commit_marked(connection, guard).await
+    commit_marked(connection, lease.server.cluster, guard).await
 }
 
 pub(super) async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
@@ -268,38 +271,56 @@ fn write(lease: &LeaseKey, release: bool, or_released: &str) -> Option<String> {
     ))
 }
 
-/// A row of this column follows the COMMIT. What fails after it does not undo the commit.
-const COMMITTED: &str = "SELECT 1 AS lock_db_committed";
-
 /// Sends check, commit and unmark in one message. The server executes nothing after an error.
-async fn commit_marked(connection: &mut MySqlConnection, guard: String) -> sqlx::Result<Guarded> {
-    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE; {COMMITTED}; {UNMARK}");
-    let mut is_committed = false;
-    let mut results = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(&mut *connection);
-    let error = loop {
-        match poll_fn(|context| results.as_mut().poll_next(context)).await {
-            None => break None,
-            Some(Ok(Either::Right(row))) => {
-                is_committed |= row.columns().iter().any(|column| column.name() == "lock_db_committed");
-            }
-            Some(Ok(Either::Left(_))) => {}
-            Some(Err(error)) => break Some(error),
+///
+/// In a message that goes on after the COMMIT, Galera answers the COMMIT with OK, executes the rest,
+/// and tells only then that another node has prevailed. So there the COMMIT comes last, and unmark
+/// has a message of its own.
+async fn commit_marked(
+    connection: &mut MySqlConnection,
+    cluster: Cluster,
+    guard: String,
+) -> sqlx::Result<Guarded> {
+    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE");
+    let sent = match cluster {
+        Cluster::SinglePrimary => commit_and_unmark(connection, &sql).await,
+        Cluster::MultiPrimary => {
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await.map(|_| false)
         }
     };
-    drop(results);
-    match error {
-        None => Ok(Guarded::Committed { call: None }),
-        Some(_) if is_committed => {
-            // Such as by KILL QUERY. A connection that is gone needs no unmark.
-            let _unmarked = sqlx::raw_sql(UNMARK).execute(connection).await;
+    match sent {
+        Ok(is_unmarked) => {
+            if !is_unmarked {
+                // A connection that is gone needs no unmark.
+                let _unmarked = sqlx::raw_sql(UNMARK).execute(connection).await;
+            }
             Ok(Guarded::Committed { call: None })
         }
-        Some(error) => match number(&error) {
+        Err(error) => match number(&error) {
             Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),
             Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::Ended),
             _ => Err(error),
         },
     }
+}
+
+/// After the COMMIT, a row shows that it was carried out. What fails later, such as by KILL QUERY,
+/// leaves the connection marked, and the result is false.
+async fn commit_and_unmark(connection: &mut MySqlConnection, commit: &str) -> sqlx::Result<bool> {
+    let sql = format!("{commit}; SELECT 1 AS lock_db_committed; {UNMARK}");
+    let mut results = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(connection);
+    let mut is_committed = false;
+    while let Some(result) = poll_fn(|context| results.as_mut().poll_next(context)).await {
+        match result {
+            Ok(Either::Right(row)) => {
+                is_committed |= row.columns().iter().any(|column| column.name() == "lock_db_committed");
+            }
+            Ok(Either::Left(_)) => {}
+            Err(_) if is_committed => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
 }
 
 /// Locks the row, makes sure that this transaction sees what the last holder committed, and writes
