@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::context::Kept;
 use crate::database::LockDatabase;
 use crate::lease::{InsertLock, InsertLocks};
-use crate::options::{HandOff, SHORTEST_WARNING, Settings, WarnAfter};
+use crate::options::{HandOff, Settings, WarnAfter};
 use crate::row_lock::{RowLock, RowLocks};
 use crate::session::Request;
 use crate::{CheckReport, Error, LockInfo};
@@ -413,8 +413,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// times as many turns.
     ///
     /// Larger values cost less and let other processes wait longer. With one turn each holder asks
-    /// the database. Between 1 and 4096 turns are possible. Other values are refused with
-    /// [`Error::InvalidOption`], by [`Locks::check`] and when a lock is acquired.
+    /// the database. Between 1 and 4096 turns are possible.
     ///
     /// Default: 64 turns, 50 ms.
     pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
@@ -432,11 +431,10 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// [`at_most`](InsertLock::at_most), because they end by themselves, and locks in transactions
     /// of the caller, because only the database knows how long they last.
     ///
-    /// The shortest time is one second; a shorter one counts as one second. Default: ten times the
-    /// TTL of a lease, but at least 30 seconds; five minutes for a row lock.
+    /// Between one second and 365 days are possible. Default: ten times the TTL of a lease, but at
+    /// least 30 seconds; five minutes for a row lock.
     pub fn warn_after(mut self, time: impl Into<Option<Duration>>) -> Self {
-        self.settings.warn_after =
-            time.into().map_or(WarnAfter::Never, |time| WarnAfter::After(time.max(SHORTEST_WARNING)));
+        self.settings.warn_after = time.into().map_or(WarnAfter::Never, WarnAfter::After);
         self
     }
 

@@ -28,7 +28,7 @@ pub(crate) const MOST_TURNS: u32 = 4096;
 pub(crate) const MOST_NAMES: usize = 10_000;
 
 /// With less, warnings would follow each other without a pause.
-pub(crate) const SHORTEST_WARNING: Duration = Duration::from_secs(1);
+const SHORTEST_WARNING: Duration = Duration::from_secs(1);
 
 /// With less, the renewal of a lease is a race against the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
@@ -48,6 +48,20 @@ impl HandOff {
     }
 }
 
+impl WarnAfter {
+    pub(crate) fn check(self) -> Result<(), Error> {
+        let Self::After(time) = self else { return Ok(()) };
+        if time < SHORTEST_WARNING {
+            return Err(invalid(
+                "warn_after",
+                time,
+                "one second is the shortest; `None` turns the reports off",
+            ));
+        }
+        check_longest("warn_after", time).map(drop)
+    }
+}
+
 impl Settings {
     /// What a request asks for, or else the default.
     pub(crate) fn wait(&self, wait: Option<Duration>) -> Result<Wait, Error> {
@@ -58,6 +72,7 @@ impl Settings {
         check_ttl(self.default_ttl)?;
         check_wait(self.default_wait)?;
         self.hand_off.check()?;
+        self.warn_after.check()?;
         crate::name::check(&self.name_prefix, "x").map_err(|_| Error::InvalidOption {
             option: "name_prefix",
             value: self.name_prefix.clone(),
@@ -238,5 +253,10 @@ mod tests {
         assert!(at_most(DEFAULT_TTL, DEFAULT_TTL).is_ok());
         assert!(at_most(DEFAULT_TTL, DEFAULT_TTL * 2).is_err());
         assert!(check_at_most(None, DEFAULT_TTL).is_ok());
+        let warn_after = |time| WarnAfter::After(time).check();
+        assert!(warn_after(Duration::from_millis(999)).is_err());
+        assert!(warn_after(Duration::MAX).is_err());
+        assert!(warn_after(SHORTEST_WARNING).is_ok());
+        assert!(WarnAfter::Never.check().is_ok());
     }
 }

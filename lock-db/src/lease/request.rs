@@ -55,6 +55,7 @@ impl LeaseOptions {
 
     pub(crate) fn check(&self, settings: &Settings) -> Result<(), Error> {
         settings.hand_off.check()?;
+        settings.warn_after.check()?;
         options::check_ttl(self.ttl.unwrap_or(settings.default_ttl))?;
         let at_least = options::check_at_least(self.at_least)?;
         options::check_at_most(self.at_most, at_least).map(drop)
@@ -203,8 +204,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///   for another kind.
     /// - [`Error::SchemaMissing`] and [`Error::UnsupportedTable`] when the table can't be used.
     /// - [`Error::InvalidName`] and [`Error::InvalidOption`] when the request is not valid. The
-    ///   latter includes a value of [`hand_off`](crate::LocksBuilder::hand_off) outside of 1 to
-    ///   4096 turns.
+    ///   latter includes a setting of the [`LocksBuilder`](crate::LocksBuilder) that can't work.
     /// - [`Error::Closed`] when the `Locks` was closed.
     ///
     /// # Cancel safety
