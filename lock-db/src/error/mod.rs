@@ -278,7 +278,7 @@ pub enum Error {
 }
 
 /// What a request was waiting for when its time was over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WaitingFor {
     /// The lock, which is held.
@@ -300,7 +300,7 @@ impl std::fmt::Display for WaitingFor {
 }
 
 /// Why a lock can't be entered again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum NoReentry {
     /// The holder under which the call would enter has ended.
@@ -330,7 +330,7 @@ impl std::fmt::Display for NoReentry {
 }
 
 /// How the loss of a lock was noticed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Loss {
     /// The lease could not be renewed in time, so the database may have granted it to another
