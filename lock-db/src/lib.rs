@@ -125,7 +125,7 @@ pub use sqlx;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Action, Error, Loss, NoReentry, WaitingFor};
-pub use self::global::{AnyInsertLock, AnyLease, AnyLocks};
+pub use self::global::{AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks};
 
 /// What `lease = …` binds in an annotated function that uses the installed or scoped [`Locks`].
 pub type AmbientLease = AnyLease;

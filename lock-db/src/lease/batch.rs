@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::select;
-
-use super::{Lease, LeaseOptions};
+use super::{Lease, LeaseOptions, handles};
 use crate::context::Context;
 use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
 use crate::error::Loss;
 use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
 use crate::options::Wait;
+use crate::session::LeaseHandle;
 #[cfg(feature = "testing")]
 use crate::test_support;
 use crate::{Error, Kind};
@@ -20,6 +19,11 @@ use crate::{Error, Kind};
 /// takes all of them or none. It does nothing until one of its async methods is called.
 ///
 /// A name that is given twice counts once.
+///
+/// Between processes there is no queue for such a request, so it has no `fair`: it takes the locks
+/// when it finds all of them free at the same time, and may starve. A queue entry of it would block
+/// a lock that is free while it waits for another one, and two such requests could block each
+/// other. Callers of one process get each lock in order.
 #[derive(Debug)]
 #[must_use = "this only describes locks; call `acquire` or `try_acquire`"]
 pub struct InsertLocks<DB: LockDatabase> {
@@ -38,10 +42,19 @@ impl<DB: LockDatabase> Clone for InsertLocks<DB> {
 
 impl<DB: LockDatabase> InsertLocks<DB> {
     pub(crate) fn new(context: Arc<Context<DB>>, names: Vec<String>) -> Self {
+        Self::with(context, names, LeaseOptions::default(), None)
+    }
+
+    pub(crate) fn with(
+        context: Arc<Context<DB>>,
+        names: Vec<String>,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+    ) -> Self {
         // The request is in no queue: a queue entry for one lock would block that lock while the
         // others are not free.
-        let options = LeaseOptions { fair: Some(false), ..LeaseOptions::default() };
-        Self { context, names, options, wait: None }
+        let options = LeaseOptions { fair: Some(false), ..options };
+        Self { context, names, options, wait }
     }
 
     /// Sets the TTL of each lock, as [`InsertLock::ttl`](crate::InsertLock::ttl).
@@ -74,9 +87,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     /// Takes all of the locks together, and waits for them if necessary. While one of them is held
     /// elsewhere, none is taken.
     ///
-    /// Between processes there is no queue for such a request: it takes the locks when it finds all
-    /// of them free at the same time. The number of round trips does not depend on the number of
-    /// names.
+    /// The number of round trips does not depend on the number of names.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -223,12 +234,7 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// The future may be dropped at any time: a loss is final.
     pub async fn lost(&self) {
-        let mut waiting: Vec<_> = self.leases.iter().map(|lease| Box::pin(lease.lost())).collect();
-        std::future::poll_fn(|context| {
-            let lost = waiting.iter_mut().any(|lost| lost.as_mut().poll(context).is_ready());
-            if lost { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
+        handles::lost(self.handles()).await;
     }
 
     /// How a lease was lost: the first in the order of the names that is lost. `None` while all are
@@ -250,18 +256,7 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// `work` is dropped with the future. The leases are not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        let mut work = std::pin::pin!(work);
-        let output = select! {
-            biased;
-            output = &mut work => Some(output),
-            () = self.lost() => None,
-        };
-        let lost = self.leases.iter().find_map(Lease::lost_error);
-        match (output, lost) {
-            (Some(output), None) => Ok(output),
-            (_, Some(error)) => Err(error),
-            (None, None) => Err(Error::Closed),
-        }
+        handles::run_until_lost(|| self.handles(), work).await
     }
 
     /// Checks, in a transaction of the caller, that all of the leases are held, and keeps other
@@ -283,6 +278,37 @@ impl<DB: LockDatabase> Leases<DB> {
         Ok(())
     }
 
+    /// Releases all of the locks together with the commit of the caller's transaction. As
+    /// [`Lease::release_in`], for each of them.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// let mut transaction = locks.pool().begin().await?;
+    /// // … statements on `&mut *transaction` …
+    /// leases.release_in(&mut transaction).await?;
+    /// transaction.commit().await?;    // the locks are free from here on
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::release_in`], for the first lease that fails. Roll the transaction back: no lock
+    /// is released then.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back.
+    pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        for lease in self.leases.iter() {
+            lease.release_in(transaction).await?;
+        }
+        Ok(())
+    }
+
     /// Releases all of the locks, and waits until the database has confirmed it.
     ///
     /// The releases are sent together, so many take as long as a few.
@@ -295,18 +321,11 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// The releases continue when the future is dropped. Only their result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        // All releases are sent before the first one is awaited, so that they go to the database
-        // together.
-        let released: Vec<_> = self.leases.into_inner().into_iter().map(Lease::begin_to_release).collect();
-        let mut result = Ok(());
-        for released in released {
-            let released = match released {
-                Ok(under_way) => under_way.end().await,
-                Err(error) => Err(error),
-            };
-            result = result.and(released);
-        }
-        result
+        handles::release(self.leases.into_inner().into_iter().map(Lease::into_hold)).await
+    }
+
+    fn handles(&self) -> impl Iterator<Item = &LeaseHandle> {
+        self.leases.iter().map(Lease::handle)
     }
 }
 

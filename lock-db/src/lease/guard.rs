@@ -15,7 +15,7 @@ use crate::dropped_at_once::Watched;
 use crate::error::Action;
 use crate::error::{Loss, WaitingFor};
 use crate::session::Request;
-use crate::session::{GivenUp, KeptByTransaction, LeaseHandle};
+use crate::session::{KeptByTransaction, LeaseHandle};
 #[cfg(feature = "testing")]
 use crate::test_support;
 
@@ -152,10 +152,6 @@ impl<DB: LockDatabase> Lease<DB> {
     #[must_use]
     pub fn loss(&self) -> Option<Loss> {
         self.hold.lease.loss()
-    }
-
-    pub(super) fn lost_error(&self) -> Option<Error> {
-        self.hold.check().err()
     }
 
     /// Returns a watch, for child tasks of the holder that have to end with the lease.
@@ -382,20 +378,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The commit continues when the future is dropped. Only its result is lost.
     pub async fn commit_and_release(self, transaction: GuardedTransaction<DB>) -> Result<(), Error> {
-        if !transaction.is_of(&self.hold) {
-            return Err(Error::InvalidOption {
-                option: "transaction",
-                value: format!("{transaction:?}"),
-                reason: "it was begun by another lease",
-            });
-        }
-        let release = !self.hold.lease.is_within_minimum_hold();
-        transaction.end(release).await?;
-        if !release {
-            // The transaction is committed, so a failed release is no error of this call.
-            release_quietly(self.release().await);
-        }
-        Ok(())
+        commit_and_release(self.into_hold(), transaction).await
     }
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
@@ -501,10 +484,27 @@ impl<DB: LockDatabase> Lease<DB> {
     pub async fn release(self) -> Result<(), Error> {
         self.into_hold().give_up().await
     }
+}
 
-    pub(super) fn begin_to_release(self) -> Result<GivenUp, Error> {
-        self.into_hold().begin_to_give_up()
+/// See [`Lease::commit_and_release`].
+pub(crate) async fn commit_and_release<DB: LockDatabase>(
+    hold: Arc<LeaseHandle>,
+    transaction: GuardedTransaction<DB>,
+) -> Result<(), Error> {
+    if !transaction.is_of(&hold) {
+        return Err(Error::InvalidOption {
+            option: "transaction",
+            value: format!("{transaction:?}"),
+            reason: "it was begun by another lease",
+        });
     }
+    let release = !hold.lease.is_within_minimum_hold();
+    transaction.end(release).await?;
+    if !release {
+        // The transaction is committed, so a failed release is no error of this call.
+        release_quietly(hold.give_up().await);
+    }
+    Ok(())
 }
 
 impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {

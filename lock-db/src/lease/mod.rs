@@ -3,11 +3,13 @@
 mod batch;
 mod guard;
 mod guarded_transaction;
+pub(crate) mod handles;
 mod request;
 mod watch;
 
 pub use self::batch::{InsertLocks, Leases};
 pub use self::guard::Lease;
+pub(crate) use self::guard::commit_and_release;
 pub use self::guarded_transaction::GuardedTransaction;
 pub use self::request::InsertLock;
 pub(crate) use self::request::{LeaseOptions, release_quietly};
