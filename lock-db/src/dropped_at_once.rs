@@ -59,20 +59,6 @@ impl<T> Watched<T> {
         unwatched
     }
 
-    /// Restarts the time when the guard is returned to its caller. A guard that came from another
-    /// task was made earlier.
-    #[cfg_attr(
-        not(debug_assertions),
-        allow(unused_variables, clippy::unused_self, clippy::needless_pass_by_ref_mut)
-    )]
-    pub(crate) fn is_handed_out(&mut self, name: &str) {
-        #[cfg(debug_assertions)]
-        {
-            self.watch =
-                Watch { name: name.into(), handed_out: Instant::now(), is_used: AtomicBool::new(false) };
-        }
-    }
-
     pub(crate) fn into_inner(self) -> T {
         self.is_used();
         self.kept

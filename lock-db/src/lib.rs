@@ -134,7 +134,7 @@ pub use self::info::{CheckReport, Kind, LockInfo};
 pub use self::lease::{GuardedTransaction, InsertLock, InsertLocks, Lease, LeaseWatch, Leases};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::reentrancy::ReentryContext;
-pub use self::row_lock::{RowGuard, RowLock, RowLocks};
+pub use self::row_lock::{RowGuard, RowGuards, RowLock, RowLocks};
 pub use self::skippable::Skippable;
 
 #[cfg(feature = "macros")]

@@ -252,7 +252,7 @@ impl<DB: LockDatabase> Locks<DB> {
             request.try_acquire().await?.ok_or_else(|| ask.taken_elsewhere())?
         };
         #[cfg(feature = "testing")]
-        guard.is_of_function();
+        guard.hide();
         let (shared, outcome) = SharedTransaction::new(guard, runtime);
         Ok(RowCall::outermost(taken(lock, shared, ask), outcome))
     }

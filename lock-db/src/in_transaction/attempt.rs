@@ -97,16 +97,27 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         }))
     }
 
-    /// Takes the lock in the transaction on the connection. `None`: it was not free, and either
-    /// this is a try or `may_wait` returned `false`. `may_wait` receives the failure that is in the
-    /// way, or `None` if that is a holder.
-    pub(crate) async fn lock(
+    /// Does what must be done before a transaction of lock-db locks anything. `None`: the lock is
+    /// not free, and either this is a try or `may_wait` returned `false`. `may_wait` receives the
+    /// failure that is in the way, or `None` if that is a holder.
+    pub(crate) async fn find_in_own(
         &self,
-        connection: &mut DB::Connection,
+        transaction: &mut DB::Connection,
+        mut may_wait: impl FnMut(Option<&Failure>) -> bool,
+    ) -> Result<Option<FoundRow>, Error> {
+        self.find(transaction, true, &mut may_wait).await
+    }
+
+    /// Takes the lock in a transaction of lock-db. `None` as for [`find_in_own`](Self::find_in_own).
+    /// If the lock is the first one of the transaction, the transaction may be begun anew.
+    pub(crate) async fn lock_in_own(
+        &self,
+        transaction: &mut DB::Connection,
+        found: FoundRow,
+        is_first: bool,
         mut may_wait: impl FnMut(Option<&Failure>) -> bool,
     ) -> Result<Option<Locked>, Error> {
-        let Some(found) = self.find(connection, true, &mut may_wait).await? else { return Ok(None) };
-        self.lock_row(connection, found, true, &mut may_wait).await
+        self.lock_row(transaction, found, is_first, &mut may_wait).await
     }
 
     /// A transaction that has used the table blocks an `ALTER TABLE`, and a waiting `ALTER TABLE`

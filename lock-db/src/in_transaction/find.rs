@@ -29,7 +29,7 @@ const SESSION_LIMIT: Duration = Duration::from_secs(3);
 const TRY_LIMIT: Duration = Duration::from_secs(3);
 
 /// The row to lock, as far as it is known.
-pub(super) struct FoundRow {
+pub(crate) struct FoundRow {
     pub(super) server: Server,
     pub(super) row: RowId,
 }
@@ -44,7 +44,7 @@ const fn known(row: &LockRow) -> RowId {
 impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Finds the row, and waits until no lease holds it, where that has to happen outside of the
     /// transaction. Returns the row's id, or zero where none is needed. `None` as for
-    /// [`lock`](Self::lock).
+    /// [`find_in_own`](Self::find_in_own).
     pub(super) async fn find(
         &self,
         connection: &mut DB::Connection,
@@ -157,7 +157,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Waits outside of the transaction until no lease holds the lock and its last holder is ruled
-    /// out. Returns the row's id. `None` as for [`lock`](Self::lock).
+    /// out. Returns the row's id. `None` as for [`find_in_own`](Self::find_in_own).
     async fn wait_for_lease(
         &self,
         connection: &mut DB::Connection,

@@ -6,6 +6,6 @@ mod find;
 mod receipt;
 mod several;
 
-pub(crate) use self::attempt::Attempt;
+pub(crate) use self::attempt::{Attempt, Locked};
 pub use self::receipt::HeldInTransaction;
 pub(crate) use self::several::{in_order, lock_all};

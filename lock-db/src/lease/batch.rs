@@ -203,6 +203,28 @@ impl<DB: LockDatabase> InsertLocks<DB> {
 /// # Ok(())
 /// # }
 /// ```
+///
+/// # Transactions
+///
+/// A [`GuardedTransaction`](crate::GuardedTransaction) belongs to one lease: its check of the lease
+/// and its COMMIT are one message, so a host that vanishes has sent both or neither. Several leases
+/// are checked with a message each. So there is no `begin` for several. Begin a transaction
+/// yourself, and call [`verify_in`](Self::verify_in) as its last statement. The transaction then
+/// commits only while all of the leases are held:
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let locks = lock_db::testing::locks().await?;
+/// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+/// let mut transaction = locks.pool().begin().await?;
+/// // … statements on `&mut *transaction` …
+/// leases.verify_in(&mut transaction).await?;
+/// transaction.commit().await?;
+/// leases.release().await?;
+/// # Ok(())
+/// # }
+/// ```
 #[must_use = "bind them to a name (`let _leases = …`); `let _ = …` releases them at once"]
 #[clippy::has_significant_drop]
 #[derive(Debug)]
