@@ -55,16 +55,16 @@ impl<T> Watched<T> {
     /// Wraps a guard whose drop is not reported.
     pub(crate) fn unwatched(kept: T) -> Self {
         let unwatched = Self::new(kept, |_| Box::default());
-        unwatched.is_used();
+        unwatched.mark_used();
         unwatched
     }
 
     pub(crate) fn into_inner(self) -> T {
-        self.is_used();
+        self.mark_used();
         self.kept
     }
 
-    fn is_used(&self) {
+    fn mark_used(&self) {
         #[cfg(debug_assertions)]
         self.watch.is_used.store(true, Ordering::Relaxed);
     }
@@ -74,14 +74,14 @@ impl<T> Deref for Watched<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.is_used();
+        self.mark_used();
         &self.kept
     }
 }
 
 impl<T> DerefMut for Watched<T> {
     fn deref_mut(&mut self) -> &mut T {
-        self.is_used();
+        self.mark_used();
         &mut self.kept
     }
 }

@@ -153,7 +153,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                     let before = server.table.identity.clone();
                     server =
                         self.ask_for(connection, |answer| Request::Locate { answer, anew: true }).await?;
-                    let is_same_row = self.is_same_row(connection, &mut claim).await?;
+                    let is_same_row = self.read_row_again(connection, &mut claim).await?;
                     found_anew += 1;
                     let is_same = is_same_row && server.table.identity == before;
                     // If the session finds another table each time, none of them is this
@@ -169,7 +169,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
                 Step::Done(RowAttempt::Missing) => {
                     // The row was deleted since the last read. A row that other connections see is
                     // visible to a locking read, too.
-                    if self.is_same_row(connection, &mut claim).await? {
+                    if self.read_row_again(connection, &mut claim).await? {
                         return Err(Error::ForeignTransaction { name: self.name.given() });
                     }
                     return Err(self.stale(connection).await);
@@ -223,7 +223,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             if left.is_zero() {
                 return Err(match stalled {
                     Some(failure) => failure.into_error(ACTION, Some(self.name)).within(self.wait.limit()),
-                    None => self.was_held(connection, &server, held_by).await,
+                    None => self.held_error(connection, &server, held_by).await,
                 });
             }
             if !may_wait(stalled.as_ref()) {
@@ -240,7 +240,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// `is_lease`: the row names its holder.
-    async fn was_held(&self, connection: &mut DB::Connection, server: &Server, is_lease: bool) -> Error {
+    async fn held_error(&self, connection: &mut DB::Connection, server: &Server, is_lease: bool) -> Error {
         let mut holder = self.holder_here();
         if is_lease {
             let read = DB::read(connection, server, self.name);

@@ -128,7 +128,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Reads the row again that could not be locked, without creating it: the transaction may have
     /// locked the gap where it belongs. Returns whether it is still the same row.
-    pub(super) async fn is_same_row(
+    pub(super) async fn read_row_again(
         &self,
         connection: &mut DB::Connection,
         claim: &mut RowClaim,

@@ -149,7 +149,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         self.options.refuse_in_transaction()?;
         let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         // A request that waits gets all of them or an error.
         held.ok_or(Error::Closed)
     }
@@ -172,7 +172,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         self.options.refuse_in_transaction()?;
         let held = lock_all(&self.context, &self.names, Kind::Insert, Wait::Try, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         Ok(held)
     }
 

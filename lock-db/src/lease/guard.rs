@@ -52,7 +52,7 @@ impl<DB: LockDatabase> Lease<DB> {
     pub(crate) fn of_caller(hold: LeaseHandle, context: Arc<Context<DB>>) -> Self {
         let hold = Arc::new(hold);
         #[cfg(feature = "testing")]
-        test_support::lease_is_open(&context, &hold);
+        test_support::note_open_lease(&context, &hold);
         Self { hold: Watched::new(hold, |hold| hold.name().shown().into()), context }
     }
 
@@ -388,18 +388,18 @@ impl<DB: LockDatabase> Lease<DB> {
             return Err(refused);
         }
         // The caller ends the transaction, and how it ends is not known here.
-        self.hold.lease.is_verified();
+        self.hold.lease.mark_verified();
         let key = &self.hold.marked_key().await?;
         let name = &key.row.name;
         let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
         match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
             Ok(found @ (Guarded::NotOurs | Guarded::Elsewhere)) => {
-                let is_foreign = found == Guarded::Elsewhere || self.is_foreign(transaction).await;
+                let is_foreign = found == Guarded::Elsewhere || self.ask_whether_foreign(transaction).await;
                 if !is_foreign {
                     bounds::doom::<DB>(transaction).await;
                 }
-                let is_still_ours = self.is_still_ours().await;
+                let is_still_ours = self.ask_whether_ours().await;
                 if is_foreign && matches!(is_still_ours, Ok(true)) {
                     return Err(Error::ForeignTransaction { name: name.given() });
                 }
@@ -407,7 +407,7 @@ impl<DB: LockDatabase> Lease<DB> {
                 if is_still_ours? {
                     return Err(Error::Serialization { name: name.given(), source: None });
                 }
-                self.hold.is_lost();
+                self.hold.mark_lost();
                 Err(self.hold.taken_over().await)
             }
             Ok(Guarded::Stale) => {
@@ -419,7 +419,7 @@ impl<DB: LockDatabase> Lease<DB> {
                 Err(self.hold.lost(Loss::TransactionEnded))
             }
             Err(failure) => {
-                if failure.fault == Fault::TableMissing && matches!(self.is_still_ours().await, Ok(true)) {
+                if failure.fault == Fault::TableMissing && matches!(self.ask_whether_ours().await, Ok(true)) {
                     return Err(Error::ForeignTransaction { name: name.given() });
                 }
                 if failure.ends_transaction() {
@@ -438,14 +438,14 @@ impl<DB: LockDatabase> Lease<DB> {
         }
     }
 
-    async fn is_foreign(&self, transaction: &mut DB::Connection) -> bool {
+    async fn ask_whether_foreign(&self, transaction: &mut DB::Connection) -> bool {
         let is_here = DB::is_here(transaction, &self.hold.lease.key.server);
         matches!(bounds::answer::<DB, _>(ANSWER_LIMIT, is_here).await, Ok(false))
     }
 
     /// Whether the row still belongs to this lease, as other connections see it. The caller's
     /// transaction may see an older state. An error is no answer: the lease then continues.
-    async fn is_still_ours(&self) -> Result<bool, Error> {
+    async fn ask_whether_ours(&self) -> Result<bool, Error> {
         let key = &self.hold.lease.key;
         let name = key.row.name.clone();
         let asked = self.context.session().ask(|answer| Request::Read { name, answer });

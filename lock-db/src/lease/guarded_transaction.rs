@@ -169,29 +169,29 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         // Other processes may have the lock a moment before this process knows.
         let in_doubt = release.then(|| LeaseHandle::doubt(hold.clone()));
         let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        let (under_way, refused) = (hold.lease.commit_begins(), hold.clone());
+        let (under_way, refused) = (hold.lease.begin_commit(), hold.clone());
         let ended = move |ended: &Result<Option<Notification>, Error>| {
             match ended {
                 Ok(call) => {
-                    under_way.was_carried_out();
+                    under_way.mark_carried_out();
                     if release {
-                        hold.was_released(*call);
+                        hold.mark_released(*call);
                     }
                 }
                 Err(Error::Lost { reason: Loss::TakenOver, .. }) => {
-                    under_way.never_comes();
-                    hold.is_lost();
+                    under_way.mark_refused();
+                    hold.mark_lost();
                 }
                 // The transaction would still pass its check after another transaction of the same
                 // lease.
                 Err(Error::CommitUnknown { .. } | Error::Unreachable { .. }) => drop(under_way),
-                Err(_nothing_was_committed) => under_way.never_comes(),
+                Err(_nothing_was_committed) => under_way.mark_refused(),
             }
             drop(in_doubt);
         };
         match transaction.commit(condition, ended).await {
             // The database reports only that the row does not belong to this lease.
-            Err(Error::Lost { reason: Loss::TakenOver, .. }) => Err(match refused.lease.told_loss() {
+            Err(Error::Lost { reason: Loss::TakenOver, .. }) => Err(match refused.lease.reported_loss() {
                 Some(Loss::HeldTooLong) => refused.lost(Loss::HeldTooLong),
                 _ => refused.taken_over().await,
             }),

@@ -289,7 +289,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         // A caller that waits gets it or an error.
         let held = self.take_in(transaction, wait).await?.ok_or(Error::Closed)?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Insert, [&held]);
+        test_support::note_in_transaction(&context, Kind::Insert, [&held]);
         Ok(held)
     }
 
@@ -311,7 +311,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         let context = Arc::clone(&self.context);
         let held = self.take_in(transaction, Wait::Try).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Insert, &held);
+        test_support::note_in_transaction(&context, Kind::Insert, &held);
         Ok(held)
     }
 

@@ -132,7 +132,7 @@ impl<DB: LockDatabase> RowLocks<DB> {
         let wait = self.context.settings().wait(self.wait)?;
         let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         // A request that waits gets all of them or an error.
         held.ok_or(Error::Closed)
     }
@@ -154,7 +154,7 @@ impl<DB: LockDatabase> RowLocks<DB> {
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
         let held = lock_all(&self.context, &self.names, Kind::Row, Wait::Try, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         Ok(held)
     }
 }

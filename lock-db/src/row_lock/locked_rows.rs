@@ -50,7 +50,7 @@ impl<DB: LockDatabase> LockedRows<DB> {
     pub(super) fn into_hands_of_caller(mut self, context: &Context<DB>) -> Self {
         #[cfg(feature = "testing")]
         {
-            self.shown = self.names.iter().map(|name| test_support::row_is_open(context, name)).collect();
+            self.shown = self.names.iter().map(|name| test_support::note_open_row(context, name)).collect();
         }
         self
     }

@@ -162,7 +162,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         // A caller that waits gets it or an error.
         let held = self.take_in(transaction, wait).await?.ok_or(Error::Closed)?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Row, [&held]);
+        test_support::note_in_transaction(&context, Kind::Row, [&held]);
         Ok(held)
     }
 
@@ -184,7 +184,7 @@ impl<DB: LockDatabase> RowLock<DB> {
         let context = Arc::clone(&self.context);
         let held = self.take_in(transaction, Wait::Try).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Row, &held);
+        test_support::note_in_transaction(&context, Kind::Row, &held);
         Ok(held)
     }
 

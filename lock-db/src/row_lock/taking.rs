@@ -78,7 +78,7 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
         loop {
             match self.attempt(&permits).await {
                 Ok(Some(taken)) => return Ok(Some(taken)),
-                Ok(None) if !self.waits_for_place().await? => return Ok(None),
+                Ok(None) if !self.wait_for_place().await? => return Ok(None),
                 Ok(None) => {}
                 Err(failed) => self.recover(failed, &permits).await?,
             }
@@ -153,7 +153,8 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
             let (name, permit) = (&request.names[index], &permits[index]);
             request.turn_to(index);
             let may_wait = |in_the_way: Option<&Failure>| self.may_wait(permit, in_the_way);
-            let Some(row) = request.attempt(name).lock_in_own(transaction, row, index == 0, may_wait).await? else {
+            let Some(row) = request.attempt(name).lock_in_own(transaction, row, index == 0, may_wait).await?
+            else {
                 return Ok(None);
             };
             if index + 1 < request.names.len() {
@@ -192,7 +193,7 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
     }
 
     /// After an attempt that found a lock not to be free. Returns whether to try again.
-    async fn waits_for_place(&mut self) -> Result<bool, Error> {
+    async fn wait_for_place(&mut self) -> Result<bool, Error> {
         if self.request.wait.is_try() || self.answer.is_closed() || self.may_wait.is_some() {
             return Ok(false);
         }

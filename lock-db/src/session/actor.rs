@@ -149,7 +149,7 @@ async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>
                     actor.worker.call(call);
                 }
             }
-            Request::Lost { lease } => actor.is_taken_over(&lease),
+            Request::Lost { lease } => actor.report_takeover(&lease),
             Request::HandedOn { until } => actor.over.no_later_than(until),
             Request::Locate { anew, answer } => drop(spawn_local(async move {
                 let found = twice(async || actor.worker.locate(anew).await).await;
@@ -193,7 +193,7 @@ async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>
                 release::release_all(&actor);
                 // This includes guards that were dropped before, and leases that attempts may have
                 // got while they were ending.
-                let _in_time = timeout(FINISH_LIMIT, actor.tasks.nobody()).await;
+                let _in_time = timeout(FINISH_LIMIT, actor.tasks.wait_for_all()).await;
                 drop(done);
                 break;
             }
@@ -321,10 +321,10 @@ impl Actor {
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.ends());
         if self.may_connect_ahead() {
-            self.due.no_later_than(held.is_held_on());
+            self.due.no_later_than(held.second_needed_from());
         }
         self.leases.borrow_mut().insert(number, held);
-        self.queues.is_held(&state);
+        self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -366,7 +366,7 @@ impl Actor {
 
     /// Leases are renewed over the first connection, because the second one can't be opened or does
     /// not answer. Logged once.
-    pub(super) fn misses_second(&self, failure: &Failure) {
+    pub(super) fn report_missing_second(&self, failure: &Failure) {
         if !self.misses_second.replace(true) {
             tracing::warn!(
                 error = %failure,
@@ -375,7 +375,7 @@ impl Actor {
         }
     }
 
-    pub(super) fn has_second(&self) {
+    pub(super) fn report_second_again(&self) {
         if self.misses_second.replace(false) {
             tracing::info!("leases are renewed over a connection of their own again");
         }
@@ -411,15 +411,15 @@ impl Actor {
             return if row.expires == 0 { Loss::ReleasedByHand } else { Loss::TakenOver };
         }
         if row.fencing_token > lease.key.fencing_token {
-            lease.is_taken_over_by(Box::new(row.into_info(lease.name())));
+            lease.set_new_holder(Box::new(row.into_info(lease.name())));
         }
         Loss::TakenOver
     }
 
     /// The row of a lease is no longer ours. The lease counts as lost from now on. Its holder is
     /// told a moment later, with the reason that was found out.
-    pub(super) fn is_taken_over(self: &Rc<Self>, lease: &Arc<LeaseState>) {
-        if !lease.is_gone() {
+    pub(super) fn report_takeover(self: &Rc<Self>, lease: &Arc<LeaseState>) {
+        if !lease.mark_gone() {
             return;
         }
         let (actor, lease) = (Rc::clone(self), Arc::clone(lease));
@@ -445,7 +445,7 @@ impl Actor {
                 if let Err(failure) = actor.renewals.listen().await {
                     tracing::debug!(error = %failure, "nothing calls when a lock is free");
                 }
-                actor.notifications.was_asked();
+                actor.notifications.mark_asked();
             }));
         }
     }
@@ -595,7 +595,7 @@ impl HeldLease {
     }
 
     /// From when on the renewal connection has to be ready.
-    pub(super) fn is_held_on(&self) -> Instant {
+    pub(super) fn second_needed_from(&self) -> Instant {
         let sent = self.next_renewal.checked_sub(self.ttl / 3).unwrap_or(self.next_renewal);
         sent + IS_HELD_ON
     }
@@ -610,7 +610,7 @@ impl HeldLease {
     /// showed no takeover. A process that takes over has to give notice first, so the lease is
     /// valid for that long. This does not hold on a cluster, where the notice may be on another
     /// node.
-    pub(super) fn not_renewed(&mut self, read_at: Instant) {
+    pub(super) fn record_locked_row(&mut self, read_at: Instant) {
         if self.state.key.server.cluster == Cluster::SinglePrimary {
             let deadline = read_at + reliable_without_notice(self.ttl);
             if deadline > self.deadline && self.state.extend(deadline) {
@@ -624,7 +624,7 @@ impl HeldLease {
     }
 
     /// `false`: too late, its holder was already told that it is over.
-    pub(super) fn renewed(&mut self, sent: Instant) -> bool {
+    pub(super) fn record_renewal(&mut self, sent: Instant) -> bool {
         self.deadline = self.deadline.max(deadline(sent, self.ttl));
         self.next_renewal = sent + self.ttl / 3;
         self.state.extend(self.deadline)

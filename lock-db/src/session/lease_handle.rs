@@ -152,7 +152,7 @@ impl LeaseHandle {
     /// A loss that the database has decided is final. A deadline that has passed is not such a
     /// loss: only the database can tell whether another process has the lock now.
     pub(crate) fn refuse_after_loss(&self) -> Result<(), Error> {
-        match self.lease.told_loss() {
+        match self.lease.reported_loss() {
             Some(
                 reason @ (Loss::TakenOver
                 | Loss::ReleasedByHand
@@ -177,7 +177,7 @@ impl LeaseHandle {
         if let Ok(Ok(Ok(Some(row)))) = timeout(READ_LIMIT, answered).await
             && row.fencing_token > self.lease.key.fencing_token
         {
-            self.lease.is_taken_over_by(Box::new(row.into_info(self.name())));
+            self.lease.set_new_holder(Box::new(row.into_info(self.name())));
         }
         self.lost(Loss::TakenOver)
     }
@@ -247,25 +247,25 @@ impl LeaseHandle {
 
     /// The session has released it already, or is about to.
     fn was_taken_back(&self) -> bool {
-        self.lease.told_loss() == Some(Loss::HeldTooLong)
+        self.lease.reported_loss() == Some(Loss::HeldTooLong)
     }
 
     /// The database has reported that the lease is gone. This holder is told at once, and so is
     /// everything that waits for the loss.
-    pub(crate) fn is_lost(&self) {
-        self.lease.ends(Loss::TakenOver);
+    pub(crate) fn mark_lost(&self) {
+        self.lease.report_loss(Loss::TakenOver);
         let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease) });
     }
 
     /// From now on it is unknown whether a transaction has released the lease, until the database
     /// tells. The watchdog asks as soon as this is dropped.
     pub(crate) fn doubt(hold: KeptByTransaction) -> InDoubt {
-        hold.lease.doubt_begins();
+        hold.lease.begin_doubt();
         InDoubt(hold)
     }
 
     /// A transaction that has committed released it.
-    pub(crate) fn was_released(&self, call: Option<Notification>) {
+    pub(crate) fn mark_released(&self, call: Option<Notification>) {
         self.released.store(true, Ordering::SeqCst);
         // The order matters: the next caller's request has to reach the session after the end of
         // this lease.
@@ -292,7 +292,7 @@ pub(crate) struct InDoubt(KeptByTransaction);
 
 impl Drop for InDoubt {
     fn drop(&mut self) {
-        self.0.lease.doubt_can_be_settled();
+        self.0.lease.let_doubt_settle();
         let _session_may_be_gone =
             self.0.session.send(Request::ReleasedIn { lease: Arc::clone(&self.0.lease) });
     }
@@ -306,7 +306,7 @@ impl Held for LeaseHandle {
     }
 
     fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
-        Some(self.lease.loss_told())
+        Some(self.lease.loss_reports())
     }
 }
 

@@ -167,7 +167,7 @@ impl AcquireAttempt {
         if let Some((_, name, row)) = &held {
             // Independent of what becomes of the others.
             self.answered.set(true);
-            self.is_held_by(name.clone(), row.clone());
+            self.set_holder(name.clone(), row.clone());
         }
         // Notice is given to all of them at once, even if another lock is held for longer: each
         // notice takes its time.
@@ -238,7 +238,7 @@ impl AcquireAttempt {
         if !remaining.is_zero() {
             // Independent of what becomes of the queue entry.
             self.answered.set(true);
-            self.is_held_by(name.clone(), row.clone());
+            self.set_holder(name.clone(), row.clone());
         }
         let mut written = true;
         let mut ahead = 0;

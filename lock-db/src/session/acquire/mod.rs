@@ -253,7 +253,7 @@ impl AcquireAttempt {
 
     fn after_a_read(&mut self, name: Name, row: LockRow, remaining: Duration, position: u32) -> Next {
         (self.met.failures, self.met.busy) = (0, 0);
-        self.is_held_by(name, row);
+        self.set_holder(name, row);
         if self.wait.is_try() {
             return Next::Nothing;
         }
@@ -281,7 +281,7 @@ impl AcquireAttempt {
             }
         }
         let is_time = self.wait.is_try() || self.left().is_zero() || busy.is_multiple_of(A_WHILE);
-        if (is_time || self.met.not_locked > 0) && self.is_one_locked(rows).await? && self.wait.is_try() {
+        if (is_time || self.met.not_locked > 0) && self.find_locked(rows).await? && self.wait.is_try() {
             return Ok(Next::Nothing);
         }
         Ok(Next::After(jitter(if busy < A_WHILE {
@@ -341,7 +341,7 @@ impl AcquireAttempt {
         }
         let is_first = self.met.failures == 1 || failure.is_hook();
         let closed_while_idle = is_gone && is_first && !is_silence;
-        self.fails(failure);
+        self.set_failure(failure);
         // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is repeated.
         if closed_while_idle {
             return Ok(Next::AtOnce);

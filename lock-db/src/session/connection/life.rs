@@ -80,7 +80,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// connection. Until that one listens again, waiters poll.
     pub(super) fn retire(&mut self) {
         let Some(Private { way, .. }) = self.connection.take() else { return };
-        self.earlier.is_closed();
+        self.earlier.mark_closed();
         if matches!(way, Way::Listening(_)) {
             self.notifications.end();
         }
@@ -158,7 +158,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             let limit = limit.min(CONNECT_LIMIT);
             match timeout(limit, self.connect()).await {
                 Ok(made) => made?,
-                Err(_elapsed) => return Err(self.is_silent(limit)),
+                Err(_elapsed) => return Err(self.mark_silent(limit)),
             }
         };
         let silence = if may_be_dropped { silence.max(PACES * self.pace) } else { limit };
@@ -200,13 +200,13 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 result
             }
             Outcome::Answer(Err(broken)) => {
-                self.leaves(&connection);
+                self.leave(&connection);
                 Err(broken)
             }
             Outcome::Second(way, number) => {
                 tracing::debug!("a private connection was dropped without a word: another one is used");
-                self.leaves(&connection);
-                self.earlier.goes_on_with(number);
+                self.leave(&connection);
+                self.earlier.continue_with(number);
                 // If the server is only slow, the next operation gets more time, according to how
                 // long this one took. The silence itself is not counted, or it would grow with each
                 // operation.
@@ -215,22 +215,22 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 Err(Failure::new::<DB>(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())))
             }
             Outcome::Silence => {
-                self.leaves(&connection);
-                Err(self.is_silent(limit))
+                self.leave(&connection);
+                Err(self.mark_silent(limit))
             }
         }
     }
 
     /// Gives up a connection that is broken or silent.
-    fn leaves(&mut self, connection: &Private<DB>) {
-        self.earlier.is_given_up();
+    fn leave(&mut self, connection: &Private<DB>) {
+        self.earlier.mark_given_up();
         if matches!(connection.way, Way::Listening(_)) {
             self.notifications.end();
         }
         self.lost.notify_one();
     }
 
-    pub(super) fn is_silent(&mut self, limit: Duration) -> Failure {
+    pub(super) fn mark_silent(&mut self, limit: Duration) -> Failure {
         self.deaf_until = Some(Instant::now() + DEAF_FOR);
         no_answer::<DB>(self.connector.waits_for_hook(), limit)
     }

@@ -159,7 +159,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             if DB::listen(listening, self.notifications.number()).await.map_err(Failure::new::<DB>)? {
                 self.notifications.begin();
             } else {
-                self.notifications.can_not_begin();
+                self.notifications.mark_unable();
             }
         }
         Ok(())
@@ -175,7 +175,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         };
         if matches!(answer, Err(Failure { fault: Fault::Disconnected, .. })) {
             self.give_up_connection();
-            self.earlier.is_given_up();
+            self.earlier.mark_given_up();
         }
         let _ = reply.send(answer);
     }

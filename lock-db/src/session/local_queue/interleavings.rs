@@ -188,7 +188,7 @@ impl Actor {
         );
         self.holders.may_have(&state, tokens, turns);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
-        self.queues.is_held(&state);
+        self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -639,26 +639,26 @@ impl World {
         match end {
             End::Drop | End::GiveUp | End::TwoHandles => {}
             End::Commit => {
-                let commit = lease.commit_begins();
+                let commit = lease.begin_commit();
                 pause().await;
-                commit.was_carried_out();
+                commit.mark_carried_out();
             }
             End::UnknownCommit => {
                 self.holders.is_over(&hold);
-                drop(lease.commit_begins());
+                drop(lease.begin_commit());
             }
             End::CommitAndRelease => {
-                lease.doubt_begins();
-                let commit = lease.commit_begins();
+                lease.begin_doubt();
+                let commit = lease.begin_commit();
                 pause().await;
                 self.holders.leave(&hold);
                 if self.database.free(hold.name(), &lease.key.secret) {
-                    commit.was_carried_out();
-                    hold.was_released(None);
+                    commit.mark_carried_out();
+                    hold.mark_released(None);
                 } else {
-                    commit.never_comes();
+                    commit.mark_refused();
                 }
-                lease.doubt_can_be_settled();
+                lease.let_doubt_settle();
             }
         }
         if lease.loss().is_some() {
@@ -893,7 +893,7 @@ fn a_lock_released_by_a_commit_is_free_at_once() {
         let (world, session) = World::start(&QUIET);
         let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         assert!(world.database.free(hold.name(), &hold.lease.key.secret));
-        hold.was_released(None);
+        hold.mark_released(None);
         drop(hold);
         assert!(block_on(world.acquire(0, None)).unwrap().is_some());
         world.end(session);

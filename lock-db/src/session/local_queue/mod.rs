@@ -222,9 +222,9 @@ impl LocalQueues {
     /// released.
     pub(crate) fn hand_on(&self, hold: &LeaseHandle) -> bool {
         let now = Instant::now();
-        while hold.may_be_handed_on(now, self.hand_off.time) && hold.lease.is_given_up() {
+        while hold.may_be_handed_on(now, self.hand_off.time) && hold.lease.end_hold() {
             let Some(waiter) = self.first_waiter_for(hold) else { return false };
-            if let Some(until) = hold.lease.is_handed_on(now, waiter.at_most)
+            if let Some(until) = hold.lease.begin_next_hold(now, waiter.at_most)
                 && let Some(session) = self.session.upgrade()
             {
                 // The deadline watch of the session may sleep past `until`.
@@ -263,7 +263,7 @@ impl LocalQueues {
     }
 
     /// This process holds a lease, and the permit stays with it.
-    pub(super) fn is_held(&self, lease: &Arc<LeaseState>) {
+    pub(super) fn set_lease(&self, lease: &Arc<LeaseState>) {
         self.learn(lease.name(), Front::Holds(Arc::clone(lease)));
     }
 
