@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::context::Kept;
 use crate::database::LockDatabase;
 use crate::lease::{InsertLock, InsertLocks};
-use crate::options::{HandOff, Settings, WarnAfter};
+use crate::options::{HandOffLimits, Settings, WarnAfter};
 use crate::row_lock::{RowLock, RowLocks};
 use crate::session::Request;
 use crate::{CheckReport, Error, LockInfo};
@@ -417,7 +417,7 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     ///
     /// Default: 64 turns, 50 ms.
     pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
-        self.settings.hand_off = HandOff { turns, time };
+        self.settings.hand_off = HandOffLimits { turns, time };
         self
     }
 

@@ -17,7 +17,8 @@ pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(1);
 pub(crate) const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 /// The default limits for handing on a lease within a process.
-pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
+pub(crate) const DEFAULT_HAND_OFF: HandOffLimits =
+    HandOffLimits { turns: 64, time: Duration::from_millis(50) };
 /// Each holder takes a fencing token, and there is one token for each microsecond. The tokens of a
 /// grant, four times this number, have to lie within less time than a failover takes, because the
 /// failover may have lost the grant.
@@ -35,7 +36,7 @@ const SHORTEST_TTL: Duration = Duration::from_millis(50);
 /// Longer durations are rejected, to stay within the clock arithmetic of all databases.
 const LONGEST: Duration = Duration::from_hours(365 * 24);
 
-impl HandOff {
+impl HandOffLimits {
     pub(crate) fn check(self) -> Result<(), Error> {
         if (1..=MOST_TURNS).contains(&self.turns) {
             return Ok(());
@@ -113,7 +114,7 @@ pub(crate) struct Settings {
     pub(crate) name_prefix: String,
     pub(crate) default_ttl: Duration,
     pub(crate) default_wait: Duration,
-    pub(crate) hand_off: HandOff,
+    pub(crate) hand_off: HandOffLimits,
     pub(crate) warn_after: WarnAfter,
     pub(crate) fair: bool,
 }
@@ -136,14 +137,14 @@ impl Default for Settings {
 /// How often, and for how long, a lease is handed on within a process before other processes get
 /// their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct HandOff {
+pub(crate) struct HandOffLimits {
     /// How many holders in a row may have it, including the first one, while other processes wait.
     pub(crate) turns: u32,
     /// How long after the grant it may be handed on.
     pub(crate) time: Duration,
 }
 
-impl HandOff {
+impl HandOffLimits {
     /// The limit for a lease if no other process waited at the time of the grant.
     pub(crate) fn most_turns(self) -> u32 {
         self.turns.saturating_mul(if self.turns > 1 { 4 } else { 1 })

@@ -13,7 +13,7 @@ use crate::database::{Fault, LockDatabase, LockRow, RowClaim, Server};
 use crate::error::{Action, WaitingFor};
 use crate::jitter::jitter;
 use crate::options::Wait;
-use crate::session::{Answer, Request};
+use crate::session::{AnswerSender, Request};
 use crate::{Error, Kind};
 
 /// How long the session may look for the table while a transaction of the caller is open.
@@ -274,7 +274,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     pub(super) async fn ask_for<T>(
         &self,
         connection: &mut DB::Connection,
-        request: impl Fn(Answer<T>) -> Request,
+        request: impl Fn(AnswerSender<T>) -> Request,
     ) -> Result<T, Error> {
         let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT);
         let answer = self.ask_within(limit, &request).await;
@@ -304,7 +304,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Asks the session, for about as long as the wait. Asks again after an error that passes.
-    pub(super) async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
+    pub(super) async fn ask<T>(&self, request: impl Fn(AnswerSender<T>) -> Request) -> Result<T, Error> {
         let mut told = None;
         loop {
             let limit = self.left().unwrap_or(TRY_LIMIT);
@@ -332,7 +332,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn ask_within<T>(
         &self,
         limit: Duration,
-        request: impl FnOnce(Answer<T>) -> Request,
+        request: impl FnOnce(AnswerSender<T>) -> Request,
     ) -> Result<T, Error> {
         match timeout(limit, self.context.session().ask(request)).await {
             Ok(answer) => answer,

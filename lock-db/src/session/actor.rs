@@ -22,7 +22,7 @@ use super::snapshot_watch::{self, SnapshotWatch};
 use super::task_tracker::TaskTracker;
 use super::wakeup::notify::Notifications;
 use super::wakeup::user_lock::{self, UserLock};
-use super::{Way, acquire, release, renewal};
+use super::{SessionChannel, acquire, release, renewal};
 use crate::database::Failure;
 use crate::database::{
     Cluster, Fault, LeaseKey, Location, LockDatabase, LockRow, QueueEntry, Renewal, reliable_without_notice,
@@ -31,7 +31,7 @@ use crate::error::Action;
 use crate::error::{Loss, lost_how};
 use crate::hold_warning::HoldWarning;
 use crate::name::Name;
-use crate::options::HandOff;
+use crate::options::HandOffLimits;
 use crate::secret::Secret;
 use crate::session::LeaseHandle;
 use crate::{Error, Kind};
@@ -62,10 +62,10 @@ const RELIABLE: (u32, u32) = (9, 10);
 pub(super) fn start<DB: LockDatabase>(
     application: &Pool<DB>,
     location: &Arc<Location>,
-    hand_off: HandOff,
+    hand_off: HandOffLimits,
     owner: &Arc<str>,
     watched: &HoldWatch,
-) -> Result<Way, Error> {
+) -> Result<SessionChannel, Error> {
     DB::check_options(&application.connect_options(), location.schema().as_deref())?;
     let application = application.clone();
     let (sender, requests) = mpsc::unbounded_channel();
@@ -73,7 +73,7 @@ pub(super) fn start<DB: LockDatabase>(
     let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
     let queues = LocalQueues::new(weak.clone(), hand_off, Secret::generate()?, reports);
     let (location, watched) = (Arc::clone(location), watched.clone());
-    let way = Way { requests: sender, queues: Arc::clone(&queues) };
+    let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread()
         .enable_all()
         // Connections are made on these threads.
@@ -98,7 +98,7 @@ pub(super) fn start<DB: LockDatabase>(
             runtime.shutdown_background();
         })
         .map_err(no_thread)?;
-    Ok(way)
+    Ok(channel)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
@@ -128,9 +128,9 @@ async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>
             }
             Request::Release { lease, answer } => {
                 let busy = actor.tasks.enter();
-                let given_up = release::give_up(&actor, &lease);
+                let removed = release::remove_from_renewal(&actor, &lease);
                 drop(spawn_local(async move {
-                    let released = release::release(&actor, &lease, given_up, answer.is_some()).await;
+                    let released = release::release(&actor, &lease, removed, answer.is_some()).await;
                     match (answer, released) {
                         (Some(answer), released) => drop(answer.send(released)),
                         // The loss was reported when it was noticed.
@@ -181,7 +181,7 @@ async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>
                     failed => failed,
                 });
             })),
-            Request::Answer(answer) => {
+            Request::Ping(answer) => {
                 let _caller_may_be_gone = answer.send(());
             }
             Request::Check { answer } => drop(spawn_local(async move {

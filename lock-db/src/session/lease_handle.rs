@@ -188,11 +188,11 @@ impl LeaseHandle {
     }
 
     /// Like `give_up`, in two steps, so that several leases are released together.
-    pub(crate) fn begin_to_give_up(self: Arc<Self>) -> Result<GivenUp, Error> {
+    pub(crate) fn begin_to_give_up(self: Arc<Self>) -> Result<ReleaseUnderWay, Error> {
         if Arc::strong_count(&self) > 1 {
             self.check()?;
         }
-        Arc::into_inner(self).map_or(Ok(GivenUp(None)), Self::begin_release)
+        Arc::into_inner(self).map_or(Ok(ReleaseUnderWay(None)), Self::begin_release)
     }
 
     /// Runs work under the lease. If the lease is lost first, the work is dropped at its current
@@ -221,10 +221,10 @@ impl LeaseHandle {
         self.begin_release()?.end().await
     }
 
-    fn begin_release(self) -> Result<GivenUp, Error> {
+    fn begin_release(self) -> Result<ReleaseUnderWay, Error> {
         self.tell_watchers();
         if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
-            return Ok(GivenUp(None));
+            return Ok(ReleaseUnderWay(None));
         }
         if self.was_taken_back() {
             return Err(self.lost(Loss::HeldTooLong));
@@ -232,7 +232,7 @@ impl LeaseHandle {
         let (answer, answered) = oneshot::channel();
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
         self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
-        Ok(GivenUp(Some((self, answered))))
+        Ok(ReleaseUnderWay(Some((self, answered))))
     }
 
     async fn answer(
@@ -276,9 +276,9 @@ impl LeaseHandle {
 }
 
 /// A handle that is given up. If it was the last one, the release is in progress.
-pub(crate) struct GivenUp(Option<(LeaseHandle, oneshot::Receiver<Result<(), Error>>)>);
+pub(crate) struct ReleaseUnderWay(Option<(LeaseHandle, oneshot::Receiver<Result<(), Error>>)>);
 
-impl GivenUp {
+impl ReleaseUnderWay {
     pub(crate) async fn end(self) -> Result<(), Error> {
         match self.0 {
             Some((hold, answered)) => hold.answer(answered, Action::Release).await,

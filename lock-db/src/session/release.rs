@@ -35,10 +35,10 @@ const WHILE_AWAY: Duration = Duration::from_millis(500);
 pub(super) async fn release(
     actor: &Rc<Actor>,
     lease: &LeaseState,
-    given_up: GivenUp,
+    removed: RemovedLease,
     has_waiters: bool,
 ) -> Result<(), Error> {
-    let GivenUp { held, loss, was_told } = given_up;
+    let RemovedLease { held, loss, was_told } = removed;
     let ttl = lease.key.ttl;
     // A lease that is already lost is released in the background, after the answer.
     let until = if has_waiters || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
@@ -96,7 +96,7 @@ pub(super) async fn release(
 }
 
 /// A lease whose holder is done with it.
-pub(super) struct GivenUp {
+pub(super) struct RemovedLease {
     /// With the permit of this process.
     held: Option<HeldLease>,
     loss: Option<Loss>,
@@ -107,10 +107,10 @@ pub(super) struct GivenUp {
 /// Removes a lease from renewal before anything else happens to it. A lease that is being released
 /// must not be renewed, and `close` must not release it again. The permit of this process goes to
 /// the next waiter at the end, when the row is free.
-pub(super) fn give_up(actor: &Actor, lease: &LeaseState) -> GivenUp {
+pub(super) fn remove_from_renewal(actor: &Actor, lease: &LeaseState) -> RemovedLease {
     let loss = lease.loss();
     let held = actor.leases.borrow_mut().remove(&lease.number);
-    GivenUp { was_told: held.is_none(), held, loss }
+    RemovedLease { was_told: held.is_none(), held, loss }
 }
 
 /// Takes a lease back from a holder that has had it for as long as it may. The holder is told

@@ -10,7 +10,7 @@ use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, W
 use crate::name::Name;
 use crate::session::actor::Granted;
 
-pub(super) enum Reply {
+pub(super) enum AttemptOutcome {
     Granted(Vec<Granted>),
     /// Another process holds the lock, for `remaining` at least; zero if that is unknown.
     /// `position` is the number of requests ahead in the queue.
@@ -40,7 +40,7 @@ pub(super) enum Reply {
 impl AcquireAttempt {
     /// Makes one attempt. Every attempt but the first reads before it writes, because a plain read
     /// costs the database next to nothing.
-    pub(super) async fn ask(&mut self) -> Result<Reply, Failure> {
+    pub(super) async fn ask(&mut self) -> Result<AttemptOutcome, Failure> {
         let may_claim = std::mem::take(&mut self.may_claim);
         let reads_first = self.reads_first || (self.signal.is_some() && !self.wait.is_try());
         if reads_first
@@ -53,7 +53,7 @@ impl AcquireAttempt {
         let mut free = Vec::new();
         for _ in 0..2 {
             match self.claim().await {
-                Ok(Some(reply)) => return Ok(reply),
+                Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => {}
                 // What blocks a write does not block a read, which shows whether there is a holder.
                 Err(failure) if failure.is_busy() => {
@@ -76,7 +76,7 @@ impl AcquireAttempt {
             }
         }
         if !free.is_empty() {
-            return Ok(Reply::RowIsBusy(free));
+            return Ok(AttemptOutcome::RowIsBusy(free));
         }
         // Otherwise the row was created, but can't be seen.
         Err((self.actor.not_written)())
@@ -84,7 +84,7 @@ impl AcquireAttempt {
 
     /// Whether one of the locks is not free. Of several, only the one is read that was not free the
     /// last time. If it is free now, the claim finds out about the others.
-    async fn read_first(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_first(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         let Some(position) = self.was_in_the_way.filter(|_| self.claims.len() > 1) else {
             return self.read_each().await;
         };
@@ -94,19 +94,19 @@ impl AcquireAttempt {
             Some(row) if row.kind == Kind::Insert && row.is_free() => Ok(None),
             Some(row) if row.kind == Kind::Insert && !row.notice_is_due() && !self.is_own(position, &row) => {
                 let (name, remaining) = (name.clone(), row.remaining());
-                Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }))
+                Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position: 0 }))
             }
             _ => self.read_each().await,
         }
     }
 
     /// Whether one of the locks is not free, and which.
-    async fn read_each(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_each(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         if self.claims.len() == 1 { self.read(0).await } else { self.read_several().await }
     }
 
     /// Sends the claims to the database. `None`: one of the locks was not free.
-    async fn claim(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn claim(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         // If this attempt gets nothing, that does not settle what an earlier one may have got.
         let unsettled_before = self.unsettled.get();
         let (grants, server, sent) =
@@ -125,7 +125,7 @@ impl AcquireAttempt {
         // again.
         let took = sent.elapsed();
         if self.claims.iter().any(|claim| took > claim.ttl / 2) {
-            return Ok(Some(Reply::TooLate(took)));
+            return Ok(Some(AttemptOutcome::TooLate(took)));
         }
         let hand_off = self.actor.queues.hand_off();
         let granted = self.claims.iter().zip(grants).map(|(claim, grant)| {
@@ -144,11 +144,11 @@ impl AcquireAttempt {
             let turns = if others_wait { tokens.min(hand_off.turns) } else { tokens };
             Granted { key, tokens, turns, others_wait, ttl, sent }
         });
-        Ok(Some(Reply::Granted(granted.collect())))
+        Ok(Some(AttemptOutcome::Granted(granted.collect())))
     }
 
     /// `read` for several names in one statement. They have no queue entries.
-    async fn read_several(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_several(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         let actor = Rc::clone(&self.actor);
         let names: Vec<Name> = self.claims.iter().map(|claim| claim.name.clone()).collect();
         let rows = actor.worker.read_all(&names).await?;
@@ -156,7 +156,9 @@ impl AcquireAttempt {
         for (position, (name, row)) in names.into_iter().zip(rows).enumerate() {
             match row {
                 None => missing.push(name),
-                Some(row) if row.kind != Kind::Insert => return Ok(Some(Reply::WrongKind(name, row.kind))),
+                Some(row) if row.kind != Kind::Insert => {
+                    return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
+                }
                 Some(row) if self.is_own(position, &row) => {}
                 Some(row) if row.is_free() => free.push((name, row)),
                 Some(row) if row.notice_is_due() => over.push((name, row)),
@@ -174,20 +176,22 @@ impl AcquireAttempt {
         let told = if over.is_empty() { Ok(0) } else { self.give_notice_to(&over).await };
         if let Some((_, name, row)) = held {
             let remaining = row.remaining();
-            return Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }));
+            return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position: 0 }));
         }
         if let Some((name, row)) = over.iter().max_by_key(|(_, row)| row.notice()).cloned() {
             let is_over = over.iter().all(|(_, row)| row.remaining().is_zero());
             return Ok(Some(match told? {
-                0 => Reply::RowIsBusy(over),
+                0 => AttemptOutcome::RowIsBusy(over),
                 // A deadline too far ahead was shortened. The next read returns the new one.
-                _ if !is_over => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
-                _ => Reply::Noticed { name, row },
+                _ if !is_over => {
+                    AttemptOutcome::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 }
+                }
+                _ => AttemptOutcome::Noticed { name, row },
             }));
         }
         self.seen_free = free;
         if let Some(name) = self.create_rows(&missing).await? {
-            return Ok(Some(Reply::RowIsMade(name)));
+            return Ok(Some(AttemptOutcome::RowIsMade(name)));
         }
         Ok(None)
     }
@@ -219,17 +223,17 @@ impl AcquireAttempt {
 
     /// Reads whether a lock is free, and creates its row if there is none. A waiting request also
     /// adds its entry to the queue.
-    async fn read(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
+    async fn read(&mut self, position: usize) -> Result<Option<AttemptOutcome>, Failure> {
         let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let actor = Rc::clone(&self.actor);
         let Some(row) = actor.worker.read(&name).await? else {
             let made = actor.worker.create(&name, Kind::Insert).await?;
-            return Ok((!made).then_some(Reply::RowIsMade(name)));
+            return Ok((!made).then_some(AttemptOutcome::RowIsMade(name)));
         };
         if row.kind != Kind::Insert {
-            return Ok(Some(Reply::WrongKind(name, row.kind)));
+            return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
         }
         if self.is_own(position, &row) {
             return Ok(None);
@@ -277,7 +281,7 @@ impl AcquireAttempt {
                 // The lock is held, whether or not the queue entry was written.
                 Err(failure) if failure.is_busy() && !remaining.is_zero() => {
                     let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-                    return Ok(Some(Reply::InTheWay { name, row, remaining, position }));
+                    return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }));
                 }
                 wrote => wrote?,
             };
@@ -287,18 +291,18 @@ impl AcquireAttempt {
             return Ok(None);
         }
         if !written {
-            return Ok(Some(Reply::RowIsBusy(vec![(name, row)])));
+            return Ok(Some(AttemptOutcome::RowIsBusy(vec![(name, row)])));
         }
         if ahead == 0 && row.notice_is_due() {
             // A deadline too far ahead was shortened. The next read returns the new one.
             let is_over = row.remaining().is_zero();
             return Ok(Some(match actor.worker.give_notice(std::slice::from_ref(&name)).await? {
-                0 => Reply::RowIsBusy(vec![(name, row)]),
-                _ if is_over => Reply::Noticed { name, row },
-                _ => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
+                0 => AttemptOutcome::RowIsBusy(vec![(name, row)]),
+                _ if is_over => AttemptOutcome::Noticed { name, row },
+                _ => AttemptOutcome::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
             }));
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-        Ok(Some(Reply::InTheWay { name, row, remaining, position }))
+        Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }))
     }
 }

@@ -12,7 +12,7 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{sleep, sleep_until};
 
-use self::ask::Reply;
+use self::ask::AttemptOutcome;
 use self::obstacle::Obstacle;
 use super::actor::{Actor, Granted};
 use super::local_queue::{Front, Permit};
@@ -199,27 +199,27 @@ impl AcquireAttempt {
     /// free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
         loop {
-            let reply = self.ask().await;
-            let is_silence = matches!(&reply, Err(failure) if failure.is_silence());
-            if !is_silence && !matches!(reply, Ok(Reply::RowIsBusy(..))) {
+            let outcome = self.ask().await;
+            let is_silence = matches!(&outcome, Err(failure) if failure.is_silence());
+            if !is_silence && !matches!(outcome, Ok(AttemptOutcome::RowIsBusy(..))) {
                 self.answered.set(true);
             }
             self.reads_first = true;
-            if !matches!(reply, Ok(Reply::TooLate(_))) {
+            if !matches!(outcome, Ok(AttemptOutcome::TooLate(_))) {
                 (self.met.late, self.met.late_since) = (0, None);
             }
-            let next = match reply {
-                Ok(Reply::Granted(granted)) => {
+            let next = match outcome {
+                Ok(AttemptOutcome::Granted(granted)) => {
                     // The grant removed the queue entry.
                     for claim in &self.claims {
                         self.actor.notifications.leave(&claim.name);
                     }
                     return Ok(Some(granted));
                 }
-                Ok(Reply::InTheWay { name, row, remaining, position }) => {
+                Ok(AttemptOutcome::InTheWay { name, row, remaining, position }) => {
                     self.after_a_read(name, row, remaining, position)
                 }
-                Ok(Reply::Noticed { name, row }) => {
+                Ok(AttemptOutcome::Noticed { name, row }) => {
                     (self.met.failures, self.met.busy) = (0, 0);
                     let notice = row.notice();
                     // The holder may still renew the lease until then.
@@ -227,13 +227,13 @@ impl AcquireAttempt {
                     self.may_claim = !self.pause(notice).await;
                     Next::AtOnce
                 }
-                Ok(Reply::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
-                Ok(Reply::RowIsMade(name)) => self.after_a_row_that_is_made(name),
-                Ok(Reply::WrongKind(name, found)) => {
+                Ok(AttemptOutcome::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
+                Ok(AttemptOutcome::RowIsMade(name)) => self.after_a_row_that_is_made(name),
+                Ok(AttemptOutcome::WrongKind(name, found)) => {
                     let name = name.given();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
-                Ok(Reply::TooLate(took)) => self.after_a_late_grant(took)?,
+                Ok(AttemptOutcome::TooLate(took)) => self.after_a_late_grant(took)?,
                 Err(failure) => self.after_a_failure(failure)?,
             };
             let pause = match next {

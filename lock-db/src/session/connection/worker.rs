@@ -13,7 +13,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 
 use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
-use super::life::{CLOSE_LIMIT, DEAF_FOR, Private, SILENCE, Way};
+use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::Failure;
 use crate::database::{
@@ -141,7 +141,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 }
             }
         }
-        if let Some(Private { way: Way::Plain(connection), .. }) = self.connection {
+        if let Some(Private { link: Link::Plain(connection), .. }) = self.connection {
             let _in_time = timeout(CLOSE_LIMIT, connection.close()).await;
         }
     }
@@ -155,7 +155,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         if self.connection.is_none() {
             self.connection = Some(self.connect().await?);
         }
-        if let Some(Private { way: Way::Listening(listening), .. }) = &mut self.connection {
+        if let Some(Private { link: Link::Listening(listening), .. }) = &mut self.connection {
             if DB::listen(listening, self.notifications.number()).await.map_err(Failure::new::<DB>)? {
                 self.notifications.begin();
             } else {

@@ -26,7 +26,7 @@ use crate::database::{Claim, LeaseKey, RowKey, Server};
 use crate::error::Loss;
 use crate::interleavings::{draw, explore, pause};
 use crate::secret::Secret;
-use crate::session::{LeaseRequest, LeaseState, Session, SessionState, Way};
+use crate::session::{LeaseRequest, LeaseState, Session, SessionChannel, SessionState};
 
 /// A time that does not pass during a test.
 const LONG: Duration = Duration::from_hours(1);
@@ -456,7 +456,7 @@ struct Plan {
     callers: usize,
     rounds: usize,
     names: usize,
-    hand_off: HandOff,
+    hand_off: HandOffLimits,
     /// Whether other processes are in the queue of the row.
     others_wait: bool,
     /// How often another process takes a lease over.
@@ -485,7 +485,7 @@ const QUIET: Plan = Plan {
     callers: 3,
     rounds: 2,
     names: 1,
-    hand_off: HandOff { turns: 64, time: LONG },
+    hand_off: HandOffLimits { turns: 64, time: LONG },
     others_wait: false,
     losses: 0,
     tries: 0,
@@ -512,8 +512,8 @@ impl World {
         let reports = Reports { owner: "test".into(), no_answer };
         let queues = LocalQueues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap(), reports);
         let (database, holders) = (Arc::<Database>::default(), Arc::<Holders>::default());
-        let way = Way { requests: sender, queues: Arc::clone(&queues) };
-        let session = Session { state: Mutex::new(SessionState::Running(way)) };
+        let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
+        let session = Session { state: Mutex::new(SessionState::Running(channel)) };
         let world = Self { session, queues, database, holders, plan };
         let (database, holders, queues) =
             (Arc::clone(&world.database), Arc::clone(&world.holders), Arc::clone(&world.queues));
@@ -731,9 +731,9 @@ macro_rules! plans {
 
 plans! {
     leases_are_handed_on: { callers: 4 }
-    leases_are_not_handed_on: { hand_off: HandOff { turns: 1, time: LONG } }
-    the_time_of_the_hand_off_is_over: { hand_off: HandOff { turns: 64, time: OVER } }
-    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOff { turns: 2, time: LONG }, others_wait: true }
+    leases_are_not_handed_on: { hand_off: HandOffLimits { turns: 1, time: LONG } }
+    the_time_of_the_hand_off_is_over: { hand_off: HandOffLimits { turns: 64, time: OVER } }
+    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { turns: 2, time: LONG }, others_wait: true }
     waiters_leave: { callers: 5, rounds: 1, leave: 60 }
     waiters_ask_for_other_leases: { callers: 4, rounds: 1, names: 2, other_ttl: 40, several: 30, leave: 30 }
     several_at_once: { names: 3, several: 70 }
@@ -747,7 +747,7 @@ plans! {
     all_at_once: {
         callers: 4,
         names: 2,
-        hand_off: HandOff { turns: 3, time: LONG },
+        hand_off: HandOffLimits { turns: 3, time: LONG },
         losses: 1,
         tries: 10,
         waits_that_are_over: 10,

@@ -19,7 +19,7 @@ use super::request::{Acquire, Request};
 use crate::database::Failure;
 use crate::error::WaitingFor;
 use crate::name::Name;
-use crate::options::{HandOff, Wait};
+use crate::options::{HandOffLimits, Wait};
 use crate::secret::{Secret, SecretSource};
 use crate::session::LeaseHandle;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
@@ -32,7 +32,7 @@ const MOST_NOT_HANDED_ON: usize = 10_000;
 pub(crate) struct LocalQueues {
     state: Mutex<QueueState>,
     last_number: AtomicU64,
-    hand_off: HandOff,
+    hand_off: HandOffLimits,
     reports: Reports,
     /// Identifies this process in the wait queues of all rows.
     place: Secret,
@@ -96,7 +96,7 @@ impl Front {
 impl LocalQueues {
     pub(super) fn new(
         session: mpsc::WeakUnboundedSender<Request>,
-        hand_off: HandOff,
+        hand_off: HandOffLimits,
         place: Secret,
         reports: Reports,
     ) -> Arc<Self> {
@@ -105,7 +105,7 @@ impl LocalQueues {
         Arc::new(Self { state, last_number, hand_off, reports, place, secrets, session, sooner })
     }
 
-    pub(crate) fn hand_off(&self) -> HandOff {
+    pub(crate) fn hand_off(&self) -> HandOffLimits {
         self.hand_off
     }
 
