@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::hold_time::HoldTime;
 use super::local_queue::Permit;
-use crate::database::{Cluster, LeaseKey};
+use crate::database::{Cluster, LeaseKey, ReleaseClaim};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
@@ -88,6 +88,12 @@ impl LeaseState {
 
     pub(crate) fn name(&self) -> &Name {
         &self.key.row.name
+    }
+
+    /// The request to release it, without a queue entry.
+    pub(super) fn release_claim(&self) -> ReleaseClaim {
+        let LeaseKey { row, secret, .. } = &self.key;
+        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), place: None }
     }
 
     /// Passes the permit to the next caller of this process.

@@ -9,6 +9,7 @@ mod actor;
 mod answers;
 mod connection;
 mod deadline_timer;
+mod held_lease;
 mod hold_time;
 mod hold_watch;
 mod lease_handle;
@@ -17,8 +18,11 @@ mod local_queue;
 mod release;
 mod renewal;
 mod request;
+mod retry;
+mod row_requests;
 mod snapshot_watch;
 mod task_tracker;
+mod thread;
 mod wakeup;
 
 use std::sync::{Arc, PoisonError};
@@ -94,7 +98,7 @@ impl Session {
         owner: Arc<str>,
         watched: HoldWatch,
     ) -> Self {
-        let start = move || actor::start(&pool, &location, hand_off, &owner, &watched);
+        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched);
         Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
     }
 

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::select;
 use tokio::task::spawn_local;
 
-use super::actor::{Actor, HeldLease, twice};
+use super::actor::Actor;
+use super::held_lease::HeldLease;
 use super::release;
+use super::retry::twice;
 use crate::database::{Fault, LeaseStatus, Renewal, Renewed};
 use crate::error::Loss;
 use crate::jitter::jitter;

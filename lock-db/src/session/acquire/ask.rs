@@ -8,7 +8,7 @@ use crate::Kind;
 use crate::database::Failure;
 use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue};
 use crate::name::Name;
-use crate::session::actor::Granted;
+use crate::session::held_lease::Granted;
 
 pub(super) enum AttemptOutcome {
     Granted(Vec<Granted>),

@@ -14,7 +14,8 @@ use tokio::time::{sleep, sleep_until};
 
 use self::ask::AttemptOutcome;
 use self::obstacle::Obstacle;
-use super::actor::{Actor, Granted};
+use super::actor::Actor;
+use super::held_lease::Granted;
 use super::local_queue::{Front, Permit};
 use super::release;
 use super::request::Acquire;

@@ -223,7 +223,7 @@ impl Actor {
     }
 }
 
-/// See `actor::serve`.
+/// See `thread::serve`.
 async fn serve(actor: Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>) {
     while let Some(request) = requests.recv().await {
         let on = Rc::clone(&actor);
