@@ -146,12 +146,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     /// When the future is dropped, the transaction may or may not have the locks: roll it back.
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        self.options.refuse_in_transaction()?;
-        let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         // A request that waits gets all of them or an error.
-        held.ok_or(Error::Closed)
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
@@ -169,8 +165,16 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        self.take_in(transaction, Wait::Try).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Wait,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
         self.options.refuse_in_transaction()?;
-        let held = lock_all(&self.context, &self.names, Kind::Insert, Wait::Try, transaction).await?;
+        let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
         #[cfg(feature = "testing")]
         test_support::note_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         Ok(held)

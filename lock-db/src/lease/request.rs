@@ -284,13 +284,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// on that at [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        // A caller that waits gets it or an error.
-        let held = self.take_in(transaction, wait).await?.ok_or(Error::Closed)?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&context, Kind::Insert, [&held]);
-        Ok(held)
+        // A request that waits gets it or an error.
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes the lock in the caller's transaction if it is free now. Returns `None` when it is
@@ -307,12 +302,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
-        #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        let held = self.take_in(transaction, Wait::Try).await?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&context, Kind::Insert, &held);
-        Ok(held)
+        self.take_in(transaction, Wait::Try).await
     }
 
     async fn take_in(
@@ -324,7 +314,10 @@ impl<DB: LockDatabase> InsertLock<DB> {
         let name = self.context.checked_name(&self.name)?;
         self.options.refuse_in_transaction()?;
         let attempt = Attempt { context: &self.context, name: &name, kind: Kind::Insert, wait, started };
-        attempt.lock_in(transaction).await
+        let held = attempt.lock_in(transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::note_in_transaction(&self.context, Kind::Insert, &held);
+        Ok(held)
     }
 
     /// Takes the lock, runs `work` under it, and releases the lock, however `work` ends.

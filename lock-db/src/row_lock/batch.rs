@@ -130,11 +130,8 @@ impl<DB: LockDatabase> RowLocks<DB> {
     /// More on that at [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         // A request that waits gets all of them or an error.
-        held.ok_or(Error::Closed)
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
@@ -152,7 +149,15 @@ impl<DB: LockDatabase> RowLocks<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
-        let held = lock_all(&self.context, &self.names, Kind::Row, Wait::Try, transaction).await?;
+        self.take_in(transaction, Wait::Try).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Wait,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
         #[cfg(feature = "testing")]
         test_support::note_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         Ok(held)

@@ -157,13 +157,8 @@ impl<DB: LockDatabase> RowLock<DB> {
     /// MySQL and MariaDB the next statement may return the error of the running one.
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        // A caller that waits gets it or an error.
-        let held = self.take_in(transaction, wait).await?.ok_or(Error::Closed)?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&context, Kind::Row, [&held]);
-        Ok(held)
+        // A request that waits gets it or an error.
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes the lock in the caller's transaction if it is free now. Returns `None` when it is
@@ -180,16 +175,23 @@ impl<DB: LockDatabase> RowLock<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
+        self.take_in(transaction, Wait::Try).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Wait,
+    ) -> Result<Option<HeldInTransaction>, Error> {
+        let held = self.lock_in(transaction, wait).await?;
         #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        let held = self.take_in(transaction, Wait::Try).await?;
-        #[cfg(feature = "testing")]
-        test_support::note_in_transaction(&context, Kind::Row, &held);
+        test_support::note_in_transaction(&self.context, Kind::Row, &held);
         Ok(held)
     }
 
-    pub(crate) async fn take_in(
-        self,
+    /// Takes the lock without showing it to a test. An annotated function shows its lock itself.
+    pub(crate) async fn lock_in(
+        &self,
         transaction: &mut DB::Connection,
         wait: Wait,
     ) -> Result<Option<HeldInTransaction>, Error> {
