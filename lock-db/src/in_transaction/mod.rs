@@ -3,6 +3,7 @@
 
 mod attempt;
 mod find;
+mod locking_row;
 mod receipt;
 mod several;
 
