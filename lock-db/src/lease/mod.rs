@@ -4,6 +4,7 @@ mod batch;
 mod guard;
 mod guarded_transaction;
 pub(crate) mod handles;
+mod in_transaction;
 mod request;
 mod watch;
 
