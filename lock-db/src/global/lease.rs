@@ -199,7 +199,7 @@ impl AnyLease {
         self,
         transaction: GuardedTransaction<DB>,
     ) -> Result<(), Error> {
-        commit_and_release(self.into_hold(), transaction).await
+        commit_and_release(self.into_handle(), transaction).await
     }
 
     /// Releases the lock and waits until the database has confirmed it, as [`Lease::release`].
@@ -212,15 +212,15 @@ impl AnyLease {
     ///
     /// The release continues when the future is dropped. Only its result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        self.into_hold().give_up().await
+        self.into_handle().give_up().await
     }
 
     pub(super) fn handle(&self) -> &LeaseHandle {
         self.lease.handle()
     }
 
-    pub(super) fn into_hold(self) -> Arc<LeaseHandle> {
-        self.lease.into_hold()
+    pub(super) fn into_handle(self) -> Arc<LeaseHandle> {
+        self.lease.into_handle()
     }
 }
 
@@ -246,7 +246,7 @@ pub(crate) trait ErasedLease: std::fmt::Debug + Send + Sync {
     fn lost(&self) -> BoxFuture<'_, ()>;
     fn database(&self) -> &'static str;
     fn as_any(&self) -> &dyn Any;
-    fn into_hold(self: Box<Self>) -> Arc<LeaseHandle>;
+    fn into_handle(self: Box<Self>) -> Arc<LeaseHandle>;
     fn handle(&self) -> &LeaseHandle;
     fn loss(&self) -> Option<Loss>;
     fn watch(&self) -> LeaseWatch;
@@ -286,8 +286,8 @@ impl<DB: LockDatabase> ErasedLease for Lease<DB> {
         self
     }
 
-    fn into_hold(self: Box<Self>) -> Arc<LeaseHandle> {
-        IntoLease::into_hold(*self)
+    fn into_handle(self: Box<Self>) -> Arc<LeaseHandle> {
+        IntoLease::into_handle(*self)
     }
 
     fn handle(&self) -> &LeaseHandle {
@@ -310,19 +310,19 @@ impl<DB: LockDatabase> ErasedLease for Lease<DB> {
 /// A lease of any database, as the body of an annotated function has bound it.
 pub trait IntoLease: Send + 'static {
     #[allow(private_interfaces, missing_docs)]
-    fn into_hold(self) -> Arc<LeaseHandle>;
+    fn into_handle(self) -> Arc<LeaseHandle>;
 }
 
 impl<DB: LockDatabase> IntoLease for Lease<DB> {
     #[allow(private_interfaces)]
-    fn into_hold(self) -> Arc<LeaseHandle> {
-        Self::into_hold(self)
+    fn into_handle(self) -> Arc<LeaseHandle> {
+        Self::into_handle(self)
     }
 }
 
 impl IntoLease for AnyLease {
     #[allow(private_interfaces)]
-    fn into_hold(self) -> Arc<LeaseHandle> {
-        self.lease.into_hold()
+    fn into_handle(self) -> Arc<LeaseHandle> {
+        self.lease.into_handle()
     }
 }

@@ -126,7 +126,7 @@ impl AnyLeases {
     ///
     /// The releases continue when the future is dropped. Only their result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        handles::release(self.leases.into_inner().into_iter().map(AnyLease::into_hold)).await
+        handles::release(self.leases.into_inner().into_iter().map(AnyLease::into_handle)).await
     }
 
     fn handles(&self) -> impl Iterator<Item = &LeaseHandle> {

@@ -51,7 +51,7 @@ pub(crate) trait ErasedLocks: Send + Sync {
     fn row(self: Arc<Self>, ask: Box<CallRequest>) -> TakingLock;
 
     /// What the body of an annotated function sees of a hold.
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Box<dyn ErasedLease>;
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Box<dyn ErasedLease>;
 
     /// What an application takes. With `is_try` it does not wait.
     fn take(
@@ -108,8 +108,8 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
         Box::pin(async move { Ok(ask.or_skipped(self.annotated_row(&ask).await)?.map(HeldLock::Row)) })
     }
 
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Box<dyn ErasedLease> {
-        Box::new(Lease::new(hold, Arc::clone(self.context())))
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Box<dyn ErasedLease> {
+        Box::new(Lease::new(handle, Arc::clone(self.context())))
     }
 
     fn take(
@@ -231,10 +231,10 @@ impl<DB: LockDatabase> Locks<DB> {
             entered.held.set_minimum_hold(at_least);
             return Ok(entered);
         }
-        let hold = self.context().hold(&ask.name, &options, wait).await?;
+        let handle = self.context().take_lease(&ask.name, &options, wait).await?;
         // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
         let none = || if wait.is_try() { ask.taken_elsewhere() } else { Error::Closed };
-        Ok(taken(lock, hold.ok_or_else(none)?, ask))
+        Ok(taken(lock, handle.ok_or_else(none)?, ask))
     }
 
     async fn annotated_row(&self, ask: &CallRequest) -> Result<RowCall, Error> {

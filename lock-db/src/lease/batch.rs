@@ -182,10 +182,10 @@ impl<DB: LockDatabase> InsertLocks<DB> {
 
     async fn take(self, wait: Wait) -> Result<Option<Leases<DB>>, Error> {
         let names = in_order(&self.context, &self.names)?;
-        let holds = self.context.hold_all(names, &self.options, wait).await?;
-        Ok(holds.map(|holds| {
-            let lease = |hold| Lease::of_caller(hold, Arc::clone(&self.context)).unwatched();
-            let leases: Vec<_> = holds.into_iter().map(lease).collect();
+        let handles = self.context.take_leases(names, &self.options, wait).await?;
+        Ok(handles.map(|handles| {
+            let lease = |handle| Lease::of_caller(handle, Arc::clone(&self.context)).unwatched();
+            let leases: Vec<_> = handles.into_iter().map(lease).collect();
             Leases { leases: Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into()) }
         }))
     }
@@ -347,7 +347,7 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// The releases continue when the future is dropped. Only their result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        handles::release(self.leases.into_inner().into_iter().map(Lease::into_hold)).await
+        handles::release(self.leases.into_inner().into_iter().map(Lease::into_handle)).await
     }
 
     fn handles(&self) -> impl Iterator<Item = &LeaseHandle> {

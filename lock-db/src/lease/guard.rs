@@ -29,40 +29,40 @@ use crate::test_support;
 #[must_use = "bind it to a name (`let _lease = …`); `let _ = …` releases it at once"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    pub(super) hold: Watched<Arc<LeaseHandle>>,
+    pub(super) handle: Watched<Arc<LeaseHandle>>,
     pub(super) context: Arc<Context<DB>>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(crate) fn new(hold: Arc<LeaseHandle>, context: Arc<Context<DB>>) -> Self {
-        Self { hold: Watched::unwatched(hold), context }
+    pub(crate) fn new(handle: Arc<LeaseHandle>, context: Arc<Context<DB>>) -> Self {
+        Self { handle: Watched::unwatched(handle), context }
     }
 
     /// A guard that the caller holds, as opposed to one inside a function of lock-db.
-    pub(crate) fn of_caller(hold: LeaseHandle, context: Arc<Context<DB>>) -> Self {
-        let hold = Arc::new(hold);
+    pub(crate) fn of_caller(handle: LeaseHandle, context: Arc<Context<DB>>) -> Self {
+        let handle = Arc::new(handle);
         #[cfg(feature = "testing")]
-        test_support::note_open_lease(&context, &hold);
-        Self { hold: Watched::new(hold, |hold| hold.name().shown().into()), context }
+        test_support::note_open_lease(&context, &handle);
+        Self { handle: Watched::new(handle, |handle| handle.name().shown().into()), context }
     }
 
     /// A guard that is handed out together with others.
     pub(super) fn unwatched(self) -> Self {
-        Self::new(self.hold.into_inner(), self.context)
+        Self::new(self.handle.into_inner(), self.context)
     }
 
     pub(crate) fn handle(&self) -> &LeaseHandle {
-        &self.hold
+        &self.handle
     }
 
-    pub(crate) fn into_hold(self) -> Arc<LeaseHandle> {
-        self.hold.into_inner()
+    pub(crate) fn into_handle(self) -> Arc<LeaseHandle> {
+        self.handle.into_inner()
     }
 
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.hold.lease.name().shown()
+        self.handle.lease.name().shown()
     }
 
     /// The fencing token: the number of this grant.
@@ -74,7 +74,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// used.
     #[must_use]
     pub fn fencing_token(&self) -> i64 {
-        self.hold.fencing_token
+        self.handle.fencing_token
     }
 
     /// The secret of this acquisition: 128 random bits as 32 hexadecimal digits, as in the column
@@ -85,7 +85,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// do not log it.
     #[must_use]
     pub fn secret_key(&self) -> &str {
-        self.hold.lease.key.secret.as_str()
+        self.handle.lease.key.secret.as_str()
     }
 
     /// Whether the lease is held. Takes no time, because it asks no database.
@@ -98,7 +98,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// [`commit_and_release`](Self::commit_and_release)) which was then rolled back.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        self.hold.lease.loss().is_none()
+        self.handle.lease.loss().is_none()
     }
 
     /// The number of handles that hold this lock.
@@ -107,7 +107,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// call of [`run`](crate::InsertLock::run) or of an annotated function that is still running.
     #[must_use]
     pub fn hold_count(&self) -> usize {
-        self.hold.handles()
+        self.handle.count()
     }
 
     /// Resolves when the lease is lost: it was not renewed in time, another process has the lock,
@@ -135,19 +135,19 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The future may be dropped at any time, and this may be called any number of times: a loss is
     /// final.
     pub async fn lost(&self) {
-        self.hold.lease.lost().await;
+        self.handle.lease.lost().await;
     }
 
     /// How the lease was lost. `None` while it is held.
     #[must_use]
     pub fn loss(&self) -> Option<Loss> {
-        self.hold.lease.loss()
+        self.handle.lease.loss()
     }
 
     /// Returns a watch, for child tasks of the holder that have to end with the lease.
     #[must_use]
     pub fn watch(&self) -> LeaseWatch {
-        LeaseWatch::new(&self.hold)
+        LeaseWatch::new(&self.handle)
     }
 
     /// Runs `work` under the lease. When the lease is lost first, `work` is dropped at its next
@@ -174,7 +174,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// `work` is dropped with the future. The lease is not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        self.hold.run_until_lost(work).await
+        self.handle.run_until_lost(work).await
     }
 
     /// Returns another handle to the same lock, without asking the database. The lock is released
@@ -184,8 +184,8 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// [`Error::Lost`] when the lease is no longer held.
     pub fn reenter(&self) -> Result<Self, Error> {
-        self.hold.check()?;
-        Ok(Self::new(Arc::clone(&self.hold), Arc::clone(&self.context)))
+        self.handle.check()?;
+        Ok(Self::new(Arc::clone(&self.handle), Arc::clone(&self.context)))
     }
 
     /// Begins a transaction that commits only while this lease is held. It uses a connection of the
@@ -236,7 +236,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The future may be dropped at any time. A transaction that was begun in the meantime is
     /// rolled back.
     pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
-        GuardedTransaction::begin(&self.context, &self.hold).await
+        GuardedTransaction::begin(&self.context, &self.handle).await
     }
 
     /// Commits a guarded transaction of this lease and releases the lock with it. Check, release
@@ -265,7 +265,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The commit continues when the future is dropped. Only its result is lost.
     pub async fn commit_and_release(self, transaction: GuardedTransaction<DB>) -> Result<(), Error> {
-        commit_and_release(self.into_hold(), transaction).await
+        commit_and_release(self.into_handle(), transaction).await
     }
 
     /// Releases the lock and waits until the database has confirmed it. Other processes can take
@@ -287,27 +287,27 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The release continues when the future is dropped. Only its result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        self.into_hold().give_up().await
+        self.into_handle().give_up().await
     }
 }
 
 /// See [`Lease::commit_and_release`].
 pub(crate) async fn commit_and_release<DB: LockDatabase>(
-    hold: Arc<LeaseHandle>,
+    handle: Arc<LeaseHandle>,
     transaction: GuardedTransaction<DB>,
 ) -> Result<(), Error> {
-    if !transaction.is_of(&hold) {
+    if !transaction.is_of(&handle) {
         return Err(Error::InvalidOption {
             option: "transaction",
             value: format!("{transaction:?}"),
             reason: "it was begun by another lease",
         });
     }
-    let release = !hold.lease.is_within_minimum_hold();
+    let release = !handle.lease.is_within_minimum_hold();
     transaction.end(release).await?;
     if !release {
         // The transaction is committed, so a failed release is no error of this call.
-        release_quietly(hold.give_up().await);
+        release_quietly(handle.give_up().await);
     }
     Ok(())
 }

@@ -39,20 +39,20 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 #[clippy::has_significant_drop]
 pub struct GuardedTransaction<DB: LockDatabase> {
     transaction: ManagedTransaction<DB, KeptByTransaction>,
-    hold: KeptByTransaction,
+    handle: KeptByTransaction,
 }
 
 impl<DB: LockDatabase> GuardedTransaction<DB> {
     /// Begins on a connection of the application's pool, unless the lease is lost first.
-    pub(super) async fn begin(context: &Context<DB>, hold: &Arc<LeaseHandle>) -> Result<Self, Error> {
-        hold.check()?;
+    pub(super) async fn begin(context: &Context<DB>, handle: &Arc<LeaseHandle>) -> Result<Self, Error> {
+        handle.check()?;
         // A commit whose caller is gone may still be running. This transaction must see its result.
         select! {
-            reason = hold.lease.lost() => return Err(hold.lost(reason)),
-            () = hold.lease.commits_have_ended() => {}
+            reason = handle.lease.lost() => return Err(handle.lost_error(reason)),
+            () = handle.lease.commits_have_ended() => {}
         }
-        hold.refuse_after_unknown_commit()?;
-        let (pool, for_task) = (context.pool().clone(), Arc::downgrade(hold));
+        handle.refuse_after_unknown_commit()?;
+        let (pool, for_task) = (context.pool().clone(), Arc::downgrade(handle));
         let (mut answer, answered) = oneshot::channel();
         let runtime = Runtime::current()?;
         let for_begin = runtime.clone();
@@ -68,22 +68,22 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         });
         let result = select! {
             biased;
-            reason = hold.lease.lost() => return Err(hold.lost(reason)),
+            reason = handle.lease.lost() => return Err(handle.lost_error(reason)),
             begun = answered => begun,
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
             Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
-                name: hold.lease.name().given(),
+                name: handle.lease.name().given(),
                 waited: context.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
                 held_by: None,
             }),
             Ok(Err(error)) => {
                 let failure = Failure::new::<DB>(error);
-                Err(failure.into_error(BEGIN, Some(hold.lease.name())))
+                Err(failure.into_error(BEGIN, Some(handle.lease.name())))
             }
-            Err(_runtime_shut_down) => Err(runtime::ended(BEGIN, hold.lease.name())),
+            Err(_runtime_shut_down) => Err(runtime::ended(BEGIN, handle.lease.name())),
         }
     }
 
@@ -148,39 +148,38 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     ///
     /// The rollback continues when the future is dropped. Only its result is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, hold } = self;
-        transaction
-            .roll_back()
-            .await
-            .map_err(|error| Failure::new::<DB>(error).into_error(Action::RollBack, Some(hold.lease.name())))
+        let Self { transaction, handle } = self;
+        transaction.roll_back().await.map_err(|error| {
+            Failure::new::<DB>(error).into_error(Action::RollBack, Some(handle.lease.name()))
+        })
     }
 
-    pub(super) fn is_of(&self, hold: &Arc<LeaseHandle>) -> bool {
-        self.hold.is(hold)
+    pub(super) fn is_of(&self, handle: &Arc<LeaseHandle>) -> bool {
+        self.handle.is(handle)
     }
 
     /// Checks the lease and commits, or releases it and commits.
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
-        let Self { transaction, hold } = self;
-        if let Err(refused) = hold.refuse_after_unknown_commit() {
+        let Self { transaction, handle } = self;
+        if let Err(refused) = handle.refuse_after_unknown_commit() {
             let _rolled_back = transaction.roll_back().await;
             return Err(refused);
         }
         // Other processes may have the lock a moment before this process knows.
-        let in_doubt = release.then(|| LeaseHandle::doubt(hold.clone()));
-        let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        let (under_way, refused) = (hold.lease.begin_commit(), hold.clone());
+        let in_doubt = release.then(|| LeaseHandle::doubt(handle.clone()));
+        let condition = Condition::Lease { key: handle.lease.key.clone(), release };
+        let (under_way, refused) = (handle.lease.begin_commit(), handle.clone());
         let ended = move |ended: &Result<Option<Notification>, Error>| {
             match ended {
                 Ok(call) => {
                     under_way.mark_carried_out();
                     if release {
-                        hold.mark_released(*call);
+                        handle.mark_released(*call);
                     }
                 }
                 Err(Error::Lost { reason: Loss::TakenOver, .. }) => {
                     under_way.mark_refused();
-                    hold.mark_lost();
+                    handle.mark_lost();
                 }
                 // The transaction would still pass its check after another transaction of the same
                 // lease.
@@ -192,8 +191,8 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         match transaction.commit(condition, ended).await {
             // The database reports only that the row does not belong to this lease.
             Err(Error::Lost { reason: Loss::TakenOver, .. }) => Err(match refused.lease.reported_loss() {
-                Some(Loss::HeldTooLong) => refused.lost(Loss::HeldTooLong),
-                _ => refused.taken_over().await,
+                Some(Loss::HeldTooLong) => refused.lost_error(Loss::HeldTooLong),
+                _ => refused.taken_over_error().await,
             }),
             committed => committed,
         }
@@ -204,7 +203,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
 /// which may not.
 async fn begin_on<DB: LockDatabase>(
     pool: &Pool<DB>,
-    hold: &Weak<LeaseHandle>,
+    handle: &Weak<LeaseHandle>,
     runtime: &Runtime,
 ) -> sqlx::Result<GuardedTransaction<DB>> {
     let mut broken = 0_u32;
@@ -214,10 +213,11 @@ async fn begin_on<DB: LockDatabase>(
         let begun = runtime.spawn(ManagedTransaction::begin(connection, DB::BEGIN_GUARDED, runtime.clone()));
         let error = match begun.await {
             Ok(Ok(transaction)) => {
-                let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
-                let hold = KeptByTransaction::new(&hold);
-                let mut guarded = GuardedTransaction { transaction: transaction.keep(hold.clone()), hold };
-                let key = guarded.hold.lease.key.clone();
+                let Some(handle) = handle.upgrade() else { return Err(sqlx::Error::PoolClosed) };
+                let handle = KeptByTransaction::new(&handle);
+                let mut guarded =
+                    GuardedTransaction { transaction: transaction.keep(handle.clone()), handle };
+                let key = guarded.handle.lease.key.clone();
                 if DB::sees_grant(&mut guarded, &key).await? {
                     return Ok(guarded);
                 }
@@ -260,7 +260,7 @@ impl<DB: LockDatabase> std::fmt::Debug for GuardedTransaction<DB> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
             .debug_struct("GuardedTransaction")
-            .field("lock", &self.hold.lease.name())
+            .field("lock", &self.handle.lease.name())
             .finish_non_exhaustive()
     }
 }

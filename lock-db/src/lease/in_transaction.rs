@@ -110,24 +110,24 @@ impl<DB: LockDatabase> Lease<DB> {
     /// When the future is dropped, roll the transaction back.
     pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
-        if self.hold.lease.is_within_minimum_hold() {
+        if self.handle.lease.is_within_minimum_hold() {
             // Not free with the commit, but released with the last handle, as without a transaction.
             return self.ask_in(transaction, false).await;
         }
         // Until the end of the call, or until the future is dropped.
-        let _in_doubt = LeaseHandle::doubt(KeptByTransaction::new(&self.hold));
+        let _in_doubt = LeaseHandle::doubt(KeptByTransaction::new(&self.handle));
         self.ask_in(transaction, true).await
     }
 
     async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
         self.refuse_without_transaction(transaction)?;
-        if let Err(refused) = self.hold.refuse_after_unknown_commit().and(self.hold.refuse_after_loss()) {
+        if let Err(refused) = self.handle.refuse_after_unknown_commit().and(self.handle.refuse_after_loss()) {
             bounds::doom::<DB>(transaction).await;
             return Err(refused);
         }
         // The caller ends the transaction, and how it ends is not known here.
-        self.hold.lease.mark_verified();
-        let key = &self.hold.marked_key().await?;
+        self.handle.lease.mark_verified();
+        let key = &self.handle.marked_key().await?;
         let name = &key.row.name;
         let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
         match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
@@ -145,8 +145,8 @@ impl<DB: LockDatabase> Lease<DB> {
                 if is_still_ours? {
                     return Err(Error::Serialization { name: name.given(), source: None });
                 }
-                self.hold.mark_lost();
-                Err(self.hold.taken_over().await)
+                self.handle.mark_lost();
+                Err(self.handle.taken_over_error().await)
             }
             Ok(Guarded::Stale) => {
                 bounds::doom::<DB>(transaction).await;
@@ -154,7 +154,7 @@ impl<DB: LockDatabase> Lease<DB> {
             }
             Ok(Guarded::Ended) => {
                 bounds::doom::<DB>(transaction).await;
-                Err(self.hold.lost(Loss::TransactionEnded))
+                Err(self.handle.lost_error(Loss::TransactionEnded))
             }
             Err(failure) => {
                 if failure.fault == Fault::TableMissing && matches!(self.ask_whether_ours().await, Ok(true)) {
@@ -177,14 +177,14 @@ impl<DB: LockDatabase> Lease<DB> {
     }
 
     async fn ask_whether_foreign(&self, transaction: &mut DB::Connection) -> bool {
-        let is_here = DB::is_here(transaction, &self.hold.lease.key.server);
+        let is_here = DB::is_here(transaction, &self.handle.lease.key.server);
         matches!(bounds::answer::<DB, _>(ANSWER_LIMIT, is_here).await, Ok(false))
     }
 
     /// Whether the row still belongs to this lease, as other connections see it. The caller's
     /// transaction may see an older state. An error is no answer: the lease then continues.
     async fn ask_whether_ours(&self) -> Result<bool, Error> {
-        let key = &self.hold.lease.key;
+        let key = &self.handle.lease.key;
         let name = key.row.name.clone();
         let asked = self.context.session().ask(|answer| Request::Read { name, answer });
         let Ok(row) = timeout(CONFIRM_LIMIT, asked).await else {

@@ -212,8 +212,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// The future may be dropped at any time. The request leaves the queue, and a lock that was
     /// granted in the meantime is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
-        let hold = self.context.hold_waiting(&self.name, &self.options, self.wait).await?;
-        Ok(Lease::of_caller(hold, self.context))
+        let handle = self.context.wait_for_lease(&self.name, &self.options, self.wait).await?;
+        Ok(Lease::of_caller(handle, self.context))
     }
 
     /// Takes the lock if it is free now.
@@ -247,8 +247,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// The future may be dropped at any time. A lock that was granted in the meantime is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
-        let hold = self.context.hold(&self.name, &self.options, Wait::Try).await?;
-        Ok(hold.map(|hold| Lease::of_caller(hold, self.context)))
+        let handle = self.context.take_lease(&self.name, &self.options, Wait::Try).await?;
+        Ok(handle.map(|handle| Lease::of_caller(handle, self.context)))
     }
 
     /// Takes the lock in the caller's transaction.
@@ -401,12 +401,12 @@ impl<DB: LockDatabase> Context<DB> {
             return Ok(entered);
         }
         // A request that waits is answered with a lease or an error.
-        let hold = self.hold(name, options, wait).await?.ok_or(Error::Closed)?;
-        Ok(Entered::first(lock, Arc::new(hold)))
+        let handle = self.take_lease(name, options, wait).await?.ok_or(Error::Closed)?;
+        Ok(Entered::first(lock, Arc::new(handle)))
     }
 
     /// `wait: None` stands for the default.
-    async fn hold_waiting(
+    async fn wait_for_lease(
         &self,
         name: &str,
         options: &LeaseOptions,
@@ -414,21 +414,21 @@ impl<DB: LockDatabase> Context<DB> {
     ) -> Result<LeaseHandle, Error> {
         let wait = self.settings().wait(wait)?;
         // A request that waits is answered with a lease or an error.
-        self.hold(name, options, wait).await?.ok_or(Error::Closed)
+        self.take_lease(name, options, wait).await?.ok_or(Error::Closed)
     }
 
-    pub(crate) async fn hold(
+    pub(crate) async fn take_lease(
         &self,
         name: &str,
         options: &LeaseOptions,
         wait: Wait,
     ) -> Result<Option<LeaseHandle>, Error> {
-        let holds = self.hold_all(vec![self.checked_name(name)?], options, wait).await?;
-        Ok(holds.and_then(|holds| holds.into_iter().next()))
+        let handles = self.take_leases(vec![self.checked_name(name)?], options, wait).await?;
+        Ok(handles.and_then(|handles| handles.into_iter().next()))
     }
 
     /// Takes all of the names, which were checked before, or none.
-    pub(super) async fn hold_all(
+    pub(super) async fn take_leases(
         &self,
         names: Vec<Name>,
         options: &LeaseOptions,
@@ -441,9 +441,9 @@ impl<DB: LockDatabase> Context<DB> {
             options.fair.unwrap_or(self.settings().fair),
         );
         let ask = LeaseRequest { names, ttl, at_most: options.at_most, fair, wait, started };
-        let holds = self.session().acquire(ask).await?;
-        holds.iter().flatten().for_each(|hold| hold.set_minimum_hold(options.at_least));
-        Ok(holds)
+        let handles = self.session().acquire(ask).await?;
+        handles.iter().flatten().for_each(|handle| handle.set_minimum_hold(options.at_least));
+        Ok(handles)
     }
 }
 

@@ -109,7 +109,7 @@ impl Actor {
 
     /// Registers a granted lease for renewal and makes its handle. `None`: all senders are gone, so
     /// the lease can have no holder.
-    pub(super) fn hold(
+    pub(super) fn register(
         &self,
         granted: Granted,
         at_most: Option<Duration>,

@@ -189,11 +189,11 @@ impl AcquireAttempt {
     async fn run(&mut self) -> Result<Option<Vec<LeaseHandle>>, Error> {
         let Some(granted) = self.contend().await? else { return Ok(None) };
         let permits = std::mem::take(&mut self.permits);
-        let hold = |(granted, permit)| self.actor.hold(granted, self.at_most, permit);
-        let holds = granted.into_iter().zip(permits).map(hold);
-        let holds: Option<Vec<LeaseHandle>> = holds.collect();
-        self.unsettled.set(holds.is_none());
-        holds.map(Some).ok_or(Error::Closed)
+        let handle = |(granted, permit)| self.actor.register(granted, self.at_most, permit);
+        let handles = granted.into_iter().zip(permits).map(handle);
+        let handles: Option<Vec<LeaseHandle>> = handles.collect();
+        self.unsettled.set(handles.is_none());
+        handles.map(Some).ok_or(Error::Closed)
     }
 
     /// Asks the database until it grants the leases. `None`: this is a try, and a lock was not

@@ -155,7 +155,7 @@ impl Actor {
         let _ = closing.wait_for(|closing| *closing).await;
     }
 
-    fn hold(
+    fn register(
         &self,
         claim: &Claim,
         (fencing_token, tokens): (i64, i64),
@@ -319,10 +319,11 @@ impl Attempt {
             if let Some(grants) = grants {
                 let permits = std::mem::take(&mut self.permits);
                 let granted = self.claims.iter().zip(grants).zip(permits);
-                let holds: Option<Vec<LeaseHandle>> =
-                    granted.map(|((claim, grant), permit)| self.actor.hold(claim, grant, permit)).collect();
-                self.unsettled.set(holds.is_none());
-                return holds.map(Some).ok_or(Error::Closed);
+                let handles: Option<Vec<LeaseHandle>> = granted
+                    .map(|((claim, grant), permit)| self.actor.register(claim, grant, permit))
+                    .collect();
+                self.unsettled.set(handles.is_none());
+                return handles.map(Some).ok_or(Error::Closed);
             }
             self.unsettled.set(false);
             for claim in &self.claims {
@@ -407,17 +408,17 @@ impl Holders {
         inside.left.insert(lease.number, (turns, of_the_grant));
     }
 
-    fn enter(&self, hold: &LeaseHandle) {
+    fn enter(&self, handle: &LeaseHandle) {
         let (before, last, turns) = {
             let mut names = self.names.lock().unwrap();
-            let inside = names.get_mut(hold.name()).unwrap();
+            let inside = names.get_mut(handle.name()).unwrap();
             let before = inside.now.clone();
-            inside.now.push((Arc::clone(&hold.lease), hold.fencing_token));
+            inside.now.push((Arc::clone(&handle.lease), handle.fencing_token));
             let last = inside.last_fencing_token;
-            inside.last_fencing_token = last.max(hold.fencing_token);
-            let (left, of_the_grant) = inside.left.get_mut(&hold.lease.number).unwrap();
-            assert!(of_the_grant.contains(&hold.fencing_token), "a fencing token of another grant");
-            assert!(!inside.over.contains(&hold.lease.number), "lost, or a former holder may still commit");
+            inside.last_fencing_token = last.max(handle.fencing_token);
+            let (left, of_the_grant) = inside.left.get_mut(&handle.lease.number).unwrap();
+            assert!(of_the_grant.contains(&handle.fencing_token), "a fencing token of another grant");
+            assert!(!inside.over.contains(&handle.lease.number), "lost, or a former holder may still commit");
             let turns = left.checked_sub(1);
             *left = left.saturating_sub(1);
             (before, last, turns)
@@ -425,27 +426,27 @@ impl Holders {
         assert!(turns.is_some(), "the lease went too far");
         // A loss is final, so a loss from before this point is still visible now.
         for (other, _) in before {
-            let same = Arc::ptr_eq(&other, &hold.lease);
+            let same = Arc::ptr_eq(&other, &handle.lease);
             assert!(!same, "two hold one lease");
-            assert!(other.loss().is_some() || hold.lease.loss().is_some(), "two hold the lock");
+            assert!(other.loss().is_some() || handle.lease.loss().is_some(), "two hold the lock");
         }
-        if hold.fencing_token <= last {
-            assert!(hold.lease.loss().is_some(), "the fencing token did not grow");
+        if handle.fencing_token <= last {
+            assert!(handle.lease.loss().is_some(), "the fencing token did not grow");
         }
     }
 
-    fn leave(&self, hold: &LeaseHandle) {
+    fn leave(&self, handle: &LeaseHandle) {
         let mut names = self.names.lock().unwrap();
         names
-            .get_mut(hold.name())
+            .get_mut(handle.name())
             .unwrap()
             .now
-            .retain(|(_, fencing_token)| *fencing_token != hold.fencing_token);
+            .retain(|(_, fencing_token)| *fencing_token != handle.fencing_token);
     }
 
-    fn is_over(&self, hold: &LeaseHandle) {
+    fn is_over(&self, handle: &LeaseHandle) {
         let mut names = self.names.lock().unwrap();
-        names.get_mut(hold.name()).unwrap().over.insert(hold.lease.number);
+        names.get_mut(handle.name()).unwrap().over.insert(handle.lease.number);
     }
 }
 
@@ -551,8 +552,8 @@ impl World {
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<LeaseHandle>, Error> {
-        let holds = self.session.acquire(Self::ask([name], LONG, wait)).await?;
-        Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
+        let handles = self.session.acquire(Self::ask([name], LONG, wait)).await?;
+        Ok(handles.map(|handles| handles.into_iter().next().unwrap()))
     }
 
     /// Checks the invariants that hold at every moment.
@@ -606,8 +607,8 @@ impl World {
             answer = self.session.acquire(ask) => answer,
             () = leaves => return,
         };
-        let holds = match answer {
-            Ok(Some(holds)) => holds,
+        let handles = match answer {
+            Ok(Some(handles)) => handles,
             Ok(None) => {
                 assert!(wait.is_none(), "only a try gives up");
                 return;
@@ -622,20 +623,20 @@ impl World {
                 return;
             }
         };
-        assert!(holds.iter().map(LeaseHandle::name).eq(&names), "other locks");
-        for hold in &holds {
-            assert_eq!(hold.ttl(), ttl, "another lease");
-            self.holders.enter(hold);
+        assert!(handles.iter().map(LeaseHandle::name).eq(&names), "other locks");
+        for handle in &handles {
+            assert_eq!(handle.ttl(), ttl, "another lease");
+            self.holders.enter(handle);
         }
         pause().await;
-        for hold in holds {
-            self.finish(hold).await;
+        for handle in handles {
+            self.finish(handle).await;
         }
     }
 
-    async fn finish(&self, hold: LeaseHandle) {
+    async fn finish(&self, handle: LeaseHandle) {
         let end = self.plan.ends[draw(self.plan.ends.len())];
-        let lease = Arc::clone(&hold.lease);
+        let lease = Arc::clone(&handle.lease);
         match end {
             End::Drop | End::GiveUp | End::TwoHandles => {}
             End::Commit => {
@@ -644,17 +645,17 @@ impl World {
                 commit.mark_carried_out();
             }
             End::UnknownCommit => {
-                self.holders.is_over(&hold);
+                self.holders.is_over(&handle);
                 drop(lease.begin_commit());
             }
             End::CommitAndRelease => {
                 lease.begin_doubt();
                 let commit = lease.begin_commit();
                 pause().await;
-                self.holders.leave(&hold);
-                if self.database.free(hold.name(), &lease.key.secret) {
+                self.holders.leave(&handle);
+                if self.database.free(handle.name(), &lease.key.secret) {
                     commit.mark_carried_out();
-                    hold.mark_released(None);
+                    handle.mark_released(None);
                 } else {
                     commit.mark_refused();
                 }
@@ -662,21 +663,21 @@ impl World {
             }
         }
         if lease.loss().is_some() {
-            self.holders.is_over(&hold);
+            self.holders.is_over(&handle);
         }
-        self.holders.leave(&hold);
+        self.holders.leave(&handle);
         match end {
-            End::GiveUp => self.expect_released(&lease, Arc::new(hold).give_up().await),
+            End::GiveUp => self.expect_released(&lease, Arc::new(handle).give_up().await),
             End::TwoHandles => {
-                let (hold, other) = {
-                    let hold = Arc::new(hold);
-                    (Arc::clone(&hold), hold)
+                let (handle, other) = {
+                    let handle = Arc::new(handle);
+                    (Arc::clone(&handle), handle)
                 };
                 let dropped = thread::spawn(move || drop(other));
-                self.expect_released(&lease, hold.give_up().await);
+                self.expect_released(&lease, handle.give_up().await);
                 dropped.join().unwrap();
             }
-            _ => drop(hold),
+            _ => drop(handle),
         }
     }
 
@@ -702,8 +703,8 @@ fn play(plan: &'static Plan) {
             pause().await;
             let earlier = world.acquire(0, Some(LONG)).await.ok().flatten();
             world.session.close().await;
-            if let Some(hold) = &earlier {
-                assert!(hold.lease.loss().is_some(), "held after the end of the session");
+            if let Some(handle) = &earlier {
+                assert!(handle.lease.loss().is_some(), "held after the end of the session");
             }
             for wait in [None, Some(OVER), Some(LONG)] {
                 assert!(matches!(world.acquire(0, wait).await, Err(Error::Closed)), "the session is closed");
@@ -770,7 +771,7 @@ plans! {
 fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let mut callers = Vec::new();
         for wait in [None, Some(OVER), Some(OVER)] {
             let world = Arc::clone(&world);
@@ -787,7 +788,7 @@ fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
         for caller in callers {
             caller.join().unwrap();
         }
-        drop(hold);
+        drop(handle);
         patient.join().unwrap();
         world.end(session);
     });
@@ -799,16 +800,16 @@ fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
 fn first_come_first_served() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
         let waiters: Vec<_> = (0..3)
             .map(|place| {
                 let (on, order) = (Arc::clone(&world), Arc::clone(&order));
                 let mut waiter = Box::pin(async move {
-                    let hold = on.acquire(0, Some(LONG)).await.unwrap().unwrap();
+                    let handle = on.acquire(0, Some(LONG)).await.unwrap().unwrap();
                     order.lock().unwrap().push(place);
                     pause().await;
-                    drop(hold);
+                    drop(handle);
                 });
                 assert!(block_on(async { poll!(waiter.as_mut()).is_pending() }));
                 thread::spawn(move || {
@@ -820,7 +821,7 @@ fn first_come_first_served() {
                 })
             })
             .collect();
-        drop(hold);
+        drop(handle);
         for waiter in waiters {
             waiter.join().unwrap();
         }
@@ -866,7 +867,7 @@ fn a_caller_that_leaves_frees_its_permits() {
 fn closed_queues_refuse_all_callers() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let callers: Vec<_> = (0..3)
             .map(|_| {
                 let world = Arc::clone(&world);
@@ -881,7 +882,7 @@ fn closed_queues_refuse_all_callers() {
         for caller in callers {
             caller.join().unwrap();
         }
-        drop(hold);
+        drop(handle);
         world.end(session);
     });
 }
@@ -891,10 +892,10 @@ fn closed_queues_refuse_all_callers() {
 fn a_lock_released_by_a_commit_is_free_at_once() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
-        assert!(world.database.free(hold.name(), &hold.lease.key.secret));
-        hold.mark_released(None);
-        drop(hold);
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        assert!(world.database.free(handle.name(), &handle.lease.key.secret));
+        handle.mark_released(None);
+        drop(handle);
         assert!(block_on(world.acquire(0, None)).unwrap().is_some());
         world.end(session);
     });
