@@ -198,16 +198,53 @@ impl<DB: LockDatabase> Locks<DB> {
     ///
     /// The name has 1 to 255 bytes of UTF-8 and is compared byte by byte. A name is used with one
     /// kind of lock only.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// // In a transaction of its own.
+    /// let guard = locks.row_lock("stock:7").acquire().await?;
+    /// guard.commit().await?;
+    ///
+    /// // In the transaction that does the work.
+    /// let mut transaction = locks.pool().begin().await?;
+    /// locks.row_lock("stock:7").acquire_in(&mut transaction).await?;
+    /// transaction.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn row_lock(&self, name: impl AsRef<str>) -> RowLock<DB> {
         RowLock::new(Arc::clone(&self.context), name.as_ref())
     }
 
     /// Returns a request for several insert locks, of which it takes all or none.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn insert_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> InsertLocks<DB> {
         InsertLocks::new(Arc::clone(&self.context), owned(names))
     }
 
-    /// Returns a request for several row locks in one transaction. They are taken in a fixed order.
+    /// Returns a request for several row locks in one transaction, its own or the caller's. They are
+    /// taken in a fixed order.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let guards = locks.row_locks(["account:1", "account:2"]).acquire().await?;
+    /// guards.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn row_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> RowLocks<DB> {
         RowLocks::new(Arc::clone(&self.context), owned(names))
     }

@@ -3,6 +3,15 @@
 use std::fmt;
 
 /// What a request was waiting for when its time was over.
+///
+/// ```
+/// use lock_db::{Error, WaitingFor};
+///
+/// fn is_in_use(error: &Error) -> bool {
+///     matches!(error, Error::Timeout { waiting_for: WaitingFor::Lock, .. })
+/// }
+/// # let _ = is_in_use;
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WaitingFor {
@@ -55,6 +64,10 @@ impl fmt::Display for NoReentry {
 }
 
 /// How the loss of a lock was noticed.
+///
+/// ```
+/// assert_eq!(lock_db::Loss::TakenOver.as_str(), "taken_over");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Loss {
