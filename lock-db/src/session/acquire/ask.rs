@@ -8,6 +8,7 @@ use crate::Kind;
 use crate::database::Failure;
 use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue};
 use crate::name::Name;
+use crate::secret::Secret;
 use crate::session::held_lease::Granted;
 
 pub(super) enum AttemptOutcome {
@@ -238,54 +239,24 @@ impl AcquireAttempt {
         if self.is_own(position, &row) {
             return Ok(None);
         }
-        let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
+        let (remaining, is_free) = (row.remaining(), row.is_free());
         if !remaining.is_zero() {
             // Independent of what becomes of the queue entry.
             self.answered.set(true);
             self.set_holder(name.clone(), row.clone());
         }
-        let mut written = true;
-        let mut ahead = 0;
-        if let Some(place) = place {
-            if is_free && row.waiters.is_empty() {
-                self.seen_free.push((name, row));
-                return Ok(None);
+        let (ahead, written) = match place {
+            Some(place) => self.keep_place(&name, &row, &place).await,
+            None => (0, Ok(true)),
+        };
+        let written = match written {
+            // The lock is held, whether or not the queue entry was written.
+            Err(failure) if failure.is_busy() && !remaining.is_zero() => {
+                let position = u32::try_from(ahead).unwrap_or(u32::MAX);
+                return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }));
             }
-            let (listener, place) = (actor.notifications.listener(), place.as_str());
-            let mut waiters = WaitQueue::parse(&row.waiters, now);
-            let all_last = waiters.text().len() == row.waiters.len();
-            // On a cluster, a queue entry written on another node would conflict with the holder's
-            // guarded transactions.
-            let may_stand = actor.worker.cluster() == Cluster::SinglePrimary;
-            let waits = may_stand && !self.wait.is_try() && !self.left().is_zero();
-            if waits {
-                self.signal = Some(actor.notifications.enqueue(&name, row.id));
-                actor.listen();
-            }
-            let mut wrote = Ok(true);
-            if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
-                ahead = waiters.len();
-                wrote = actor.worker.enqueue(&name, actor.place()).await;
-            } else {
-                let took_place = waits && waiters.enqueue(place, now, listener);
-                // A try has no queue entry: it comes after all requests that have one.
-                ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
-                // Expired entries in front are removed. Otherwise the row does not show that this
-                // process is next.
-                let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
-                if took_place || (is_free && ahead == 0 && !is_known) {
-                    wrote = actor.worker.set_waiters(&name, &row.waiters, waiters.text()).await;
-                }
-            }
-            written = match wrote {
-                // The lock is held, whether or not the queue entry was written.
-                Err(failure) if failure.is_busy() && !remaining.is_zero() => {
-                    let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-                    return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }));
-                }
-                wrote => wrote?,
-            };
-        }
+            written => written?,
+        };
         if is_free && ahead == 0 && written {
             self.seen_free.push((name, row));
             return Ok(None);
@@ -304,5 +275,43 @@ impl AcquireAttempt {
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
         Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }))
+    }
+
+    /// Keeps this process's entry in the queue of the row, if the request waits. Returns how many
+    /// requests are ahead, and whether the row could be written where that was necessary.
+    async fn keep_place(
+        &mut self,
+        name: &Name,
+        row: &LockRow,
+        place: &Secret,
+    ) -> (usize, Result<bool, Failure>) {
+        if row.is_free() && row.waiters.is_empty() {
+            return (0, Ok(true));
+        }
+        let actor = Rc::clone(&self.actor);
+        let (listener, place, now) = (actor.notifications.listener(), place.as_str(), row.now());
+        let mut waiters = WaitQueue::parse(&row.waiters, now);
+        let all_last = waiters.text().len() == row.waiters.len();
+        // On a cluster, a queue entry written on another node would conflict with the holder's
+        // guarded transactions.
+        let may_have_entry = actor.worker.cluster() == Cluster::SinglePrimary;
+        let waits = may_have_entry && !self.wait.is_try() && !self.left().is_zero();
+        if waits {
+            self.signal = Some(actor.notifications.enqueue(name, row.id));
+            actor.listen();
+        }
+        if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
+            return (waiters.len(), actor.worker.enqueue(name, actor.place()).await);
+        }
+        let took_place = waits && waiters.enqueue(place, now, listener);
+        // A try has no queue entry: it comes after all requests that have one.
+        let ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
+        // Expired entries in front are removed. Otherwise the row does not show that this process
+        // is next.
+        let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
+        if took_place || (row.is_free() && ahead == 0 && !is_known) {
+            return (ahead, actor.worker.set_waiters(name, &row.waiters, waiters.text()).await);
+        }
+        (ahead, Ok(true))
     }
 }
