@@ -21,6 +21,8 @@ for_each_database! {
     leases_can_be_taken_apart,
     several_in_a_transaction_without_waiting,
     several_are_released_by_a_transaction,
+    a_transaction_under_several_leases,
+    a_takeover_of_one_of_several_refuses_the_commit,
     row_locks_in_one_transaction,
     row_locks_are_all_or_none,
     row_locks_that_are_left_hold_nothing,
@@ -204,6 +206,78 @@ async fn several_are_released_by_a_transaction<T: TestDatabase>(database: &T) {
     again.release().await.unwrap();
 }
 
+const WRITE: &str = "INSERT INTO written VALUES (1)";
+
+async fn written<T: TestDatabase>(database: &T) -> i64 {
+    database.number("SELECT COUNT(*) FROM written").await
+}
+
+async fn a_transaction_under_several_leases<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    database.run("CREATE TABLE written (value INTEGER)").await;
+    let leases = locks.insert_locks(["a", "b", "c"]).ttl(TTL).acquire().await.unwrap();
+    for commits in 1..=2 {
+        let mut transaction = leases.begin().await.unwrap();
+        T::Database::run(&mut transaction, WRITE).await.unwrap();
+        transaction.commit().await.unwrap();
+        assert_eq!(written(database).await, commits);
+    }
+    let mut transaction = leases.begin().await.unwrap();
+    assert!(format!("{transaction:?}").contains('b'), "{transaction:?}");
+    T::Database::run(&mut transaction, WRITE).await.unwrap();
+    transaction.rollback().await.unwrap();
+    assert_eq!(written(database).await, 2);
+    // A lease of them is not the only one that guards it.
+    let transaction = leases.begin().await.unwrap();
+    let first = leases.get("a").unwrap().reenter().unwrap();
+    let refused = first.commit_and_release(transaction).await;
+    assert!(matches!(refused, Err(Error::InvalidOption { option: "transaction", .. })), "{refused:?}");
+    leases.release().await.unwrap();
+
+    // The leases stay until the transaction has ended.
+    let leases = AnyLeases::from(locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire().await.unwrap());
+    let mut transaction = leases.begin::<T::Database>().await.unwrap();
+    drop(leases);
+    assert!(locks.insert_lock("b").try_acquire().await.unwrap().is_none());
+    T::Database::run(&mut transaction, WRITE).await.unwrap();
+    transaction.commit().await.unwrap();
+    assert_eq!(written(database).await, 3);
+    locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
+async fn a_takeover_of_one_of_several_refuses_the_commit<T: TestDatabase>(database: &T) {
+    let (locks, others) = (database.locks().await, database.locks().await);
+    database.run("CREATE TABLE written (value INTEGER)").await;
+    for name in ["a", "b", "c"] {
+        let leases = locks.insert_locks(["a", "b", "c"]).ttl(TTL).wait(PATIENCE).acquire().await.unwrap();
+        let take_over = async || {
+            let past = "UPDATE distributed_lock SET expire_time = '2001-01-01 00:00:00' WHERE lock_name";
+            assert_eq!(database.run(&format!("{past} = '{name}'")).await, 1);
+            others.insert_lock(name).ttl(TTL).wait(PATIENCE).acquire().await.unwrap()
+        };
+        // On SQLite an open transaction has the write lock, so the takeover can only come before it.
+        let (mut transaction, taken) = if T::NAME == "sqlite" {
+            let taken = take_over().await;
+            (leases.begin().await.unwrap(), taken)
+        } else {
+            (leases.begin().await.unwrap(), take_over().await)
+        };
+        T::Database::run(&mut transaction, WRITE).await.unwrap();
+        let error = transaction.commit().await.unwrap_err();
+        let is_of = |lost: &str| lost == name;
+        assert!(
+            matches!(&error, Error::Lost { reason: Loss::TakenOver, name, .. } if is_of(name)),
+            "{error:?}"
+        );
+        assert!(taken.is_held());
+        assert!(!leases.is_held() && !leases.get(name).unwrap().is_held());
+        assert!(leases.iter().all(|lease| lease.name() == name || lease.is_held()));
+        taken.release().await.unwrap();
+        drop(leases);
+    }
+    assert_eq!(written(database).await, 0);
+}
+
 async fn is_free<T: TestDatabase>(locks: &Locks<T::Database>, name: &str) -> bool {
     let guard = locks.row_lock(name).try_acquire().await;
     // SQLite locks the whole database, and can't tell who does.
@@ -225,7 +299,7 @@ async fn row_locks_in_one_transaction<T: TestDatabase>(database: &T) {
     database.run("CREATE TABLE written (value INTEGER)").await;
     let mut guards = locks.row_locks(["b", "a", "b"]).acquire().await.unwrap();
     assert_eq!(guards.names().collect::<Vec<_>>(), ["a", "b"]);
-    T::Database::run(&mut guards, "INSERT INTO written VALUES (1)").await.unwrap();
+    T::Database::run(&mut guards, WRITE).await.unwrap();
     for locks in [&locks, &others] {
         assert!(!is_free::<T>(locks, "a").await);
         assert!(!is_free::<T>(locks, "b").await);
@@ -234,12 +308,12 @@ async fn row_locks_in_one_transaction<T: TestDatabase>(database: &T) {
     let Error::Timeout { held_by: Some(held_by), .. } = held else { panic!("{held:?}") };
     assert!(held_by.is_here && held_by.kind == Kind::Row, "{held_by:?}");
     guards.commit().await.unwrap();
-    assert_eq!(database.number("SELECT COUNT(*) FROM written").await, 1);
+    assert_eq!(written(database).await, 1);
 
     let mut guards = others.row_locks(["a", "b"]).wait(PATIENCE).acquire().await.unwrap();
     T::Database::run(&mut guards, "INSERT INTO written VALUES (2)").await.unwrap();
     guards.rollback().await.unwrap();
-    assert_eq!(database.number("SELECT COUNT(*) FROM written").await, 1);
+    assert_eq!(written(database).await, 1);
     assert!(is_free::<T>(&locks, "b").await);
 
     let refused = locks.row_locks([""; 0]).acquire().await;

@@ -3,9 +3,9 @@
 use super::AnyLease;
 use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
-use crate::lease::handles;
+use crate::lease::{begin_under, handles};
 use crate::session::LeaseHandle;
-use crate::{Error, Leases, Loss};
+use crate::{Error, GuardedTransaction, Leases, Loss};
 
 /// Several insert locks that were taken together, from
 /// [`AnyInsertLocks`](crate::AnyInsertLocks), as [`Leases`]. Each is an [`AnyLease`] of its own.
@@ -77,6 +77,22 @@ impl AnyLeases {
     /// `work` is dropped with the future. The leases are not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
         handles::run_until_lost(|| self.handles(), work).await
+    }
+
+    /// Begins a transaction that commits only while all of these leases are held, as
+    /// [`Leases::begin`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Leases::begin`]. [`Error::NotInstalled`] when the leases are of another database.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. A transaction that was begun in the meantime is
+    /// rolled back.
+    pub async fn begin<DB: LockDatabase>(&self) -> Result<GuardedTransaction<DB>, Error> {
+        let leases = self.leases.iter().map(AnyLease::of::<DB>);
+        begin_under(&leases.collect::<Result<Vec<_>, Error>>()?).await
     }
 
     /// Checks, in a transaction of the caller, that all of the leases are held, and keeps other

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Lease, LeaseOptions, handles};
+use super::{GuardedTransaction, Lease, LeaseOptions, handles};
 use crate::context::Context;
 use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
@@ -186,7 +186,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         Ok(handles.map(|handles| {
             let lease = |handle| Lease::of_caller(handle, Arc::clone(&self.context)).unwatched();
             let leases: Vec<_> = handles.into_iter().map(lease).collect();
-            Leases { leases: Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into()) }
+            let leases = Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into());
+            Leases { leases }
         }))
     }
 }
@@ -203,28 +204,6 @@ impl<DB: LockDatabase> InsertLocks<DB> {
 /// assert_eq!(names, ["a", "b"]);
 /// let pages = leases.run_until_lost(async { 12 }).await?;
 /// # let _ = pages;
-/// leases.release().await?;
-/// # Ok(())
-/// # }
-/// ```
-///
-/// # Transactions
-///
-/// A [`GuardedTransaction`](crate::GuardedTransaction) belongs to one lease: its check of the lease
-/// and its COMMIT are one message, so a host that vanishes has sent both or neither. Several leases
-/// are checked with a message each. So there is no `begin` for several. Begin a transaction
-/// yourself, and call [`verify_in`](Self::verify_in) as its last statement. The transaction then
-/// commits only while all of the leases are held:
-///
-/// ```
-/// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let locks = lock_db::testing::locks().await?;
-/// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
-/// let mut transaction = locks.pool().begin().await?;
-/// // … statements on `&mut *transaction` …
-/// leases.verify_in(&mut transaction).await?;
-/// transaction.commit().await?;
 /// leases.release().await?;
 /// # Ok(())
 /// # }
@@ -283,6 +262,40 @@ impl<DB: LockDatabase> Leases<DB> {
     /// `work` is dropped with the future. The leases are not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
         handles::run_until_lost(|| self.handles(), work).await
+    }
+
+    /// Begins a transaction that commits only while all of these leases are held, as
+    /// [`Lease::begin`].
+    ///
+    /// [`commit`](GuardedTransaction::commit) checks each lease with a message of its own. Only the
+    /// last check and the COMMIT are one message. A host that vanishes between them keeps the locks
+    /// as after [`Lease::verify_in`]: on PostgreSQL for one TTL at most, on MySQL and MariaDB until
+    /// the server notices that the connection is gone. Release the locks with
+    /// [`release`](Self::release) after the commit.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// let transaction = leases.begin().await?;
+    /// // … statements on `&mut *transaction` …
+    /// transaction.commit().await?;
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::begin`], for the first lease that fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. A transaction that was begun in the meantime is
+    /// rolled back.
+    pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
+        begin_under(&self.leases.iter().collect::<Vec<_>>()).await
     }
 
     /// Checks, in a transaction of the caller, that all of the leases are held, and keeps other
@@ -353,6 +366,14 @@ impl<DB: LockDatabase> Leases<DB> {
     fn handles(&self) -> impl Iterator<Item = &LeaseHandle> {
         self.leases.iter().map(Lease::handle)
     }
+}
+
+/// See [`Leases::begin`]. There is at least one lease.
+pub(crate) async fn begin_under<DB: LockDatabase>(
+    leases: &[&Lease<DB>],
+) -> Result<GuardedTransaction<DB>, Error> {
+    let handles: Vec<_> = leases.iter().map(|lease| lease.shared_handle()).collect();
+    GuardedTransaction::begin(&leases[0].context, &handles).await
 }
 
 /// Turns this into its leases. Each is released when it is dropped.

@@ -55,6 +55,10 @@ impl<DB: LockDatabase> Lease<DB> {
         &self.handle
     }
 
+    pub(super) fn shared_handle(&self) -> &Arc<LeaseHandle> {
+        &self.handle
+    }
+
     pub(crate) fn into_handle(self) -> Arc<LeaseHandle> {
         self.handle.into_inner()
     }
@@ -236,7 +240,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The future may be dropped at any time. A transaction that was begun in the meantime is
     /// rolled back.
     pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
-        GuardedTransaction::begin(&self.context, &self.handle).await
+        GuardedTransaction::begin(&self.context, &[&*self.handle]).await
     }
 
     /// Commits a guarded transaction of this lease and releases the lock with it. Check, release

@@ -8,6 +8,7 @@ mod in_transaction;
 mod request;
 mod watch;
 
+pub(crate) use self::batch::begin_under;
 pub use self::batch::{InsertLocks, Leases};
 pub use self::guard::Lease;
 pub(crate) use self::guard::commit_and_release;

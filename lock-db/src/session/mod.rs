@@ -34,7 +34,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub(crate) use self::answers::answer_to;
 pub(crate) use self::hold_watch::HoldWatch;
 pub(crate) use self::lease_handle::{KeptByTransaction, LeaseHandle};
-pub(crate) use self::lease_state::LeaseState;
+pub(crate) use self::lease_state::{CommitUnderWay, LeaseState};
 pub(crate) use self::local_queue::LocalQueues;
 use self::request::Acquire;
 pub(crate) use self::request::{AnswerSender, Request};
