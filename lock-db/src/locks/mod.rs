@@ -1,16 +1,15 @@
-//! `Locks`, the entry point, and its builder.
+//! `Locks`, the entry point.
+
+mod builder;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use sqlx::Pool;
 
+pub use self::builder::LocksBuilder;
 use crate::context::Context;
-#[cfg(feature = "testing")]
-use crate::context::Kept;
 use crate::database::LockDatabase;
 use crate::lease::{InsertLock, InsertLocks};
-use crate::options::{HandOff, SHORTEST_WARNING, Settings, WarnAfter};
 use crate::row_lock::{RowLock, RowLocks};
 use crate::session::Request;
 use crate::{CheckReport, Error, LockInfo};
@@ -74,14 +73,7 @@ impl<DB: LockDatabase> Locks<DB> {
     /// # }
     /// ```
     pub fn builder(pool: Pool<DB>) -> LocksBuilder<DB> {
-        LocksBuilder {
-            pool,
-            settings: Settings::default(),
-            #[cfg(feature = "testing")]
-            kept: None,
-            #[cfg(feature = "testing")]
-            private: None,
-        }
+        LocksBuilder::new(pool)
     }
 
     /// Creates the table `distributed_lock` if it is missing, and brings it up to date.
@@ -198,16 +190,53 @@ impl<DB: LockDatabase> Locks<DB> {
     ///
     /// The name has 1 to 255 bytes of UTF-8 and is compared byte by byte. A name is used with one
     /// kind of lock only.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// // In a transaction of its own.
+    /// let guard = locks.row_lock("stock:7").acquire().await?;
+    /// guard.commit().await?;
+    ///
+    /// // In the transaction that does the work.
+    /// let mut transaction = locks.pool().begin().await?;
+    /// locks.row_lock("stock:7").acquire_in(&mut transaction).await?;
+    /// transaction.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn row_lock(&self, name: impl AsRef<str>) -> RowLock<DB> {
         RowLock::new(Arc::clone(&self.context), name.as_ref())
     }
 
     /// Returns a request for several insert locks, of which it takes all or none.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn insert_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> InsertLocks<DB> {
         InsertLocks::new(Arc::clone(&self.context), owned(names))
     }
 
-    /// Returns a request for several row locks in one transaction. They are taken in a fixed order.
+    /// Returns a request for several row locks in one transaction, its own or the caller's. They are
+    /// taken in a fixed order.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let guards = locks.row_locks(["account:1", "account:2"]).acquire().await?;
+    /// guards.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn row_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> RowLocks<DB> {
         RowLocks::new(Arc::clone(&self.context), owned(names))
     }
@@ -314,163 +343,6 @@ impl<DB: LockDatabase> std::fmt::Debug for Locks<DB> {
             .field("owner", &self.owner())
             .field("session", self.context.session())
             .finish_non_exhaustive()
-    }
-}
-
-/// Settings of a [`Locks`], from [`Locks::builder`].
-///
-/// A value that can't work is refused with [`Error::InvalidOption`], by [`Locks::check`] and by
-/// each request for a lock that needs the setting.
-#[derive(Debug)]
-#[must_use = "call `build`"]
-pub struct LocksBuilder<DB: LockDatabase> {
-    pool: Pool<DB>,
-    settings: Settings,
-    #[cfg(feature = "testing")]
-    kept: Option<Kept>,
-    #[cfg(feature = "testing")]
-    private: Option<Pool<DB>>,
-}
-
-// A derived impl would require `DB: Clone`.
-impl<DB: LockDatabase> Clone for LocksBuilder<DB> {
-    fn clone(&self) -> Self {
-        Self {
-            pool: self.pool.clone(),
-            settings: self.settings.clone(),
-            #[cfg(feature = "testing")]
-            kept: self.kept.clone(),
-            #[cfg(feature = "testing")]
-            private: self.private.clone(),
-        }
-    }
-}
-
-impl<DB: LockDatabase> LocksBuilder<DB> {
-    /// Sets the label that is shown as part of the owner, beside host and process id. It is usually
-    /// the name of the service.
-    pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.settings.label = label.into();
-        self
-    }
-
-    /// Sets the schema of the table. On MySQL and MariaDB this is a database of the server.
-    /// [`migrate`](Locks::migrate) creates a schema that is missing.
-    ///
-    /// Without this setting the table is found once, where the connections of the pool look first:
-    /// by their `search_path`, or in the database of the URL. In either case every statement then
-    /// uses the full name of the table. This includes statements in the caller's transactions,
-    /// whatever their `search_path` is. On SQLite the only schema is `main`, the file itself.
-    pub fn schema(mut self, schema: impl Into<String>) -> Self {
-        self.settings.schema = Some(schema.into());
-        self
-    }
-
-    /// Sets a prefix for all names in the table.
-    ///
-    /// It separates several services in one database that would otherwise use the same names. The
-    /// prefix counts towards the 255 bytes of a name. Callers pass names without it, and names are
-    /// reported without it.
-    pub fn name_prefix(mut self, prefix: impl Into<String>) -> Self {
-        self.settings.name_prefix = prefix.into();
-        self
-    }
-
-    /// Sets the TTL of insert locks that do not set their own: 50 ms to 365 days. Default: 30
-    /// seconds.
-    pub fn default_ttl(mut self, ttl: Duration) -> Self {
-        self.settings.default_ttl = ttl;
-        self
-    }
-
-    /// Sets the wait of requests that do not set their own: at most 365 days. Default: 30 seconds.
-    pub fn default_wait(mut self, wait: Duration) -> Self {
-        self.settings.default_wait = wait;
-        self
-    }
-
-    /// Sets whether processes that wait for an insert lock get it in the order in which they came.
-    /// Default: `true`.
-    ///
-    /// The queue is kept in the row of the lock. A request that has to wait costs a small write,
-    /// and one more each second. Clusters with several primaries have no queue, because these
-    /// writes would conflict with those of the holder.
-    ///
-    /// With `fair(false)` a request skips the queue: it takes the lock when it finds it free, and
-    /// may starve.
-    pub fn fair(mut self, fair: bool) -> Self {
-        self.settings.fair = fair;
-        self
-    }
-
-    /// Sets for how long an insert lock may stay in this process after a release, while callers of
-    /// this process wait for it.
-    ///
-    /// The lock is handed from one caller to the next in memory, without asking the database. This
-    /// ends after `turns` holders, or when `time` has passed since the database granted the lock.
-    /// Then the lock is released, and the request that has waited longest gets it, in whichever
-    /// process it is. If no other process was waiting at the time of the grant, there are four
-    /// times as many turns.
-    ///
-    /// Larger values cost less and let other processes wait longer. With one turn each holder asks
-    /// the database. Between 1 and 4096 turns are possible. Other values are refused with
-    /// [`Error::InvalidOption`], by [`Locks::check`] and when a lock is acquired.
-    ///
-    /// Default: 64 turns, 50 ms.
-    pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
-        self.settings.hand_off = HandOff { turns, time };
-        self
-    }
-
-    /// Sets after how long a lock that is still held is reported. `None` turns the reports off.
-    ///
-    /// A report is a WARN of the crate `tracing` with the name, the owner, the time of the grant
-    /// and the fencing token. It is repeated each time twice as much time has passed.
-    ///
-    /// The reports reveal work that hangs and guards that are never dropped, which keep a lock as
-    /// long as their process lives. Two kinds of lock are not reported: leases with an
-    /// [`at_most`](InsertLock::at_most), because they end by themselves, and locks in transactions
-    /// of the caller, because only the database knows how long they last.
-    ///
-    /// The shortest time is one second; a shorter one counts as one second. Default: ten times the
-    /// TTL of a lease, but at least 30 seconds; five minutes for a row lock.
-    pub fn warn_after(mut self, time: impl Into<Option<Duration>>) -> Self {
-        self.settings.warn_after =
-            time.into().map_or(WarnAfter::Never, |time| WarnAfter::After(time.max(SHORTEST_WARNING)));
-        self
-    }
-
-    /// Drops `kept` only when the `Locks` and all its clones are gone.
-    #[cfg(feature = "testing")]
-    pub(crate) fn keeping(mut self, kept: Kept) -> Self {
-        self.kept = Some(kept);
-        self
-    }
-
-    /// Opens the private connections like those of this pool, instead of the pool for transactions.
-    #[cfg(feature = "testing")]
-    pub(crate) fn private(mut self, pool: Pool<DB>) -> Self {
-        self.private = Some(pool);
-        self
-    }
-
-    /// Builds the `Locks`. Does not connect yet.
-    #[must_use]
-    pub fn build(self) -> Locks<DB> {
-        #[cfg(all(feature = "testing", not(debug_assertions)))]
-        crate::test_support::warn_of_optimised_program();
-        let private = self.pool.clone();
-        #[cfg(feature = "testing")]
-        let private = self.private.unwrap_or(private);
-        Locks {
-            context: Context::new(
-                self.pool,
-                private,
-                self.settings,
-                #[cfg(feature = "testing")]
-                self.kept,
-            ),
-        }
     }
 }
 
