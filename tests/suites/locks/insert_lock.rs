@@ -15,7 +15,7 @@ lock_tests::cases! {
     tasks_of_one_process_take_turns_in_order,
     fencing_tokens_only_grow,
     the_secret_is_128_bits_and_new_each_time,
-    the_row_says_who_holds_it,
+    the_row_names_its_holder,
     a_wait_ends_in_time,
     try_acquire_never_waits,
     bad_input_is_refused_before_any_sql,
@@ -137,7 +137,7 @@ async fn the_secret_is_128_bits_and_new_each_time<T: TestDatabase>(database: &T)
     assert_ne!(second.secret_key(), secret);
 }
 
-async fn the_row_says_who_holds_it<T: TestDatabase>(database: &T) {
+async fn the_row_names_its_holder<T: TestDatabase>(database: &T) {
     let locks = Locks::builder(database.pool(2).await).label("billing").build();
     locks.migrate().await.unwrap();
     assert_eq!(locks.info("a").await.unwrap(), None);

@@ -18,7 +18,7 @@ lock_tests::cases! {
     on postgres:
     a_holder_that_vanishes_after_verify_in,
     a_holder_that_vanishes_after_release_in,
-    the_idle_timeout_of_a_guarded_transaction_is_reset,
+    the_idle_timeout_of_the_callers_transaction_is_restored,
     a_transaction_that_was_idle_for_too_long_is_reported,
 }
 
@@ -153,7 +153,7 @@ async fn limit(connection: &mut sqlx::PgConnection) -> i64 {
 }
 
 /// For that transaction alone, and a shorter one stays.
-async fn the_idle_timeout_of_a_guarded_transaction_is_reset(database: &PostgresServer) {
+async fn the_idle_timeout_of_the_callers_transaction_is_restored(database: &PostgresServer) {
     let locks = database.locks().await;
     let lease = locks.insert_lock("a").ttl(Duration::from_secs(20)).acquire().await.unwrap();
     let mut connection = connection::<Postgres>(database.url()).await;

@@ -10,13 +10,13 @@ mod modes;
 mod on_mysql;
 mod on_postgres;
 mod on_sqlite;
+mod privileges;
 mod recreated;
 mod requests;
-mod rights;
 mod rows_hidden;
 mod sessions;
 mod triggers;
 
 lock_tests::cases! {
-    in modules: changed_in_use, column_types, encodings, recreated, modes, on_mysql, on_postgres, on_sqlite, rights, rows_hidden, sessions, triggers
+    in modules: changed_in_use, column_types, encodings, recreated, modes, on_mysql, on_postgres, on_sqlite, privileges, rows_hidden, sessions, triggers
 }
