@@ -40,9 +40,7 @@ impl OwnServer {
     /// Ignores the case if the programs for such a server are not installed.
     pub fn need(kind: &str) {
         if !Self::can_have(kind) {
-            ignore(format_args!(
-                "the programs for a {kind} of its own are not installed; tests/run installs them"
-            ));
+            ignore(format_args!("tests/server finds no programs for {kind}; tests/run installs them"));
         }
     }
 
