@@ -21,12 +21,17 @@ thread_local! {
 
 /// The output of one case, or of the threads that belong to none.
 #[derive(Clone)]
-pub(crate) struct Output(Option<Arc<Mutex<String>>>);
+pub(crate) struct Output(Option<Arc<OfCase>>);
+
+struct OfCase {
+    case: String,
+    lines: Mutex<String>,
+}
 
 impl Output {
     /// The output of a case.
-    pub(crate) fn new() -> Self {
-        Self(Some(Arc::default()))
+    pub(crate) fn new(case: &str) -> Self {
+        Self(Some(Arc::new(OfCase { case: case.to_owned(), lines: Mutex::default() })))
     }
 
     pub(crate) fn of_this_thread() -> Self {
@@ -60,7 +65,7 @@ impl Output {
     }
 
     fn lines(&self) -> &Mutex<String> {
-        self.0.as_deref().unwrap_or(&OTHER_LINES)
+        self.0.as_ref().map_or(&OTHER_LINES, |of_case| &of_case.lines)
     }
 }
 
@@ -78,12 +83,15 @@ pub fn note(line: impl Display) {
 pub(crate) fn capture_panics(is_shown_at_once: bool) {
     IS_SHOWN_AT_ONCE.store(is_shown_at_once, Ordering::Relaxed);
     panic::set_hook(Box::new(|panic: &PanicHookInfo<'_>| {
-        let thread = thread::current();
-        let mut text = format!("thread '{}' {panic}", thread.name().unwrap_or("<unnamed>"));
+        let output = Output::of_this_thread();
+        let mut text = match &output.0 {
+            Some(of_case) => format!("case '{}' {panic}", of_case.case),
+            None => format!("thread '{}' {panic}", thread::current().name().unwrap_or("<unnamed>")),
+        };
         let backtrace = Backtrace::capture();
         if backtrace.status() == BacktraceStatus::Captured {
             text += &format!("\n{backtrace}");
         }
-        note(text);
+        output.add(&text);
     }));
 }

@@ -57,8 +57,8 @@ pub fn run(
 
 fn trial(case: Case) -> Trial {
     let Case { name, run } = case;
+    let output = Output::new(&name);
     Trial::ignorable_test(name, move || {
-        let output = Output::new();
         Output::attach(output.clone());
         let outcome = catch_unwind(AssertUnwindSafe(run));
         Output::detach();

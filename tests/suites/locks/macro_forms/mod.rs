@@ -1,4 +1,4 @@
-//! Every form of function that `#[distributed_lock]` accepts, in a crate that allows no lint. The
+//! Every form of function that `#[distributed_lock]` accepts, in a module that allows no lint. The
 //! generated code must compile there, run under the lock, and be a future that can be spawned.
 
 #![deny(warnings, clippy::all, clippy::pedantic)]
