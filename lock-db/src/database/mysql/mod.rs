@@ -10,6 +10,7 @@ mod errors;
 mod lease;
 mod mariadb;
 mod migrate;
+mod queue;
 mod schema;
 mod session;
 mod several;
@@ -258,7 +259,7 @@ impl QueueDriver for MySql {
         name: &str,
         place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -268,7 +269,7 @@ impl QueueDriver for MySql {
         before: &str,
         after: &str,
     ) -> sqlx::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        queue::set_waiters(connection, server, name, before, after).await
     }
 
     async fn dequeue(
@@ -277,7 +278,7 @@ impl QueueDriver for MySql {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, name, secret).await
     }
 }
 

@@ -30,6 +30,7 @@ mod errors;
 mod lease;
 mod listener;
 mod migrate;
+mod queue;
 mod schema;
 mod sequence;
 mod session;
@@ -270,7 +271,7 @@ impl QueueDriver for Postgres {
         name: &str,
         place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -280,7 +281,7 @@ impl QueueDriver for Postgres {
         before: &str,
         after: &str,
     ) -> sqlx::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        queue::set_waiters(connection, server, name, before, after).await
     }
 
     async fn dequeue(
@@ -289,7 +290,7 @@ impl QueueDriver for Postgres {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, name, secret).await
     }
 }
 

@@ -7,6 +7,7 @@ mod check;
 mod errors;
 mod lease;
 mod migrate;
+mod queue;
 mod schema;
 mod snapshots;
 mod transaction;
@@ -217,7 +218,7 @@ impl QueueDriver for Sqlite {
         name: &str,
         place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, place).await
     }
 
     async fn set_waiters(
@@ -227,7 +228,7 @@ impl QueueDriver for Sqlite {
         before: &str,
         after: &str,
     ) -> sqlx::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        queue::set_waiters(connection, server, name, before, after).await
     }
 
     async fn dequeue(
@@ -236,7 +237,7 @@ impl QueueDriver for Sqlite {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, name, secret).await
     }
 }
 
