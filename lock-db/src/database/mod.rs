@@ -16,6 +16,10 @@ pub(crate) use self::wait_queue::WaitQueue;
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 use crate::name::Name;
 
+// Defines `layout!`, which the modules of the databases use.
+#[macro_use]
+mod wait_queue;
+
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 mod columns;
 pub(crate) mod driver;
@@ -28,7 +32,6 @@ mod server;
 #[cfg(feature = "_sqlite")]
 mod sqlite;
 mod types;
-mod wait_queue;
 
 /// How many prepared statements a private connection caches. This is more than there are.
 pub(crate) const PRIVATE_STATEMENTS: usize = 100;

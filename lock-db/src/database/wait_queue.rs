@@ -13,32 +13,54 @@
 //! | 49–56    | 8      | listener | hexadecimal, padded with zeros: the listener id that a    |
 //! |          |        |          | release notifies; 0 means none                            |
 //!
-//! The statements of all databases read and write this text. They contain these numbers as
-//! literals:
-//!
-//! - 32: length of the secret. The first 32 characters are those of the first entry's secret.
-//! - 49, 8: position and length of the first entry's listener (`48..56` in Rust).
-//! - 56: length of an entry. `dequeue` removes 56 characters from the position of a secret.
-//! - 57: position of the second entry, which becomes the first when the first waiter is granted the
-//!   lock.
-//! - 3584: length of a full queue, 64 × 56. An entry is appended only to a shorter text.
-//! - 16 and 2000000: width of the deadline, and [`LASTS`] in microseconds, for an appended entry.
+//! This module is the only one that knows these numbers. The statements of each database contain
+//! them as well; its macros (`queue.rs`) make them of [`layout!`].
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::options::micros;
 
-/// The layout of the column: see the module's documentation.
+/// The numbers of the layout, as literals for statements. Positions count from 1.
+macro_rules! layout {
+    (secret) => {
+        32
+    };
+    (time) => {
+        16
+    };
+    (listener_at) => {
+        49
+    };
+    (listener) => {
+        8
+    };
+    (entry) => {
+        56
+    };
+    (second_entry_at) => {
+        57
+    };
+    (full) => {
+        3584
+    };
+    (lasts) => {
+        2000000
+    };
+}
+
 const MOST: usize = 64;
-const SECRET: usize = 32;
-const UNTIL: usize = 16;
-const LISTENER: usize = 8;
-const PLACE: usize = SECRET + UNTIL + LISTENER;
+const SECRET: usize = layout!(secret);
+const UNTIL: usize = layout!(time);
+const LISTENER: usize = layout!(listener);
+const ENTRY: usize = layout!(entry);
+
+/// Length of the longest queue.
+pub(super) const LONGEST: usize = layout!(full);
 
 /// How long an entry is valid unless its process extends it. A free lock waits this long for a
 /// first waiter that has died.
-pub(crate) const LASTS: Duration = Duration::from_secs(2);
+pub(crate) const LASTS: Duration = Duration::from_micros(layout!(lasts));
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct WaitQueue(Vec<Waiter>);
@@ -53,7 +75,7 @@ struct Waiter {
 impl WaitQueue {
     /// Parses the entries that are valid now. Text that is not in this format is dropped.
     pub(crate) fn parse(text: &str, now: i64) -> Self {
-        let places = text.as_bytes().chunks_exact(PLACE).filter_map(|place| {
+        let places = text.as_bytes().chunks_exact(ENTRY).filter_map(|place| {
             let place = std::str::from_utf8(place).ok()?;
             let (secret, rest) = place.split_at_checked(SECRET)?;
             let (until, listener) = rest.split_at_checked(UNTIL)?;
@@ -66,7 +88,7 @@ impl WaitQueue {
     }
 
     pub(crate) fn text(&self) -> String {
-        let mut text = String::with_capacity(self.0.len() * PLACE);
+        let mut text = String::with_capacity(self.0.len() * ENTRY);
         for Waiter { secret, until, listener } in &self.0 {
             let _infallible = write!(text, "{secret:0>SECRET$}{until:0>UNTIL$}{listener:0>LISTENER$x}");
         }
@@ -129,7 +151,7 @@ mod tests {
         assert!(waiters.enqueue(&secret(2), NOW, 0));
         assert!(!waiters.enqueue(&secret(1), NOW + 1, 7), "young enough");
         let text = waiters.text();
-        assert_eq!(text.len(), 2 * PLACE);
+        assert_eq!(text.len(), 2 * ENTRY);
         assert!(text.starts_with(&format!("{}{}00000007", secret(1), NOW + micros(LASTS))));
         assert_eq!(WaitQueue::parse(&text, NOW), waiters);
         assert_eq!(waiters.position(&secret(2)), Some(1));
@@ -156,7 +178,7 @@ mod tests {
         }
         assert!(!waiters.enqueue(&secret(MOST), NOW, 0));
         assert_eq!(waiters.text().len(), 3584, "as long as the column of MySQL");
-        for foreign in ["x", &"x".repeat(PLACE), &"ü".repeat(PLACE), &"9".repeat(PLACE)] {
+        for foreign in ["x", &"x".repeat(ENTRY), &"ü".repeat(ENTRY), &"9".repeat(ENTRY)] {
             assert!(WaitQueue::parse(foreign, NOW).is_empty(), "{foreign}");
         }
     }

@@ -59,12 +59,16 @@ WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencin
     AND lease.expire_time > '1970-01-01 00:00:00'";
 
 /// `RELEASE` (entries without a `ttl`) and `ACQUIRE` for many leases at once, in one commit.
-const BATCH: &str = "
+const BATCH: &str = concat!("
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
         lease.secret_key = asked.secret_key AS is_again, lease.previous_token AS last_previous,
-        lease.waiters <> '' AND LEFT(lease.waiters, 32) = asked.place AS was_first,
-        lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, asked.place) = 0 AS may_stand,
+        ",
+is_first!("lease.waiters", "asked.place"),
+" AS was_first,
+        lease.waiters <> '' AND ",
+has_room!("lease.waiters", "asked.place"),
+" AS has_room,
         asked.secret_key, asked.ttl, asked.place
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
@@ -75,7 +79,9 @@ UPDATE (
         AND (lease.secret_key = asked.secret_key
             OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
                 AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-                AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
+                AND (lease.waiters = '' OR asked.place = '' OR ",
+is_first!("lease.waiters", "asked.place"),
+")))
     LIMIT 1000000
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -88,10 +94,13 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.expire_time = IF(
         unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
     lease.ttl_micros = unlocked.ttl,
-    lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN SUBSTR(lease.waiters, 57)
-        WHEN unlocked.ttl = 0 AND unlocked.place <> '' AND unlocked.may_stand THEN CONCAT(
-            lease.waiters, unlocked.place, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), CONVERT(@lock_db_listener USING ascii))
-        ELSE lease.waiters END";
+    lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN ",
+without_first!("lease.waiters"),
+"
+        WHEN unlocked.ttl = 0 AND unlocked.has_room THEN ",
+with_entry!("lease.waiters", "unlocked.place", "CONVERT(@lock_db_listener USING ascii)"),
+"
+        ELSE lease.waiters END");
 
 /// Which of the leases are ours, and whether the request was carried out: released, or taken so
 /// recently that more time is left than the holder will rely on. Runs in the transaction of

@@ -50,14 +50,19 @@ const CREATE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?, ?)";
 ///
 /// A locked row is skipped, so that other callers do not wait for it on this connection. Inside a
 /// transaction this would leave a lock on the gap behind the row; outside it does not.
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!(
+    "
 UPDATE (
     SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
-        previous_token AS last_previous, waiters <> '' AND LEFT(waiters, 32) = ? AS was_first
+        previous_token AS last_previous, ",
+    is_first!("waiters", "?"),
+    " AS was_first
     FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
         OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-            AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+            AND (waiters = '' OR ? OR ",
+    is_first!("waiters", "?"),
+    ")))
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -69,13 +74,17 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
     lease.owner = ?,
     lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
     lease.ttl_micros = ?,
-    lease.waiters = IF(unlocked.was_first, SUBSTR(lease.waiters, 57), lease.waiters)";
+    lease.waiters = IF(unlocked.was_first, ",
+    without_first!("lease.waiters"),
+    ", lease.waiters)"
+);
 
 const GRANTED: &str = "
 SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
 FROM {table} WHERE lock_name = ? AND secret_key = ?";
 
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 UPDATE (
     SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND secret_key = ?
@@ -84,10 +93,9 @@ UPDATE (
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.expire_time = '1970-01-01 00:00:00',
     lease.ttl_micros = 0,
-    lease.waiters = IF(
-        ? <> '' AND lease.waiters <> '' AND LENGTH(lease.waiters) < 3584 AND INSTR(lease.waiters, ?) = 0,
-        CONCAT(lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
-        lease.waiters)";
+    lease.waiters = ",
+    behind_others!("lease.waiters", "?", "?")
+);
 
 const RELEASE_LATER: &str = "
 UPDATE (
@@ -303,7 +311,7 @@ pub(super) async fn release(
     } else {
         let (place, listener) = QueueEntry::parts(place.as_ref());
         let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
-        let query = query.bind(place).bind(place).bind(place).bind(listener);
+        let query = query.bind(place).bind(place).bind(listener);
         query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
     };
     released_or_not(connection, server, name, secret, released?).await

@@ -42,13 +42,15 @@ BEGIN NOT ATOMIC
     COMMIT;
 END";
 
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!("
 INSERT INTO {table} (id, lock_name, secret_key, owner, expire_time, ttl_micros, waiters)
 SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?, ?
 FROM {table} AS free FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
     OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-        AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+        AND (waiters = '' OR ? OR ",
+is_first!("waiters", "?"),
+")))
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
@@ -58,29 +60,30 @@ ON DUPLICATE KEY UPDATE
         distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
     acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
-    waiters = IF(distributed_lock.waiters <> '' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters),
-        SUBSTR(distributed_lock.waiters, 57), distributed_lock.waiters),
+    waiters = ",
+without_own_first!("distributed_lock.waiters", "VALUES(waiters)"),
+",
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     owner = VALUES(owner),
     secret_key = VALUES(secret_key)
-RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token, secret_key";
+RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token, secret_key");
 
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS held FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND secret_key = ?
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
-    waiters = IF(
-        VALUES(waiters) <> '' AND distributed_lock.waiters <> '' AND LENGTH(distributed_lock.waiters) < 3584
-            AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0,
-        CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
-        distributed_lock.waiters),
+    waiters = ",
+    behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"),
+    ",
     expire_time = '1970-01-01 00:00:00',
     ttl_micros = 0
-RETURNING id";
+RETURNING id"
+);
 
 const RELEASE_LATER: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
@@ -124,15 +127,20 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''
 RETURNING id";
 
-const STAND: &str = "
+const STAND: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
+WHERE lock_name = ? AND lock_kind = 'insert' AND ",
+    has_room!("waiters", "?"),
+    "
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = CONCAT(distributed_lock.waiters, VALUES(waiters),
-    LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
-RETURNING id";
+ON DUPLICATE KEY UPDATE waiters = ",
+    with_entry!("distributed_lock.waiters", "VALUES(waiters)", "?"),
+    "
+RETURNING id"
+);
 
 /// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
@@ -144,15 +152,19 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING id";
 
-const REMOVE_WAITER: &str = "
+const REMOVE_WAITER: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
-SELECT id, lock_name, INSERT(waiters, INSTR(waiters, ?), 56, '')
+SELECT id, lock_name, ",
+    without!("waiters", "INSTR(waiters, ?)"),
+    "
 FROM {table} AS queue FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND INSTR(waiters, ?) > 0
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
-RETURNING id";
+RETURNING id"
+);
 
 /// See `batch::RENEW`.
 const RENEW: &str = "
@@ -174,7 +186,7 @@ RETURNING secret_key";
 /// `RELEASE` (entries without a `ttl`, which get the deadline of a free lock) and `ACQUIRE` for
 /// many leases at once. The comments save conversions on versions of MariaDB that are known to read
 /// a character set there.
-const BATCH: &str = "
+const BATCH: &str = concat!("
 INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
@@ -189,7 +201,9 @@ WHERE lease.lock_kind = 'insert'
     AND (lease.secret_key = asked.secret_key
         OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-            AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
+            AND (lease.waiters = '' OR asked.place = '' OR ",
+is_first!("lease.waiters", "asked.place"),
+")))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
@@ -199,17 +213,13 @@ ON DUPLICATE KEY UPDATE
     acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
     owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
-    waiters = CASE WHEN distributed_lock.waiters = '' THEN ''
-        WHEN VALUES(expire_time) > '1970-01-01 00:00:00' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters)
-            THEN SUBSTR(distributed_lock.waiters, 57)
-        WHEN VALUES(expire_time) = '1970-01-01 00:00:00' AND VALUES(waiters) <> ''
-                AND LENGTH(distributed_lock.waiters) < 3584 AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0
-            THEN CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
-        ELSE distributed_lock.waiters END,
+    waiters = IF(VALUES(expire_time) = '1970-01-01 00:00:00',
+        ",behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"),",
+        ",without_own_first!("distributed_lock.waiters", "VALUES(waiters)"),"),
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     secret_key = VALUES(secret_key)
-RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
+RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token");
 
 /// `ACQUIRE` for several names, which have no queue entries: takes those that are free.
 macro_rules! acquire_all {

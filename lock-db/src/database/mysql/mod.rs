@@ -4,13 +4,15 @@
 //! row, and `lock_wait_timeout` every statement that may wait for a table. Both are set once per
 //! connection.
 
+#[macro_use]
+mod queue;
+
 mod batch;
 mod check;
 mod errors;
 mod lease;
 mod mariadb;
 mod migrate;
-mod queue;
 mod schema;
 mod session;
 mod several;

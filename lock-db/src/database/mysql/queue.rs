@@ -6,15 +6,92 @@ use super::mariadb;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
-const STAND: &str = "
+/// Whether the queue begins with the entry of this secret.
+macro_rules! is_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!("LEFT(", $waiters, ", ", layout!(secret), ") = ", $secret)
+    };
+}
+
+/// The queue without its first entry.
+macro_rules! without_first {
+    ($waiters:literal) => {
+        concat!("SUBSTR(", $waiters, ", ", layout!(second_entry_at), ")")
+    };
+}
+
+/// The queue after a grant: without its first entry, if that is the one of this secret.
+macro_rules! without_own_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!("IF(", is_first!($waiters, $secret), ", ", without_first!($waiters), ", ", $waiters, ")")
+    };
+}
+
+/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// because an empty text is found everywhere.
+macro_rules! has_room {
+    ($waiters:literal, $secret:literal) => {
+        concat!("LENGTH(", $waiters, ") < ", layout!(full), " AND INSTR(", $waiters, ", ", $secret, ") = 0")
+    };
+}
+
+/// The queue with an entry appended.
+macro_rules! with_entry {
+    ($waiters:literal, $secret:literal, $listener:literal) => {
+        concat!(
+            "CONCAT(",
+            $waiters,
+            ", ",
+            $secret,
+            ", LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + ",
+            layout!(lasts),
+            ", ",
+            layout!(time),
+            ", '0'), ",
+            $listener,
+            ")"
+        )
+    };
+}
+
+/// The queue after a release: with an entry appended, unless it is empty. If no other process
+/// waits, the next caller of this process needs no entry.
+macro_rules! behind_others {
+    ($waiters:literal, $secret:literal, $listener:literal) => {
+        concat!(
+            "IF(",
+            $waiters,
+            " <> '' AND ",
+            has_room!($waiters, $secret),
+            ", ",
+            with_entry!($waiters, $secret, $listener),
+            ", ",
+            $waiters,
+            ")"
+        )
+    };
+}
+
+/// The queue without the entry at this position.
+macro_rules! without {
+    ($waiters:literal, $position:literal) => {
+        concat!("INSERT(", $waiters, ", ", $position, ", ", layout!(entry), ", '')")
+    };
+}
+
+const STAND: &str = concat!(
+    "
 UPDATE (
     SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
+    WHERE lock_name = ? AND lock_kind = 'insert' AND ",
+    has_room!("waiters", "?"),
+    "
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.waiters = CONCAT(
-    lease.waiters, ?, LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)";
+SET lease.waiters = ",
+    with_entry!("lease.waiters", "?", "?")
+);
 
 /// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
@@ -26,7 +103,8 @@ UPDATE (
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = ?";
 
-const REMOVE_WAITER: &str = "
+const REMOVE_WAITER: &str = concat!(
+    "
 UPDATE (
     SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS place
     FROM {table} FORCE INDEX (distributed_lock_name)
@@ -34,7 +112,9 @@ UPDATE (
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.waiters = INSERT(unlocked.last_waiters, unlocked.place, 56, '')";
+SET lease.waiters = ",
+    without!("unlocked.last_waiters", "unlocked.place")
+);
 
 pub(super) async fn enqueue(
     connection: &mut MySqlConnection,

@@ -76,10 +76,9 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = "#,
+behind_others!("lease.waiters", "unlocked.place", "$4"),
+r#"
 FROM unsynced, (
     SELECT lease.ctid, asked.place
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
@@ -88,7 +87,7 @@ FROM unsynced, (
             r#" AND lease.secret_key = asked.secret_key
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid
-RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#
+RETURNING lease.secret_key::text, lease.id, "#,first_listener!("lease.waiters")
         )
     };
 }
@@ -96,14 +95,14 @@ const RETURN: &str = return_many!(from_behind);
 const RETURN_MANY: &str = return_many!(plainly);
 
 /// `RELEASE_UNDER_GUARD` for many leases at once: those that `RETURN` skipped.
-const RETURN_UNDER_GUARD: &str = r#"
+const RETURN_UNDER_GUARD: &str = concat!(
+    r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
-    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = "#,
+    behind_others!("lease.waiters", "unlocked.place", "$4"),
+    r#"
 FROM unsynced, (
     SELECT lease.id, asked.place
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
@@ -111,7 +110,9 @@ FROM unsynced, (
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
     FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.id = unlocked.id
-RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#;
+RETURNING lease.secret_key::text, lease.id, "#,
+    first_listener!("lease.waiters")
+);
 
 /// `RELEASE` (entries without a `ttl`) and `ACQUIRE` for many leases at once, in one statement and
 /// one commit.
@@ -140,11 +141,10 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     ttl_micros = COALESCE(unlocked.ttl, 0),
     secret_key = unlocked.secret_key,
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
-    waiters = CASE WHEN lease.waiters = '' THEN ''
-        WHEN unlocked.ttl IS NOT NULL AND left(lease.waiters, 32) = unlocked.place THEN substr(lease.waiters, 57)
-        WHEN unlocked.ttl IS NULL AND length(lease.waiters) < 3584 AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $6
-        ELSE lease.waiters END
+    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#,
+behind_others!("lease.waiters", "unlocked.place", "$6"),
+r#"
+        ELSE "#,without_own_first!("lease.waiters", "unlocked.place"),r#" END
 FROM (
     SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.place,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
@@ -156,11 +156,15 @@ FROM (
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
-            AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)
+            AND (lease.waiters = '' OR asked.place IS NULL OR "#,
+is_first!("lease.waiters", "asked.place"),
+r#")
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
-RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
+RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN "#,
+first_listener!("lease.waiters"),
+r#" END,
     lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#
         )
     };

@@ -93,14 +93,18 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     ttl_micros = $4,
     secret_key = $2,
     owner = $3,
-    waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
+    waiters = ",
+    without_own_first!("lease.waiters", "$5"),
+    "
 WHERE lease.ctid = (
     SELECT ctid FROM {table}
     WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
         OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
-            AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
+            AND (waiters = '' OR $5::text IS NULL OR ",
+    is_first!("waiters", "$5"),
+    ")))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token"
@@ -116,17 +120,17 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position($3 IN lease.waiters) = 0
-        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = ",
+    behind_others!("lease.waiters", "$3", "$4"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table} WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND secret_key = $2
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)"
+RETURNING lease.id, ",
+    first_listener!("lease.waiters")
 );
 
 /// `RELEASE` while a transaction is open that the lease guards. That transaction can still commit,
@@ -136,17 +140,17 @@ const RELEASE_UNDER_GUARD: &str = concat!(
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
-    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position($3 IN lease.waiters) = 0
-        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = ",
+    behind_others!("lease.waiters", "$3", "$4"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table} WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)"
+RETURNING lease.id, ",
+    first_listener!("lease.waiters")
 );
 
 /// Waits for the disk like a grant: no other process may take the lock before that time, whatever

@@ -24,13 +24,15 @@ macro_rules! newest {
     };
 }
 
+#[macro_use]
+mod queue;
+
 mod batch;
 mod check;
 mod errors;
 mod lease;
 mod listener;
 mod migrate;
-mod queue;
 mod schema;
 mod sequence;
 mod session;

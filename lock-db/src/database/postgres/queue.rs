@@ -7,17 +7,127 @@ use sqlx::postgres::PgConnection;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
+/// Whether the queue begins with the entry of this secret.
+macro_rules! is_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!("left(", $waiters, ", ", layout!(secret), ") = ", $secret)
+    };
+}
+
+/// The queue without its first entry.
+macro_rules! without_first {
+    ($waiters:literal) => {
+        concat!("substr(", $waiters, ", ", layout!(second_entry_at), ")")
+    };
+}
+
+/// The queue after a grant: without its first entry, if that is the one of this secret.
+macro_rules! without_own_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!(
+            "CASE WHEN ",
+            is_first!($waiters, $secret),
+            " THEN ",
+            without_first!($waiters),
+            " ELSE ",
+            $waiters,
+            " END"
+        )
+    };
+}
+
+/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// because an empty text is found everywhere.
+macro_rules! has_room {
+    ($waiters:literal, $secret:literal) => {
+        concat!(
+            "length(",
+            $waiters,
+            ") < ",
+            layout!(full),
+            " AND position(",
+            $secret,
+            " IN ",
+            $waiters,
+            ") = 0"
+        )
+    };
+}
+
+/// The queue with an entry appended.
+macro_rules! with_entry {
+    ($waiters:literal, $secret:literal, $listener:literal) => {
+        concat!(
+            $waiters,
+            " || ",
+            $secret,
+            " || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + ",
+            layout!(lasts),
+            ")::text, ",
+            layout!(time),
+            ", '0') || ",
+            $listener
+        )
+    };
+}
+
+/// The queue after a release: with an entry appended, unless it is empty. If no other process
+/// waits, the next caller of this process needs no entry.
+macro_rules! behind_others {
+    ($waiters:literal, $secret:literal, $listener:literal) => {
+        concat!(
+            "CASE WHEN ",
+            $waiters,
+            " <> '' AND ",
+            has_room!($waiters, $secret),
+            " THEN ",
+            with_entry!($waiters, $secret, $listener),
+            " ELSE ",
+            $waiters,
+            " END"
+        )
+    };
+}
+
+/// The queue without the entry of this secret, which it contains.
+macro_rules! without {
+    ($waiters:literal, $secret:literal) => {
+        concat!(
+            "overlay(",
+            $waiters,
+            " PLACING '' FROM position(",
+            $secret,
+            " IN ",
+            $waiters,
+            ") FOR ",
+            layout!(entry),
+            ")"
+        )
+    };
+}
+
+/// The listener of the first entry. Empty for an empty queue.
+macro_rules! first_listener {
+    ($waiters:literal) => {
+        concat!("substr(", $waiters, ", ", layout!(listener_at), ", ", layout!(listener), ")")
+    };
+}
+
 const STAND: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
-SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
+SET waiters = ",
+    with_entry!("lease.waiters", "$2", "$3"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table}
     WHERE ctid = ",
     newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
+    " AND lock_name = $1 AND lock_kind = 'insert' AND ",
+    has_room!("waiters", "$2"),
+    "
     FOR NO KEY UPDATE SKIP LOCKED)"
 );
 
@@ -38,7 +148,9 @@ const REMOVE_WAITER: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
-SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
+SET waiters = ",
+    without!("waiters", "$2"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table} WHERE ctid = ",

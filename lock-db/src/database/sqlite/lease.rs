@@ -50,7 +50,8 @@ ON CONFLICT (lock_name) DO NOTHING";
 /// process's own, and SQLite's functions truncate it to milliseconds.
 ///
 /// An expired lease is taken only after notice was given: see `LockRow::notice_is_due`.
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!(
+    "
 UPDATE {table}
 SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
     previous_token = CASE WHEN secret_key = ?2 THEN previous_token ELSE fencing_token END,
@@ -60,12 +61,17 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     ttl_micros = ?7,
     secret_key = ?2,
     owner = ?3,
-    waiters = CASE WHEN substr(waiters, 1, 32) = ?6 THEN substr(waiters, 57) ELSE waiters END
+    waiters = ",
+    without_own_first!("waiters", "?6"),
+    "
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
       AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')
-      AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
-RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
+      AND (waiters = '' OR ?6 IS NULL OR ",
+    is_first!("waiters", "?6"),
+    ")))
+RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token"
+);
 
 /// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
 /// ahead, by more than 2 s, because the clock was set back.
@@ -91,13 +97,16 @@ FROM (
 JOIN {table} AS lease ON lease.id = asked.id AND secret_key = asked.secret AND fencing_token = asked.token
 WHERE expire_time > '1970-01-01 00:00:00.000000'";
 
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 UPDATE {table}
 SET expire_time = '1970-01-01 00:00:00.000000',
     ttl_micros = 0,
-    waiters = CASE WHEN ?3 <> '' AND waiters <> '' AND length(waiters) < 3584 AND instr(waiters, ?3) = 0
-        THEN waiters || ?3 || printf('%016d', ?5 + 2000000) || ?4 ELSE waiters END
-WHERE lock_name = ?1 AND secret_key = ?2";
+    waiters = ",
+    behind_others!("waiters", "?3", "?4", "?5"),
+    "
+WHERE lock_name = ?1 AND secret_key = ?2"
+);
 
 const RELEASE_LATER: &str = "
 UPDATE {table}

@@ -3,11 +3,13 @@
 //! The whole database has one writer at a time, so there are no row locks: `lock_row` takes the
 //! write lock.
 
+#[macro_use]
+mod queue;
+
 mod check;
 mod errors;
 mod lease;
 mod migrate;
-mod queue;
 mod schema;
 mod snapshots;
 mod transaction;

@@ -6,18 +6,125 @@ use super::lease::clock_micros;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
-const STAND: &str = "
-UPDATE {table} SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3
-WHERE lock_name = ?1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND instr(waiters, ?2) = 0";
+/// Whether the queue begins with the entry of this secret.
+macro_rules! is_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!("substr(", $waiters, ", 1, ", layout!(secret), ") = ", $secret)
+    };
+}
+
+/// The queue without its first entry.
+macro_rules! without_first {
+    ($waiters:literal) => {
+        concat!("substr(", $waiters, ", ", layout!(second_entry_at), ")")
+    };
+}
+
+/// The queue after a grant: without its first entry, if that is the one of this secret.
+macro_rules! without_own_first {
+    ($waiters:literal, $secret:literal) => {
+        concat!(
+            "CASE WHEN ",
+            is_first!($waiters, $secret),
+            " THEN ",
+            without_first!($waiters),
+            " ELSE ",
+            $waiters,
+            " END"
+        )
+    };
+}
+
+/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// because an empty text is found everywhere.
+macro_rules! has_room {
+    ($waiters:literal, $secret:literal) => {
+        concat!("length(", $waiters, ") < ", layout!(full), " AND instr(", $waiters, ", ", $secret, ") = 0")
+    };
+}
+
+/// The queue with an entry appended.
+macro_rules! with_entry {
+    ($waiters:literal, $secret:literal, $listener:literal, $now:literal) => {
+        concat!(
+            $waiters,
+            " || ",
+            $secret,
+            " || printf('%0",
+            layout!(time),
+            "d', ",
+            $now,
+            " + ",
+            layout!(lasts),
+            ") || ",
+            $listener
+        )
+    };
+}
+
+/// The queue after a release: with an entry appended, unless it is empty. If no other process
+/// waits, the next caller of this process needs no entry.
+macro_rules! behind_others {
+    ($waiters:literal, $secret:literal, $listener:literal, $now:literal) => {
+        concat!(
+            "CASE WHEN ",
+            $waiters,
+            " <> '' AND ",
+            has_room!($waiters, $secret),
+            " THEN ",
+            with_entry!($waiters, $secret, $listener, $now),
+            " ELSE ",
+            $waiters,
+            " END"
+        )
+    };
+}
+
+/// The queue without the entry of this secret, which it contains.
+macro_rules! without {
+    ($waiters:literal, $secret:literal) => {
+        concat!(
+            "substr(",
+            $waiters,
+            ", 1, instr(",
+            $waiters,
+            ", ",
+            $secret,
+            ") - 1) || substr(",
+            $waiters,
+            ", instr(",
+            $waiters,
+            ", ",
+            $secret,
+            ") + ",
+            layout!(entry),
+            ")"
+        )
+    };
+}
+
+const STAND: &str = concat!(
+    "
+UPDATE {table} SET waiters = ",
+    with_entry!("waiters", "?2", "?3", "?4"),
+    "
+WHERE lock_name = ?1 AND lock_kind = 'insert' AND ",
+    has_room!("waiters", "?2"),
+    ""
+);
 
 /// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
 UPDATE {table} SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
 
-const REMOVE_WAITER: &str = "
+const REMOVE_WAITER: &str = concat!(
+    "
 UPDATE {table}
-SET waiters = substr(waiters, 1, instr(waiters, ?2) - 1) || substr(waiters, instr(waiters, ?2) + 56)
-WHERE lock_name = ?1 AND instr(waiters, ?2) > 0";
+SET waiters = ",
+    without!("waiters", "?2"),
+    "
+WHERE lock_name = ?1 AND instr(waiters, ?2) > 0"
+);
 
 pub(super) async fn enqueue(
     connection: &mut SqliteConnection,
