@@ -4,10 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::VecDeque;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use lock_db::{Error, Lease, LockDatabase, Locks};
-use lock_tests::{Backend, Parent, Process, TestDatabase, child_roles, eventually, for_each_database};
+use lock_tests::{
+    Backend, MOST_QUEUED, Parent, Process, Queued, TestDatabase, child_roles, eventually, for_each_database,
+    queue_of, set_queue,
+};
 use tokio::task::{JoinHandle, JoinSet};
 
 for_each_database! {
@@ -24,6 +27,7 @@ for_each_database! {
     a_place_that_a_release_took_is_left_when_nobody_needs_it,
     a_place_is_left_when_the_next_caller_has_no_use_for_it,
     whoever_finds_the_queue_full_waits_without_a_place,
+    rust_and_sql_read_each_others_entries,
 }
 
 child_roles! { wait_for_a_lease }
@@ -31,9 +35,9 @@ child_roles! { wait_for_a_lease }
 const PATIENCE: Duration = Duration::from_mins(1);
 const LONG: Duration = Duration::from_mins(10);
 
-/// How many processes are in the queue of the only name.
-async fn in_queue<T: TestDatabase>(database: &T) -> i64 {
-    database.number("SELECT length(waiters) FROM distributed_lock").await / 56
+/// How many processes are in the queue of the name that most cases use.
+async fn in_queue<T: TestDatabase>(database: &T) -> usize {
+    queue_of(database, "a").await.len()
 }
 
 type Waiting<T> = JoinHandle<Result<Lease<<T as TestDatabase>::Database>, Error>>;
@@ -107,9 +111,7 @@ async fn a_waiter_that_was_killed_is_passed_over<T: TestDatabase>(database: &T) 
 
 /// Another process is first in the queue of a free lock, and never comes back.
 async fn leave_a_place<T: TestDatabase>(database: &T) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
-    let place = format!("{:032x}{:016}{:08x}", 7, now.as_micros(), 0);
-    database.run(&format!("UPDATE distributed_lock SET waiters = '{place}'")).await;
+    set_queue(database, "a", &[Queued::abandoned(7)]).await;
 }
 
 async fn a_try_leaves_a_free_lock_to_those_who_wait<T: TestDatabase>(database: &T) {
@@ -175,15 +177,14 @@ async fn a_place_is_left_when_the_next_caller_has_no_use_for_it<T: TestDatabase>
     let (other, locks) = (database.locks().await, database.locks().await);
     let held = other.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let in_the_way = locks.insert_lock("b").ttl(LONG).acquire().await.unwrap();
-    let of_a = "SELECT length(waiters) FROM distributed_lock WHERE lock_name = 'a'";
     let fair = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
-    eventually(PATIENCE, async || database.number(of_a).await > 0).await;
+    eventually(PATIENCE, async || in_queue(database).await > 0).await;
     let both = tokio::spawn(locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire());
     // It is behind the other caller. A try can't tell, because it does not wait. So both have a
     // moment to arrive.
     tokio::task::yield_now().await;
     fair.abort();
-    eventually(PATIENCE, async || database.number(of_a).await == 0).await;
+    eventually(PATIENCE, async || in_queue(database).await == 0).await;
     held.release().await.unwrap();
     // No queue entry of ours keeps it from the others.
     other.insert_lock("a").try_acquire().await.unwrap().unwrap().release().await.unwrap();
@@ -194,12 +195,47 @@ async fn a_place_is_left_when_the_next_caller_has_no_use_for_it<T: TestDatabase>
 async fn whoever_finds_the_queue_full_waits_without_a_place<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
-    let until = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
-    let places: String =
-        (1..=64).map(|one| format!("{one:032x}{:016}{:08x}", until.as_micros(), 0)).collect();
-    database.run(&format!("UPDATE distributed_lock SET waiters = '{places}'")).await;
+    let full: Vec<Queued> = (1..=MOST_QUEUED).map(|one| Queued::abandoned(one as u128)).collect();
+    set_queue(database, "a", &full).await;
     // Until the entries in front are skipped.
     locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
+/// The database appends an entry, the process extends it, and the database removes it at the grant.
+async fn rust_and_sql_read_each_others_entries<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let (first_locks, first) = waiter(database).await;
+    let (second_locks, second) = waiter(database).await;
+    let appended = queue_of(database, "a").await;
+    for (entry, locks) in appended.iter().zip([&first_locks, &second_locks]) {
+        assert!(is_short_for(&entry.owner, locks.owner()), "{entry:?} {}", locks.owner());
+        assert!(entry.until > entry.since, "{entry:?}");
+    }
+    assert_ne!(appended[0].secret, appended[1].secret);
+    // Entries are extended as long as their processes wait, but the wait began when it began.
+    let mut extended = Vec::new();
+    eventually(PATIENCE, async || {
+        extended = queue_of(database, "a").await;
+        (0..2).all(|one| extended.get(one).is_some_and(|entry| entry.until > appended[one].until))
+    })
+    .await;
+    for (before, after) in appended.iter().zip(&extended) {
+        assert_eq!(*after, Queued { until: after.until, listener: after.listener, ..before.clone() });
+    }
+    held.release().await.unwrap();
+    let held = first.await.unwrap().unwrap();
+    let left: Vec<String> = queue_of(database, "a").await.into_iter().map(|entry| entry.secret).collect();
+    assert_eq!(left, [appended[1].secret.clone()]);
+    held.release().await.unwrap();
+    second.await.unwrap().unwrap().release().await.unwrap();
+    assert_eq!(queue_of(database, "a").await, []);
+}
+
+/// An entry has the whole owner, or its beginning and its end around a `~`.
+fn is_short_for(short: &str, owner: &str) -> bool {
+    let (beginning, end) = short.split_once('~').unwrap_or((short, ""));
+    owner.starts_with(beginning) && owner.contains(end)
 }
 
 /// All or none, while others take them one by one.
@@ -242,7 +278,6 @@ async fn a_queue_that_nobody_stands_in_is_empty<T: TestDatabase>(database: &T) {
     }
     callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
     eventually(PATIENCE, async || in_queue(database).await == 0).await;
-    assert_eq!(database.text("SELECT waiters FROM distributed_lock").await, "");
 }
 
 async fn another_process_has_it_after_some_turns<T: TestDatabase>(database: &T) {

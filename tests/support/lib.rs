@@ -28,6 +28,7 @@ mod proxy;
 mod random;
 mod servers;
 mod sqlite;
+mod wait_queue;
 
 pub use at_end::AtEnd;
 pub use cases::{CaseRuntime, long_run, rounds, run_case};
@@ -46,3 +47,4 @@ pub use servers::{
     ServerDialect, ServerKind,
 };
 pub use sqlite::SqliteFile;
+pub use wait_queue::{LONGEST_QUEUE, MOST_QUEUED, Queued, foreign_entry, queue_of, set_queue};
