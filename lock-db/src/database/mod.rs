@@ -9,10 +9,10 @@ pub(crate) use self::failure::is_connection_failure;
 pub(crate) use self::failure::{Failure, Fault, HookFailure};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
-    BatchOutcome, Claim, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification, QueueEntry,
-    ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, reliable_without_notice,
+    BatchOutcome, Claim, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification, ReleaseClaim,
+    Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, reliable_without_notice,
 };
-pub(crate) use self::wait_queue::WaitQueue;
+pub(crate) use self::wait_queue::{QueueEntry, WaitQueue, begins_with};
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 use crate::name::Name;
 

@@ -13,12 +13,12 @@ use super::errors::{UNKNOWN_STATEMENT, number};
 use super::several::in_json;
 use super::{literal, mariadb, parts};
 use crate::database::driver::SchemaDriver;
+use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
     as_json, hexadecimal, in_order, outcome_unknown,
 };
 use crate::options::micros;
-use crate::secret::Secret;
 
 /// One statement, which the server completes without the client. A client that is stopped or
 /// disconnected in the middle of a transaction would keep the rows locked. Locked rows are skipped,
@@ -72,7 +72,7 @@ has_room!("lease.waiters", "asked.place"),
         asked.secret_key, asked.ttl, asked.place
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
-            place VARCHAR(32) CHARACTER SET ascii PATH '$[3]')) AS asked
+            place VARCHAR(", layout!(key), ") CHARACTER SET ascii PATH '$[3]')) AS asked
     STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
@@ -98,7 +98,7 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
 without_first!("lease.waiters"),
 "
         WHEN unlocked.ttl = 0 AND unlocked.has_room THEN ",
-with_entry!("lease.waiters", "unlocked.place", "CONVERT(@lock_db_listener USING ascii)"),
+with_entry!("lease.waiters", "unlocked.place", "CONVERT(@lock_db_rest USING ascii)"),
 "
         ELSE lease.waiters END");
 
@@ -214,12 +214,12 @@ async fn batch_part(
 ) -> sqlx::Result<BatchOutcome> {
     let asked = batch_as_json(releases, claims);
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
-    // All entries are of this process, so they have the same listener.
-    let listener = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
+    // All entries are of this process, so they differ only in their times.
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
     let rows = if server.is_mariadb {
-        mariadb::batch(connection, server, &asked, &owner, &listener, releases).await
+        mariadb::batch(connection, server, &asked, &owner, &rest, releases).await
     } else {
-        in_transaction(connection, server, &asked, &owner, &listener).await
+        in_transaction(connection, server, &asked, &owner, &rest).await
     };
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
@@ -255,14 +255,14 @@ async fn in_transaction(
     server: &Server,
     asked: &str,
     owner: &str,
-    listener: &str,
+    rest: &str,
 ) -> sqlx::Result<Vec<MySqlRow>> {
-    let owner = literal(owner);
+    let (owner, rest) = (literal(owner), literal(rest));
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping.
     let sql = format!(
         "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
-            @lock_db_listener = '{listener}';
+            @lock_db_rest = {rest};
         START TRANSACTION; EXECUTE lock_db_batch; EXECUTE lock_db_outcome; COMMIT"
     );
     match all_or_nothing(connection, &sql).await {
@@ -288,7 +288,7 @@ async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> sqlx::Re
     rows
 }
 
-/// Encodes a batch as `[["6e616d65", "secret", 30000000, "place"], …]`. A release has a `ttl` of
+/// Encodes a batch as `[["6e616d65", "secret", 30000000, "key of the queue entry"], …]`. A release has a `ttl` of
 /// zero.
 pub(super) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> String {
     let releases =
@@ -297,7 +297,7 @@ pub(super) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> Stri
         claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.place.as_ref()));
     let mut json = String::from("[");
     for (position, (name, secret, ttl, place)) in releases.chain(claims).enumerate() {
-        let (comma, place) = (if position > 0 { "," } else { "" }, place.map_or("", Secret::as_str));
+        let (comma, place) = (if position > 0 { "," } else { "" }, place.map(key).unwrap_or_default());
         let (name, secret) = (hexadecimal(name), secret.as_str());
         let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{place}\"]");
     }

@@ -8,6 +8,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use super::mariadb;
 use crate::Kind;
+use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, names_as_json,
     outcome_unknown,
@@ -218,15 +219,15 @@ pub(super) async fn acquire(
     claim: &Claim,
 ) -> sqlx::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
-    let place = claim.place.as_ref().map_or("", Secret::as_str);
+    let key = claim.place.as_ref().map(key).unwrap_or_default();
     let name = claim.name.as_bytes();
     let acquired = sqlx::query(server.table.sql(ACQUIRE))
         .bind(secret)
-        .bind(place)
+        .bind(&key)
         .bind(name)
         .bind(secret)
-        .bind(place.is_empty())
-        .bind(place)
+        .bind(key.is_empty())
+        .bind(&key)
         .bind(secret)
         .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
@@ -309,9 +310,9 @@ pub(super) async fn release(
     let released = if server.is_mariadb {
         mariadb::release(connection, server, lease).await
     } else {
-        let (place, listener) = QueueEntry::parts(place.as_ref());
+        let (key, rest) = QueueEntry::parts(place.as_ref());
         let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
-        let query = query.bind(place).bind(place).bind(listener);
+        let query = query.bind(&key).bind(&key).bind(rest);
         query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
     };
     released_or_not(connection, server, name, secret, released?).await

@@ -7,7 +7,7 @@
 //! MariaDB 10.11 crashes when such a statement is prepared while the table is altered online:
 //! docs/reports/mariadb-prepare-multi-update.md.)
 //!
-//! `VALUES` are the requested values; for `waiters`, the secret of a queue entry or the whole
+//! `VALUES` are the requested values; for `waiters`, the key of a queue entry or the whole
 //! queue. No assignment reads a column that an earlier one has written. So the result is the same
 //! whether assignments are made in turn or, with `SIMULTANEOUS_ASSIGNMENT`, at once.
 //!
@@ -26,6 +26,7 @@ use sqlx::{MySql, Row};
 
 use super::batch::still_ours;
 use super::lease::granted;
+use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
     outcome_unknown,
@@ -194,7 +195,7 @@ SELECT lease.id, lease.lock_name, asked.secret_key,
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
         lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
         secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
-        place VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
+        place VARCHAR(", layout!(key), ") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.lock_kind = 'insert'
@@ -316,10 +317,10 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> sqlx::Result<Option<Grant>> {
-    let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
+    let (secret, key) = (claim.secret.as_str(), claim.place.as_ref().map(key).unwrap_or_default());
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
-    let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
+    let query = query.bind(&key).bind(name).bind(secret).bind(key.is_empty()).bind(&key);
     // Reads the result to its end, as `wrote` does.
     let rows = query.fetch_all(connection).await?;
     // A trigger may have changed the row.
@@ -332,9 +333,9 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> sqlx::Result<bool> {
-    let (place, listener) = QueueEntry::parts(lease.place.as_ref());
-    let query = insert(server, RELEASE).bind(place).bind(lease.name.as_bytes());
-    wrote(connection, query.bind(lease.secret.as_str()).bind(listener)).await
+    let (key, rest) = QueueEntry::parts(lease.place.as_ref());
+    let query = insert(server, RELEASE).bind(key).bind(lease.name.as_bytes());
+    wrote(connection, query.bind(lease.secret.as_str()).bind(rest)).await
 }
 
 pub(super) async fn release_later(
@@ -372,9 +373,9 @@ pub(super) async fn enqueue(
     name: &str,
     place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = insert(server, STAND).bind(secret).bind(name.as_bytes());
-    wrote(connection, query.bind(secret).bind(listener)).await
+    let (key, rest) = QueueEntry::parts(Some(place));
+    let query = insert(server, STAND).bind(&key).bind(name.as_bytes());
+    wrote(connection, query.bind(&key).bind(rest)).await
 }
 
 pub(super) async fn set_waiters(
@@ -394,8 +395,8 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
-    let secret = secret.as_str();
-    let query = insert(server, REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
+    let key = key(secret);
+    let query = insert(server, REMOVE_WAITER).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
 }
 
@@ -428,10 +429,10 @@ pub(super) async fn batch(
     server: &Server,
     asked: &str,
     owner: &str,
-    listener: &str,
+    rest: &str,
     releases: &[ReleaseClaim],
 ) -> sqlx::Result<Vec<MySqlRow>> {
-    let query = insert(server, BATCH).bind(asked).bind(owner).bind(listener);
+    let query = insert(server, BATCH).bind(asked).bind(owner).bind(rest);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {

@@ -3,13 +3,14 @@
 use sqlx::mysql::MySqlConnection;
 
 use super::mariadb;
+use crate::database::wait_queue::key;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
-/// Whether the queue begins with the entry of this secret.
+/// Whether the queue begins with the entry of this key.
 macro_rules! is_first {
-    ($waiters:literal, $secret:literal) => {
-        concat!("LEFT(", $waiters, ", ", layout!(secret), ") = ", $secret)
+    ($waiters:literal, $key:literal) => {
+        concat!("LEFT(", $waiters, ", ", layout!(key), ") = ", $key)
     };
 }
 
@@ -20,35 +21,48 @@ macro_rules! without_first {
     };
 }
 
-/// The queue after a grant: without its first entry, if that is the one of this secret.
+/// The queue after a grant: without its first entry, if that is the one of this key.
 macro_rules! without_own_first {
-    ($waiters:literal, $secret:literal) => {
-        concat!("IF(", is_first!($waiters, $secret), ", ", without_first!($waiters), ", ", $waiters, ")")
+    ($waiters:literal, $key:literal) => {
+        concat!("IF(", is_first!($waiters, $key), ", ", without_first!($waiters), ", ", $waiters, ")")
     };
 }
 
-/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// Whether the queue has room, and no entry of this key yet. An empty key never has room,
 /// because an empty text is found everywhere.
 macro_rules! has_room {
-    ($waiters:literal, $secret:literal) => {
-        concat!("LENGTH(", $waiters, ") < ", layout!(full), " AND INSTR(", $waiters, ", ", $secret, ") = 0")
+    ($waiters:literal, $key:literal) => {
+        concat!("LENGTH(", $waiters, ") < ", layout!(full), " AND INSTR(", $waiters, ", ", $key, ") = 0")
+    };
+}
+
+/// Milliseconds since 1970.
+macro_rules! now_millis {
+    () => {
+        "TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) DIV 1000"
     };
 }
 
 /// The queue with an entry appended.
 macro_rules! with_entry {
-    ($waiters:literal, $secret:literal, $listener:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal) => {
         concat!(
             "CONCAT(",
             $waiters,
             ", ",
-            $secret,
-            ", LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + ",
+            $key,
+            ", LPAD(",
+            now_millis!(),
+            ", ",
+            layout!(time),
+            ", '0'), LPAD(",
+            now_millis!(),
+            " + ",
             layout!(lasts),
             ", ",
             layout!(time),
             ", '0'), ",
-            $listener,
+            $rest,
             ")"
         )
     };
@@ -57,14 +71,14 @@ macro_rules! with_entry {
 /// The queue after a release: with an entry appended, unless it is empty. If no other process
 /// waits, the next caller of this process needs no entry.
 macro_rules! behind_others {
-    ($waiters:literal, $secret:literal, $listener:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal) => {
         concat!(
             "IF(",
             $waiters,
             " <> '' AND ",
-            has_room!($waiters, $secret),
+            has_room!($waiters, $key),
             ", ",
-            with_entry!($waiters, $secret, $listener),
+            with_entry!($waiters, $key, $rest),
             ", ",
             $waiters,
             ")"
@@ -125,9 +139,9 @@ pub(super) async fn enqueue(
     if server.is_mariadb {
         return mariadb::enqueue(connection, server, name, place).await;
     }
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(secret);
-    Ok(query.bind(secret).bind(listener).execute(connection).await?.rows_affected() > 0)
+    let (key, rest) = QueueEntry::parts(Some(place));
+    let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(&key);
+    Ok(query.bind(&key).bind(rest).execute(connection).await?.rows_affected() > 0)
 }
 
 pub(super) async fn set_waiters(
@@ -153,7 +167,7 @@ pub(super) async fn dequeue(
     if server.is_mariadb {
         return mariadb::dequeue(connection, server, name, secret).await;
     }
-    let secret = secret.as_str();
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);
+    let key = key(secret);
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(&key).bind(name.as_bytes()).bind(&key);
     query.execute(connection).await.map(drop)
 }

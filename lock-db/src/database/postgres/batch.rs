@@ -11,12 +11,12 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Postgres, Row};
 
 use crate::database::driver::SessionDriver;
+use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Grant, LeaseStatus, Notification, QueueEntry, ReleaseClaim, Renewal, Renewed,
     Server, in_order, outcome_unknown,
 };
 use crate::options::micros;
-use crate::secret::Secret;
 
 /// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
 /// ahead, by more than 2 s, because the clock was set back.
@@ -217,13 +217,13 @@ pub(super) async fn batch(
     claims: &[Claim],
 ) -> sqlx::Result<BatchOutcome> {
     let mut done = Done::default();
-    // All entries are of this process, so they have the same listener.
-    let listener = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
+    // All entries are of this process, so they differ only in their times.
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
     let all: Vec<&ReleaseClaim> = releases.iter().collect();
     let plainly = releases.len() + claims.len() >= MANY && !server.table.has_old_versions();
     if claims.is_empty() {
         let statement = if plainly { RETURN_MANY } else { RETURN };
-        done.note(&release_in_background(connection, server, statement, &all, &listener).await?)?;
+        done.note(&release_in_background(connection, server, statement, &all, &rest).await?)?;
     } else {
         let returned = releases
             .iter()
@@ -236,7 +236,7 @@ pub(super) async fn batch(
             names.push(&**name);
             secrets.push(secret.as_str());
             ttls.push(ttl);
-            places.push(place.map(Secret::as_str));
+            places.push(place.map(key));
         }
         let rows = sqlx::query(server.table.sql(if plainly { BATCH_MANY } else { BATCH }))
             .bind(names)
@@ -244,7 +244,7 @@ pub(super) async fn batch(
             .bind(ttls)
             .bind(places)
             .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
-            .bind(&listener)
+            .bind(&rest)
             .fetch_all(&mut *connection)
             .await?;
         done.note(&rows)?;
@@ -256,8 +256,7 @@ pub(super) async fn batch(
     let mut ours = HashSet::new();
     if !passed_over.is_empty() {
         // The statement above is already committed.
-        let rows =
-            release_in_background(connection, server, RETURN_UNDER_GUARD, &passed_over, &listener).await;
+        let rows = release_in_background(connection, server, RETURN_UNDER_GUARD, &passed_over, &rest).await;
         done.note(&rows.map_err(outcome_unknown)?)?;
         passed_over = done.rest(passed_over);
     }
@@ -307,12 +306,12 @@ async fn release_in_background(
     server: &Server,
     statement: &'static str,
     releases: &[&ReleaseClaim],
-    listener: &str,
+    rest: &str,
 ) -> sqlx::Result<Vec<PgRow>> {
     let (names, secrets) = names_and_secrets(releases);
-    let places = releases.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
+    let places = releases.iter().map(|one| one.place.as_ref().map(|place| key(&place.secret)));
     let query = sqlx::query(server.table.sql(statement)).bind(names).bind(secrets);
-    query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(connection).await
+    query.bind(places.collect::<Vec<_>>()).bind(rest).fetch_all(connection).await
 }
 
 fn names_and_secrets<'a>(releases: &[&'a ReleaseClaim]) -> (Vec<&'a str>, Vec<&'a str>) {

@@ -18,6 +18,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
 use crate::Kind;
+use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
     Server,
@@ -292,7 +293,7 @@ pub(super) async fn acquire(
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
-        .bind(claim.place.as_ref().map(Secret::as_str))
+        .bind(claim.place.as_ref().map(key))
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
@@ -339,10 +340,10 @@ pub(super) async fn release(
     lease: &ReleaseClaim,
 ) -> sqlx::Result<Released> {
     let ReleaseClaim { name, secret, place } = lease;
-    let (place, listener) = QueueEntry::parts(place.as_ref());
+    let (key, rest) = QueueEntry::parts(place.as_ref());
     for statement in [RELEASE, RELEASE_UNDER_GUARD] {
         let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
-        let row = query.bind(place).bind(&listener).fetch_optional(&mut *connection).await?;
+        let row = query.bind(&key).bind(&rest).fetch_optional(&mut *connection).await?;
         if let Some(row) = row {
             let call = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
             return Ok(Released { status: LeaseStatus::Ours, call });

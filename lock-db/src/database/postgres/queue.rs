@@ -4,13 +4,14 @@
 
 use sqlx::postgres::PgConnection;
 
+use crate::database::wait_queue::key;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
-/// Whether the queue begins with the entry of this secret.
+/// Whether the queue begins with the entry of this key.
 macro_rules! is_first {
-    ($waiters:literal, $secret:literal) => {
-        concat!("left(", $waiters, ", ", layout!(secret), ") = ", $secret)
+    ($waiters:literal, $key:literal) => {
+        concat!("left(", $waiters, ", ", layout!(key), ") = ", $key)
     };
 }
 
@@ -21,12 +22,12 @@ macro_rules! without_first {
     };
 }
 
-/// The queue after a grant: without its first entry, if that is the one of this secret.
+/// The queue after a grant: without its first entry, if that is the one of this key.
 macro_rules! without_own_first {
-    ($waiters:literal, $secret:literal) => {
+    ($waiters:literal, $key:literal) => {
         concat!(
             "CASE WHEN ",
-            is_first!($waiters, $secret),
+            is_first!($waiters, $key),
             " THEN ",
             without_first!($waiters),
             " ELSE ",
@@ -36,37 +37,40 @@ macro_rules! without_own_first {
     };
 }
 
-/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// Whether the queue has room, and no entry of this key yet. An empty key never has room,
 /// because an empty text is found everywhere.
 macro_rules! has_room {
-    ($waiters:literal, $secret:literal) => {
-        concat!(
-            "length(",
-            $waiters,
-            ") < ",
-            layout!(full),
-            " AND position(",
-            $secret,
-            " IN ",
-            $waiters,
-            ") = 0"
-        )
+    ($waiters:literal, $key:literal) => {
+        concat!("length(", $waiters, ") < ", layout!(full), " AND position(", $key, " IN ", $waiters, ") = 0")
+    };
+}
+
+/// Milliseconds since 1970.
+macro_rules! now_millis {
+    () => {
+        "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
     };
 }
 
 /// The queue with an entry appended.
 macro_rules! with_entry {
-    ($waiters:literal, $secret:literal, $listener:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal) => {
         concat!(
             $waiters,
             " || ",
-            $secret,
-            " || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + ",
+            $key,
+            " || lpad((",
+            now_millis!(),
+            ")::text, ",
+            layout!(time),
+            ", '0') || lpad((",
+            now_millis!(),
+            " + ",
             layout!(lasts),
             ")::text, ",
             layout!(time),
             ", '0') || ",
-            $listener
+            $rest
         )
     };
 }
@@ -74,14 +78,14 @@ macro_rules! with_entry {
 /// The queue after a release: with an entry appended, unless it is empty. If no other process
 /// waits, the next caller of this process needs no entry.
 macro_rules! behind_others {
-    ($waiters:literal, $secret:literal, $listener:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal) => {
         concat!(
             "CASE WHEN ",
             $waiters,
             " <> '' AND ",
-            has_room!($waiters, $secret),
+            has_room!($waiters, $key),
             " THEN ",
-            with_entry!($waiters, $secret, $listener),
+            with_entry!($waiters, $key, $rest),
             " ELSE ",
             $waiters,
             " END"
@@ -89,14 +93,14 @@ macro_rules! behind_others {
     };
 }
 
-/// The queue without the entry of this secret, which it contains.
+/// The queue without the entry of this key, which it contains.
 macro_rules! without {
-    ($waiters:literal, $secret:literal) => {
+    ($waiters:literal, $key:literal) => {
         concat!(
             "overlay(",
             $waiters,
             " PLACING '' FROM position(",
-            $secret,
+            $key,
             " IN ",
             $waiters,
             ") FOR ",
@@ -165,8 +169,8 @@ pub(super) async fn enqueue(
     name: &str,
     place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
+    let (key, rest) = QueueEntry::parts(Some(place));
+    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
@@ -187,6 +191,6 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
     query.execute(connection).await.map(drop)
 }

@@ -478,7 +478,8 @@ pub(super) async fn commit_guarded(
     lease: &LeaseKey,
     release: bool,
 ) -> sqlx::Result<Guarded> {
-    let (table, is_ours) = (lease.server.table.name(), is_ours(lease));
+    let (table, is_ours, first_listener) =
+        (lease.server.table.name(), is_ours(lease), first_listener!("lease.waiters"));
     let guard = if release {
         format!(
             "WITH alone AS MATERIALIZED (
@@ -486,7 +487,7 @@ pub(super) async fn commit_guarded(
             released AS (
                 UPDATE {table} AS lease SET expire_time = '1970-01-01 00:00:00+00',
                     ttl_micros = CASE WHEN EXISTS (SELECT 1 FROM alone) THEN 0 ELSE lease.ttl_micros END
-                WHERE {is_ours} RETURNING lease.id, substr(lease.waiters, 49, 8) AS listener)
+                WHERE {is_ours} RETURNING lease.id, {first_listener} AS listener)
             SELECT CAST(CASE count(*) WHEN 1 THEN '1' ELSE '{NOT_OURS}' END AS integer), max(id), max(listener) FROM released"
         )
     } else {

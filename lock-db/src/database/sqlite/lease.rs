@@ -9,6 +9,7 @@ use super::schema::PREPARE;
 use super::transaction::busy_timeout;
 use crate::Kind;
 use crate::database::driver::{SchemaDriver, SessionDriver};
+use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
     Server, as_json, by_name, in_order, names_as_json, reliable_without_notice,
@@ -239,7 +240,7 @@ pub(super) async fn acquire(
         .bind(&*claim.owner)
         .bind(later_by(claim.ttl))
         .bind(clock_micros())
-        .bind(claim.place.as_ref().map(Secret::as_str))
+        .bind(claim.place.as_ref().map(key))
         .bind(micros(claim.ttl))
         .fetch_all(connection)
         .await?;
@@ -308,9 +309,9 @@ pub(super) async fn release(
     lease: &ReleaseClaim,
 ) -> sqlx::Result<LeaseStatus> {
     let ReleaseClaim { name, secret, place } = lease;
-    let (place, listener) = QueueEntry::parts(place.as_ref());
-    let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(place);
-    query.bind(listener).bind(clock_micros()).execute(connection).await.map(|done| released_or_not(&done))
+    let (key, rest) = QueueEntry::parts(place.as_ref());
+    let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(key);
+    query.bind(rest).bind(clock_micros()).execute(connection).await.map(|done| released_or_not(&done))
 }
 
 pub(super) async fn release_later(

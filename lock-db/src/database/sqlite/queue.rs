@@ -3,13 +3,14 @@
 use sqlx::sqlite::SqliteConnection;
 
 use super::lease::clock_micros;
+use crate::database::wait_queue::key;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
-/// Whether the queue begins with the entry of this secret.
+/// Whether the queue begins with the entry of this key.
 macro_rules! is_first {
-    ($waiters:literal, $secret:literal) => {
-        concat!("substr(", $waiters, ", 1, ", layout!(secret), ") = ", $secret)
+    ($waiters:literal, $key:literal) => {
+        concat!("substr(", $waiters, ", 1, ", layout!(key), ") = ", $key)
     };
 }
 
@@ -20,12 +21,12 @@ macro_rules! without_first {
     };
 }
 
-/// The queue after a grant: without its first entry, if that is the one of this secret.
+/// The queue after a grant: without its first entry, if that is the one of this key.
 macro_rules! without_own_first {
-    ($waiters:literal, $secret:literal) => {
+    ($waiters:literal, $key:literal) => {
         concat!(
             "CASE WHEN ",
-            is_first!($waiters, $secret),
+            is_first!($waiters, $key),
             " THEN ",
             without_first!($waiters),
             " ELSE ",
@@ -35,29 +36,33 @@ macro_rules! without_own_first {
     };
 }
 
-/// Whether the queue has room, and no entry of this secret yet. An empty secret never has room,
+/// Whether the queue has room, and no entry of this key yet. An empty key never has room,
 /// because an empty text is found everywhere.
 macro_rules! has_room {
-    ($waiters:literal, $secret:literal) => {
-        concat!("length(", $waiters, ") < ", layout!(full), " AND instr(", $waiters, ", ", $secret, ") = 0")
+    ($waiters:literal, $key:literal) => {
+        concat!("length(", $waiters, ") < ", layout!(full), " AND instr(", $waiters, ", ", $key, ") = 0")
     };
 }
 
-/// The queue with an entry appended.
+/// The queue with an entry appended. `$now` is in microseconds since 1970.
 macro_rules! with_entry {
-    ($waiters:literal, $secret:literal, $listener:literal, $now:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal, $now:literal) => {
         concat!(
             $waiters,
             " || ",
-            $secret,
+            $key,
             " || printf('%0",
+            layout!(time),
+            "d%0",
             layout!(time),
             "d', ",
             $now,
-            " + ",
+            " / 1000, ",
+            $now,
+            " / 1000 + ",
             layout!(lasts),
             ") || ",
-            $listener
+            $rest
         )
     };
 }
@@ -65,14 +70,14 @@ macro_rules! with_entry {
 /// The queue after a release: with an entry appended, unless it is empty. If no other process
 /// waits, the next caller of this process needs no entry.
 macro_rules! behind_others {
-    ($waiters:literal, $secret:literal, $listener:literal, $now:literal) => {
+    ($waiters:literal, $key:literal, $rest:literal, $now:literal) => {
         concat!(
             "CASE WHEN ",
             $waiters,
             " <> '' AND ",
-            has_room!($waiters, $secret),
+            has_room!($waiters, $key),
             " THEN ",
-            with_entry!($waiters, $secret, $listener, $now),
+            with_entry!($waiters, $key, $rest, $now),
             " ELSE ",
             $waiters,
             " END"
@@ -80,22 +85,22 @@ macro_rules! behind_others {
     };
 }
 
-/// The queue without the entry of this secret, which it contains.
+/// The queue without the entry of this key, which it contains.
 macro_rules! without {
-    ($waiters:literal, $secret:literal) => {
+    ($waiters:literal, $key:literal) => {
         concat!(
             "substr(",
             $waiters,
             ", 1, instr(",
             $waiters,
             ", ",
-            $secret,
+            $key,
             ") - 1) || substr(",
             $waiters,
             ", instr(",
             $waiters,
             ", ",
-            $secret,
+            $key,
             ") + ",
             layout!(entry),
             ")"
@@ -132,8 +137,8 @@ pub(super) async fn enqueue(
     name: &str,
     place: &QueueEntry,
 ) -> sqlx::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
+    let (key, rest) = QueueEntry::parts(Some(place));
+    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
     Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
 }
 
@@ -154,6 +159,6 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> sqlx::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
+    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
     query.execute(connection).await.map(drop)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{AcquireAttempt, Obstacle, SHORTEST_PAUSE};
 use crate::Kind;
 use crate::database::Failure;
-use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue};
+use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue, begins_with};
 use crate::name::Name;
 use crate::session::actor::Granted;
 
@@ -247,7 +247,6 @@ impl AcquireAttempt {
                 self.seen_free.push((name, row));
                 return Ok(None);
             }
-            let (listener, place) = (actor.notifications.listener(), place.as_str());
             let mut waiters = WaitQueue::parse(&row.waiters, now);
             let all_last = waiters.text().len() == row.waiters.len();
             // On a cluster, a queue entry written on another node would conflict with the holder's
@@ -259,16 +258,16 @@ impl AcquireAttempt {
                 actor.listen();
             }
             let mut wrote = Ok(true);
-            if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
+            if waits && all_last && waiters.has_room() && waiters.position(&place).is_none() {
                 ahead = waiters.len();
                 wrote = actor.worker.enqueue(&name, actor.place()).await;
             } else {
-                let took_place = waits && waiters.enqueue(place, now, listener);
+                let took_place = waits && waiters.enqueue(&actor.place(), now);
                 // A try has no queue entry: it comes after all requests that have one.
-                ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
+                ahead = waiters.position(&place).unwrap_or_else(|| waiters.len());
                 // Expired entries in front are removed. Otherwise the row does not show that this
                 // process is next.
-                let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
+                let is_known = !waiters.is_empty() && begins_with(&row.waiters, &place);
                 if took_place || (is_free && ahead == 0 && !is_known) {
                     wrote = actor.worker.set_waiters(&name, &row.waiters, waiters.text()).await;
                 }
