@@ -28,6 +28,8 @@ mod failure;
 mod mysql;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+mod row;
 mod server;
 #[cfg(feature = "_sqlite")]
 mod sqlite;

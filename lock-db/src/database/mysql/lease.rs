@@ -8,6 +8,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use super::mariadb;
 use crate::Kind;
+use crate::database::row::lock_row;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, names_as_json,
@@ -160,22 +161,6 @@ pub(super) async fn read(
 ) -> sqlx::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name.as_bytes()).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
-}
-
-pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
-    Ok(LockRow {
-        id: row.try_get(0)?,
-        kind: Kind::parse(row.try_get(1)?),
-        secret_key: row.try_get(2)?,
-        owner: row.try_get(3)?,
-        fencing_token: row.try_get(4)?,
-        created: row.try_get(5)?,
-        acquired: row.try_get(6)?,
-        expires: row.try_get(7)?,
-        remaining: row.try_get(8)?,
-        ttl: row.try_get(9)?,
-        waiters: row.try_get(10)?,
-    })
 }
 
 /// Reads first. A transaction may already have locked the row that another caller of this process

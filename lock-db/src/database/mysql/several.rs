@@ -7,10 +7,11 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::batch::batch_as_json;
-use super::lease::{self, READ_ALL};
+use super::lease::READ_ALL;
 use super::{literal, mariadb, parts};
 use crate::Kind;
 use crate::database::driver::SessionDriver;
+use crate::database::row;
 use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json, outcome_unknown};
 use crate::name::Name;
 use crate::options::micros;
@@ -70,7 +71,7 @@ pub(super) async fn read(
     for part in parts(names, server, in_json) {
         let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(part));
         for row in query.fetch_all(&mut *connection).await? {
-            found.push((row.try_get(11)?, lease::lock_row(&row)?));
+            found.push((row.try_get(row::COLUMNS)?, row::lock_row(&row)?));
         }
     }
     Ok(by_name(names, found))

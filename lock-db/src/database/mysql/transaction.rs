@@ -13,6 +13,7 @@ use super::errors::{
 use super::{is_temporary, lease, literal};
 use crate::Kind;
 use crate::database::driver::{SchemaDriver, TransactionDriver};
+use crate::database::row;
 use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockRow, RowAttempt, RowClaim, Server};
 use crate::secret::Secret;
 
@@ -445,7 +446,7 @@ pub(super) async fn find_row(
 ) -> sqlx::Result<Option<LockRow>> {
     let (table, name) = (server.table.name(), literal(name));
     let read = format!("{} {} FROM {table} WHERE lock_name = {name}", select_within(QUICK), lease::COLUMNS);
-    fetch_optional(connection, read).await?.as_ref().map(lease::lock_row).transpose()
+    fetch_optional(connection, read).await?.as_ref().map(row::lock_row).transpose()
 }
 
 /// The beginning of a SELECT that the server ends if it takes longer. Each server reads its own

@@ -13,11 +13,12 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::postgres::PgConnection;
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
 use crate::Kind;
+use crate::database::row::lock_row;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
@@ -239,22 +240,6 @@ pub(super) async fn read(
 ) -> sqlx::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
-}
-
-pub(super) fn lock_row(row: &PgRow) -> sqlx::Result<LockRow> {
-    Ok(LockRow {
-        id: row.try_get(0)?,
-        kind: Kind::parse(row.try_get(1)?),
-        secret_key: row.try_get(2)?,
-        owner: row.try_get(3)?,
-        fencing_token: row.try_get(4)?,
-        created: row.try_get(5)?,
-        acquired: row.try_get(6)?,
-        expires: row.try_get(7)?,
-        remaining: row.try_get(8)?,
-        ttl: row.try_get(9)?,
-        waiters: row.try_get(10)?,
-    })
 }
 
 pub(super) async fn create(

@@ -9,6 +9,7 @@ use super::schema::PREPARE;
 use super::transaction::busy_timeout;
 use crate::Kind;
 use crate::database::driver::{SchemaDriver, SessionDriver};
+use crate::database::row::{self, lock_row};
 use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
@@ -166,25 +167,9 @@ pub(super) async fn read_all(
 ) -> sqlx::Result<Vec<Option<LockRow>>> {
     let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(names));
     let rows = query.fetch_all(connection).await?;
-    let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lock_row(row)?));
+    let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(row::COLUMNS)?.into_bytes(), lock_row(row)?));
     let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
     Ok(by_name(names, found))
-}
-
-fn lock_row(row: &SqliteRow) -> sqlx::Result<LockRow> {
-    Ok(LockRow {
-        id: row.try_get(0)?,
-        kind: Kind::parse(row.try_get(1)?),
-        secret_key: row.try_get(2)?,
-        owner: row.try_get(3)?,
-        fencing_token: row.try_get(4)?,
-        created: row.try_get(5)?,
-        acquired: row.try_get(6)?,
-        expires: row.try_get(7)?,
-        remaining: row.try_get(8)?,
-        ttl: row.try_get(9)?,
-        waiters: row.try_get(10)?,
-    })
 }
 
 pub(super) async fn create(
