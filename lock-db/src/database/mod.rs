@@ -24,6 +24,8 @@ mod wait_queue;
 mod columns;
 pub(crate) mod driver;
 mod failure;
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+mod migration;
 #[cfg(feature = "mysql")]
 mod mysql;
 #[cfg(feature = "postgres")]
