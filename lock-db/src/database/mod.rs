@@ -26,8 +26,6 @@ pub(crate) mod driver;
 mod failure;
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 mod migration;
-#[cfg(feature = "mysql")]
-mod mysql;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
@@ -36,6 +34,13 @@ mod server;
 #[cfg(feature = "_sqlite")]
 mod sqlite;
 mod types;
+
+// Defines the macros for the SQL of both servers.
+#[cfg(feature = "mysql")]
+#[macro_use]
+mod mysql_family;
+#[cfg(feature = "mysql")]
+mod mariadb;
 
 /// How many prepared statements a private connection caches. This is more than there are.
 pub(crate) const PRIVATE_STATEMENTS: usize = 100;

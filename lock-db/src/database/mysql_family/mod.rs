@@ -7,11 +7,10 @@
 #[macro_use]
 mod queue;
 
-mod batch;
+pub(super) mod batch;
 mod check;
 mod errors;
-mod lease;
-mod mariadb;
+pub(super) mod lease;
 mod migrate;
 mod schema;
 mod session;
@@ -33,7 +32,7 @@ use super::driver::{
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
     PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, hexadecimal,
+    Server, hexadecimal, mariadb,
 };
 use crate::Kind;
 use crate::name::Name;

@@ -6,13 +6,12 @@ use sqlx::Row;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
-use super::mariadb;
 use crate::Kind;
 use crate::database::row::lock_row;
 use crate::database::wait_queue::key;
 use crate::database::{
-    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, names_as_json,
-    outcome_unknown,
+    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, mariadb,
+    names_as_json, outcome_unknown,
 };
 use crate::name::Name;
 use crate::options::micros;
@@ -228,7 +227,7 @@ pub(super) async fn acquire(
     row.as_ref().map(granted).transpose()
 }
 
-pub(super) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
+pub(in crate::database) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, tokens: row.try_get(3)? })
 }

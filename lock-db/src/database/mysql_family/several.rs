@@ -8,11 +8,11 @@ use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::batch::batch_as_json;
 use super::lease::READ_ALL;
-use super::{literal, mariadb, parts};
+use super::{literal, parts};
 use crate::Kind;
 use crate::database::driver::SessionDriver;
 use crate::database::row;
-use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json, outcome_unknown};
+use crate::database::{Claim, Grant, LockRow, Server, by_name, mariadb, names_as_json, outcome_unknown};
 use crate::name::Name;
 use crate::options::micros;
 

@@ -24,8 +24,8 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
-use super::batch::still_ours;
-use super::lease::granted;
+use super::mysql_family::batch::still_ours;
+use super::mysql_family::lease::granted;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,

@@ -11,12 +11,12 @@ use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 
 use super::errors::{UNKNOWN_STATEMENT, number};
 use super::several::in_json;
-use super::{literal, mariadb, parts};
+use super::{literal, parts};
 use crate::database::driver::SchemaDriver;
 use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
-    as_json, hexadecimal, in_order, outcome_unknown,
+    as_json, hexadecimal, in_order, mariadb, outcome_unknown,
 };
 use crate::options::micros;
 
@@ -161,7 +161,7 @@ async fn renew_part(
 
 /// Runs in a transaction of its own. Otherwise a proxy that spreads reads over replicas could
 /// answer it with an old row. Also returns when it read.
-pub(super) async fn still_ours(
+pub(in crate::database) async fn still_ours(
     connection: &mut MySqlConnection,
     server: &Server,
     json: &str,

@@ -2,9 +2,8 @@
 
 use sqlx::mysql::MySqlConnection;
 
-use super::mariadb;
 use crate::database::wait_queue::key;
-use crate::database::{QueueEntry, Server};
+use crate::database::{QueueEntry, Server, mariadb};
 use crate::secret::Secret;
 
 /// Whether the queue begins with the entry of this key.
