@@ -24,7 +24,7 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
-use super::mysql_family::batch::still_ours;
+use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::lease::granted;
 use crate::database::wait_queue::key;
 use crate::database::{
@@ -49,9 +49,7 @@ SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?, ?
 FROM {table} AS free FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
     OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-        AND (waiters = '' OR ? OR ",
-is_first!("waiters", "?"),
-")))
+        AND (waiters = '' OR ? OR ", is_first!("waiters", "?"), ")))
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
@@ -61,9 +59,7 @@ ON DUPLICATE KEY UPDATE
         distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
     acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
-    waiters = ",
-without_own_first!("distributed_lock.waiters", "VALUES(waiters)"),
-",
+    waiters = ", without_own_first!("distributed_lock.waiters", "VALUES(waiters)"), ",
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     owner = VALUES(owner),
@@ -100,7 +96,7 @@ ON DUPLICATE KEY UPDATE
     expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')
 RETURNING id";
 
-/// See `lease::GIVE_NOTICE`.
+/// See `mysql::GIVE_NOTICE`.
 const GIVE_NOTICE: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT id, lock_name,
@@ -167,7 +163,7 @@ ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING id"
 );
 
-/// See `batch::RENEW`.
+/// See `mysql::RENEW`.
 const RENEW: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT lease.id, lease.lock_name, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
@@ -202,9 +198,7 @@ WHERE lease.lock_kind = 'insert'
     AND (lease.secret_key = asked.secret_key
         OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-            AND (lease.waiters = '' OR asked.place = '' OR ",
-is_first!("lease.waiters", "asked.place"),
-")))
+            AND (lease.waiters = '' OR asked.place = '' OR ", is_first!("lease.waiters", "asked.place"), ")))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
@@ -215,8 +209,8 @@ ON DUPLICATE KEY UPDATE
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
     owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
     waiters = IF(VALUES(expire_time) = '1970-01-01 00:00:00',
-        ",behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"),",
-        ",without_own_first!("distributed_lock.waiters", "VALUES(waiters)"),"),
+        ", behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"), ",
+        ", without_own_first!("distributed_lock.waiters", "VALUES(waiters)"), "),
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     secret_key = VALUES(secret_key)
@@ -446,25 +440,29 @@ pub(super) async fn batch(
     Ok(rows)
 }
 
-/// Takes those of several claims that are free. With `all`, which is the number of claims, takes
-/// all or none. The secret is the first column.
+/// Takes several leases, which have no queue entries, all or none. `None`: not all of them are free.
+/// Unless they are the whole request, those that are free are taken all the same, and the caller
+/// rolls back.
 pub(super) async fn acquire_all(
     connection: &mut MySqlConnection,
     server: &Server,
-    asked: &str,
-    owner: &str,
-    all: Option<i64>,
-) -> sqlx::Result<Vec<MySqlRow>> {
-    let query = match all {
-        Some(all) => {
-            // Inside it, `asked` is a variable.
-            sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
-        }
-        None => sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked),
+    claims: &[Claim],
+    is_whole: bool,
+) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+    let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
+    let query = if is_whole {
+        // Inside it, `asked` is a variable.
+        sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
+    } else {
+        sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked)
     };
-    query.bind(owner).fetch_all(connection).await
+    let rows = query.bind(owner.as_ref()).fetch_all(connection).await?;
+    let is_some = if is_whole { !rows.is_empty() } else { rows.len() == claims.len() };
+    Ok(is_some.then_some(rows))
 }
 
+/// Which of the names, as `names_as_json` writes them, have rows that are not locked.
 pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,

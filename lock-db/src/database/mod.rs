@@ -41,6 +41,8 @@ mod types;
 mod mysql_family;
 #[cfg(feature = "mysql")]
 mod mariadb;
+#[cfg(feature = "mysql")]
+mod mysql;
 
 /// How many prepared statements a private connection caches. This is more than there are.
 pub(crate) const PRIVATE_STATEMENTS: usize = 100;

@@ -1,4 +1,4 @@
-//! Statements for one lease, on private connections: what MySQL and MariaDB share, and MySQL's own.
+//! Statements for one lease, on private connections: what MySQL and MariaDB share.
 
 use std::time::Duration;
 
@@ -8,13 +8,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use crate::Kind;
 use crate::database::row::lock_row;
-use crate::database::wait_queue::key;
-use crate::database::{
-    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, mariadb,
-    names_as_json, outcome_unknown,
-};
-use crate::name::Name;
-use crate::options::micros;
+use crate::database::{Grant, LeaseKey, LeaseStatus, LockRow, Probe, ReleaseClaim, Server};
 use crate::secret::Secret;
 
 macro_rules! columns {
@@ -44,103 +38,6 @@ STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock
 /// `ON DUPLICATE KEY UPDATE`, because on a connection of sqlx its row count is the same in both
 /// cases.
 const CREATE: &str = "INSERT INTO {table} (lock_name, lock_kind) VALUES (?, ?)";
-
-/// The old values are read in the inner SELECT, because the order of assignments in an UPDATE of a
-/// join is undefined. The new token is never below the clock's microseconds. So no token is issued
-/// again after a row was deleted, or after a failover that lost the last grants.
-///
-/// A locked row is skipped, so that other callers do not wait for it on this connection. Inside a
-/// transaction this would leave a lock on the gap behind the row; outside it does not.
-const ACQUIRE: &str = concat!(
-    "
-UPDATE (
-    SELECT id, fencing_token AS last_token, acquire_time AS last_time, secret_key = ? AS is_again,
-        previous_token AS last_previous, ",
-    is_first!("waiters", "?"),
-    " AS was_first
-    FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
-        OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-            AND (waiters = '' OR ? OR ",
-    is_first!("waiters", "?"),
-    ")))
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
-        unlocked.last_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
-    lease.previous_token = IF(unlocked.is_again, unlocked.last_previous, unlocked.last_token),
-    lease.acquire_time = IF(unlocked.is_again, unlocked.last_time, UTC_TIMESTAMP(6)),
-    lease.secret_key = ?,
-    lease.owner = ?,
-    lease.expire_time = TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
-    lease.ttl_micros = ?,
-    lease.waiters = IF(unlocked.was_first, ",
-    without_first!("lease.waiters"),
-    ", lease.waiters)"
-);
-
-const GRANTED: &str = "
-SELECT fencing_token, id, waiters <> '', fencing_token - previous_token
-FROM {table} WHERE lock_name = ? AND secret_key = ?";
-
-const RELEASE: &str = concat!(
-    "
-UPDATE (
-    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND secret_key = ?
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.expire_time = '1970-01-01 00:00:00',
-    lease.ttl_micros = 0,
-    lease.waiters = ",
-    behind_others!("lease.waiters", "?", "?")
-);
-
-const RELEASE_LATER: &str = "
-UPDATE (
-    SELECT id, secret_key AS last_secret,
-        TIMESTAMPADD(MICROSECOND, ?, LEAST(acquire_time, UTC_TIMESTAMP(6))) AS moment
-    FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND secret_key = ?
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.expire_time = IF(unlocked.moment > UTC_TIMESTAMP(6), unlocked.moment, '1970-01-01 00:00:00'),
-    lease.ttl_micros = IF(unlocked.moment > UTC_TIMESTAMP(6),
-        -TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), unlocked.moment), 0),
-    lease.secret_key = IF(unlocked.moment > UTC_TIMESTAMP(6), '', unlocked.last_secret)";
-
-/// The notice is a fifth of the TTL, 1 s at most. A deadline more than the TTL and 2 s ahead is
-/// moved to one TTL from now. `LockRow::notice_is_due` uses the same rules. Uses the clock at the
-/// moment when the row is locked, because the statement may have waited for the table.
-const GIVE_NOTICE: &str = "
-UPDATE (
-    SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
-        expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
-    FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS held FORCE INDEX (distributed_lock_name) ON held.lock_name = UNHEX(asked.asked_name)
-    WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
-        AND ((ttl_micros > 0
-                AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
-            OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
-    LIMIT 1000000
-    FOR UPDATE OF held SKIP LOCKED) AS due
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = due.id
-SET lease.expire_time = IF(due.is_too_far,
-        TIMESTAMPADD(MICROSECOND, GREATEST(ABS(due.last_ttl), 1000000), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
-    lease.ttl_micros = IF(due.is_too_far, due.last_ttl, 0)";
-
-const SETTLE: &str = "
-UPDATE (
-    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
-        AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS free
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
-SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
 
 /// An unchanged row also counts as written, because sqlx asks for the number of rows found.
 const MARK: &str = "
@@ -197,64 +94,9 @@ fn has_no_id(error: &sqlx::Error) -> bool {
     }
 }
 
-pub(super) async fn acquire(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
-    let secret = claim.secret.as_str();
-    let key = claim.place.as_ref().map(key).unwrap_or_default();
-    let name = claim.name.as_bytes();
-    let acquired = sqlx::query(server.table.sql(ACQUIRE))
-        .bind(secret)
-        .bind(&key)
-        .bind(name)
-        .bind(secret)
-        .bind(key.is_empty())
-        .bind(&key)
-        .bind(secret)
-        .bind(server.storable(&claim.owner))
-        .bind(micros(claim.ttl))
-        .bind(micros(claim.ttl))
-        .execute(&mut *connection)
-        .await?;
-    if acquired.rows_affected() == 0 {
-        return Ok(None);
-    }
-    // The lease is already ours, so an error must not look like an answer.
-    let query = sqlx::query(server.table.sql(GRANTED)).bind(name).bind(secret);
-    let row = query.fetch_optional(connection).await.map_err(outcome_unknown)?;
-    row.as_ref().map(granted).transpose()
-}
-
 pub(in crate::database) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, tokens: row.try_get(3)? })
-}
-
-pub(super) async fn give_notice(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    names: &[Name],
-) -> sqlx::Result<u64> {
-    let names = names_as_json(names);
-    if server.is_mariadb {
-        return mariadb::give_notice(connection, server, &names).await;
-    }
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
-    Ok(given.rows_affected())
-}
-
-pub(super) async fn settle(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-) -> sqlx::Result<bool> {
-    if server.is_mariadb {
-        return mariadb::settle(connection, server, name).await;
-    }
-    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes()).execute(connection).await?;
-    Ok(settled.rows_affected() > 0)
 }
 
 /// Waits for the row no longer than any other statement here.
@@ -290,16 +132,8 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> sqlx::Result<LeaseStatus> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let released = if server.is_mariadb {
-        mariadb::release(connection, server, lease).await
-    } else {
-        let (key, rest) = QueueEntry::parts(place.as_ref());
-        let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
-        let query = query.bind(&key).bind(&key).bind(rest);
-        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
-    };
-    released_or_not(connection, server, name, secret, released?).await
+    let released = in_dialect!(server, release(connection, server, lease))?;
+    released_or_not(connection, server, &lease.name, &lease.secret, released).await
 }
 
 pub(super) async fn release_later(
@@ -309,14 +143,8 @@ pub(super) async fn release_later(
     secret: &Secret,
     at_least: Duration,
 ) -> sqlx::Result<LeaseStatus> {
-    let released = if server.is_mariadb {
-        mariadb::release_later(connection, server, name, secret, at_least).await
-    } else {
-        let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(micros(at_least)).bind(name.as_bytes());
-        let query = query.bind(secret.as_str());
-        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
-    };
-    released_or_not(connection, server, name, secret, released?).await
+    let released = in_dialect!(server, release_later(connection, server, name, secret, at_least))?;
+    released_or_not(connection, server, name, secret, released).await
 }
 
 async fn released_or_not(

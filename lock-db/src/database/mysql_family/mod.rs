@@ -1,15 +1,28 @@
-//! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB.
+//! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB: what they share. Statements that
+//! differ are in `mysql` and `mariadb`.
 //!
 //! On private connections, `innodb_lock_wait_timeout` bounds every statement that may wait for a
 //! row, and `lock_wait_timeout` every statement that may wait for a table. Both are set once per
 //! connection.
+
+/// Calls the function of this name in the module of the server's dialect. sqlx has one driver for
+/// both servers, so the dialect is chosen here, and only here.
+macro_rules! in_dialect {
+    ($server:expr, $function:ident($($argument:expr),*)) => {
+        if $server.is_mariadb {
+            crate::database::mariadb::$function($($argument),*).await
+        } else {
+            crate::database::mysql::$function($($argument),*).await
+        }
+    };
+}
 
 #[macro_use]
 mod queue;
 
 pub(super) mod batch;
 mod check;
-mod errors;
+pub(super) mod errors;
 pub(super) mod lease;
 mod migrate;
 mod schema;
@@ -32,7 +45,7 @@ use super::driver::{
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
     PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, hexadecimal, mariadb,
+    Server, hexadecimal, names_as_json,
 };
 use crate::Kind;
 use crate::name::Name;
@@ -154,10 +167,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         claim: &Claim,
     ) -> sqlx::Result<Option<Grant>> {
-        if server.is_mariadb {
-            return mariadb::acquire(connection, server, claim).await;
-        }
-        lease::acquire(connection, server, claim).await
+        in_dialect!(server, acquire(connection, server, claim))
     }
 
     async fn read_all(
@@ -200,13 +210,13 @@ impl LeaseDriver for MySql {
     ) -> sqlx::Result<u64> {
         let mut given = 0;
         for part in parts(names, server, several::in_json) {
-            given += lease::give_notice(connection, server, part).await?;
+            given += in_dialect!(server, give_notice(connection, server, &names_as_json(part)))?;
         }
         Ok(given)
     }
 
     async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
-        lease::settle(connection, server, name).await
+        in_dialect!(server, settle(connection, server, name))
     }
 
     async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
@@ -260,7 +270,7 @@ impl QueueDriver for MySql {
         name: &str,
         place: &QueueEntry,
     ) -> sqlx::Result<bool> {
-        queue::enqueue(connection, server, name, place).await
+        in_dialect!(server, enqueue(connection, server, name, place))
     }
 
     async fn set_waiters(
@@ -270,7 +280,7 @@ impl QueueDriver for MySql {
         before: &str,
         after: &str,
     ) -> sqlx::Result<bool> {
-        queue::set_waiters(connection, server, name, before, after).await
+        in_dialect!(server, set_waiters(connection, server, name, before, after))
     }
 
     async fn dequeue(
@@ -279,7 +289,7 @@ impl QueueDriver for MySql {
         name: &str,
         secret: &Secret,
     ) -> sqlx::Result<()> {
-        queue::dequeue(connection, server, name, secret).await
+        in_dialect!(server, dequeue(connection, server, name, secret))
     }
 }
 
@@ -390,7 +400,7 @@ fn is_temporary(shown: &MySqlRow) -> bool {
 }
 
 /// Encodes text as a literal of hexadecimal digits, which is a binary string to the server.
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     format!("x'{}'", hexadecimal(text))
 }
 

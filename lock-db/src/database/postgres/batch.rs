@@ -76,9 +76,7 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = "#,
-behind_others!("lease.waiters", "unlocked.place", "$4"),
-r#"
+    waiters = "#, behind_others!("lease.waiters", "unlocked.place", "$4"), r#"
 FROM unsynced, (
     SELECT lease.ctid, asked.place
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
@@ -87,7 +85,7 @@ FROM unsynced, (
             r#" AND lease.secret_key = asked.secret_key
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid
-RETURNING lease.secret_key::text, lease.id, "#,first_listener!("lease.waiters")
+RETURNING lease.secret_key::text, lease.id, "#, first_listener!("lease.waiters")
         )
     };
 }
@@ -141,10 +139,8 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     ttl_micros = COALESCE(unlocked.ttl, 0),
     secret_key = unlocked.secret_key,
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
-    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#,
-behind_others!("lease.waiters", "unlocked.place", "$6"),
-r#"
-        ELSE "#,without_own_first!("lease.waiters", "unlocked.place"),r#" END
+    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#, behind_others!("lease.waiters", "unlocked.place", "$6"), r#"
+        ELSE "#, without_own_first!("lease.waiters", "unlocked.place"), r#" END
 FROM (
     SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.place,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
@@ -156,15 +152,11 @@ FROM (
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
-            AND (lease.waiters = '' OR asked.place IS NULL OR "#,
-is_first!("lease.waiters", "asked.place"),
-r#")
+            AND (lease.waiters = '' OR asked.place IS NULL OR "#, is_first!("lease.waiters", "asked.place"), r#")
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
-RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN "#,
-first_listener!("lease.waiters"),
-r#" END,
+RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN "#, first_listener!("lease.waiters"), r#" END,
     lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#
         )
     };
