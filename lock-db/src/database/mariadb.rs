@@ -26,10 +26,11 @@ use sqlx::{MySql, Row};
 
 use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::lease::granted;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
-    outcome_unknown,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -302,7 +303,7 @@ fn insert(server: &Server, statement: &'static str) -> Query<'static, MySql, MyS
 async fn wrote(
     connection: &mut MySqlConnection,
     query: Query<'_, MySql, MySqlArguments>,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     Ok(!query.fetch_all(connection).await?.is_empty())
 }
 
@@ -310,7 +311,7 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     let (secret, key) = (claim.secret.as_str(), claim.place.as_ref().map(key).unwrap_or_default());
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
@@ -326,7 +327,7 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (key, rest) = QueueEntry::parts(lease.place.as_ref());
     let query = insert(server, RELEASE).bind(key).bind(lease.name.as_bytes());
     wrote(connection, query.bind(lease.secret.as_str()).bind(rest)).await
@@ -338,7 +339,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = insert(server, RELEASE_LATER).bind(micros(at_least));
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
@@ -348,7 +349,7 @@ pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let given = insert(server, GIVE_NOTICE).bind(names).fetch_all(connection).await?;
     Ok(u64::try_from(given.len()).unwrap_or(u64::MAX))
 }
@@ -357,7 +358,7 @@ pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     wrote(connection, insert(server, SETTLE).bind(name.as_bytes())).await
 }
 
@@ -366,7 +367,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (key, rest) = QueueEntry::parts(Some(place));
     let query = insert(server, STAND).bind(&key).bind(name.as_bytes());
     wrote(connection, query.bind(&key).bind(rest)).await
@@ -378,7 +379,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = insert(server, SET_WAITERS).bind(after).bind(name.as_bytes()).bind(before);
     wrote(connection, query).await
 }
@@ -388,7 +389,7 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let key = key(secret);
     let query = insert(server, REMOVE_WAITER).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
@@ -398,7 +399,7 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let json = as_json(leases);
     let renewed = insert(server, RENEW).bind(&json).fetch_all(&mut *connection).await?;
     let renewed: Vec<String> = renewed.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
@@ -425,7 +426,7 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
     releases: &[ReleaseClaim],
-) -> sqlx::Result<Vec<MySqlRow>> {
+) -> driver::Result<Vec<MySqlRow>> {
     let query = insert(server, BATCH).bind(asked).bind(owner).bind(rest);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
@@ -435,7 +436,7 @@ pub(super) async fn batch(
     if releases.iter().any(|one| !done.contains(one.secret.as_str())) {
         // The statement above is already committed.
         let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(asked).fetch_all(connection).await;
-        rows.extend(ours.map_err(outcome_unknown)?);
+        rows.extend(ours.map_err(StepError::outcome_unknown)?);
     }
     Ok(rows)
 }
@@ -448,7 +449,7 @@ pub(super) async fn acquire_all(
     server: &Server,
     claims: &[Claim],
     is_whole: bool,
-) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+) -> driver::Result<Option<Vec<MySqlRow>>> {
     let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let query = if is_whole {
@@ -467,6 +468,6 @@ pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<Vec<MySqlRow>> {
-    sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await
+) -> driver::Result<Vec<MySqlRow>> {
+    Ok(sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await?)
 }

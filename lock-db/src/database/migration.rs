@@ -2,31 +2,33 @@
 
 use std::future::Future;
 
+use super::driver;
+
 /// The steps that differ. The value has the connection, and keeps other processes from migrating
 /// the same schema.
 pub(super) trait Migration: Send {
     /// Version and SQL of all migrations, in their order.
     const ALL: &'static [(i64, &'static str)];
 
-    fn has_table(&mut self, table: &str) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    fn has_table(&mut self, table: &str) -> impl Future<Output = driver::Result<bool>> + Send;
 
     /// Creates the ledger of the applied migrations, [`LEDGER`].
-    fn create_ledger(&mut self) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn create_ledger(&mut self) -> impl Future<Output = driver::Result<()>> + Send;
 
     /// The versions in the ledger.
-    fn applied(&mut self) -> impl Future<Output = sqlx::Result<Vec<i64>>> + Send;
+    fn applied(&mut self) -> impl Future<Output = driver::Result<Vec<i64>>> + Send;
 
-    fn apply(&mut self, sql: &'static str) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn apply(&mut self, sql: &'static str) -> impl Future<Output = driver::Result<()>> + Send;
 
     /// Adds a version to the ledger, unless it is there.
-    fn note_applied(&mut self, version: i64) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn note_applied(&mut self, version: i64) -> impl Future<Output = driver::Result<()>> + Send;
 }
 
 pub(super) const LEDGER: &str = "_lock_db_migrations";
 
 /// If everything is applied this only reads, so a role without the privilege to create anything may
 /// call it.
-pub(super) async fn apply_missing<M: Migration>(migration: &mut M) -> sqlx::Result<()> {
+pub(super) async fn apply_missing<M: Migration>(migration: &mut M) -> driver::Result<()> {
     let applied = if migration.has_table(LEDGER).await? {
         migration.applied().await?
     } else {

@@ -12,10 +12,11 @@ use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
-    outcome_unknown,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -276,7 +277,7 @@ FOR UPDATE OF lease SKIP LOCKED";
 async fn wrote(
     connection: &mut MySqlConnection,
     query: Query<'_, MySql, MySqlArguments>,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
@@ -284,7 +285,7 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
     let key = claim.place.as_ref().map(key).unwrap_or_default();
     let name = claim.name.as_bytes();
@@ -306,7 +307,7 @@ pub(super) async fn acquire(
     }
     // The lease is already ours, so an error must not look like an answer.
     let query = sqlx::query(server.table.sql(GRANTED)).bind(name).bind(secret);
-    let row = query.fetch_optional(connection).await.map_err(outcome_unknown)?;
+    let row = query.fetch_optional(connection).await.map_err(StepError::outcome_unknown)?;
     row.as_ref().map(granted).transpose()
 }
 
@@ -315,7 +316,7 @@ pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
     Ok(given.rows_affected())
 }
@@ -324,7 +325,7 @@ pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     wrote(connection, sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes())).await
 }
 
@@ -332,7 +333,7 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let ReleaseClaim { name, secret, place } = lease;
     let (key, rest) = QueueEntry::parts(place.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
@@ -345,7 +346,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(micros(at_least));
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
@@ -355,7 +356,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (key, rest) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(&key);
     wrote(connection, query.bind(&key).bind(rest)).await
@@ -367,7 +368,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name.as_bytes()).bind(before).bind(after);
     wrote(connection, query).await
 }
@@ -377,7 +378,7 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let key = key(secret);
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
@@ -387,7 +388,7 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let json = as_json(leases);
     let renewed = sqlx::query(server.table.sql(RENEW)).bind(&json).execute(&mut *connection).await?;
     if usize::try_from(renewed.rows_affected()) == Ok(leases.len()) {
@@ -410,7 +411,7 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
     _releases: &[ReleaseClaim],
-) -> sqlx::Result<Vec<MySqlRow>> {
+) -> driver::Result<Vec<MySqlRow>> {
     let (owner, rest) = (literal(owner), literal(rest));
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping.
@@ -434,12 +435,12 @@ pub(super) async fn batch(
     }
 }
 
-async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> sqlx::Result<Vec<MySqlRow>> {
+async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> driver::Result<Vec<MySqlRow>> {
     let rows = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut *connection).await;
     if rows.is_err() {
         sqlx::raw_sql("ROLLBACK").execute(connection).await?;
     }
-    rows
+    Ok(rows?)
 }
 
 /// Takes several leases, which have no queue entries, all or none. `None`: not all of them are free.
@@ -449,7 +450,7 @@ pub(super) async fn acquire_all(
     server: &Server,
     claims: &[Claim],
     _is_whole: bool,
-) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+) -> driver::Result<Option<Vec<MySqlRow>>> {
     let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let ttl = claims.first().map_or(0, |claim| micros(claim.ttl));
@@ -459,7 +460,7 @@ pub(super) async fn acquire_all(
     }
     // The leases are already ours, so an error must not look like an answer.
     let rows = sqlx::query(server.table.sql(GRANTED_ALL)).bind(asked).fetch_all(connection).await;
-    rows.map(Some).map_err(outcome_unknown)
+    rows.map(Some).map_err(StepError::outcome_unknown)
 }
 
 /// Which of the names, as `names_as_json` writes them, have rows that are not locked.
@@ -467,6 +468,6 @@ pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<Vec<MySqlRow>> {
-    sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await
+) -> driver::Result<Vec<MySqlRow>> {
+    Ok(sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await?)
 }

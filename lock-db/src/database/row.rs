@@ -2,12 +2,12 @@
 
 use sqlx::{ColumnIndex, Database, Decode, Row, Type};
 
-use super::LockRow;
+use super::{LockRow, driver};
 use crate::Kind;
 
 /// Decodes the columns that each database's `columns!` selects, in their order. What follows them
 /// is up to the caller.
-pub(super) fn lock_row<'r, R: Row>(row: &'r R) -> sqlx::Result<LockRow>
+pub(super) fn lock_row<'r, R: Row>(row: &'r R) -> driver::Result<LockRow>
 where
     usize: ColumnIndex<R>,
     i64: Decode<'r, R::Database> + Type<R::Database>,

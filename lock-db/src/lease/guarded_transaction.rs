@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use crate::Error;
 use crate::clock::sleep;
 use crate::context::Context;
-use crate::database::{Failure, Fault, LockDatabase, Notification};
+use crate::database::{Failure, Fault, LockDatabase, Notification, StepError};
 use crate::error::Action;
 use crate::error::{Loss, WaitingFor};
 use crate::managed_tx::{Condition, ManagedTransaction};
@@ -73,7 +73,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
-            Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
+            Ok(Err(StepError::Sqlx(sqlx::Error::PoolTimedOut))) => Err(Error::Timeout {
                 name: hold.lease.name().given(),
                 waited: context.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
@@ -206,7 +206,7 @@ async fn begin_on<DB: LockDatabase>(
     pool: &Pool<DB>,
     hold: &Weak<LeaseHandle>,
     runtime: &Runtime,
-) -> sqlx::Result<GuardedTransaction<DB>> {
+) -> Result<GuardedTransaction<DB>, StepError> {
     let mut broken = 0_u32;
     let started = Instant::now();
     loop {
@@ -214,7 +214,7 @@ async fn begin_on<DB: LockDatabase>(
         let begun = runtime.spawn(ManagedTransaction::begin(connection, DB::BEGIN_GUARDED, runtime.clone()));
         let error = match begun.await {
             Ok(Ok(transaction)) => {
-                let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed) };
+                let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed.into()) };
                 let hold = KeptByTransaction::new(&hold);
                 let mut guarded = GuardedTransaction { transaction: transaction.keep(hold.clone()), hold };
                 let key = guarded.hold.lease.key.clone();
@@ -223,13 +223,15 @@ async fn begin_on<DB: LockDatabase>(
                 }
                 guarded.transaction.roll_back().await?;
                 if started.elapsed() > BEGIN_LIMIT {
-                    return Err(sqlx::Error::Protocol("this node has not heard of the lease".into()));
+                    return Err(StepError::disconnected(
+                        "this node of the cluster has not received the grant of the lease yet",
+                    ));
                 }
                 sleep(PAUSE).await;
                 continue;
             }
             Ok(Err(error)) => error,
-            Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed),
+            Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed.into()),
         };
         match DB::classify(&error) {
             // SQLite: another connection is writing.
@@ -237,7 +239,7 @@ async fn begin_on<DB: LockDatabase>(
             // The connection was dead before anything was done: closed while it was idle, or by the
             // end of the runtime that opened it. The same may be true of all others in the pool.
             Fault::Disconnected if broken <= pool.options().get_max_connections() => broken += 1,
-            _ => return Err(error),
+            _ => return Err(error.into()),
         }
     }
 }

@@ -367,7 +367,7 @@ async fn take<DB: LockDatabase>(
                     Err(error) => Some(error),
                 };
                 if let Err(error) = transaction.roll_back().await {
-                    tracing::debug!(%error, "rolling back");
+                    tracing::debug!(error = %Failure::new::<DB>(error), "rolling back");
                 }
                 error
             }

@@ -103,7 +103,7 @@ pub(super) fn start<DB: LockDatabase>(
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn no_thread(error: std::io::Error) -> Error {
-    Error::other(Action::StartSession, None, false, error.kind(), error.to_string())
+    Error::other(Action::StartSession, None, false, error.to_string())
 }
 
 /// Answers requests until all senders are gone or the session is closed. Each request is its own
@@ -136,7 +136,7 @@ async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>
                         // The loss was reported when it was noticed.
                         (None, Ok(()) | Err(Error::Lost { .. } | Error::Closed)) => {}
                         (None, Err(error)) => {
-                            tracing::warn!(lock = %lease.name(), %error, "a dropped lock could not be released");
+                            tracing::warn!(lock = %lease.name(), error = %error.report(), "a dropped lock could not be released");
                         }
                     }
                     drop(busy);

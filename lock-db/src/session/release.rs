@@ -65,7 +65,7 @@ pub(super) async fn release(
             );
             let reason = "another transaction has its row locked; it is released when that ends, or free when its TTL is over";
             let name = Some(lease.name().given());
-            Err(Error::other(Action::Release, name, true, std::io::ErrorKind::WouldBlock, reason))
+            Err(Error::other(Action::Release, name, true, reason))
         }
         (None | Some(Loss::Released), Err(failure)) => {
             release_in_background(
@@ -208,7 +208,7 @@ pub(super) fn release_all(actor: &Rc<Actor>) {
             let settled = until_settled(&actor, &released_now, lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error(Action::Release, Some(lease.name()));
-                tracing::warn!(lock = %lease.name(), %error, "not released: it is free when its TTL is over");
+                tracing::warn!(lock = %lease.name(), error = %error.report(), "not released: it is free when its TTL is over");
             }
             drop(busy);
         });

@@ -10,11 +10,12 @@ use sqlx::{Connection, MySql, Row};
 
 use super::parts;
 use super::several::in_json;
-use crate::database::driver::SchemaDriver;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
-    hexadecimal, outcome_unknown,
+    hexadecimal,
 };
 use crate::options::micros;
 
@@ -38,7 +39,7 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let mut all = Renewed { statuses: Vec::with_capacity(leases.len()), read_at: None };
     for part in parts(leases, server, |_| LONGEST_RENEWAL) {
         let Renewed { statuses, read_at } = in_dialect!(server, renew(connection, server, part))?;
@@ -55,7 +56,7 @@ pub(in crate::database) async fn still_ours(
     connection: &mut MySqlConnection,
     server: &Server,
     json: &str,
-) -> sqlx::Result<(Vec<(String, LeaseStatus)>, Instant)> {
+) -> driver::Result<(Vec<(String, LeaseStatus)>, Instant)> {
     let mut transaction = connection.begin().await?;
     let read_at = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(&mut *transaction).await?;
@@ -68,7 +69,7 @@ pub(in crate::database) async fn still_ours(
         };
         Ok((row.try_get(0)?, status))
     };
-    Ok((rows.iter().map(status).collect::<sqlx::Result<_>>()?, read_at))
+    Ok((rows.iter().map(status).collect::<driver::Result<_>>()?, read_at))
 }
 
 /// Uses as few messages as the server allows.
@@ -77,7 +78,7 @@ pub(super) async fn batch(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let names = releases.iter().map(|one| &one.name).chain(claims.iter().map(|claim| &claim.name));
     if names.map(in_json).sum::<usize>() <= server.longest_message {
         return batch_part(connection, server, releases, claims).await;
@@ -89,7 +90,7 @@ pub(super) async fn batch(
         let is_first = all.releases.is_empty() && all.grants.is_empty();
         let part = batch_part(connection, server, releases, claims).await;
         // The earlier parts are already committed.
-        let part = if is_first { part? } else { part.map_err(outcome_unknown)? };
+        let part = if is_first { part? } else { part.map_err(StepError::outcome_unknown)? };
         all.releases.extend(part.releases);
         all.grants.extend(part.grants);
     }
@@ -101,7 +102,7 @@ async fn batch_part(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let asked = batch_as_json(releases, claims);
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // All entries are of this process, so they differ only in their times.
@@ -109,7 +110,7 @@ async fn batch_part(
     let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases));
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
-        Err(error) if MySql::classify(&error) == Fault::Deadlock => {
+        Err(error) if error.fault::<MySql>() == Fault::Deadlock => {
             return Ok(BatchOutcome::nothing(releases, claims));
         }
         rows => rows?,

@@ -7,8 +7,10 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::row::lock_row;
-use crate::database::{Grant, LeaseKey, LeaseStatus, LockRow, Probe, ReleaseClaim, Server};
+use crate::database::{Fault, Grant, LeaseKey, LeaseStatus, LockRow, Probe, ReleaseClaim, Server};
 use crate::secret::Secret;
 
 macro_rules! columns {
@@ -54,7 +56,7 @@ pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Option<LockRow>> {
+) -> driver::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name.as_bytes()).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
@@ -66,21 +68,21 @@ pub(super) async fn create(
     server: &Server,
     name: &str,
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     if read(connection, server, name).await?.is_some() {
         return Ok(true);
     }
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
     match query.execute(connection).await {
-        Err(error) if has_no_id(&error) => Err(sqlx::Error::Configuration(
-            format!(
-                "{error}: a row has the largest id that there is, so no row can be made for a new name; give it another one, \
-                 and `ALTER TABLE {} AUTO_INCREMENT = 1`",
+        Err(error) if has_no_id(&error) => {
+            let text = format!(
+                "a row has the largest id that there is, so no row can be made for a new name; give it another one, and \
+                 `ALTER TABLE {} AUTO_INCREMENT = 1`",
                 server.table.name()
-            )
-            .into(),
-        )),
-        Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
+            );
+            Err(StepError::Explained(Fault::Refused, text, error))
+        }
+        Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error.into()),
         _ => Ok(true),
     }
 }
@@ -94,13 +96,13 @@ fn has_no_id(error: &sqlx::Error) -> bool {
     }
 }
 
-pub(in crate::database) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
+pub(in crate::database) fn granted(row: &MySqlRow) -> driver::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, tokens: row.try_get(3)? })
 }
 
 /// Waits for the row no longer than any other statement here.
-pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
     let marked = sqlx::query(lease.server.table.sql(MARK))
         .bind(lease.mark)
         .bind(lease.row.id)
@@ -118,12 +120,12 @@ pub(super) async fn probe(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Probe> {
+) -> driver::Result<Probe> {
     match sqlx::query(server.table.sql(PROBE)).bind(name.as_bytes()).fetch_optional(connection).await {
         Ok(Some(_)) => Ok(Probe::Free),
         Ok(None) => Ok(Probe::Nothing),
         Err(error) if matches!(number(&error), Some(ROW_IS_LOCKED | LOCK_WAIT_TIMEOUT)) => Ok(Probe::Locked),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -131,7 +133,7 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let released = in_dialect!(server, release(connection, server, lease))?;
     released_or_not(connection, server, &lease.name, &lease.secret, released).await
 }
@@ -142,7 +144,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let released = in_dialect!(server, release_later(connection, server, name, secret, at_least))?;
     released_or_not(connection, server, name, secret, released).await
 }
@@ -153,7 +155,7 @@ async fn released_or_not(
     name: &str,
     secret: &Secret,
     released: bool,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     if released {
         return Ok(LeaseStatus::Ours);
     }

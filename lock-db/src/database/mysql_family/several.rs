@@ -9,9 +9,11 @@ use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 use super::lease::READ_ALL;
 use super::{literal, parts};
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::SessionDriver;
 use crate::database::row;
-use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json, outcome_unknown};
+use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json};
 use crate::name::Name;
 
 /// Undoes the setting of `BEGIN_SHORT` that outlasts its transaction.
@@ -21,7 +23,7 @@ pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<Vec<Option<LockRow>>> {
+) -> driver::Result<Vec<Option<LockRow>>> {
     let mut found = Vec::with_capacity(names.len());
     for part in parts(names, server, in_json) {
         let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(part));
@@ -43,7 +45,7 @@ pub(super) async fn create(
     server: &Server,
     names: &[Name],
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let rows = read(connection, server, names).await?;
     let missing: Vec<&Name> =
         names.iter().zip(rows).filter_map(|(name, row)| row.is_none().then_some(name)).collect();
@@ -61,14 +63,14 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Vec<Option<Grant>>> {
+) -> driver::Result<Vec<Option<Grant>>> {
     let nothing = || vec![None; claims.len()];
     let parts = parts(claims, server, |claim| in_json(&claim.name));
     let rows = if let [all] = &*parts {
         in_dialect!(server, acquire_all(connection, server, all, true))?
     } else {
         let rows = acquire_parts(connection, server, &parts).await?;
-        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map_err(outcome_unknown)?;
+        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map_err(StepError::outcome_unknown)?;
         rows
     };
     let Some(rows) = rows else { return Ok(nothing()) };
@@ -86,7 +88,7 @@ async fn acquire_parts(
     connection: &mut MySqlConnection,
     server: &Server,
     parts: &[&[Claim]],
-) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+) -> driver::Result<Option<Vec<MySqlRow>>> {
     let mut transaction = connection.begin_with(MySql::BEGIN_SHORT).await?;
     let mut rows = Vec::new();
     for part in parts {
@@ -104,7 +106,7 @@ pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<HashSet<String>> {
+) -> driver::Result<HashSet<String>> {
     let mut found = HashSet::with_capacity(names.len());
     for part in parts(names, server, in_json) {
         let names = names_as_json(part);

@@ -4,6 +4,7 @@
 
 use sqlx::postgres::PgConnection;
 
+use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
@@ -168,7 +169,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (key, rest) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
     Ok(query.execute(connection).await?.rows_affected() > 0)
@@ -180,7 +181,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
@@ -190,7 +191,8 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
-    query.execute(connection).await.map(drop)
+    query.execute(connection).await?;
+    Ok(())
 }

@@ -4,7 +4,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Sqlite};
 
 use super::schema::{PREPARE, find};
-use crate::database::driver::SchemaDriver;
+use crate::database::driver;
 use crate::database::migration::{LEDGER, Migration, apply_missing, if_newer};
 use crate::database::{Fault, Found};
 use crate::schema;
@@ -28,39 +28,40 @@ WHERE name = 'distributed_lock'";
 const SEQUENCE_HAS_ENDED: &str = "
 SELECT EXISTS (SELECT 1 FROM main.sqlite_sequence WHERE name = 'distributed_lock' AND seq = 9223372036854775807)";
 
-pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+pub(super) async fn migrate(connection: &mut SqliteConnection) -> driver::Result<()> {
     sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
     if !is_up_to_date(connection).await? {
         match apply(connection).await {
-            Err(error) if Sqlite::classify(&error) == Fault::Refused => match find(connection).await? {
+            Err(error) if error.fault::<Sqlite>() == Fault::Refused => match find(connection).await? {
                 Found::Table(_) => {}
                 _ => return Err(error),
             },
             applied => applied?,
         }
     }
-    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    sqlx::raw_sql(PREPARE).execute(connection).await?;
+    Ok(())
 }
 
-async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+async fn apply(connection: &mut SqliteConnection) -> driver::Result<()> {
     let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
     apply_missing(&mut InTransaction(&mut transaction)).await?;
     if has_no_more_ids(&mut transaction).await? {
         sqlx::query(MEND_SEQUENCE).execute(&mut *transaction).await?;
     }
-    transaction.commit().await
+    Ok(transaction.commit().await?)
 }
 
 /// Whether the ids are used up. `sqlite_sequence` exists only if a table has AUTOINCREMENT.
-pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> driver::Result<bool> {
     if !has_table(connection, "sqlite_sequence").await? {
         return Ok(false);
     }
-    sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await
+    Ok(sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await?)
 }
 
 /// The newest applied migration, if this version does not know it.
-pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Option<i64>> {
+pub(super) async fn newer(connection: &mut SqliteConnection) -> driver::Result<Option<i64>> {
     if !has_table(connection, LEDGER).await? {
         return Ok(None);
     }
@@ -69,7 +70,7 @@ pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Opt
 }
 
 /// Does not write, because the file may be read-only.
-async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+async fn is_up_to_date(connection: &mut SqliteConnection) -> driver::Result<bool> {
     if !has_table(connection, "distributed_lock").await? || !has_table(connection, LEDGER).await? {
         return Ok(false);
     }
@@ -78,8 +79,8 @@ async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> 
         && !has_no_more_ids(connection).await?)
 }
 
-async fn has_table(connection: &mut SqliteConnection, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+async fn has_table(connection: &mut SqliteConnection, name: &str) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await?)
 }
 
 /// All of it in one transaction, which has the write lock.
@@ -88,23 +89,26 @@ struct InTransaction<'c>(&'c mut SqliteConnection);
 impl Migration for InTransaction<'_> {
     const ALL: &'static [(i64, &'static str)] = &MIGRATIONS;
 
-    async fn has_table(&mut self, table: &str) -> sqlx::Result<bool> {
+    async fn has_table(&mut self, table: &str) -> driver::Result<bool> {
         has_table(self.0, table).await
     }
 
-    async fn create_ledger(&mut self) -> sqlx::Result<()> {
-        sqlx::query(CREATE_LEDGER).execute(&mut *self.0).await.map(drop)
+    async fn create_ledger(&mut self) -> driver::Result<()> {
+        sqlx::query(CREATE_LEDGER).execute(&mut *self.0).await?;
+        Ok(())
     }
 
-    async fn applied(&mut self) -> sqlx::Result<Vec<i64>> {
-        sqlx::query_scalar(APPLIED).fetch_all(&mut *self.0).await
+    async fn applied(&mut self) -> driver::Result<Vec<i64>> {
+        Ok(sqlx::query_scalar(APPLIED).fetch_all(&mut *self.0).await?)
     }
 
-    async fn apply(&mut self, sql: &'static str) -> sqlx::Result<()> {
-        sqlx::raw_sql(sql).execute(&mut *self.0).await.map(drop)
+    async fn apply(&mut self, sql: &'static str) -> driver::Result<()> {
+        sqlx::raw_sql(sql).execute(&mut *self.0).await?;
+        Ok(())
     }
 
-    async fn note_applied(&mut self, version: i64) -> sqlx::Result<()> {
-        sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *self.0).await.map(drop)
+    async fn note_applied(&mut self, version: i64) -> driver::Result<()> {
+        sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *self.0).await?;
+        Ok(())
     }
 }

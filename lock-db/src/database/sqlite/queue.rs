@@ -3,6 +3,7 @@
 use sqlx::sqlite::SqliteConnection;
 
 use super::lease::clock_micros;
+use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
@@ -136,7 +137,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (key, rest) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
     Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
@@ -148,7 +149,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
@@ -158,7 +159,8 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
-    query.execute(connection).await.map(drop)
+    query.execute(connection).await?;
+    Ok(())
 }

@@ -15,11 +15,11 @@ use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Private, SILENCE, Way};
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
-use crate::database::Failure;
 use crate::database::{
     Claim, Fault, Grant, LeaseStatus, Location, LockDatabase, LockRow, Notification, OldSnapshots,
     ReleaseClaim, Server,
 };
+use crate::database::{Failure, StepError};
 use crate::name::Name;
 use crate::session::wakeup::notify::Notifications;
 
@@ -414,7 +414,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     async fn answer<T>(
         &mut self,
         reply: Reply<T>,
-        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> Result<T, StepError>,
     ) {
         let answer = self.on_connection(STATEMENT_LIMIT, operation).await;
         let _ = reply.send(answer);
@@ -457,7 +457,7 @@ async fn acquire_all<DB: LockDatabase>(
     connection: &mut DB::Connection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Option<Vec<Grant>>> {
+) -> Result<Option<Vec<Grant>>, StepError> {
     if let [claim] = claims {
         return Ok(DB::acquire(connection, server, claim).await?.map(|grant| vec![grant]));
     }
@@ -476,7 +476,7 @@ async fn acquire_all<DB: LockDatabase>(
         // A trigger may keep one of them from being written. Release the others. Without an answer
         // they may still be ours.
         let released_now = DB::batch(connection, server, &undone, &[]).await;
-        released_now.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
+        released_now.map_err(StepError::outcome_unknown)?;
     }
     Ok(None)
 }
@@ -485,7 +485,7 @@ async fn acquire_all<DB: LockDatabase>(
 async fn old_snapshots<DB: LockDatabase>(
     connection: &mut DB::Connection,
     server: &Server,
-) -> sqlx::Result<OldSnapshots> {
+) -> Result<OldSnapshots, StepError> {
     let seen = DB::old_snapshots(connection, server).await?;
     server.table.set_old_versions(seen.found.is_some());
     Ok(seen)
