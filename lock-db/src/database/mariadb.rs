@@ -125,7 +125,7 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''
 RETURNING id";
 
-const STAND: &str = concat!(
+const ENQUEUE: &str = concat!(
     "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
@@ -150,7 +150,7 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING id";
 
-const REMOVE_WAITER: &str = concat!(
+const DEQUEUE: &str = concat!(
     "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ",
@@ -188,18 +188,18 @@ const BATCH: &str = concat!("
 INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
-    asked.ttl, asked.place
+    asked.ttl, asked.queue_key
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
         lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
         secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
-        place VARCHAR(", layout!(key), ") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
+        queue_key VARCHAR(", layout!(key), ") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.lock_kind = 'insert'
     AND (lease.secret_key = asked.secret_key
         OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-            AND (lease.waiters = '' OR asked.place = '' OR ", is_first!("lease.waiters", "asked.place"), ")))
+            AND (lease.waiters = '' OR asked.queue_key = '' OR ", is_first!("lease.waiters", "asked.queue_key"), ")))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
@@ -312,7 +312,7 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> driver::Result<Option<Grant>> {
-    let (secret, key) = (claim.secret.as_str(), claim.place.as_ref().map(key).unwrap_or_default());
+    let (secret, key) = (claim.secret.as_str(), claim.entry.as_ref().map(key).unwrap_or_default());
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
     let query = query.bind(&key).bind(name).bind(secret).bind(key.is_empty()).bind(&key);
@@ -328,7 +328,7 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(lease.place.as_ref());
+    let (key, rest) = QueueEntry::parts(lease.entry.as_ref());
     let query = insert(server, RELEASE).bind(key).bind(lease.name.as_bytes());
     wrote(connection, query.bind(lease.secret.as_str()).bind(rest)).await
 }
@@ -366,10 +366,10 @@ pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    place: &QueueEntry,
+    entry: &QueueEntry,
 ) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(place));
-    let query = insert(server, STAND).bind(&key).bind(name.as_bytes());
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let query = insert(server, ENQUEUE).bind(&key).bind(name.as_bytes());
     wrote(connection, query.bind(&key).bind(rest)).await
 }
 
@@ -391,7 +391,7 @@ pub(super) async fn dequeue(
     secret: &Secret,
 ) -> driver::Result<()> {
     let key = key(secret);
-    let query = insert(server, REMOVE_WAITER).bind(&key).bind(name.as_bytes()).bind(&key);
+    let query = insert(server, DEQUEUE).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
 }
 

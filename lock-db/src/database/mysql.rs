@@ -118,7 +118,7 @@ UPDATE (
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
 SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
 
-const STAND: &str = concat!(
+const ENQUEUE: &str = concat!(
     "
 UPDATE (
     SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
@@ -142,17 +142,17 @@ UPDATE (
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = ?";
 
-const REMOVE_WAITER: &str = concat!(
+const DEQUEUE: &str = concat!(
     "
 UPDATE (
-    SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS place
+    SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS position
     FROM {table} FORCE INDEX (distributed_lock_name)
     WHERE lock_name = ? AND INSTR(waiters, ?) > 0
     LIMIT 1
     FOR UPDATE SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
 SET lease.waiters = ",
-    without!("unlocked.last_waiters", "unlocked.place")
+    without!("unlocked.last_waiters", "unlocked.position")
 );
 
 /// One statement, which the server completes without the client. A client that is stopped or
@@ -186,19 +186,19 @@ const BATCH: &str = concat!("
 UPDATE (
     SELECT lease.id, lease.fencing_token AS last_token, lease.acquire_time AS last_time, lease.owner AS last_owner,
         lease.secret_key = asked.secret_key AS is_again, lease.previous_token AS last_previous,
-        ", is_first!("lease.waiters", "asked.place"), " AS was_first,
-        lease.waiters <> '' AND ", has_room!("lease.waiters", "asked.place"), " AS may_enqueue,
-        asked.secret_key, asked.ttl, asked.place
+        ", is_first!("lease.waiters", "asked.queue_key"), " AS was_first,
+        lease.waiters <> '' AND ", has_room!("lease.waiters", "asked.queue_key"), " AS may_enqueue,
+        asked.secret_key, asked.ttl, asked.queue_key
     FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
-            place VARCHAR(", layout!(key), ") CHARACTER SET ascii PATH '$[3]')) AS asked
+            queue_key VARCHAR(", layout!(key), ") CHARACTER SET ascii PATH '$[3]')) AS asked
     STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
         ON lease.lock_name = UNHEX(asked.lock_name)
     WHERE lease.lock_kind = 'insert'
         AND (lease.secret_key = asked.secret_key
             OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
                 AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-                AND (lease.waiters = '' OR asked.place = '' OR ", is_first!("lease.waiters", "asked.place"), ")))
+                AND (lease.waiters = '' OR asked.queue_key = '' OR ", is_first!("lease.waiters", "asked.queue_key"), ")))
     LIMIT 1000000
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
@@ -212,7 +212,7 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         unlocked.ttl > 0, TIMESTAMPADD(MICROSECOND, unlocked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
     lease.ttl_micros = unlocked.ttl,
     lease.waiters = CASE WHEN unlocked.ttl > 0 AND unlocked.was_first THEN ", without_first!("lease.waiters"), "
-        WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.place", "CONVERT(@lock_db_rest USING ascii)"), "
+        WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.queue_key", "CONVERT(@lock_db_rest USING ascii)"), "
         ELSE lease.waiters END");
 
 /// Which of the leases are ours, and whether the request was carried out: released, or taken so
@@ -287,7 +287,7 @@ pub(super) async fn acquire(
     claim: &Claim,
 ) -> driver::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
-    let key = claim.place.as_ref().map(key).unwrap_or_default();
+    let key = claim.entry.as_ref().map(key).unwrap_or_default();
     let name = claim.name.as_bytes();
     let acquired = sqlx::query(server.table.sql(ACQUIRE))
         .bind(secret)
@@ -334,8 +334,8 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<bool> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let (key, rest) = QueueEntry::parts(place.as_ref());
+    let ReleaseClaim { name, secret, entry } = lease;
+    let (key, rest) = QueueEntry::parts(entry.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
     wrote(connection, query.bind(&key).bind(&key).bind(rest)).await
 }
@@ -355,10 +355,10 @@ pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    place: &QueueEntry,
+    entry: &QueueEntry,
 ) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name.as_bytes()).bind(&key);
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name.as_bytes()).bind(&key);
     wrote(connection, query.bind(&key).bind(rest)).await
 }
 
@@ -380,7 +380,7 @@ pub(super) async fn dequeue(
     secret: &Secret,
 ) -> driver::Result<()> {
     let key = key(secret);
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(&key).bind(name.as_bytes()).bind(&key);
+    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
 }
 

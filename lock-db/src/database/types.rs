@@ -21,7 +21,7 @@ pub struct Claim {
     pub ttl: Duration,
     /// Secret of this process's entry in the queue of the row. A claim without it ignores the
     /// queue.
-    pub place: Option<Secret>,
+    pub entry: Option<Secret>,
 }
 
 /// A lease to be released.
@@ -31,7 +31,7 @@ pub struct ReleaseClaim {
     pub secret: Secret,
     /// Entry to append to the queue if more callers of this process wait. It goes behind the
     /// entries of other processes.
-    pub place: Option<QueueEntry>,
+    pub entry: Option<QueueEntry>,
 }
 
 /// Results of a batch: those of the releases and those of the claims, each in the order of the

@@ -451,9 +451,9 @@ impl Actor {
     }
 
     /// The queue entry of this process, for the queue of any row.
-    pub(super) fn place(&self) -> QueueEntry {
+    pub(super) fn queue_entry(&self) -> QueueEntry {
         QueueEntry {
-            secret: self.queues.place().clone(),
+            secret: self.queues.queue_secret().clone(),
             owner: self.queues.owner(),
             listener: self.notifications.listener(),
         }

@@ -137,19 +137,19 @@ async fn put_down(
     until: Until,
 ) -> Result<LeaseStatus, Failure> {
     let name = &lease.key.row.name;
-    let mut released_now = ReleaseClaim { name: name.clone(), secret: lease.key.secret.clone(), place: None };
+    let mut released_now = ReleaseClaim { name: name.clone(), secret: lease.key.secret.clone(), entry: None };
     if held.as_ref().is_some_and(|held| held.others_wait) && actor.queues.next_is_fair(name) {
         // The next caller of this process has to queue behind the other processes in any case. The
         // release adds its queue entry in the same statement.
         actor.notifications.enqueue(name, lease.key.row.id);
-        released_now.place = Some(actor.place());
+        released_now.entry = Some(actor.queue_entry());
     }
     let released = until_settled(actor, &released_now, lease.at_least(), until).await;
     // Without `held` another caller of this process may already have the lock, and its user lock.
     if held.is_some() {
         user_lock::give(actor, name);
     }
-    if released_now.place.is_some() {
+    if released_now.entry.is_some() {
         user_lock::wait(actor, name, lease.key.row.id);
     }
     drop(held);
@@ -174,8 +174,8 @@ pub(super) fn leave_queue(actor: &Rc<Actor>, name: &Name) {
     user_lock::give(actor, name);
     let (actor, name, busy) = (Rc::clone(actor), name.clone(), actor.tasks.enter());
     spawn_local(async move {
-        if let Err(failure) = actor.worker.dequeue(&name, actor.queues.place()).await {
-            tracing::debug!(lock = %name, error = %failure, "a place in the queue stays until it is over");
+        if let Err(failure) = actor.worker.dequeue(&name, actor.queues.queue_secret()).await {
+            tracing::debug!(lock = %name, error = %failure, "the queue entry stays until it expires");
         }
         drop(busy);
     });
@@ -185,7 +185,7 @@ fn release_in_background(actor: &Rc<Actor>, name: Name, secret: Secret, at_least
     let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
     spawn_local(async move {
         let until = Until::ItsEnd(ttl);
-        let released_now = ReleaseClaim { name, secret, place: None };
+        let released_now = ReleaseClaim { name, secret, entry: None };
         let _free_by_then = until_settled(&actor, &released_now, at_least, until).await;
         drop(busy);
     });
@@ -204,7 +204,7 @@ pub(super) fn release_all(actor: &Rc<Actor>) {
         let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
         spawn_local(async move {
             let LeaseKey { row, secret, .. } = &lease.key;
-            let released_now = ReleaseClaim { name: row.name.clone(), secret: secret.clone(), place: None };
+            let released_now = ReleaseClaim { name: row.name.clone(), secret: secret.clone(), entry: None };
             let settled = until_settled(&actor, &released_now, lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error(Action::Release, Some(lease.name()));

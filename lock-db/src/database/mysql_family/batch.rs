@@ -106,7 +106,7 @@ async fn batch_part(
     let asked = batch_as_json(releases, claims);
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // All entries are of this process, so they differ only in their times.
-    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
     let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases));
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
@@ -141,14 +141,14 @@ async fn batch_part(
 /// zero.
 pub(in crate::database) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> String {
     let releases =
-        releases.iter().map(|one| (&one.name, &one.secret, 0, one.place.as_ref().map(|place| &place.secret)));
+        releases.iter().map(|one| (&one.name, &one.secret, 0, one.entry.as_ref().map(|entry| &entry.secret)));
     let claims =
-        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.place.as_ref()));
+        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.entry.as_ref()));
     let mut json = String::from("[");
-    for (position, (name, secret, ttl, place)) in releases.chain(claims).enumerate() {
-        let (comma, place) = (if position > 0 { "," } else { "" }, place.map(key).unwrap_or_default());
+    for (position, (name, secret, ttl, entry)) in releases.chain(claims).enumerate() {
+        let (comma, key) = (if position > 0 { "," } else { "" }, entry.map(key).unwrap_or_default());
         let (name, secret) = (hexadecimal(name), secret.as_str());
-        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{place}\"]");
+        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{key}\"]");
     }
     json.push(']');
     json

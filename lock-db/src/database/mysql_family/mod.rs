@@ -278,9 +278,9 @@ impl QueueDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> driver::Result<bool> {
-        in_dialect!(server, enqueue(connection, server, name, place))
+        in_dialect!(server, enqueue(connection, server, name, entry))
     }
 
     async fn set_waiters(

@@ -70,7 +70,7 @@ macro_rules! the_row {
 const MANY: usize = 16;
 
 /// `RELEASE` for many leases at once. Like `RELEASE`, it does not wait for the disk.
-macro_rules! return_many {
+macro_rules! releases {
     ($found:ident) => {
         concat!(
             r#"
@@ -78,10 +78,10 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = "#, behind_others!("lease.waiters", "unlocked.place", "$4"), r#"
+    waiters = "#, behind_others!("lease.waiters", "unlocked.queue_key", "$4"), r#"
 FROM unsynced, (
-    SELECT lease.ctid, asked.place
-    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
+    SELECT lease.ctid, asked.queue_key
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, queue_key)
     "#,
             the_row!($found),
             r#" AND lease.secret_key = asked.secret_key
@@ -91,21 +91,21 @@ RETURNING lease.secret_key::text, lease.id, "#, first_listener!("lease.waiters")
         )
     };
 }
-const RETURN: &str = return_many!(from_behind);
-const RETURN_MANY: &str = return_many!(plainly);
+const RELEASES: &str = releases!(from_behind);
+const MANY_RELEASES: &str = releases!(plainly);
 
-/// `RELEASE_UNDER_GUARD` for many leases at once: those that `RETURN` skipped.
-const RETURN_UNDER_GUARD: &str = concat!(
+/// `RELEASE_UNDER_GUARD` for many leases at once: those that `RELEASES` skipped.
+const RELEASES_UNDER_GUARD: &str = concat!(
     r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     waiters = "#,
-    behind_others!("lease.waiters", "unlocked.place", "$4"),
+    behind_others!("lease.waiters", "unlocked.queue_key", "$4"),
     r#"
 FROM unsynced, (
-    SELECT lease.id, asked.place
-    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
+    SELECT lease.id, asked.queue_key
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, queue_key)
     JOIN {table} AS lease
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
     FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
@@ -141,20 +141,20 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     ttl_micros = COALESCE(unlocked.ttl, 0),
     secret_key = unlocked.secret_key,
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
-    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#, behind_others!("lease.waiters", "unlocked.place", "$6"), r#"
-        ELSE "#, without_own_first!("lease.waiters", "unlocked.place"), r#" END
+    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#, behind_others!("lease.waiters", "unlocked.queue_key", "$6"), r#"
+        ELSE "#, without_own_first!("lease.waiters", "unlocked.queue_key"), r#" END
 FROM (
-    SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.place,
+    SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.queue_key,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
-        AS asked (lock_name, secret_key, ttl, place)
+        AS asked (lock_name, secret_key, ttl, queue_key)
     "#,
             the_row!($found),
             r#"
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
-            AND (lease.waiters = '' OR asked.place IS NULL OR "#, is_first!("lease.waiters", "asked.place"), r#")
+            AND (lease.waiters = '' OR asked.queue_key IS NULL OR "#, is_first!("lease.waiters", "asked.queue_key"), r#")
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
@@ -212,31 +212,31 @@ pub(super) async fn batch(
 ) -> driver::Result<BatchOutcome> {
     let mut done = Done::default();
     // All entries are of this process, so they differ only in their times.
-    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
     let all: Vec<&ReleaseClaim> = releases.iter().collect();
     let plainly = releases.len() + claims.len() >= MANY && !server.table.has_old_versions();
     if claims.is_empty() {
-        let statement = if plainly { RETURN_MANY } else { RETURN };
+        let statement = if plainly { MANY_RELEASES } else { RELEASES };
         done.note(&release_in_background(connection, server, statement, &all, &rest).await?)?;
     } else {
-        let returned = releases
+        let released = releases
             .iter()
-            .map(|one| (&one.name, &one.secret, None, one.place.as_ref().map(|place| &place.secret)));
+            .map(|one| (&one.name, &one.secret, None, one.entry.as_ref().map(|entry| &entry.secret)));
         let claimed = claims
             .iter()
-            .map(|claim| (&claim.name, &claim.secret, Some(micros(claim.ttl)), claim.place.as_ref()));
-        let (mut names, mut secrets, mut ttls, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (name, secret, ttl, place) in returned.chain(claimed) {
+            .map(|claim| (&claim.name, &claim.secret, Some(micros(claim.ttl)), claim.entry.as_ref()));
+        let (mut names, mut secrets, mut ttls, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (name, secret, ttl, entry) in released.chain(claimed) {
             names.push(&**name);
             secrets.push(secret.as_str());
             ttls.push(ttl);
-            places.push(place.map(key));
+            keys.push(entry.map(key));
         }
         let rows = sqlx::query(server.table.sql(if plainly { BATCH_MANY } else { BATCH }))
             .bind(names)
             .bind(secrets)
             .bind(ttls)
-            .bind(places)
+            .bind(keys)
             .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
             .bind(&rest)
             .fetch_all(&mut *connection)
@@ -246,16 +246,16 @@ pub(super) async fn batch(
             done.grants.insert(row.try_get(0)?, granted(row)?);
         }
     }
-    let mut passed_over = done.rest(all);
+    let mut skipped = done.rest(all);
     let mut ours = HashSet::new();
-    if !passed_over.is_empty() {
+    if !skipped.is_empty() {
         // The statement above is already committed.
-        let rows = release_in_background(connection, server, RETURN_UNDER_GUARD, &passed_over, &rest).await;
+        let rows = release_in_background(connection, server, RELEASES_UNDER_GUARD, &skipped, &rest).await;
         done.note(&rows.map_err(StepError::outcome_unknown)?)?;
-        passed_over = done.rest(passed_over);
+        skipped = done.rest(skipped);
     }
-    if !passed_over.is_empty() {
-        let (names, secrets) = names_and_secrets(&passed_over);
+    if !skipped.is_empty() {
+        let (names, secrets) = names_and_secrets(&skipped);
         let query = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(names).bind(secrets);
         let found: Vec<String> = query.fetch_all(connection).await.map_err(StepError::outcome_unknown)?;
         ours = found.into_iter().collect();
@@ -303,9 +303,9 @@ async fn release_in_background(
     rest: &str,
 ) -> driver::Result<Vec<PgRow>> {
     let (names, secrets) = names_and_secrets(releases);
-    let places = releases.iter().map(|one| one.place.as_ref().map(|place| key(&place.secret)));
+    let keys = releases.iter().map(|one| one.entry.as_ref().map(|entry| key(&entry.secret)));
     let query = sqlx::query(server.table.sql(statement)).bind(names).bind(secrets);
-    Ok(query.bind(places.collect::<Vec<_>>()).bind(rest).fetch_all(connection).await?)
+    Ok(query.bind(keys.collect::<Vec<_>>()).bind(rest).fetch_all(connection).await?)
 }
 
 fn names_and_secrets<'a>(releases: &[&'a ReleaseClaim]) -> (Vec<&'a str>, Vec<&'a str>) {

@@ -280,7 +280,7 @@ pub(super) async fn acquire(
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
-        .bind(claim.place.as_ref().map(key))
+        .bind(claim.entry.as_ref().map(key))
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
@@ -334,8 +334,8 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<Released> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let (key, rest) = QueueEntry::parts(place.as_ref());
+    let ReleaseClaim { name, secret, entry } = lease;
+    let (key, rest) = QueueEntry::parts(entry.as_ref());
     for statement in [RELEASE, RELEASE_UNDER_GUARD] {
         let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
         let row = query.bind(&key).bind(&rest).fetch_optional(&mut *connection).await?;

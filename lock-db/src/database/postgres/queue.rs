@@ -118,7 +118,7 @@ macro_rules! first_listener {
     };
 }
 
-const STAND: &str = concat!(
+const ENQUEUE: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
@@ -149,7 +149,7 @@ WHERE lease.ctid = (
     FOR NO KEY UPDATE SKIP LOCKED)"
 );
 
-const REMOVE_WAITER: &str = concat!(
+const DEQUEUE: &str = concat!(
     "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
@@ -168,10 +168,10 @@ pub(super) async fn enqueue(
     connection: &mut PgConnection,
     server: &Server,
     name: &str,
-    place: &QueueEntry,
+    entry: &QueueEntry,
 ) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name).bind(key).bind(rest);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
 
@@ -192,7 +192,7 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
+    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(name).bind(key(secret));
     query.execute(connection).await?;
     Ok(())
 }

@@ -229,7 +229,7 @@ pub(super) async fn acquire(
         .bind(&*claim.owner)
         .bind(later_by(claim.ttl))
         .bind(clock_micros())
-        .bind(claim.place.as_ref().map(key))
+        .bind(claim.entry.as_ref().map(key))
         .bind(micros(claim.ttl))
         .fetch_all(connection)
         .await?;
@@ -297,8 +297,8 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<LeaseStatus> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let (key, rest) = QueueEntry::parts(place.as_ref());
+    let ReleaseClaim { name, secret, entry } = lease;
+    let (key, rest) = QueueEntry::parts(entry.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(key);
     Ok(released_or_not(&query.bind(rest).bind(clock_micros()).execute(connection).await?))
 }

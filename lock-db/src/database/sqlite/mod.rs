@@ -233,9 +233,9 @@ impl QueueDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> driver::Result<bool> {
-        queue::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, entry).await
     }
 
     async fn set_waiters(

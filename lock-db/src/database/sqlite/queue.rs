@@ -109,7 +109,7 @@ macro_rules! without {
     };
 }
 
-const STAND: &str = concat!(
+const ENQUEUE: &str = concat!(
     "
 UPDATE {table} SET waiters = ",
     with_entry!("waiters", "?2", "?3", "?4"),
@@ -123,7 +123,7 @@ WHERE lock_name = ?1 AND lock_kind = 'insert' AND ",
 const SET_WAITERS: &str = "
 UPDATE {table} SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
 
-const REMOVE_WAITER: &str = concat!(
+const DEQUEUE: &str = concat!(
     "
 UPDATE {table}
 SET waiters = ",
@@ -136,10 +136,10 @@ pub(super) async fn enqueue(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
-    place: &QueueEntry,
+    entry: &QueueEntry,
 ) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(key).bind(rest);
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name).bind(key).bind(rest);
     Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
 }
 
@@ -160,7 +160,7 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(key(secret));
+    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(name).bind(key(secret));
     query.execute(connection).await?;
     Ok(())
 }

@@ -220,7 +220,7 @@ impl AcquireAttempt {
     /// Reads whether a lock is free, and creates its row if there is none. A waiting request also
     /// adds its entry to the queue.
     async fn read(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
-        let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
+        let Some(Claim { name, entry: secret, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let actor = Rc::clone(&self.actor);
@@ -242,7 +242,7 @@ impl AcquireAttempt {
         }
         let mut written = true;
         let mut ahead = 0;
-        if let Some(place) = place {
+        if let Some(secret) = secret {
             if is_free && row.waiters.is_empty() {
                 self.seen_free.push((name, row));
                 return Ok(None);
@@ -251,24 +251,24 @@ impl AcquireAttempt {
             let all_last = waiters.text().len() == row.waiters.len();
             // On a cluster, a queue entry written on another node would conflict with the holder's
             // guarded transactions.
-            let may_stand = actor.worker.cluster() == Cluster::SinglePrimary;
-            let waits = may_stand && !self.wait.is_try() && !self.left().is_zero();
+            let may_enqueue = actor.worker.cluster() == Cluster::SinglePrimary;
+            let waits = may_enqueue && !self.wait.is_try() && !self.left().is_zero();
             if waits {
                 self.signal = Some(actor.notifications.enqueue(&name, row.id));
                 actor.listen();
             }
             let mut wrote = Ok(true);
-            if waits && all_last && waiters.has_room() && waiters.position(&place).is_none() {
+            if waits && all_last && waiters.has_room() && waiters.position(&secret).is_none() {
                 ahead = waiters.len();
-                wrote = actor.worker.enqueue(&name, actor.place()).await;
+                wrote = actor.worker.enqueue(&name, actor.queue_entry()).await;
             } else {
-                let took_place = waits && waiters.enqueue(&actor.place(), now);
+                let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
                 // A try has no queue entry: it comes after all requests that have one.
-                ahead = waiters.position(&place).unwrap_or_else(|| waiters.len());
+                ahead = waiters.position(&secret).unwrap_or_else(|| waiters.len());
                 // Expired entries in front are removed. Otherwise the row does not show that this
                 // process is next.
-                let is_known = !waiters.is_empty() && begins_with(&row.waiters, &place);
-                if took_place || (is_free && ahead == 0 && !is_known) {
+                let is_known = !waiters.is_empty() && begins_with(&row.waiters, &secret);
+                if has_changed || (is_free && ahead == 0 && !is_known) {
                     wrote = actor.worker.set_waiters(&name, &row.waiters, waiters.text()).await;
                 }
             }

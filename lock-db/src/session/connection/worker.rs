@@ -380,8 +380,8 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             OnRow::Probe(reply) => {
                 self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
             }
-            OnRow::Enqueue(place, reply) => {
-                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &place).await).await;
+            OnRow::Enqueue(entry, reply) => {
+                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &entry).await).await;
             }
             OnRow::SetWaiters(before, after, reply) => {
                 self.answer(reply, async |c, server| DB::set_waiters(c, server, name, &before, &after).await)
@@ -466,7 +466,7 @@ async fn acquire_all<DB: LockDatabase>(
     for (grant, Claim { name, secret, .. }) in grants.into_iter().zip(claims) {
         if let Some(grant) = grant {
             all.push(grant);
-            undone.push(ReleaseClaim { name: name.clone(), secret: secret.clone(), place: None });
+            undone.push(ReleaseClaim { name: name.clone(), secret: secret.clone(), entry: None });
         }
     }
     if all.len() == claims.len() {
