@@ -147,7 +147,8 @@ fn as_json(leases: &[Renewal]) -> String {
 /// Encodes names as JSON, for databases without arrays: `["6e616d65", …]`.
 #[cfg(any(feature = "mysql", feature = "_sqlite"))]
 fn names_as_json(names: &[Name]) -> String {
-    let names: Vec<String> = names.iter().map(|name| format!("\"{}\"", hexadecimal(name))).collect();
+    let names: Vec<String> =
+        names.iter().map(|name| format!("\"{}\"", hexadecimal(name.as_bytes()))).collect();
     format!("[{}]", names.join(","))
 }
 
@@ -158,16 +159,26 @@ fn by_name(names: &[Name], found: impl IntoIterator<Item = (Vec<u8>, LockRow)>) 
     names.iter().map(|name| found.remove(name.as_bytes())).collect()
 }
 
-/// Encodes text for use inside a statement, where it then needs no escaping.
+/// Encodes bytes for use inside a statement, where they then need no escaping.
 #[cfg(any(feature = "mysql", feature = "postgres", feature = "_sqlite"))]
-fn hexadecimal(text: &str) -> String {
+fn hexadecimal(bytes: impl AsRef<[u8]>) -> String {
     use std::fmt::Write as _;
 
-    let mut digits = String::with_capacity(text.len() * 2);
-    for byte in text.bytes() {
+    let bytes = bytes.as_ref();
+    let mut digits = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
         let _infallible = write!(digits, "{byte:02x}");
     }
     digits
+}
+
+/// The digest of a secret, as the servers compute it too. Statements on connections of the
+/// application are sent as text, which logs show, so they contain no secret.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+fn secret_digest(secret: &str) -> String {
+    use sha2::Digest as _;
+
+    hexadecimal(sha2::Sha256::digest(secret))
 }
 
 /// Sorts what a batch statement found, in any order, into the order of the request. A lease that it

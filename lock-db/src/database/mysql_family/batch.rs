@@ -147,7 +147,7 @@ pub(in crate::database) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Cl
     let mut json = String::from("[");
     for (position, (name, secret, ttl, entry)) in releases.chain(claims).enumerate() {
         let (comma, key) = (if position > 0 { "," } else { "" }, entry.map(key).unwrap_or_default());
-        let (name, secret) = (hexadecimal(name), secret.as_str());
+        let (name, secret) = (hexadecimal(name.as_bytes()), secret.as_str());
         let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{key}\"]");
     }
     json.push(']');

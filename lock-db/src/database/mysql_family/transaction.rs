@@ -3,7 +3,6 @@
 use std::future::poll_fn;
 use std::time::Duration;
 
-use sha2::Digest;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, Column, Either, MySql, Row};
 
@@ -16,7 +15,9 @@ use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::{SchemaDriver, TransactionDriver};
 use crate::database::row;
-use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockRow, RowAttempt, RowClaim, Server};
+use crate::database::{
+    Cluster, Fault, Guarded, LeaseKey, LockRow, RowAttempt, RowClaim, Server, secret_digest,
+};
 use crate::secret::Secret;
 
 const UNMARK: &str = "
@@ -250,7 +251,7 @@ pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKe
 
 /// The variable outlives the transaction, so only a negative answer is certain.
 pub(super) async fn may_be_its_own(connection: &mut MySqlConnection, secret: &str) -> driver::Result<bool> {
-    let digest = digest(secret);
+    let digest = secret_digest(secret);
     let sql = format!("SELECT COALESCE(INSTR({TAKEN}, '{}'), 0) > 0", digest.get(..32).unwrap_or(&digest));
     let found = fetch_optional(connection, sql).await?;
     Ok(found.map_or(Ok(false), |row| row.try_get(0))?)
@@ -491,18 +492,13 @@ async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> driver
     Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?.pop())
 }
 
-fn digest(secret: &str) -> String {
-    let digest = sha2::Sha256::digest(secret);
-    digest.iter().fold(String::new(), |digits, byte| format!("{digits}{byte:02x}"))
-}
-
 /// The condition that the lease is ours. Statements on the application's connection are sent as
 /// text, and a log shows slow ones, so this contains only a digest of the secret.
 ///
 /// A released lease guards nothing, except in the transaction that releases it, which `or_released`
 /// recognizes.
 fn is_ours(lease: &LeaseKey, or_released: &str) -> String {
-    let digits = digest(lease.secret.as_str());
+    let digits = secret_digest(lease.secret.as_str());
     format!(
         "id = {} AND lock_name = {} AND fencing_token = {token} AND SHA2(secret_key, 256) = '{digits}'
         AND (expire_time > '1970-01-01 00:00:00' {or_released})",

@@ -1,12 +1,10 @@
 //! Row locks and guards in transactions.
 
-use std::fmt::Write as _;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
 
-use sha2::Digest;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row, SqlSafeStr};
 
@@ -15,7 +13,9 @@ use super::sequence;
 use crate::Kind;
 use crate::database::driver;
 use crate::database::driver::TransactionDriver;
-use crate::database::{Guarded, LeaseKey, Notification, RowAttempt, RowClaim, Server, hexadecimal};
+use crate::database::{
+    Guarded, LeaseKey, Notification, RowAttempt, RowClaim, Server, hexadecimal, secret_digest,
+};
 
 /// Conflicts with a takeover, but not with our own renewal. A takeover locks the row FOR UPDATE
 /// before it writes, in the same statement, and PostgreSQL keeps the stronger of a transaction's
@@ -561,11 +561,8 @@ pub(super) async fn doom(connection: &mut PgConnection) {
 /// text and may be logged, so this contains only a digest of the secret. Nothing in it needs
 /// escaping.
 fn is_ours(lease: &LeaseKey) -> String {
-    let mut digits = String::with_capacity(64);
-    for byte in sha2::Sha256::digest(lease.secret.as_str()) {
-        let _infallible = write!(digits, "{byte:02x}");
-    }
-    let (name, token) = (hexadecimal(&lease.row.name), lease.fencing_token);
+    let digits = secret_digest(lease.secret.as_str());
+    let (name, token) = (hexadecimal(lease.row.name.as_bytes()), lease.fencing_token);
     format!(
         "lease.lock_name >= convert_from(decode('{name}', 'hex'), 'UTF8')
         AND lease.lock_name <= convert_from(decode('{name}', 'hex'), 'UTF8') AND lease.fencing_token = {token}
