@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use super::transaction::DOLLAR_QUOTE;
+use super::row_lock::DOLLAR_QUOTE;
 use super::{migrate, session};
 use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
