@@ -344,70 +344,117 @@ async fn lock_and_write(
     claim: &RowClaim,
     slice: Duration,
 ) -> driver::Result<RowAttempt> {
-    // Uses the primary key. A lock by name on MariaDB includes the gap before the row, and no row
-    // could be created for a name that sorts there until the transaction ends. Does not use SKIP
-    // LOCKED, which leaves a lock on the gap behind the skipped row. Runs no plain SELECT before
-    // the row is locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
-    let (id, table) = (claim.row.id, server.table.name());
+    let rows = lock(connection, server, claim.row.id, slice).await?;
+    let locked = match free_row(&rows, claim)? {
+        Ok(locked) => locked,
+        Err(attempt) => return Ok(attempt),
+    };
+    if !sees_last_holder(connection, server, claim, &locked).await? {
+        return Ok(RowAttempt::Stale);
+    }
+    write_row(connection, server, claim, locked).await
+}
+
+/// A row that this transaction has locked, and that no lease holds.
+struct LockedRow {
+    /// The token and the secret that are in it.
+    token: i64,
+    secret: String,
+    /// The server's clock, in microseconds since 1970.
+    now: i64,
+}
+
+/// Shows the table and locks the row, in this order.
+///
+/// Uses the primary key. A lock by name on MariaDB includes the gap before the row, and no row could
+/// be created for a name that sorts there until the transaction ends. Does not use SKIP LOCKED,
+/// which leaves a lock on the gap behind the skipped row. Runs no plain SELECT before the row is
+/// locked: in REPEATABLE READ it would fix the transaction's snapshot too early.
+async fn lock(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    id: i64,
+    slice: Duration,
+) -> driver::Result<Vec<MySqlRow>> {
     let (limit, no_wait) = if slice.is_zero() { (LONGEST_TRY, "NOWAIT") } else { (slice, "") };
     let sql = format!(
         "{IN_TRANSACTION}; {}; {} lock_name, lock_kind, secret_key, fencing_token,
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time), ttl_micros,
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)),
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time)
-        FROM {table} WHERE id = {id} FOR UPDATE {no_wait}",
+        FROM {} WHERE id = {id} FOR UPDATE {no_wait}",
         show(server),
-        select_within(limit)
+        select_within(limit),
+        server.table.name()
     );
-    let mut rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await?.into_iter();
-    let Some(shown) = rows.next() else { return Ok(RowAttempt::Missing) };
-    if is_temporary(&shown) {
-        return Ok(RowAttempt::ForeignTransaction);
+    Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?)
+}
+
+/// Decides over what `lock` has returned: the row of the claim, if it is free, or why not.
+fn free_row(rows: &[MySqlRow], claim: &RowClaim) -> driver::Result<Result<LockedRow, RowAttempt>> {
+    let [shown, rows @ ..] = rows else { return Ok(Err(RowAttempt::Missing)) };
+    if is_temporary(shown) {
+        return Ok(Err(RowAttempt::ForeignTransaction));
     }
-    let Some(row) = rows.next() else { return Ok(RowAttempt::Missing) };
+    let Some(row) = rows.first() else { return Ok(Err(RowAttempt::Missing)) };
     if row.try_get::<&[u8], _>(0)? != claim.row.name.as_bytes() {
-        return Ok(RowAttempt::Missing);
+        return Ok(Err(RowAttempt::Missing));
     }
     // The table is in a database of the same name on another server.
     if row.try_get::<i64, _>(7)? != claim.created {
-        return Ok(RowAttempt::ForeignTransaction);
+        return Ok(Err(RowAttempt::ForeignTransaction));
     }
     if Kind::parse(row.try_get(1)?) != claim.kind {
-        return Ok(RowAttempt::WrongKind);
+        return Ok(Err(RowAttempt::WrongKind));
     }
-    let (last, before): (i64, String) = (row.try_get(3)?, row.try_get(2)?);
     let (expires, ttl, now): (i64, i64, i64) = (row.try_get(4)?, row.try_get(5)?, row.try_get(6)?);
     if expires > now {
-        return Ok(RowAttempt::Leased { usable: false });
+        return Ok(Err(RowAttempt::Leased { usable: false }));
     }
     if expires != 0 || ttl != 0 {
-        return Ok(RowAttempt::Unsettled { usable: false });
+        return Ok(Err(RowAttempt::Unsettled { usable: false }));
     }
+    Ok(Ok(LockedRow { token: row.try_get(3)?, secret: row.try_get(2)?, now }))
+}
 
-    // The locking read sees the newest row, the plain one the transaction's snapshot. A holder that
-    // still has the lock in the snapshot may have committed since, even if it is gone by now and
-    // has not written the row again. Reads by name, because a row that was deleted and created
-    // again is a different row.
-    let name = literal(&claim.row.name);
+/// Whether the transaction sees what the last holder has committed.
+///
+/// The locking read sees the newest row, the plain one the transaction's snapshot. A holder that
+/// still has the lock in the snapshot may have committed since, even if it is gone by now and has
+/// not written the row again. Reads by name, because a row that was deleted and created again is a
+/// different row.
+async fn sees_last_holder(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claim: &RowClaim,
+    locked: &LockedRow,
+) -> driver::Result<bool> {
     let sql = format!(
         "SELECT id, fencing_token, secret_key, expire_time = '1970-01-01 00:00:00' AND ttl_micros = 0
-        FROM {table} WHERE lock_name = {name}"
+        FROM {} WHERE lock_name = {}",
+        server.table.name(),
+        literal(&claim.row.name)
     );
-    let is_current = match fetch_optional(connection, sql).await? {
-        Some(seen) => {
-            seen.try_get::<i64, _>(0)? == id
-                && seen.try_get::<i64, _>(1)? == last
-                && seen.try_get::<&str, _>(2)? == before
-                && seen.try_get::<bool, _>(3)?
-        }
+    let Some(seen) = fetch_optional(connection, sql).await? else {
         // A row that was never held may be newer than the snapshot.
-        None => last == 0,
+        return Ok(locked.token == 0);
     };
-    if !is_current {
-        return Ok(RowAttempt::Stale);
-    }
+    Ok(seen.try_get::<i64, _>(0)? == claim.row.id
+        && seen.try_get::<i64, _>(1)? == locked.token
+        && seen.try_get::<&str, _>(2)? == locked.secret
+        && seen.try_get::<bool, _>(3)?)
+}
 
-    let (fencing_token, seed) = (last.saturating_add(1).max(now), literal(claim.secret.as_str()));
+/// Writes the locked row, and checks that it is written.
+async fn write_row(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claim: &RowClaim,
+    locked: LockedRow,
+) -> driver::Result<RowAttempt> {
+    let LockedRow { token, secret: before, now } = locked;
+    let (id, table, name) = (claim.row.id, server.table.name(), literal(&claim.row.name));
+    let (fencing_token, seed) = (token.saturating_add(1).max(now), literal(claim.secret.as_str()));
     let (secret, digest) = (format!("CONVERT({DRAWN} USING ascii)"), format!("LEFT(SHA2({DRAWN}, 256), 32)"));
     let sql = format!(
         "SET {DRAWN} = LEFT(SHA2(CONCAT({seed}, UUID(), RAND()), 256), 32);
