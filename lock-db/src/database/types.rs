@@ -77,12 +77,12 @@ impl Notification {
 #[derive(Debug, Clone, Copy)]
 pub struct Released {
     pub status: LeaseStatus,
-    pub call: Option<Notification>,
+    pub notification: Option<Notification>,
 }
 
 impl From<LeaseStatus> for Released {
     fn from(status: LeaseStatus) -> Self {
-        Self { status, call: None }
+        Self { status, notification: None }
     }
 }
 
@@ -126,7 +126,7 @@ pub enum Guarded {
     /// of its handle finds nothing to do.
     Committed {
         /// Which process to notify, if the lock was released with the commit.
-        call: Option<Notification>,
+        notification: Option<Notification>,
     },
     /// The lock is not ours any more, or the transaction sees the row as it was before the grant.
     NotOurs,

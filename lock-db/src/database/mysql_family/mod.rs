@@ -142,7 +142,7 @@ impl WakeUpDriver for MySql {
         server: &Server,
         row: i64,
     ) -> driver::Result<bool> {
-        user_lock::take(connection, server, row).await
+        user_lock::acquire(connection, server, row).await
     }
 
     async fn release_user_lock(
@@ -150,7 +150,7 @@ impl WakeUpDriver for MySql {
         server: &Server,
         row: i64,
     ) -> driver::Result<()> {
-        user_lock::give(connection, server, row).await
+        user_lock::release(connection, server, row).await
     }
 }
 

@@ -303,7 +303,7 @@ async fn commit_marked(
                 // A connection that is gone needs no unmark.
                 let _unmarked = sqlx::raw_sql(UNMARK).execute(connection).await;
             }
-            Ok(Guarded::Committed { call: None })
+            Ok(Guarded::Committed { notification: None })
         }
         Err(error) => match number(&error) {
             Some(OUT_OF_RANGE) => Ok(Guarded::NotOurs),

@@ -340,8 +340,8 @@ pub(super) async fn release(
         let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
         let row = query.bind(&key).bind(&rest).fetch_optional(&mut *connection).await?;
         if let Some(row) = row {
-            let call = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
-            return Ok(Released { status: LeaseStatus::Ours, call });
+            let notification = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
+            return Ok(Released { status: LeaseStatus::Ours, notification });
         }
     }
     released_or_not(connection, server, name, secret, 0).await.map(Released::from)

@@ -154,7 +154,7 @@ impl WakeUpDriver for Postgres {
     }
 
     async fn notify(connection: &mut PgConnection, notifications: &[Notification]) -> driver::Result<()> {
-        listener::call(connection, notifications).await
+        listener::notify(connection, notifications).await
     }
 }
 

@@ -114,7 +114,7 @@ async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> 
     let guard = guard.map_or(String::new(), |guard| format!("SET LOCAL lock_timeout = {limit}; {guard};"));
     let sql = format!("{CHECK_MARK}; {guard} {COMMIT}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await {
-        Ok(rows) => Ok(Guarded::Committed { call: rows.last().and_then(notified) }),
+        Ok(rows) => Ok(Guarded::Committed { notification: rows.last().and_then(notified) }),
         // Recognized by text: an error that the owner's trigger raises at the COMMIT may have any
         // code.
         Err(error) if says(&error, NOT_OURS) => Ok(Guarded::NotOurs),

@@ -319,9 +319,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 let answer = self
                     .on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, &lease).await)
                     .await;
-                let call = answer.as_ref().ok().and_then(|released| released.call);
+                let notification = answer.as_ref().ok().and_then(|released| released.notification);
                 let _ = reply.send(answer.map(|released| released.status));
-                self.call(call.as_slice()).await;
+                self.call(notification.as_slice()).await;
             }
             Operation::Release(ReleaseClaim { name, secret, .. }, at_least, reply) => {
                 self.answer(reply, async |c, server| {
