@@ -55,30 +55,16 @@ impl<T> Watched<T> {
     /// Wraps a guard whose drop is not reported.
     pub(crate) fn unwatched(kept: T) -> Self {
         let unwatched = Self::new(kept, |_| Box::default());
-        unwatched.is_used();
+        unwatched.mark_used();
         unwatched
     }
 
-    /// Restarts the time when the guard is returned to its caller. A guard that came from another
-    /// task was made earlier.
-    #[cfg_attr(
-        not(debug_assertions),
-        allow(unused_variables, clippy::unused_self, clippy::needless_pass_by_ref_mut)
-    )]
-    pub(crate) fn is_handed_out(&mut self, name: &str) {
-        #[cfg(debug_assertions)]
-        {
-            self.watch =
-                Watch { name: name.into(), handed_out: Instant::now(), is_used: AtomicBool::new(false) };
-        }
-    }
-
     pub(crate) fn into_inner(self) -> T {
-        self.is_used();
+        self.mark_used();
         self.kept
     }
 
-    fn is_used(&self) {
+    fn mark_used(&self) {
         #[cfg(debug_assertions)]
         self.watch.is_used.store(true, Ordering::Relaxed);
     }
@@ -88,14 +74,14 @@ impl<T> Deref for Watched<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.is_used();
+        self.mark_used();
         &self.kept
     }
 }
 
 impl<T> DerefMut for Watched<T> {
     fn deref_mut(&mut self) -> &mut T {
-        self.is_used();
+        self.mark_used();
         &mut self.kept
     }
 }

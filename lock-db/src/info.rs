@@ -47,7 +47,7 @@ impl std::fmt::Display for Kind {
 }
 
 /// The result of [`Locks::check`](crate::Locks::check).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct CheckReport {
     pub(crate) warnings: Vec<String>,
@@ -65,7 +65,7 @@ impl CheckReport {
 ///
 /// Do not use it to decide whether work may continue. That is what
 /// [`Lease::is_held`](crate::Lease::is_held) is for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct LockInfo {
     /// The name of the lock.

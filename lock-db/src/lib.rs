@@ -125,7 +125,7 @@ pub use sqlx;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Action, Error, Loss, NoReentry, WaitingFor};
-pub use self::global::{AnyInsertLock, AnyLease, AnyLocks};
+pub use self::global::{AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks};
 
 /// What `lease = …` binds in an annotated function that uses the installed or scoped [`Locks`].
 pub type AmbientLease = AnyLease;
@@ -134,13 +134,13 @@ pub use self::info::{CheckReport, Kind, LockInfo};
 pub use self::lease::{GuardedTransaction, InsertLock, InsertLocks, Lease, LeaseWatch, Leases};
 pub use self::locks::{Locks, LocksBuilder};
 pub use self::reentrancy::ReentryContext;
-pub use self::row_lock::{RowGuard, RowLock, RowLocks};
+pub use self::row_lock::{RowGuard, RowGuards, RowLock, RowLocks};
 pub use self::skippable::Skippable;
 
 #[cfg(feature = "macros")]
 pub use lock_macros::distributed_lock;
 
-/// The examples of the README are tests.
+/// The examples of the README are tests, in the repository.
 #[cfg(all(doctest, feature = "postgres"))]
-#[doc = include_str!("../README.md")]
+#[doc = include_str!("../../README.md")]
 struct Readme;

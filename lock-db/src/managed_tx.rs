@@ -41,8 +41,9 @@ pub(crate) struct ManagedTransaction<DB: LockDatabase, K: Send + 'static> {
 
 /// The condition under which a transaction is committed.
 pub(crate) enum Condition {
-    /// The lease is ours. It may be released with the commit.
-    Lease { key: LeaseKey, release: bool },
+    /// The leases are ours. The one with the `key` is checked last, and may be released with the
+    /// commit.
+    Lease { key: LeaseKey, others: Vec<LeaseKey>, release: bool },
     /// The transaction is still the one in which the row was locked.
     Row { name: Name, fencing_token: i64, server: Server },
 }
@@ -174,9 +175,15 @@ async fn commit<DB: LockDatabase>(
     condition: Condition,
     runtime: Runtime,
 ) -> Result<Option<Notification>, Error> {
-    let (name, begun) = (condition.name(), Instant::now());
+    let (mut name, begun) = (condition.name(), Instant::now());
     let checked = match &condition {
-        Condition::Lease { key, release } => DB::commit_guarded(&mut transaction, key, *release).await,
+        Condition::Lease { key, others, release } => match guard::<DB>(&mut transaction, others).await {
+            Ok(()) => DB::commit_guarded(&mut transaction, key, *release).await,
+            Err((other, refused)) => {
+                name = other;
+                refused
+            }
+        },
         Condition::Row { name, fencing_token, server } => {
             DB::commit_locked(&mut transaction, server, name, *fencing_token).await
         }
@@ -215,6 +222,24 @@ async fn commit<DB: LockDatabase>(
     };
     let _rolled_back = roll_back(transaction, &runtime).await;
     Err(error)
+}
+
+/// Checks leases, and keeps them until the transaction ends. Fails with the first one that is not
+/// ours, and why.
+async fn guard<'a, DB: LockDatabase>(
+    transaction: &mut DB::Connection,
+    leases: &'a [LeaseKey],
+) -> Result<(), (&'a Name, Result<Guarded, StepError>)> {
+    for key in leases {
+        let guarded = match DB::guard(transaction, key, false).await {
+            Ok(Guarded::Ours | Guarded::Committed { .. }) => continue,
+            // The COMMIT was not sent.
+            Err(error) if error.fault::<DB>() == Fault::Disconnected => Ok(Guarded::Ended),
+            guarded => guarded,
+        };
+        return Err((&key.row.name, guarded));
+    }
+    Ok(())
 }
 
 /// Restores the connection to its previous state, whatever has become of the transaction.

@@ -17,7 +17,8 @@ pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(1);
 pub(crate) const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 /// The default limits for handing on a lease within a process.
-pub(crate) const DEFAULT_HAND_OFF: HandOff = HandOff { turns: 64, time: Duration::from_millis(50) };
+pub(crate) const DEFAULT_HAND_OFF: HandOffLimits =
+    HandOffLimits { turns: 64, time: Duration::from_millis(50) };
 /// Each holder takes a fencing token, and there is one token for each microsecond. The tokens of a
 /// grant, four times this number, have to lie within less time than a failover takes, because the
 /// failover may have lost the grant.
@@ -28,14 +29,14 @@ pub(crate) const MOST_TURNS: u32 = 4096;
 pub(crate) const MOST_NAMES: usize = 10_000;
 
 /// With less, warnings would follow each other without a pause.
-pub(crate) const SHORTEST_WARNING: Duration = Duration::from_secs(1);
+const SHORTEST_WARNING: Duration = Duration::from_secs(1);
 
 /// With less, the renewal of a lease is a race against the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
 /// Longer durations are rejected, to stay within the clock arithmetic of all databases.
 const LONGEST: Duration = Duration::from_hours(365 * 24);
 
-impl HandOff {
+impl HandOffLimits {
     pub(crate) fn check(self) -> Result<(), Error> {
         if (1..=MOST_TURNS).contains(&self.turns) {
             return Ok(());
@@ -45,6 +46,20 @@ impl HandOff {
             value: format!("{} turns", self.turns),
             reason: "1 to 4096 turns are possible",
         })
+    }
+}
+
+impl WarnAfter {
+    pub(crate) fn check(self) -> Result<(), Error> {
+        let Self::After(time) = self else { return Ok(()) };
+        if time < SHORTEST_WARNING {
+            return Err(invalid(
+                "warn_after",
+                time,
+                "one second is the shortest; `None` turns the reports off",
+            ));
+        }
+        check_longest("warn_after", time).map(drop)
     }
 }
 
@@ -58,6 +73,7 @@ impl Settings {
         check_ttl(self.default_ttl)?;
         check_wait(self.default_wait)?;
         self.hand_off.check()?;
+        self.warn_after.check()?;
         crate::name::check(&self.name_prefix, "x").map_err(|_| Error::InvalidOption {
             option: "name_prefix",
             value: self.name_prefix.clone(),
@@ -98,7 +114,7 @@ pub(crate) struct Settings {
     pub(crate) name_prefix: String,
     pub(crate) default_ttl: Duration,
     pub(crate) default_wait: Duration,
-    pub(crate) hand_off: HandOff,
+    pub(crate) hand_off: HandOffLimits,
     pub(crate) warn_after: WarnAfter,
     pub(crate) fair: bool,
 }
@@ -121,14 +137,14 @@ impl Default for Settings {
 /// How often, and for how long, a lease is handed on within a process before other processes get
 /// their chance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct HandOff {
+pub(crate) struct HandOffLimits {
     /// How many holders in a row may have it, including the first one, while other processes wait.
     pub(crate) turns: u32,
     /// How long after the grant it may be handed on.
     pub(crate) time: Duration,
 }
 
-impl HandOff {
+impl HandOffLimits {
     /// The limit for a lease if no other process waited at the time of the grant.
     pub(crate) fn most_turns(self) -> u32 {
         self.turns.saturating_mul(if self.turns > 1 { 4 } else { 1 })
@@ -238,5 +254,10 @@ mod tests {
         assert!(at_most(DEFAULT_TTL, DEFAULT_TTL).is_ok());
         assert!(at_most(DEFAULT_TTL, DEFAULT_TTL * 2).is_err());
         assert!(check_at_most(None, DEFAULT_TTL).is_ok());
+        let warn_after = |time| WarnAfter::After(time).check();
+        assert!(warn_after(Duration::from_millis(999)).is_err());
+        assert!(warn_after(Duration::MAX).is_err());
+        assert!(warn_after(SHORTEST_WARNING).is_ok());
+        assert!(WarnAfter::Never.check().is_ok());
     }
 }

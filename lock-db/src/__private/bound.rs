@@ -86,9 +86,9 @@ pub(super) struct BindsLease<L: TakesLocks> {
 impl<L: TakesLocks + Send> Binds for BindsLease<L> {
     fn bind(&self, taken: &mut HeldLock) -> Result<(), Error> {
         if let HeldLock::Lease(call) = taken
-            && let Some(hold) = call.hold.take()
+            && let Some(handle) = call.handle.take()
         {
-            *slot(&self.slot) = Some(self.locks.lease_of(hold)?);
+            *slot(&self.slot) = Some(self.locks.lease_of(handle)?);
         }
         Ok(())
     }
@@ -96,7 +96,7 @@ impl<L: TakesLocks + Send> Binds for BindsLease<L> {
     fn unbind(&self, taken: &mut HeldLock) {
         let lease = slot(&self.slot).take();
         if let (HeldLock::Lease(call), Some(lease)) = (taken, lease) {
-            call.hold = Some(lease.into_hold());
+            call.handle = Some(lease.into_handle());
         }
     }
 }

@@ -60,7 +60,7 @@ pub trait TakesLocks: Clone + Send + 'static {
     fn source(self) -> Source;
 
     #[allow(private_interfaces)]
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Result<Self::Lease, Error>;
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Result<Self::Lease, Error>;
 }
 
 impl TakesLocks for Source {
@@ -71,8 +71,8 @@ impl TakesLocks for Source {
     }
 
     #[allow(private_interfaces)]
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Result<AnyLease, Error> {
-        let lease = self.locks(hold.name().shown())?.lease_of(hold);
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Result<AnyLease, Error> {
+        let lease = self.locks(handle.name().shown())?.lease_of(handle);
         Ok(AnyLease { lease })
     }
 }
@@ -85,8 +85,8 @@ impl<DB: LockDatabase> TakesLocks for Locks<DB> {
     }
 
     #[allow(private_interfaces)]
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Result<Lease<DB>, Error> {
-        Ok(Lease::new(hold, Arc::clone(self.context())))
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Result<Lease<DB>, Error> {
+        Ok(Lease::new(handle, Arc::clone(self.context())))
     }
 }
 

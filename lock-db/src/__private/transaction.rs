@@ -115,7 +115,7 @@ where
         let wait = ask.waits(locks.context().settings())?;
         // A caller that waits gets it or an error.
         let none = || if wait.is_try() { ask.taken_elsewhere() } else { Error::Closed };
-        let held = lock.take_in(connection, wait).await.and_then(|held| held.ok_or_else(none));
+        let held = lock.lock_in(connection, wait).await.and_then(|held| held.ok_or_else(none));
         Ok(ask.or_skipped(held)?.map(|held| HeldIn { held: Some(held) }))
     })
 }

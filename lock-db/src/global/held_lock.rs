@@ -25,7 +25,7 @@ pub(crate) enum HeldLock {
 pub(crate) struct LeaseCall {
     /// Declared before `inside`: the next sibling may enter only after this handle is gone. `None`
     /// while the body has it.
-    pub(crate) hold: Option<Arc<LeaseHandle>>,
+    pub(crate) handle: Option<Arc<LeaseHandle>>,
     lease: Arc<LeaseState>,
     /// Created when the body returns `Pending` for the first time. `None` also when it need not be
     /// polled any more.
@@ -40,7 +40,7 @@ impl HeldLock {
     pub(crate) fn lease(Entered { held, inside }: Entered<LeaseHandle>) -> Self {
         let lease = Arc::clone(&held.lease);
         Self::Lease(LeaseCall {
-            hold: Some(held),
+            handle: Some(held),
             lease,
             loss: None,
             looks_for_loss: true,
@@ -118,14 +118,14 @@ impl LeaseCall {
     /// [`Error::Lost`] when the body was stopped. Also when the body ended after the lease was
     /// lost, because it blocked the runtime or was paused together with it.
     pub(crate) fn ending(self) -> Result<Option<BoxFuture<'static, Result<(), Error>>>, Error> {
-        let Self { hold, lease, lost, inside, .. } = self;
+        let Self { handle, lease, lost, inside, .. } = self;
         let lost = lost.or_else(|| lease.loss().filter(|loss| *loss != Loss::Released));
         if let Some(reason) = lost {
             // Before `inside` is dropped.
-            drop(hold);
+            drop(handle);
             return Err(lease.lost_error(reason));
         }
-        let Some(last) = hold.and_then(Arc::into_inner) else { return Ok(None) };
+        let Some(last) = handle.and_then(Arc::into_inner) else { return Ok(None) };
         Ok(Some(Box::pin(async move {
             release_quietly(last.release().await);
             drop(inside);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{BoxFuture, not_installed};
 use crate::database::LockDatabase;
+use crate::lease::commit_and_release;
 use crate::session::LeaseHandle;
 use crate::{Error, GuardedTransaction, Lease, LeaseWatch, Loss};
 
@@ -28,6 +29,8 @@ use crate::{Error, GuardedTransaction, Lease, LeaseWatch, Loss};
 ///     Ok(lease.fencing_token())
 /// }
 /// ```
+#[must_use = "bind it to a name (`let _lease = …`); `let _ = …` releases it at once"]
+#[clippy::has_significant_drop]
 pub struct AnyLease {
     pub(crate) lease: Box<dyn ErasedLease>,
 }
@@ -132,7 +135,7 @@ impl AnyLease {
     ///
     /// `work` is dropped with the future. The lease is not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        self.lease.handle().run_until_lost(work).await
+        self.handle().run_until_lost(work).await
     }
 
     /// Checks, in a transaction of the caller, that the lease is held, and keeps other requests
@@ -151,6 +154,54 @@ impl AnyLease {
         self.of::<DB>()?.verify_in(transaction).await
     }
 
+    /// Releases the lock together with the commit of the caller's transaction, as
+    /// [`Lease::release_in`]. `DB` is the database of the transaction.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let of_test = lock_db::testing::locks().await?;
+    /// # let pool = of_test.pool().clone();
+    /// # let locks = lock_db::AnyLocks::from((*of_test).clone());
+    /// use sqlx::Sqlite;
+    ///
+    /// let lease = locks.insert_lock("stock").acquire().await?;
+    /// let mut transaction = pool.begin().await?;
+    /// // … statements on `&mut *transaction` …
+    /// lease.release_in::<Sqlite>(&mut transaction).await?;
+    /// transaction.commit().await?;    // the lock is free from here on
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::release_in`]. [`Error::NotInstalled`] when the lease is of another database.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back.
+    pub async fn release_in<DB: LockDatabase>(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        self.of::<DB>()?.release_in(transaction).await
+    }
+
+    /// Commits a guarded transaction of this lease and releases the lock with it, as
+    /// [`Lease::commit_and_release`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::commit_and_release`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The commit continues when the future is dropped. Only its result is lost.
+    pub async fn commit_and_release<DB: LockDatabase>(
+        self,
+        transaction: GuardedTransaction<DB>,
+    ) -> Result<(), Error> {
+        commit_and_release(self.into_handle(), transaction).await
+    }
+
     /// Releases the lock and waits until the database has confirmed it, as [`Lease::release`].
     ///
     /// # Errors
@@ -161,7 +212,15 @@ impl AnyLease {
     ///
     /// The release continues when the future is dropped. Only its result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        self.lease.release().await
+        self.into_handle().give_up().await
+    }
+
+    pub(super) fn handle(&self) -> &LeaseHandle {
+        self.lease.handle()
+    }
+
+    pub(super) fn into_handle(self) -> Arc<LeaseHandle> {
+        self.lease.into_handle()
     }
 }
 
@@ -187,12 +246,11 @@ pub(crate) trait ErasedLease: std::fmt::Debug + Send + Sync {
     fn lost(&self) -> BoxFuture<'_, ()>;
     fn database(&self) -> &'static str;
     fn as_any(&self) -> &dyn Any;
-    fn into_hold(self: Box<Self>) -> Arc<LeaseHandle>;
+    fn into_handle(self: Box<Self>) -> Arc<LeaseHandle>;
     fn handle(&self) -> &LeaseHandle;
     fn loss(&self) -> Option<Loss>;
     fn watch(&self) -> LeaseWatch;
     fn reenter(&self) -> Result<AnyLease, Error>;
-    fn release(self: Box<Self>) -> BoxFuture<'static, Result<(), Error>>;
 }
 
 impl<DB: LockDatabase> ErasedLease for Lease<DB> {
@@ -228,8 +286,8 @@ impl<DB: LockDatabase> ErasedLease for Lease<DB> {
         self
     }
 
-    fn into_hold(self: Box<Self>) -> Arc<LeaseHandle> {
-        IntoLease::into_hold(*self)
+    fn into_handle(self: Box<Self>) -> Arc<LeaseHandle> {
+        IntoLease::into_handle(*self)
     }
 
     fn handle(&self) -> &LeaseHandle {
@@ -247,28 +305,24 @@ impl<DB: LockDatabase> ErasedLease for Lease<DB> {
     fn reenter(&self) -> Result<AnyLease, Error> {
         self.reenter().map(AnyLease::from)
     }
-
-    fn release(self: Box<Self>) -> BoxFuture<'static, Result<(), Error>> {
-        Box::pin((*self).release())
-    }
 }
 
 /// A lease of any database, as the body of an annotated function has bound it.
 pub trait IntoLease: Send + 'static {
     #[allow(private_interfaces, missing_docs)]
-    fn into_hold(self) -> Arc<LeaseHandle>;
+    fn into_handle(self) -> Arc<LeaseHandle>;
 }
 
 impl<DB: LockDatabase> IntoLease for Lease<DB> {
     #[allow(private_interfaces)]
-    fn into_hold(self) -> Arc<LeaseHandle> {
-        Self::into_hold(self)
+    fn into_handle(self) -> Arc<LeaseHandle> {
+        Self::into_handle(self)
     }
 }
 
 impl IntoLease for AnyLease {
     #[allow(private_interfaces)]
-    fn into_hold(self) -> Arc<LeaseHandle> {
-        self.lease.into_hold()
+    fn into_handle(self) -> Arc<LeaseHandle> {
+        self.lease.into_handle()
     }
 }

@@ -2,12 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::ErasedLocks;
-use super::lease::AnyLease;
+use super::{AnyInsertLock, AnyInsertLocks, ErasedLocks, SCOPED, install};
 use crate::database::LockDatabase;
-use crate::lease::LeaseOptions;
 use crate::{CheckReport, Error, LockInfo, Locks};
 
 /// A [`Locks`] whose database is known only at run time. Cloning is cheap.
@@ -31,7 +28,8 @@ use crate::{CheckReport, Error, LockInfo, Locks};
 /// # }
 /// ```
 ///
-/// A row lock belongs to a transaction of one database. Use a `Locks` for row locks.
+/// A row lock belongs to a transaction of one database, and so does a lock in a transaction of the
+/// caller. [`of`](Self::of) returns the `Locks` for them.
 #[derive(Clone)]
 pub struct AnyLocks(Arc<dyn ErasedLocks>);
 
@@ -44,12 +42,48 @@ impl<DB: LockDatabase> From<Locks<DB>> for AnyLocks {
 impl AnyLocks {
     /// Returns a request for an insert lock, as [`Locks::insert_lock`].
     pub fn insert_lock(&self, name: impl AsRef<str>) -> AnyInsertLock {
-        AnyInsertLock {
-            locks: Arc::clone(&self.0),
-            name: name.as_ref().to_owned(),
-            options: LeaseOptions::default(),
-            wait: None,
-        }
+        AnyInsertLock::new(Arc::clone(&self.0), name.as_ref())
+    }
+
+    /// Returns a request for several insert locks, of which it takes all or none, as
+    /// [`Locks::insert_locks`].
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let of_test = lock_db::testing::locks().await?;
+    /// # let locks = lock_db::AnyLocks::from((*of_test).clone());
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// assert!(leases.is_held());
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn insert_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> AnyInsertLocks {
+        let names = names.into_iter().map(|name| name.as_ref().to_owned());
+        AnyInsertLocks::new(Arc::clone(&self.0), names.collect())
+    }
+
+    /// Returns the `Locks` itself, as the `Locks` of this database. `None` when it is of another
+    /// one.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let of_test = lock_db::testing::locks().await?;
+    /// # let locks = lock_db::AnyLocks::from((*of_test).clone());
+    /// use sqlx::Sqlite;
+    ///
+    /// if let Some(locks) = locks.of::<Sqlite>() {
+    ///     let guard = locks.row_lock("stock:7").acquire().await?;
+    ///     guard.commit().await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn of<DB: LockDatabase>(&self) -> Option<&Locks<DB>> {
+        self.0.as_any().downcast_ref()
     }
 
     /// The name of the database: `PostgreSQL`, `MySQL` (also for MariaDB) or `SQLite`.
@@ -98,6 +132,49 @@ impl AnyLocks {
         self.0.info(name.as_ref()).await
     }
 
+    /// Host, process id and label, as [`Locks::owner`].
+    #[must_use]
+    pub fn owner(&self) -> &str {
+        self.0.owner()
+    }
+
+    /// Installs this for the whole process, as [`Locks::install`].
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let of_test = lock_db::testing::locks().await?;
+    /// # let locks = lock_db::AnyLocks::from((*of_test).clone());
+    /// use lock_db::{Error, distributed_lock};
+    ///
+    /// #[distributed_lock("report:daily")]
+    /// async fn report() -> Result<(), Error> {
+    ///     Ok(())
+    /// }
+    ///
+    /// locks.install()?;
+    /// report().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AlreadyInstalled`] when a `Locks` that is not closed is installed. It stays
+    /// installed.
+    pub fn install(&self) -> Result<(), Error> {
+        install(Arc::clone(&self.0))
+    }
+
+    /// Runs a future with this as its ambient `Locks`, as [`Locks::scope`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As that of the future.
+    pub fn scope<F: Future>(&self, future: F) -> impl Future<Output = F::Output> + use<F> {
+        SCOPED.scope(Arc::clone(&self.0), future)
+    }
+
     /// Whether [`close`](Self::close) was called, on this or on the `Locks` that it was converted
     /// from.
     #[must_use]
@@ -117,96 +194,10 @@ impl AnyLocks {
 
 impl fmt::Debug for AnyLocks {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_tuple("AnyLocks").field(&self.database()).finish()
-    }
-}
-
-/// A request for an insert lock, from [`AnyLocks::insert_lock`], as
-/// [`InsertLock`](crate::InsertLock). It does nothing until one of its async methods is called.
-#[derive(Clone)]
-#[must_use = "this only describes a lock; call `acquire` or `try_acquire`"]
-pub struct AnyInsertLock {
-    locks: Arc<dyn ErasedLocks>,
-    name: String,
-    options: LeaseOptions,
-    wait: Option<Duration>,
-}
-
-impl AnyInsertLock {
-    /// Sets how long the lock outlives a holder that is gone, as
-    /// [`InsertLock::ttl`](crate::InsertLock::ttl).
-    pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.options.ttl = Some(ttl);
-        self
-    }
-
-    /// Sets how long to wait, as [`InsertLock::wait`](crate::InsertLock::wait).
-    pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = Some(wait);
-        self
-    }
-
-    /// Sets for how long the lock stays taken at least, as
-    /// [`InsertLock::at_least`](crate::InsertLock::at_least).
-    pub fn at_least(mut self, at_least: Duration) -> Self {
-        self.options.at_least = at_least;
-        self
-    }
-
-    /// Sets the longest time for which the lock may be held, as
-    /// [`InsertLock::at_most`](crate::InsertLock::at_most).
-    pub fn at_most(mut self, at_most: Duration) -> Self {
-        self.options.at_most = Some(at_most);
-        self
-    }
-
-    /// Sets whether to keep to the order of the waiting processes, as
-    /// [`InsertLock::fair`](crate::InsertLock::fair).
-    pub fn fair(mut self, fair: bool) -> Self {
-        self.options.fair = Some(fair);
-        self
-    }
-
-    /// Takes the lock, and waits for it if necessary, as
-    /// [`InsertLock::acquire`](crate::InsertLock::acquire).
-    ///
-    /// # Errors
-    ///
-    /// As [`InsertLock::acquire`](crate::InsertLock::acquire).
-    ///
-    /// # Cancel safety
-    ///
-    /// The future may be dropped at any time. A lock that was granted in the meantime is released.
-    pub async fn acquire(self) -> Result<AnyLease, Error> {
-        let Self { locks, name, options, wait } = self;
-        // A request that waits is answered with a lease or an error.
-        locks.take(name, options, wait, false).await?.ok_or(Error::Closed)
-    }
-
-    /// Takes the lock if it is free now, as
-    /// [`InsertLock::try_acquire`](crate::InsertLock::try_acquire). Returns `None` when it is held.
-    ///
-    /// # Errors
-    ///
-    /// As [`InsertLock::acquire`](crate::InsertLock::acquire), without `Timeout`.
-    ///
-    /// # Cancel safety
-    ///
-    /// The future may be dropped at any time. A lock that was granted in the meantime is released.
-    pub async fn try_acquire(self) -> Result<Option<AnyLease>, Error> {
-        let Self { locks, name, options, wait } = self;
-        locks.take(name, options, wait, true).await
-    }
-}
-
-impl fmt::Debug for AnyInsertLock {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, options, wait, .. } = self;
         formatter
-            .debug_struct("AnyInsertLock")
-            .field("name", name)
-            .field("options", options)
-            .field("wait", wait)
+            .debug_struct("AnyLocks")
+            .field("database", &self.database())
+            .field("owner", &self.owner())
             .finish_non_exhaustive()
     }
 }

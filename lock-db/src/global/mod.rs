@@ -2,7 +2,9 @@
 
 mod body_polls;
 mod held_lock;
+mod insert_lock;
 mod lease;
+mod leases;
 mod locks;
 // The macro's code calls it; nothing of it is public.
 #[allow(missing_docs, missing_debug_implementations)]
@@ -16,7 +18,7 @@ use std::time::Duration;
 
 use self::shared_transaction::SharedTransaction;
 use crate::database::LockDatabase;
-use crate::lease::{InsertLock, LeaseOptions};
+use crate::lease::{InsertLock, InsertLocks, LeaseOptions};
 use crate::options::Wait;
 use crate::reentrancy::{self, Entered, Held, ReentryKey};
 use crate::runtime::Runtime;
@@ -24,9 +26,11 @@ use crate::session::LeaseHandle;
 use crate::{CheckReport, Error, Lease, LockInfo, Locks};
 
 pub(crate) use self::held_lock::{HeldLock, TakingLock};
+pub use self::insert_lock::{AnyInsertLock, AnyInsertLocks};
 use self::lease::ErasedLease;
 pub use self::lease::{AnyLease, IntoLease};
-pub use self::locks::{AnyInsertLock, AnyLocks};
+pub use self::leases::AnyLeases;
+pub use self::locks::AnyLocks;
 pub use self::request::{CallRequest, ask};
 pub(crate) use self::shared_transaction::RowCall;
 
@@ -47,7 +51,7 @@ pub(crate) trait ErasedLocks: Send + Sync {
     fn row(self: Arc<Self>, ask: Box<CallRequest>) -> TakingLock;
 
     /// What the body of an annotated function sees of a hold.
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Box<dyn ErasedLease>;
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Box<dyn ErasedLease>;
 
     /// What an application takes. With `is_try` it does not wait.
     fn take(
@@ -58,11 +62,30 @@ pub(crate) trait ErasedLocks: Send + Sync {
         is_try: bool,
     ) -> BoxFuture<'static, Result<Option<AnyLease>, Error>>;
 
+    /// [`take`](Self::take) for several names together.
+    fn take_all(
+        &self,
+        names: Vec<String>,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+        is_try: bool,
+    ) -> BoxFuture<'static, Result<Option<AnyLeases>, Error>>;
+
+    /// Enters the lock again if the caller is inside of it, and takes it otherwise.
+    fn enter(
+        &self,
+        name: String,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+    ) -> BoxFuture<'static, Result<Entered<LeaseHandle>, Error>>;
+
     fn migrate(&self) -> BoxFuture<'_, Result<(), Error>>;
 
     fn check(&self) -> BoxFuture<'_, Result<CheckReport, Error>>;
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>>;
+
+    fn owner(&self) -> &str;
 
     fn is_closed(&self) -> bool;
 
@@ -85,8 +108,8 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
         Box::pin(async move { Ok(ask.or_skipped(self.annotated_row(&ask).await)?.map(HeldLock::Row)) })
     }
 
-    fn lease_of(&self, hold: Arc<LeaseHandle>) -> Box<dyn ErasedLease> {
-        Box::new(Lease::new(hold, Arc::clone(self.context())))
+    fn lease_of(&self, handle: Arc<LeaseHandle>) -> Box<dyn ErasedLease> {
+        Box::new(Lease::new(handle, Arc::clone(self.context())))
     }
 
     fn take(
@@ -105,6 +128,32 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
         })
     }
 
+    fn take_all(
+        &self,
+        names: Vec<String>,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+        is_try: bool,
+    ) -> BoxFuture<'static, Result<Option<AnyLeases>, Error>> {
+        let request = InsertLocks::with(Arc::clone(self.context()), names, options, wait);
+        Box::pin(async move {
+            if is_try {
+                return Ok(request.try_acquire().await?.map(AnyLeases::from));
+            }
+            Ok(Some(request.acquire().await?.into()))
+        })
+    }
+
+    fn enter(
+        &self,
+        name: String,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+    ) -> BoxFuture<'static, Result<Entered<LeaseHandle>, Error>> {
+        let context = Arc::clone(self.context());
+        Box::pin(async move { context.enter(&name, &options, wait).await })
+    }
+
     fn migrate(&self) -> BoxFuture<'_, Result<(), Error>> {
         Box::pin(self.migrate())
     }
@@ -115,6 +164,10 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>> {
         Box::pin(self.info(name))
+    }
+
+    fn owner(&self) -> &str {
+        self.owner()
     }
 
     fn is_closed(&self) -> bool {
@@ -137,6 +190,18 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
     fn instance(&self) -> reentrancy::Instance {
         self.context().instance()
     }
+}
+
+/// Installs it, unless one that is not closed is installed.
+fn install(locks: Arc<dyn ErasedLocks>) -> Result<(), Error> {
+    let mut installed = INSTALLED.write().unwrap_or_else(PoisonError::into_inner);
+    if let Some(before) = &*installed
+        && !before.is_closed()
+    {
+        return Err(Error::AlreadyInstalled { installed: before.database() });
+    }
+    *installed = Some(locks);
+    Ok(())
 }
 
 fn installed() -> Option<Arc<dyn ErasedLocks>> {
@@ -166,10 +231,10 @@ impl<DB: LockDatabase> Locks<DB> {
             entered.held.set_minimum_hold(at_least);
             return Ok(entered);
         }
-        let hold = self.context().hold(&ask.name, &options, wait).await?;
+        let handle = self.context().take_lease(&ask.name, &options, wait).await?;
         // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
         let none = || if wait.is_try() { ask.taken_elsewhere() } else { Error::Closed };
-        Ok(taken(lock, hold.ok_or_else(none)?, ask))
+        Ok(taken(lock, handle.ok_or_else(none)?, ask))
     }
 
     async fn annotated_row(&self, ask: &CallRequest) -> Result<RowCall, Error> {
@@ -187,7 +252,7 @@ impl<DB: LockDatabase> Locks<DB> {
             request.try_acquire().await?.ok_or_else(|| ask.taken_elsewhere())?
         };
         #[cfg(feature = "testing")]
-        guard.is_of_function();
+        guard.hide();
         let (shared, outcome) = SharedTransaction::new(guard, runtime);
         Ok(RowCall::outermost(taken(lock, shared, ask), outcome))
     }
@@ -245,14 +310,7 @@ impl<DB: LockDatabase> Locks<DB> {
     /// [`Error::AlreadyInstalled`] when a `Locks` that is not closed is installed. It stays
     /// installed.
     pub fn install(&self) -> Result<(), Error> {
-        let mut installed = INSTALLED.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = &*installed
-            && !before.is_closed()
-        {
-            return Err(Error::AlreadyInstalled { installed: before.database() });
-        }
-        *installed = Some(Arc::new(self.clone()));
-        Ok(())
+        install(Arc::new(self.clone()))
     }
 
     /// Runs a future with this as its ambient `Locks`, whatever is installed for the process. Tasks

@@ -13,7 +13,7 @@ use crate::database::{Fault, LockDatabase, LockRow, RowClaim, Server};
 use crate::error::{Action, WaitingFor};
 use crate::jitter::jitter;
 use crate::options::Wait;
-use crate::session::{Answer, Request};
+use crate::session::{AnswerSender, Request};
 use crate::{Error, Kind};
 
 /// How long the session may look for the table while a transaction of the caller is open.
@@ -29,7 +29,7 @@ const SESSION_LIMIT: Duration = Duration::from_secs(3);
 const TRY_LIMIT: Duration = Duration::from_secs(3);
 
 /// The row to lock, as far as it is known.
-pub(super) struct FoundRow {
+pub(crate) struct FoundRow {
     pub(super) server: Server,
     pub(super) row: RowId,
 }
@@ -44,7 +44,7 @@ const fn known(row: &LockRow) -> RowId {
 impl<DB: LockDatabase> Attempt<'_, DB> {
     /// Finds the row, and waits until no lease holds it, where that has to happen outside of the
     /// transaction. Returns the row's id, or zero where none is needed. `None` as for
-    /// [`lock`](Self::lock).
+    /// [`find_in_own`](Self::find_in_own).
     pub(super) async fn find(
         &self,
         connection: &mut DB::Connection,
@@ -128,7 +128,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Reads the row again that could not be locked, without creating it: the transaction may have
     /// locked the gap where it belongs. Returns whether it is still the same row.
-    pub(super) async fn is_same_row(
+    pub(super) async fn read_row_again(
         &self,
         connection: &mut DB::Connection,
         claim: &mut RowClaim,
@@ -157,7 +157,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Waits outside of the transaction until no lease holds the lock and its last holder is ruled
-    /// out. Returns the row's id. `None` as for [`lock`](Self::lock).
+    /// out. Returns the row's id. `None` as for [`find_in_own`](Self::find_in_own).
     async fn wait_for_lease(
         &self,
         connection: &mut DB::Connection,
@@ -274,7 +274,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     pub(super) async fn ask_for<T>(
         &self,
         connection: &mut DB::Connection,
-        request: impl Fn(Answer<T>) -> Request,
+        request: impl Fn(AnswerSender<T>) -> Request,
     ) -> Result<T, Error> {
         let limit = self.left().unwrap_or(TRY_LIMIT).clamp(SHORTEST_ANSWER, SESSION_LIMIT);
         let answer = self.ask_within(limit, &request).await;
@@ -304,7 +304,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Asks the session, for about as long as the wait. Asks again after an error that passes.
-    pub(super) async fn ask<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, Error> {
+    pub(super) async fn ask<T>(&self, request: impl Fn(AnswerSender<T>) -> Request) -> Result<T, Error> {
         let mut told = None;
         loop {
             let limit = self.left().unwrap_or(TRY_LIMIT);
@@ -332,7 +332,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     async fn ask_within<T>(
         &self,
         limit: Duration,
-        request: impl FnOnce(Answer<T>) -> Request,
+        request: impl FnOnce(AnswerSender<T>) -> Request,
     ) -> Result<T, Error> {
         match timeout(limit, self.context.session().ask(request)).await {
             Ok(answer) => answer,

@@ -3,9 +3,10 @@
 
 mod attempt;
 mod find;
+mod locking_row;
 mod receipt;
 mod several;
 
-pub(crate) use self::attempt::Attempt;
+pub(crate) use self::attempt::{Attempt, Locked};
 pub use self::receipt::HeldInTransaction;
 pub(crate) use self::several::{in_order, lock_all};

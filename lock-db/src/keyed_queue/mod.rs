@@ -36,7 +36,7 @@ struct NameEntry {
 
 /// What the caller that has the permit for a name knows of the lock. The callers behind it know no
 /// more. A lock is reported as held only if it was seen to be held.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) enum Known {
     /// Nothing yet.
     #[default]

@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::select;
-
-use super::{Lease, LeaseOptions};
+use super::{GuardedTransaction, Lease, LeaseOptions, handles};
 use crate::context::Context;
 use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
 use crate::error::Loss;
 use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
 use crate::options::Wait;
+use crate::session::LeaseHandle;
 #[cfg(feature = "testing")]
 use crate::test_support;
 use crate::{Error, Kind};
@@ -20,6 +19,11 @@ use crate::{Error, Kind};
 /// takes all of them or none. It does nothing until one of its async methods is called.
 ///
 /// A name that is given twice counts once.
+///
+/// Between processes there is no queue for such a request, so it has no `fair`: it takes the locks
+/// when it finds all of them free at the same time, and may starve. A queue entry of it would block
+/// a lock that is free while it waits for another one, and two such requests could block each
+/// other. Callers of one process get each lock in order.
 #[derive(Debug)]
 #[must_use = "this only describes locks; call `acquire` or `try_acquire`"]
 pub struct InsertLocks<DB: LockDatabase> {
@@ -38,10 +42,19 @@ impl<DB: LockDatabase> Clone for InsertLocks<DB> {
 
 impl<DB: LockDatabase> InsertLocks<DB> {
     pub(crate) fn new(context: Arc<Context<DB>>, names: Vec<String>) -> Self {
+        Self::with(context, names, LeaseOptions::default(), None)
+    }
+
+    pub(crate) fn with(
+        context: Arc<Context<DB>>,
+        names: Vec<String>,
+        options: LeaseOptions,
+        wait: Option<Duration>,
+    ) -> Self {
         // The request is in no queue: a queue entry for one lock would block that lock while the
         // others are not free.
-        let options = LeaseOptions { fair: Some(false), ..LeaseOptions::default() };
-        Self { context, names, options, wait: None }
+        let options = LeaseOptions { fair: Some(false), ..options };
+        Self { context, names, options, wait }
     }
 
     /// Sets the TTL of each lock, as [`InsertLock::ttl`](crate::InsertLock::ttl).
@@ -74,9 +87,7 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     /// Takes all of the locks together, and waits for them if necessary. While one of them is held
     /// elsewhere, none is taken.
     ///
-    /// Between processes there is no queue for such a request: it takes the locks when it finds all
-    /// of them free at the same time. The number of round trips does not depend on the number of
-    /// names.
+    /// The number of round trips does not depend on the number of names.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -135,12 +146,8 @@ impl<DB: LockDatabase> InsertLocks<DB> {
     /// When the future is dropped, the transaction may or may not have the locks: roll it back.
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        self.options.refuse_in_transaction()?;
-        let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
-        #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         // A request that waits gets all of them or an error.
-        held.ok_or(Error::Closed)
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
@@ -158,20 +165,29 @@ impl<DB: LockDatabase> InsertLocks<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        self.take_in(transaction, Wait::Try).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Wait,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
         self.options.refuse_in_transaction()?;
-        let held = lock_all(&self.context, &self.names, Kind::Insert, Wait::Try, transaction).await?;
+        let held = lock_all(&self.context, &self.names, Kind::Insert, wait, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Insert, held.iter().flatten());
         Ok(held)
     }
 
     async fn take(self, wait: Wait) -> Result<Option<Leases<DB>>, Error> {
         let names = in_order(&self.context, &self.names)?;
-        let holds = self.context.hold_all(names, &self.options, wait).await?;
-        Ok(holds.map(|holds| {
-            let lease = |hold| Lease::of_caller(hold, Arc::clone(&self.context)).unwatched();
-            let leases: Vec<_> = holds.into_iter().map(lease).collect();
-            Leases { leases: Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into()) }
+        let handles = self.context.take_leases(names, &self.options, wait).await?;
+        Ok(handles.map(|handles| {
+            let lease = |handle| Lease::of_caller(handle, Arc::clone(&self.context)).unwatched();
+            let leases: Vec<_> = handles.into_iter().map(lease).collect();
+            let leases = Watched::new(leases, |leases| leases.first().map_or("", Lease::name).into());
+            Leases { leases }
         }))
     }
 }
@@ -223,12 +239,7 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// The future may be dropped at any time: a loss is final.
     pub async fn lost(&self) {
-        let mut waiting: Vec<_> = self.leases.iter().map(|lease| Box::pin(lease.lost())).collect();
-        std::future::poll_fn(|context| {
-            let lost = waiting.iter_mut().any(|lost| lost.as_mut().poll(context).is_ready());
-            if lost { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
+        handles::lost(self.handles()).await;
     }
 
     /// How a lease was lost: the first in the order of the names that is lost. `None` while all are
@@ -250,18 +261,41 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// `work` is dropped with the future. The leases are not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        let mut work = std::pin::pin!(work);
-        let output = select! {
-            biased;
-            output = &mut work => Some(output),
-            () = self.lost() => None,
-        };
-        let lost = self.leases.iter().find_map(Lease::lost_error);
-        match (output, lost) {
-            (Some(output), None) => Ok(output),
-            (_, Some(error)) => Err(error),
-            (None, None) => Err(Error::Closed),
-        }
+        handles::run_until_lost(|| self.handles(), work).await
+    }
+
+    /// Begins a transaction that commits only while all of these leases are held, as
+    /// [`Lease::begin`].
+    ///
+    /// [`commit`](GuardedTransaction::commit) checks each lease with a message of its own. Only the
+    /// last check and the COMMIT are one message. A host that vanishes between them keeps the locks
+    /// as after [`Lease::verify_in`]: on PostgreSQL for one TTL at most, on MySQL and MariaDB until
+    /// the server notices that the connection is gone. Release the locks with
+    /// [`release`](Self::release) after the commit.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// let transaction = leases.begin().await?;
+    /// // … statements on `&mut *transaction` …
+    /// transaction.commit().await?;
+    /// leases.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::begin`], for the first lease that fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. A transaction that was begun in the meantime is
+    /// rolled back.
+    pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
+        begin_under(&self.leases.iter().collect::<Vec<_>>()).await
     }
 
     /// Checks, in a transaction of the caller, that all of the leases are held, and keeps other
@@ -283,6 +317,37 @@ impl<DB: LockDatabase> Leases<DB> {
         Ok(())
     }
 
+    /// Releases all of the locks together with the commit of the caller's transaction. As
+    /// [`Lease::release_in`], for each of them.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let leases = locks.insert_locks(["account:1", "account:2"]).acquire().await?;
+    /// let mut transaction = locks.pool().begin().await?;
+    /// // … statements on `&mut *transaction` …
+    /// leases.release_in(&mut transaction).await?;
+    /// transaction.commit().await?;    // the locks are free from here on
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::release_in`], for the first lease that fails. Roll the transaction back: no lock
+    /// is released then.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, roll the transaction back.
+    pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
+        for lease in self.leases.iter() {
+            lease.release_in(transaction).await?;
+        }
+        Ok(())
+    }
+
     /// Releases all of the locks, and waits until the database has confirmed it.
     ///
     /// The releases are sent together, so many take as long as a few.
@@ -295,19 +360,20 @@ impl<DB: LockDatabase> Leases<DB> {
     ///
     /// The releases continue when the future is dropped. Only their result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        // All releases are sent before the first one is awaited, so that they go to the database
-        // together.
-        let released: Vec<_> = self.leases.into_inner().into_iter().map(Lease::begin_to_release).collect();
-        let mut result = Ok(());
-        for released in released {
-            let released = match released {
-                Ok(under_way) => under_way.end().await,
-                Err(error) => Err(error),
-            };
-            result = result.and(released);
-        }
-        result
+        handles::release(self.leases.into_inner().into_iter().map(Lease::into_handle)).await
     }
+
+    fn handles(&self) -> impl Iterator<Item = &LeaseHandle> {
+        self.leases.iter().map(Lease::handle)
+    }
+}
+
+/// See [`Leases::begin`]. There is at least one lease.
+pub(crate) async fn begin_under<DB: LockDatabase>(
+    leases: &[&Lease<DB>],
+) -> Result<GuardedTransaction<DB>, Error> {
+    let handles: Vec<_> = leases.iter().map(|lease| lease.shared_handle()).collect();
+    GuardedTransaction::begin(&leases[0].context, &handles).await
 }
 
 /// Turns this into its leases. Each is released when it is dropped.

@@ -1,26 +1,16 @@
 //! The guard of an insert lock.
 
 use std::sync::Arc;
-use std::time::Duration;
-
-use sqlx::Connection;
 
 use super::{GuardedTransaction, LeaseWatch, release_quietly};
 use crate::Error;
-use crate::bounds::{self, ANSWER_LIMIT};
-use crate::clock::timeout;
 use crate::context::Context;
-use crate::database::{Failure, Fault, Guarded, LockDatabase};
+use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
-use crate::error::Action;
-use crate::error::{Loss, WaitingFor};
-use crate::session::Request;
-use crate::session::{GivenUp, KeptByTransaction, LeaseHandle};
+use crate::error::Loss;
+use crate::session::LeaseHandle;
 #[cfg(feature = "testing")]
 use crate::test_support;
-
-/// How long the database is asked whether a lease is lost that a transaction did not find.
-const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
 
 /// An insert lock that is held. It is renewed in the background, at a third of its TTL, as long as
 /// this guard exists.
@@ -39,40 +29,44 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(1);
 #[must_use = "bind it to a name (`let _lease = …`); `let _ = …` releases it at once"]
 #[clippy::has_significant_drop]
 pub struct Lease<DB: LockDatabase> {
-    hold: Watched<Arc<LeaseHandle>>,
-    context: Arc<Context<DB>>,
+    pub(super) handle: Watched<Arc<LeaseHandle>>,
+    pub(super) context: Arc<Context<DB>>,
 }
 
 impl<DB: LockDatabase> Lease<DB> {
-    pub(crate) fn new(hold: Arc<LeaseHandle>, context: Arc<Context<DB>>) -> Self {
-        Self { hold: Watched::unwatched(hold), context }
+    pub(crate) fn new(handle: Arc<LeaseHandle>, context: Arc<Context<DB>>) -> Self {
+        Self { handle: Watched::unwatched(handle), context }
     }
 
     /// A guard that the caller holds, as opposed to one inside a function of lock-db.
-    pub(crate) fn of_caller(hold: LeaseHandle, context: Arc<Context<DB>>) -> Self {
-        let hold = Arc::new(hold);
+    pub(crate) fn of_caller(handle: LeaseHandle, context: Arc<Context<DB>>) -> Self {
+        let handle = Arc::new(handle);
         #[cfg(feature = "testing")]
-        test_support::lease_is_open(&context, &hold);
-        Self { hold: Watched::new(hold, |hold| hold.name().shown().into()), context }
+        test_support::note_open_lease(&context, &handle);
+        Self { handle: Watched::new(handle, |handle| handle.name().shown().into()), context }
     }
 
     /// A guard that is handed out together with others.
     pub(super) fn unwatched(self) -> Self {
-        Self::new(self.hold.into_inner(), self.context)
+        Self::new(self.handle.into_inner(), self.context)
     }
 
     pub(crate) fn handle(&self) -> &LeaseHandle {
-        &self.hold
+        &self.handle
     }
 
-    pub(crate) fn into_hold(self) -> Arc<LeaseHandle> {
-        self.hold.into_inner()
+    pub(super) fn shared_handle(&self) -> &Arc<LeaseHandle> {
+        &self.handle
+    }
+
+    pub(crate) fn into_handle(self) -> Arc<LeaseHandle> {
+        self.handle.into_inner()
     }
 
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.hold.lease.name().shown()
+        self.handle.lease.name().shown()
     }
 
     /// The fencing token: the number of this grant.
@@ -84,7 +78,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// used.
     #[must_use]
     pub fn fencing_token(&self) -> i64 {
-        self.hold.fencing_token
+        self.handle.fencing_token
     }
 
     /// The secret of this acquisition: 128 random bits as 32 hexadecimal digits, as in the column
@@ -95,7 +89,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// do not log it.
     #[must_use]
     pub fn secret_key(&self) -> &str {
-        self.hold.lease.key.secret.as_str()
+        self.handle.lease.key.secret.as_str()
     }
 
     /// Whether the lease is held. Takes no time, because it asks no database.
@@ -108,7 +102,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// [`commit_and_release`](Self::commit_and_release)) which was then rolled back.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        self.hold.lease.loss().is_none()
+        self.handle.lease.loss().is_none()
     }
 
     /// The number of handles that hold this lock.
@@ -117,7 +111,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// call of [`run`](crate::InsertLock::run) or of an annotated function that is still running.
     #[must_use]
     pub fn hold_count(&self) -> usize {
-        self.hold.handles()
+        self.handle.count()
     }
 
     /// Resolves when the lease is lost: it was not renewed in time, another process has the lock,
@@ -145,23 +139,19 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The future may be dropped at any time, and this may be called any number of times: a loss is
     /// final.
     pub async fn lost(&self) {
-        self.hold.lease.lost().await;
+        self.handle.lease.lost().await;
     }
 
     /// How the lease was lost. `None` while it is held.
     #[must_use]
     pub fn loss(&self) -> Option<Loss> {
-        self.hold.lease.loss()
-    }
-
-    pub(super) fn lost_error(&self) -> Option<Error> {
-        self.hold.check().err()
+        self.handle.lease.loss()
     }
 
     /// Returns a watch, for child tasks of the holder that have to end with the lease.
     #[must_use]
     pub fn watch(&self) -> LeaseWatch {
-        LeaseWatch::new(&self.hold)
+        LeaseWatch::new(&self.handle)
     }
 
     /// Runs `work` under the lease. When the lease is lost first, `work` is dropped at its next
@@ -188,7 +178,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// `work` is dropped with the future. The lease is not released by that.
     pub async fn run_until_lost<F: Future>(&self, work: F) -> Result<F::Output, Error> {
-        self.hold.run_until_lost(work).await
+        self.handle.run_until_lost(work).await
     }
 
     /// Returns another handle to the same lock, without asking the database. The lock is released
@@ -198,8 +188,8 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// [`Error::Lost`] when the lease is no longer held.
     pub fn reenter(&self) -> Result<Self, Error> {
-        self.hold.check()?;
-        Ok(Self::new(Arc::clone(&self.hold), Arc::clone(&self.context)))
+        self.handle.check()?;
+        Ok(Self::new(Arc::clone(&self.handle), Arc::clone(&self.context)))
     }
 
     /// Begins a transaction that commits only while this lease is held. It uses a connection of the
@@ -250,110 +240,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// The future may be dropped at any time. A transaction that was begun in the meantime is
     /// rolled back.
     pub async fn begin(&self) -> Result<GuardedTransaction<DB>, Error> {
-        GuardedTransaction::begin(&self.context, &self.hold).await
-    }
-
-    /// Checks, in a transaction of the caller, that the lease is held, and keeps other requests
-    /// from taking the lock until the transaction ends.
-    ///
-    /// This is best the last statement before the commit. From here to the end of the transaction
-    /// the lease can't be renewed on MySQL and MariaDB, and no other connection can write on
-    /// SQLite.
-    ///
-    /// The transaction must be in the database of the lock, and must begin after the lease was
-    /// granted. An earlier one may have read data that another holder has changed since, and is
-    /// refused.
-    ///
-    /// On PostgreSQL the server ends the transaction when it is idle for longer than the TTL from
-    /// here on (`idle_in_transaction_session_timeout`, for this transaction only). A host that
-    /// vanishes therefore does not block the lock. MySQL and MariaDB have no such limit for one
-    /// transaction: the lock stays taken until the server notices that the connection is gone.
-    /// [`begin`](Self::begin) has no such gap.
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let locks = lock_db::testing::locks().await?;
-    /// let lease = locks.insert_lock("stock").acquire().await?;
-    /// let mut transaction = locks.pool().begin().await?;
-    /// // … statements on `&mut *transaction` …
-    /// lease.verify_in(&mut transaction).await?;
-    /// transaction.commit().await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// After these the transaction can't be committed and must be rolled back:
-    ///
-    /// - [`Error::Lost`] when another process has the lock, when the transaction has already ended,
-    ///   or when an earlier transaction of the lease may still be committed
-    ///   ([`Loss::CommitUnknown`]).
-    /// - [`Error::Serialization`] when the transaction sees the database as it was before the lease
-    ///   was granted. A lease that was handed on within this process
-    ///   ([`hand_off`](crate::LocksBuilder::hand_off)) is refused once, in REPEATABLE READ and
-    ///   above, even if the transaction began after it. Also when the database ended the
-    ///   transaction for a conflict.
-    /// - [`Error::Deadlock`] when the database ended the transaction to break a deadlock.
-    ///
-    /// The others leave the decision to the caller:
-    ///
-    /// - [`Error::NotInTransaction`] when the connection is not in a transaction that sqlx began.
-    /// - [`Error::ForeignTransaction`] when the transaction does not reach the table of this
-    ///   `Locks`.
-    /// - [`Error::Timeout`] when another transaction keeps the row locked.
-    /// - [`Error::Unreachable`], [`Error::Refused`] and [`Error::Database`] when the statement
-    ///   fails. It is then unknown whether the lease is held.
-    ///
-    /// # Cancel safety
-    ///
-    /// When the future is dropped, roll the transaction back: it is unknown whether the lease was
-    /// held.
-    pub async fn verify_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
-        self.ask_in(transaction, false).await
-    }
-
-    /// Releases the lock together with the commit of the caller's transaction.
-    ///
-    /// Other processes get the lock exactly when the transaction commits. When it is rolled back,
-    /// the lock is not released and the lease continues. This includes what
-    /// [`verify_in`](Self::verify_in) does.
-    ///
-    /// Until the transaction has ended, its outcome is unknown and [`is_held`](Self::is_held) is
-    /// `false`. The transaction should end within the TTL.
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let locks = lock_db::testing::locks().await?;
-    /// let lease = locks.insert_lock("stock").acquire().await?;
-    /// let mut transaction = locks.pool().begin().await?;
-    /// // … statements on `&mut *transaction` …
-    /// lease.release_in(&mut transaction).await?;
-    /// transaction.commit().await?;    // the lock is free from here on
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// As [`verify_in`](Self::verify_in). In REPEATABLE READ and above on PostgreSQL, also
-    /// [`Error::Serialization`] when the lease was renewed, or another process began to wait for
-    /// it, since the first statement of the transaction.
-    ///
-    /// # Cancel safety
-    ///
-    /// When the future is dropped, roll the transaction back.
-    pub async fn release_in(&self, transaction: &mut DB::Connection) -> Result<(), Error> {
-        self.refuse_without_transaction(transaction)?;
-        if self.hold.lease.is_within_minimum_hold() {
-            // Not free with the commit, but released with the last handle, as without a transaction.
-            return self.ask_in(transaction, false).await;
-        }
-        // Until the end of the call, or until the future is dropped.
-        let _in_doubt = LeaseHandle::doubt(KeptByTransaction::new(&self.hold));
-        self.ask_in(transaction, true).await
+        GuardedTransaction::begin(&self.context, &[&*self.handle]).await
     }
 
     /// Commits a guarded transaction of this lease and releases the lock with it. Check, release
@@ -382,102 +269,7 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The commit continues when the future is dropped. Only its result is lost.
     pub async fn commit_and_release(self, transaction: GuardedTransaction<DB>) -> Result<(), Error> {
-        if !transaction.is_of(&self.hold) {
-            return Err(Error::InvalidOption {
-                option: "transaction",
-                value: format!("{transaction:?}"),
-                reason: "it was begun by another lease",
-            });
-        }
-        let release = !self.hold.lease.is_within_minimum_hold();
-        transaction.end(release).await?;
-        if !release {
-            // The transaction is committed, so a failed release is no error of this call.
-            release_quietly(self.release().await);
-        }
-        Ok(())
-    }
-
-    async fn ask_in(&self, transaction: &mut DB::Connection, release: bool) -> Result<(), Error> {
-        self.refuse_without_transaction(transaction)?;
-        if let Err(refused) = self.hold.refuse_after_unknown_commit().and(self.hold.refuse_after_loss()) {
-            bounds::doom::<DB>(transaction).await;
-            return Err(refused);
-        }
-        // The caller ends the transaction, and how it ends is not known here.
-        self.hold.lease.is_verified();
-        let key = &self.hold.marked_key().await?;
-        let name = &key.row.name;
-        let limit = DB::GUARD_LIMIT + ANSWER_LIMIT;
-        match bounds::answer::<DB, _>(limit, DB::guard(transaction, key, release)).await {
-            Ok(Guarded::Ours | Guarded::Committed { .. }) => Ok(()),
-            Ok(found @ (Guarded::NotOurs | Guarded::Elsewhere)) => {
-                let is_foreign = found == Guarded::Elsewhere || self.is_foreign(transaction).await;
-                if !is_foreign {
-                    bounds::doom::<DB>(transaction).await;
-                }
-                let is_still_ours = self.is_still_ours().await;
-                if is_foreign && matches!(is_still_ours, Ok(true)) {
-                    return Err(Error::ForeignTransaction { name: name.given() });
-                }
-                bounds::doom::<DB>(transaction).await;
-                if is_still_ours? {
-                    return Err(Error::Serialization { name: name.given(), source: None });
-                }
-                self.hold.is_lost();
-                Err(self.hold.taken_over().await)
-            }
-            Ok(Guarded::Stale) => {
-                bounds::doom::<DB>(transaction).await;
-                Err(Error::Serialization { name: name.given(), source: None })
-            }
-            Ok(Guarded::Ended) => {
-                bounds::doom::<DB>(transaction).await;
-                Err(self.hold.lost(Loss::TransactionEnded))
-            }
-            Err(failure) => {
-                if failure.fault == Fault::TableMissing && matches!(self.is_still_ours().await, Ok(true)) {
-                    return Err(Error::ForeignTransaction { name: name.given() });
-                }
-                if failure.ends_transaction() {
-                    bounds::doom::<DB>(transaction).await;
-                }
-                if failure.fault == Fault::Busy {
-                    return Err(Error::Timeout {
-                        name: name.given(),
-                        waited: DB::GUARD_LIMIT,
-                        waiting_for: WaitingFor::Lock,
-                        held_by: None,
-                    });
-                }
-                Err(failure.into_error(Action::Verify, Some(name)))
-            }
-        }
-    }
-
-    async fn is_foreign(&self, transaction: &mut DB::Connection) -> bool {
-        let is_here = DB::is_here(transaction, &self.hold.lease.key.server);
-        matches!(bounds::answer::<DB, _>(ANSWER_LIMIT, is_here).await, Ok(false))
-    }
-
-    /// Whether the row still belongs to this lease, as other connections see it. The caller's
-    /// transaction may see an older state. An error is no answer: the lease then continues.
-    async fn is_still_ours(&self) -> Result<bool, Error> {
-        let key = &self.hold.lease.key;
-        let name = key.row.name.clone();
-        let asked = self.context.session().ask(|answer| Request::Read { name, answer });
-        let Ok(row) = timeout(CONFIRM_LIMIT, asked).await else {
-            let failure = Failure::no_answer::<DB>(CONFIRM_LIMIT);
-            return Err(failure.into_error(Action::Verify, Some(&key.row.name)));
-        };
-        Ok(row?.is_some_and(|row| row.is_of(&key.secret, key.fencing_token)))
-    }
-
-    fn refuse_without_transaction(&self, connection: &mut DB::Connection) -> Result<(), Error> {
-        if connection.is_in_transaction() {
-            return Ok(());
-        }
-        Err(Error::NotInTransaction { name: self.name().to_owned() })
+        commit_and_release(self.into_handle(), transaction).await
     }
 
     /// Releases the lock and waits until the database has confirmed it. Other processes can take
@@ -499,12 +291,29 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// The release continues when the future is dropped. Only its result is lost.
     pub async fn release(self) -> Result<(), Error> {
-        self.into_hold().give_up().await
+        self.into_handle().give_up().await
     }
+}
 
-    pub(super) fn begin_to_release(self) -> Result<GivenUp, Error> {
-        self.into_hold().begin_to_give_up()
+/// See [`Lease::commit_and_release`].
+pub(crate) async fn commit_and_release<DB: LockDatabase>(
+    handle: Arc<LeaseHandle>,
+    transaction: GuardedTransaction<DB>,
+) -> Result<(), Error> {
+    if !transaction.is_of(&handle) {
+        return Err(Error::InvalidOption {
+            option: "transaction",
+            value: format!("{transaction:?}"),
+            reason: "it was begun by another lease",
+        });
     }
+    let release = !handle.lease.is_within_minimum_hold();
+    transaction.end(release).await?;
+    if !release {
+        // The transaction is committed, so a failed release is no error of this call.
+        release_quietly(handle.give_up().await);
+    }
+    Ok(())
 }
 
 impl<DB: LockDatabase> std::fmt::Debug for Lease<DB> {

@@ -8,6 +8,7 @@ use sqlx::Pool;
 use tokio::select;
 use tokio::sync::oneshot;
 
+use super::handles;
 use crate::Error;
 use crate::clock::sleep;
 use crate::context::Context;
@@ -16,7 +17,7 @@ use crate::error::Action;
 use crate::error::{Loss, WaitingFor};
 use crate::managed_tx::{Condition, ManagedTransaction};
 use crate::runtime::{self, Runtime};
-use crate::session::{KeptByTransaction, LeaseHandle};
+use crate::session::{CommitUnderWay, KeptByTransaction, LeaseHandle};
 
 const PAUSE: Duration = Duration::from_millis(10);
 const BEGIN: Action = Action::BeginGuarded;
@@ -25,7 +26,8 @@ const BEGIN: Action = Action::BeginGuarded;
 const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// A transaction that commits only if its lease is still the current one, from
-/// [`Lease::begin`](crate::Lease::begin). It derefs to the connection: `&mut *transaction` runs
+/// [`Lease::begin`](crate::Lease::begin), or if all of several are, from
+/// [`Leases::begin`](crate::Leases::begin). It derefs to the connection: `&mut *transaction` runs
 /// statements in it.
 ///
 /// [`commit`](Self::commit) locks the row of the lock as its last statement before COMMIT. A
@@ -38,21 +40,25 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 #[must_use = "bind it to a name (`let mut transaction = …`); `let _ = …` rolls it back at once"]
 #[clippy::has_significant_drop]
 pub struct GuardedTransaction<DB: LockDatabase> {
-    transaction: ManagedTransaction<DB, KeptByTransaction>,
-    hold: KeptByTransaction,
+    transaction: ManagedTransaction<DB, Vec<KeptByTransaction>>,
+    /// At least one.
+    handles: Vec<KeptByTransaction>,
 }
 
 impl<DB: LockDatabase> GuardedTransaction<DB> {
-    /// Begins on a connection of the application's pool, unless the lease is lost first.
-    pub(super) async fn begin(context: &Context<DB>, hold: &Arc<LeaseHandle>) -> Result<Self, Error> {
-        hold.check()?;
+    /// Begins on a connection of the application's pool, unless one of the leases is lost first.
+    pub(super) async fn begin(context: &Context<DB>, handles: &[&Arc<LeaseHandle>]) -> Result<Self, Error> {
+        handles.iter().try_for_each(|handle| handle.check())?;
         // A commit whose caller is gone may still be running. This transaction must see its result.
         select! {
-            reason = hold.lease.lost() => return Err(hold.lost(reason)),
-            () = hold.lease.commits_have_ended() => {}
+            lost = first_loss(handles) => return Err(lost),
+            () = commits_have_ended(handles) => {}
         }
-        hold.refuse_after_unknown_commit()?;
-        let (pool, for_task) = (context.pool().clone(), Arc::downgrade(hold));
+        handles.iter().try_for_each(|handle| handle.refuse_after_unknown_commit())?;
+        // There is at least one.
+        let name = handles[0].name();
+        let pool = context.pool().clone();
+        let for_task: Vec<_> = handles.iter().map(|handle| Arc::downgrade(handle)).collect();
         let (mut answer, answered) = oneshot::channel();
         let runtime = Runtime::current()?;
         let for_begin = runtime.clone();
@@ -68,22 +74,22 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         });
         let result = select! {
             biased;
-            reason = hold.lease.lost() => return Err(hold.lost(reason)),
+            lost = first_loss(handles) => return Err(lost),
             begun = answered => begun,
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
             Ok(Err(StepError::Sqlx(sqlx::Error::PoolTimedOut))) => Err(Error::Timeout {
-                name: hold.lease.name().given(),
+                name: name.given(),
                 waited: context.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
                 held_by: None,
             }),
             Ok(Err(error)) => {
                 let failure = Failure::new::<DB>(error);
-                Err(failure.into_error(BEGIN, Some(hold.lease.name())))
+                Err(failure.into_error(BEGIN, Some(name)))
             }
-            Err(_runtime_shut_down) => Err(runtime::ended(BEGIN, hold.lease.name())),
+            Err(_runtime_shut_down) => Err(runtime::ended(BEGIN, name)),
         }
     }
 
@@ -148,55 +154,94 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
     ///
     /// The rollback continues when the future is dropped. Only its result is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, hold } = self;
+        let Self { transaction, handles } = self;
         transaction
             .roll_back()
             .await
-            .map_err(|error| Failure::new::<DB>(error).into_error(Action::RollBack, Some(hold.lease.name())))
+            .map_err(|error| Failure::new::<DB>(error).into_error(Action::RollBack, Some(handles[0].name())))
     }
 
-    pub(super) fn is_of(&self, hold: &Arc<LeaseHandle>) -> bool {
-        self.hold.is(hold)
+    async fn sees_grants(&mut self) -> Result<bool, StepError> {
+        for handle in &self.handles {
+            if !DB::sees_grant(&mut self.transaction, &handle.lease.key).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
-    /// Checks the lease and commits, or releases it and commits.
+    /// Whether it is guarded by this lease alone.
+    pub(super) fn is_of(&self, handle: &Arc<LeaseHandle>) -> bool {
+        matches!(&*self.handles, [only] if only.is(handle))
+    }
+
+    /// Checks the leases and commits. A single one may be released with the commit.
     pub(super) async fn end(self, release: bool) -> Result<(), Error> {
-        let Self { transaction, hold } = self;
-        if let Err(refused) = hold.refuse_after_unknown_commit() {
+        let Self { transaction, handles } = self;
+        let refused = handles.iter().try_for_each(|handle| handle.refuse_after_unknown_commit());
+        if let Err(refused) = refused {
             let _rolled_back = transaction.roll_back().await;
             return Err(refused);
         }
         // Other processes may have the lock a moment before this process knows.
-        let in_doubt = release.then(|| LeaseHandle::doubt(hold.clone()));
-        let condition = Condition::Lease { key: hold.lease.key.clone(), release };
-        let (under_way, refused) = (hold.lease.commit_begins(), hold.clone());
+        let in_doubt = release.then(|| LeaseHandle::doubt(handles[0].clone()));
+        let mut keys = handles.iter().map(|handle| handle.lease.key.clone());
+        let Some(key) = keys.next() else { return Err(Error::Closed) };
+        let condition = Condition::Lease { key, others: keys.collect(), release };
+        let under_way: Vec<_> = handles.iter().map(|handle| handle.lease.begin_commit()).collect();
+        let committed_under = handles.clone();
         let ended = move |ended: &Result<Option<Notification>, Error>| {
             match ended {
                 Ok(call) => {
-                    under_way.was_carried_out();
+                    under_way.into_iter().for_each(CommitUnderWay::mark_carried_out);
                     if release {
-                        hold.was_released(*call);
+                        committed_under[0].mark_released(*call);
                     }
                 }
-                Err(Error::Lost { reason: Loss::TakenOver, .. }) => {
-                    under_way.never_comes();
-                    hold.is_lost();
+                Err(Error::Lost { reason: Loss::TakenOver, name, .. }) => {
+                    under_way.into_iter().for_each(CommitUnderWay::mark_refused);
+                    if let Some(handle) = of_name(&committed_under, name) {
+                        handle.mark_lost();
+                    }
                 }
                 // The transaction would still pass its check after another transaction of the same
                 // lease.
                 Err(Error::CommitUnknown { .. } | Error::Unreachable { .. }) => drop(under_way),
-                Err(_nothing_was_committed) => under_way.never_comes(),
+                Err(_nothing_was_committed) => {
+                    under_way.into_iter().for_each(CommitUnderWay::mark_refused);
+                }
             }
             drop(in_doubt);
         };
         match transaction.commit(condition, ended).await {
             // The database reports only that the row does not belong to this lease.
-            Err(Error::Lost { reason: Loss::TakenOver, .. }) => Err(match refused.lease.told_loss() {
-                Some(Loss::HeldTooLong) => refused.lost(Loss::HeldTooLong),
-                _ => refused.taken_over().await,
-            }),
+            Err(Error::Lost { reason: Loss::TakenOver, name, taken_over_by }) => {
+                Err(match of_name(&handles, &name) {
+                    Some(handle) if handle.lease.reported_loss() == Some(Loss::HeldTooLong) => {
+                        handle.lost_error(Loss::HeldTooLong)
+                    }
+                    Some(handle) => handle.taken_over_error().await,
+                    None => Error::Lost { reason: Loss::TakenOver, name, taken_over_by },
+                })
+            }
             committed => committed,
         }
+    }
+}
+
+fn of_name<'a>(handles: &'a [KeptByTransaction], name: &str) -> Option<&'a KeptByTransaction> {
+    handles.iter().find(|handle| handle.name().shown() == name)
+}
+
+/// Resolves when one of the leases is lost.
+async fn first_loss(leases: &[&Arc<LeaseHandle>]) -> Error {
+    handles::lost(leases.iter().map(|handle| &***handle)).await;
+    leases.iter().find_map(|handle| handle.check().err()).unwrap_or(Error::Closed)
+}
+
+async fn commits_have_ended(leases: &[&Arc<LeaseHandle>]) {
+    for handle in leases {
+        handle.lease.commits_have_ended().await;
     }
 }
 
@@ -204,7 +249,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
 /// which may not.
 async fn begin_on<DB: LockDatabase>(
     pool: &Pool<DB>,
-    hold: &Weak<LeaseHandle>,
+    leases: &[Weak<LeaseHandle>],
     runtime: &Runtime,
 ) -> Result<GuardedTransaction<DB>, StepError> {
     let mut broken = 0_u32;
@@ -214,11 +259,12 @@ async fn begin_on<DB: LockDatabase>(
         let begun = runtime.spawn(ManagedTransaction::begin(connection, DB::BEGIN_GUARDED, runtime.clone()));
         let error = match begun.await {
             Ok(Ok(transaction)) => {
-                let Some(hold) = hold.upgrade() else { return Err(sqlx::Error::PoolClosed.into()) };
-                let hold = KeptByTransaction::new(&hold);
-                let mut guarded = GuardedTransaction { transaction: transaction.keep(hold.clone()), hold };
-                let key = guarded.hold.lease.key.clone();
-                if DB::sees_grant(&mut guarded, &key).await? {
+                let handles: Option<Vec<_>> = leases.iter().map(Weak::upgrade).collect();
+                let Some(handles) = handles else { return Err(sqlx::Error::PoolClosed.into()) };
+                let handles: Vec<_> = handles.iter().map(KeptByTransaction::new).collect();
+                let transaction = transaction.keep(handles.clone());
+                let mut guarded = GuardedTransaction { transaction, handles };
+                if guarded.sees_grants().await? {
                     return Ok(guarded);
                 }
                 guarded.transaction.roll_back().await?;
@@ -260,9 +306,7 @@ impl<DB: LockDatabase> DerefMut for GuardedTransaction<DB> {
 
 impl<DB: LockDatabase> std::fmt::Debug for GuardedTransaction<DB> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("GuardedTransaction")
-            .field("lock", &self.hold.lease.name())
-            .finish_non_exhaustive()
+        let names: Vec<_> = self.handles.iter().map(|handle| handle.name()).collect();
+        formatter.debug_struct("GuardedTransaction").field("locks", &names).finish_non_exhaustive()
     }
 }

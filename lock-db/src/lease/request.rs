@@ -55,6 +55,7 @@ impl LeaseOptions {
 
     pub(crate) fn check(&self, settings: &Settings) -> Result<(), Error> {
         settings.hand_off.check()?;
+        settings.warn_after.check()?;
         options::check_ttl(self.ttl.unwrap_or(settings.default_ttl))?;
         let at_least = options::check_at_least(self.at_least)?;
         options::check_at_most(self.at_most, at_least).map(drop)
@@ -203,8 +204,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///   for another kind.
     /// - [`Error::SchemaMissing`] and [`Error::UnsupportedTable`] when the table can't be used.
     /// - [`Error::InvalidName`] and [`Error::InvalidOption`] when the request is not valid. The
-    ///   latter includes a value of [`hand_off`](crate::LocksBuilder::hand_off) outside of 1 to
-    ///   4096 turns.
+    ///   latter includes a setting of the [`LocksBuilder`](crate::LocksBuilder) that can't work.
     /// - [`Error::Closed`] when the `Locks` was closed.
     ///
     /// # Cancel safety
@@ -212,8 +212,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// The future may be dropped at any time. The request leaves the queue, and a lock that was
     /// granted in the meantime is released.
     pub async fn acquire(self) -> Result<Lease<DB>, Error> {
-        let hold = self.context.hold_waiting(&self.name, &self.options, self.wait).await?;
-        Ok(Lease::of_caller(hold, self.context))
+        let handle = self.context.wait_for_lease(&self.name, &self.options, self.wait).await?;
+        Ok(Lease::of_caller(handle, self.context))
     }
 
     /// Takes the lock if it is free now.
@@ -247,8 +247,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     ///
     /// The future may be dropped at any time. A lock that was granted in the meantime is released.
     pub async fn try_acquire(self) -> Result<Option<Lease<DB>>, Error> {
-        let hold = self.context.hold(&self.name, &self.options, Wait::Try).await?;
-        Ok(hold.map(|hold| Lease::of_caller(hold, self.context)))
+        let handle = self.context.take_lease(&self.name, &self.options, Wait::Try).await?;
+        Ok(handle.map(|handle| Lease::of_caller(handle, self.context)))
     }
 
     /// Takes the lock in the caller's transaction.
@@ -284,13 +284,8 @@ impl<DB: LockDatabase> InsertLock<DB> {
     /// on that at [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<HeldInTransaction, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        // A caller that waits gets it or an error.
-        let held = self.take_in(transaction, wait).await?.ok_or(Error::Closed)?;
-        #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Insert, [&held]);
-        Ok(held)
+        // A request that waits gets it or an error.
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes the lock in the caller's transaction if it is free now. Returns `None` when it is
@@ -307,12 +302,7 @@ impl<DB: LockDatabase> InsertLock<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
-        #[cfg(feature = "testing")]
-        let context = Arc::clone(&self.context);
-        let held = self.take_in(transaction, Wait::Try).await?;
-        #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&context, Kind::Insert, &held);
-        Ok(held)
+        self.take_in(transaction, Wait::Try).await
     }
 
     async fn take_in(
@@ -324,7 +314,10 @@ impl<DB: LockDatabase> InsertLock<DB> {
         let name = self.context.checked_name(&self.name)?;
         self.options.refuse_in_transaction()?;
         let attempt = Attempt { context: &self.context, name: &name, kind: Kind::Insert, wait, started };
-        attempt.lock_in(transaction).await
+        let held = attempt.lock_in(transaction).await?;
+        #[cfg(feature = "testing")]
+        test_support::note_in_transaction(&self.context, Kind::Insert, &held);
+        Ok(held)
     }
 
     /// Takes the lock, runs `work` under it, and releases the lock, however `work` ends.
@@ -408,12 +401,12 @@ impl<DB: LockDatabase> Context<DB> {
             return Ok(entered);
         }
         // A request that waits is answered with a lease or an error.
-        let hold = self.hold(name, options, wait).await?.ok_or(Error::Closed)?;
-        Ok(Entered::first(lock, Arc::new(hold)))
+        let handle = self.take_lease(name, options, wait).await?.ok_or(Error::Closed)?;
+        Ok(Entered::first(lock, Arc::new(handle)))
     }
 
     /// `wait: None` stands for the default.
-    async fn hold_waiting(
+    async fn wait_for_lease(
         &self,
         name: &str,
         options: &LeaseOptions,
@@ -421,21 +414,21 @@ impl<DB: LockDatabase> Context<DB> {
     ) -> Result<LeaseHandle, Error> {
         let wait = self.settings().wait(wait)?;
         // A request that waits is answered with a lease or an error.
-        self.hold(name, options, wait).await?.ok_or(Error::Closed)
+        self.take_lease(name, options, wait).await?.ok_or(Error::Closed)
     }
 
-    pub(crate) async fn hold(
+    pub(crate) async fn take_lease(
         &self,
         name: &str,
         options: &LeaseOptions,
         wait: Wait,
     ) -> Result<Option<LeaseHandle>, Error> {
-        let holds = self.hold_all(vec![self.checked_name(name)?], options, wait).await?;
-        Ok(holds.and_then(|holds| holds.into_iter().next()))
+        let handles = self.take_leases(vec![self.checked_name(name)?], options, wait).await?;
+        Ok(handles.and_then(|handles| handles.into_iter().next()))
     }
 
     /// Takes all of the names, which were checked before, or none.
-    pub(super) async fn hold_all(
+    pub(super) async fn take_leases(
         &self,
         names: Vec<Name>,
         options: &LeaseOptions,
@@ -448,9 +441,9 @@ impl<DB: LockDatabase> Context<DB> {
             options.fair.unwrap_or(self.settings().fair),
         );
         let ask = LeaseRequest { names, ttl, at_most: options.at_most, fair, wait, started };
-        let holds = self.session().acquire(ask).await?;
-        holds.iter().flatten().for_each(|hold| hold.set_minimum_hold(options.at_least));
-        Ok(holds)
+        let handles = self.session().acquire(ask).await?;
+        handles.iter().flatten().for_each(|handle| handle.set_minimum_hold(options.at_least));
+        Ok(handles)
     }
 }
 

@@ -279,7 +279,7 @@ impl Scope {
         };
         // A timer takes a moment, in which the gate may open. Without a wait the result must not
         // depend on that.
-        if wait.is_zero() && self.told_loss().is_none() {
+        if wait.is_zero() && self.reported_loss().is_none() {
             return Err(timed_out());
         }
         if Handle::try_current().is_err() {
@@ -307,13 +307,13 @@ impl Scope {
         }
     }
 
-    fn told_loss(&self) -> Option<Loss> {
+    fn reported_loss(&self) -> Option<Loss> {
         self.loss.as_ref().and_then(|loss| *loss.borrow())
     }
 
     fn ended(&self) -> Error {
         let name = self.lock.name.given();
-        match self.told_loss() {
+        match self.reported_loss() {
             Some(reason) => Error::lost(name, reason),
             None => Error::Reentry { name, reason: NoReentry::HoldEnded },
         }

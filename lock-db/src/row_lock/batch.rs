@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::RowGuards;
+use super::own_transaction::TransactionRequest;
 use crate::context::Context;
 use crate::database::LockDatabase;
-use crate::in_transaction::{HeldInTransaction, lock_all};
+use crate::in_transaction::{HeldInTransaction, in_order, lock_all};
 use crate::options::Wait;
 #[cfg(feature = "testing")]
 use crate::test_support;
@@ -20,7 +22,7 @@ use crate::{Error, Kind};
 /// Deadlocks remain possible with locks of the application's own statements, and with locks that
 /// are taken one by one: the database then ends one of the transactions with [`Error::Deadlock`].
 #[derive(Debug)]
-#[must_use = "this only describes locks; call `acquire_in`"]
+#[must_use = "this only describes locks; call `acquire` or `acquire_in`"]
 pub struct RowLocks<DB: LockDatabase> {
     context: Arc<Context<DB>>,
     names: Vec<String>,
@@ -43,6 +45,61 @@ impl<DB: LockDatabase> RowLocks<DB> {
     pub const fn wait(mut self, wait: Duration) -> Self {
         self.wait = Some(wait);
         self
+    }
+
+    /// Takes all of the locks in one transaction of their own, on a connection of the application's
+    /// pool, with one statement for each.
+    ///
+    /// While the request waits for one of them, its transaction holds the ones before it in the
+    /// order of the names. Requests of this process that wait for the same name take no connection
+    /// meanwhile.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// let guards = locks.row_locks(["account:1", "account:2"]).acquire().await?;
+    /// // … statements on `&mut *guards` …
+    /// guards.commit().await?;     // all of them are free from here on
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`RowLock::acquire`](crate::RowLock::acquire), with the name that was waited for.
+    /// [`Error::InvalidOption`] also without any name, and with more than 10 000 names. After any
+    /// error none of the locks is held.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. The transaction is rolled back and its connection
+    /// returned within two seconds, the longest that one statement waits on the server.
+    pub async fn acquire(self) -> Result<RowGuards<DB>, Error> {
+        let wait = self.context.settings().wait(self.wait)?;
+        // A request that waits gets all of them or an error.
+        self.take(wait).await?.ok_or(Error::Closed)
+    }
+
+    /// Takes all of the locks in one transaction of their own if they are free now. Returns `None`
+    /// when one of them is held; none of the others is kept then. Otherwise as
+    /// [`acquire`](Self::acquire).
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire), but `Timeout` only when the pool had no connection within ten
+    /// seconds.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`acquire`](Self::acquire).
+    pub async fn try_acquire(self) -> Result<Option<RowGuards<DB>>, Error> {
+        self.take(Wait::Try).await
+    }
+
+    async fn take(self, wait: Wait) -> Result<Option<RowGuards<DB>>, Error> {
+        let names = in_order(&self.context, &self.names)?;
+        Ok(TransactionRequest::new(self.context, names, wait).take().await?.map(RowGuards::new))
     }
 
     /// Takes all of the locks in the caller's transaction, with one statement for each.
@@ -73,11 +130,8 @@ impl<DB: LockDatabase> RowLocks<DB> {
     /// More on that at [`RowLock::acquire_in`](crate::RowLock::acquire_in).
     pub async fn acquire_in(self, transaction: &mut DB::Connection) -> Result<Vec<HeldInTransaction>, Error> {
         let wait = self.context.settings().wait(self.wait)?;
-        let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
-        #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         // A request that waits gets all of them or an error.
-        held.ok_or(Error::Closed)
+        self.take_in(transaction, wait).await?.ok_or(Error::Closed)
     }
 
     /// Takes all of the locks in the caller's transaction if they are free now. Returns `None` when
@@ -95,9 +149,17 @@ impl<DB: LockDatabase> RowLocks<DB> {
         self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
-        let held = lock_all(&self.context, &self.names, Kind::Row, Wait::Try, transaction).await?;
+        self.take_in(transaction, Wait::Try).await
+    }
+
+    async fn take_in(
+        self,
+        transaction: &mut DB::Connection,
+        wait: Wait,
+    ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
+        let held = lock_all(&self.context, &self.names, Kind::Row, wait, transaction).await?;
         #[cfg(feature = "testing")]
-        test_support::are_in_transaction(&self.context, Kind::Row, held.iter().flatten());
+        test_support::note_in_transaction(&self.context, Kind::Row, held.iter().flatten());
         Ok(held)
     }
 }

@@ -1,20 +1,11 @@
 //! The guard of a row lock that has a transaction of its own.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
 
+use super::locked_rows::LockedRows;
 use crate::Error;
-#[cfg(feature = "testing")]
-use crate::context::Context;
-use crate::context::Counted;
-use crate::database::Failure;
 use crate::database::LockDatabase;
 use crate::dropped_at_once::Watched;
-use crate::error::Action;
-use crate::keyed_queue::RowPermit;
-use crate::managed_tx::{Condition, ManagedTransaction};
-#[cfg(feature = "testing")]
-use crate::test_support;
 
 /// A row lock that is held by a transaction of its own. It derefs to the connection: `&mut *guard`
 /// runs statements in the transaction.
@@ -36,56 +27,28 @@ use crate::test_support;
 #[must_use = "bind it to a name (`let mut guard = …`); `let _ = …` rolls back and releases the lock at once"]
 #[clippy::has_significant_drop]
 pub struct RowGuard<DB: LockDatabase> {
-    /// Keeps the local permit, so that the next caller of this process comes when the lock is free.
-    transaction: Watched<ManagedTransaction<DB, Arc<RowPermit>>>,
-    condition: Condition,
-    counted: Counted,
-    /// Present while the caller holds the guard.
-    #[cfg(feature = "testing")]
-    shown: Option<Arc<()>>,
+    rows: Watched<LockedRows<DB>>,
 }
 
 impl<DB: LockDatabase> RowGuard<DB> {
-    pub(super) fn new(
-        transaction: ManagedTransaction<DB, Arc<RowPermit>>,
-        condition: Condition,
-        counted: Counted,
-    ) -> Self {
-        let transaction = Watched::unwatched(transaction);
-        Self {
-            transaction,
-            condition,
-            counted,
-            #[cfg(feature = "testing")]
-            shown: None,
-        }
-    }
-
-    pub(super) fn handed_out(mut self) -> Self {
-        self.transaction.is_handed_out(self.condition.name().shown());
-        self
-    }
-
-    #[cfg(feature = "testing")]
-    pub(super) fn of_caller<L: LockDatabase>(mut self, context: &Context<L>) -> Self {
-        self.shown = Some(test_support::row_is_open(context, self.condition.name()));
-        self
+    pub(super) fn new(rows: LockedRows<DB>) -> Self {
+        Self { rows: Watched::new(rows, |rows| rows.name().into()) }
     }
 
     /// The guard belongs to an annotated function, which shows the held lock itself.
     #[cfg(feature = "testing")]
-    pub(crate) fn is_of_function(&mut self) {
-        self.shown = None;
+    pub(crate) fn hide(&mut self) {
+        self.rows.hide();
     }
 
     /// The name of the lock.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.condition.name().shown()
+        self.rows.name()
     }
 
     pub(crate) fn fencing_token(&self) -> i64 {
-        self.condition.fencing_token()
+        self.rows.fencing_token()
     }
 
     /// Commits the transaction, which frees the lock.
@@ -108,8 +71,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The commit continues when the future is dropped. Only its result is lost.
     pub async fn commit(self) -> Result<(), Error> {
-        let Self { transaction, condition, counted, .. } = self;
-        transaction.into_inner().commit(condition, |_ended| drop(counted)).await
+        self.rows.into_inner().commit().await
     }
 
     /// Rolls the transaction back, which frees the lock.
@@ -123,12 +85,7 @@ impl<DB: LockDatabase> RowGuard<DB> {
     ///
     /// The rollback continues when the future is dropped. Only its result is lost.
     pub async fn rollback(self) -> Result<(), Error> {
-        let Self { transaction, condition, counted: _counted, .. } = self;
-        transaction
-            .into_inner()
-            .roll_back()
-            .await
-            .map_err(|error| Failure::new::<DB>(error).into_error(Action::RollBack, Some(condition.name())))
+        self.rows.into_inner().roll_back().await
     }
 }
 
@@ -136,13 +93,13 @@ impl<DB: LockDatabase> Deref for RowGuard<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &Self::Target {
-        &self.transaction
+        &self.rows
     }
 }
 
 impl<DB: LockDatabase> DerefMut for RowGuard<DB> {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        &mut self.transaction
+        &mut self.rows
     }
 }
 

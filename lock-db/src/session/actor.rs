@@ -1,4 +1,4 @@
-//! The actor of a session: its thread, its state, and the dispatch of requests.
+//! The state of a session: its connections, and the leases that this process holds.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -7,201 +7,27 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Pool;
-use tokio::runtime::Builder;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::{LocalSet, spawn_local};
-use tokio::time::{sleep, timeout};
+use tokio::task::spawn_local;
+use tokio::time::timeout;
 
 use super::connection::Worker;
 use super::deadline_timer::DeadlineTimer;
-use super::hold_watch::{self, HoldWatch};
+use super::held_lease::{Granted, HeldLease, deadline};
 use super::lease_state::LeaseState;
-use super::local_queue::{LocalQueues, Permit, Reports};
+use super::local_queue::{LocalQueues, Permit};
 use super::request::Request;
-use super::snapshot_watch::{self, SnapshotWatch};
+use super::snapshot_watch::SnapshotWatch;
 use super::task_tracker::TaskTracker;
 use super::wakeup::notify::Notifications;
 use super::wakeup::user_lock::{self, UserLock};
-use super::{Way, acquire, release, renewal};
-use crate::database::Failure;
-use crate::database::{
-    Cluster, Fault, LeaseKey, Location, LockDatabase, LockRow, QueueEntry, Renewal, reliable_without_notice,
-};
-use crate::error::Action;
+use crate::database::{Failure, Location, LockDatabase, QueueEntry};
 use crate::error::{Loss, lost_how};
 use crate::hold_warning::HoldWarning;
-use crate::name::Name;
-use crate::options::HandOff;
-use crate::secret::Secret;
 use crate::session::LeaseHandle;
-use crate::{Error, Kind};
 
-/// How long an idle thread waits for the next connection to make.
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
-/// How long running requests may take after all senders are gone.
-const FINISH_LIMIT: Duration = Duration::from_secs(10);
-/// How long a read is retried while another transaction blocks it, and the pause between attempts.
-const PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(20);
-/// A read that took this long was blocked on the server, so it is not retried.
-const A_WAIT: Duration = Duration::from_secs(1);
-/// How long the session tries to mark a row. An open transaction of the caller waits for it.
-const MARK_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the report of a loss waits for what has become of the lock.
 const READ_LIMIT: Duration = Duration::from_millis(100);
-/// The end of a transaction that has released a lease is noticed within this time.
-const READ_AFTER: Duration = Duration::from_millis(100);
-/// The shortest time between two renewals of a lease whose row another transaction has locked.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
-/// A lease that is held for this long needs the second connection ready.
-const IS_HELD_ON: Duration = Duration::from_secs(1);
-/// The part of the TTL that a holder relies on. It gives up a little before the database does.
-const RELIABLE: (u32, u32) = (9, 10);
-
-/// Starts the thread. It ends after `Close`, or when the sender and all its clones are gone.
-pub(super) fn start<DB: LockDatabase>(
-    application: &Pool<DB>,
-    location: &Arc<Location>,
-    hand_off: HandOff,
-    owner: &Arc<str>,
-    watched: &HoldWatch,
-) -> Result<Way, Error> {
-    DB::check_options(&application.connect_options(), location.schema().as_deref())?;
-    let application = application.clone();
-    let (sender, requests) = mpsc::unbounded_channel();
-    let weak = sender.downgrade();
-    let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
-    let queues = LocalQueues::new(weak.clone(), hand_off, Secret::generate()?, reports);
-    let (location, watched) = (Arc::clone(location), watched.clone());
-    let way = Way { requests: sender, queues: Arc::clone(&queues) };
-    let runtime = Builder::new_current_thread()
-        .enable_all()
-        // Connections are made on these threads.
-        .thread_name("lock-db")
-        .thread_keep_alive(KEEP_ALIVE)
-        .build()
-        .map_err(no_thread)?;
-    std::thread::Builder::new()
-        .name("lock-db".into())
-        .spawn(move || {
-            let local = LocalSet::new();
-            runtime.block_on(async {
-                local
-                    .run_until(async move {
-                        let actor = Actor::new(application, &location, weak, queues);
-                        serve(&actor, requests, watched).await;
-                    })
-                    .await;
-                let _in_time = timeout(FINISH_LIMIT, local).await;
-            });
-            // A hook of the application may block a thread forever.
-            runtime.shutdown_background();
-        })
-        .map_err(no_thread)?;
-    Ok(way)
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
-fn no_thread(error: std::io::Error) -> Error {
-    Error::other(Action::StartSession, None, false, error.to_string())
-}
-
-/// Answers requests until all senders are gone or the session is closed. Each request is its own
-/// task.
-async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>, watched: HoldWatch) {
-    spawn_local(renewal::renew(Rc::clone(actor)));
-    spawn_local(renewal::watch_deadlines(Rc::clone(actor)));
-    spawn_local(snapshot_watch::watch(Rc::clone(actor)));
-    spawn_local(renewal::watch_connections(Rc::clone(actor)));
-    spawn_local(hold_watch::watch(Rc::clone(actor), watched));
-    let queues = Arc::clone(&actor.queues);
-    let watching = spawn_local(async move { queues.watch_waits().await });
-    while let Some(request) = requests.recv().await {
-        let actor = Rc::clone(actor);
-        match request {
-            Request::Acquire(request) => {
-                let busy = actor.tasks.enter();
-                drop(spawn_local(async move {
-                    acquire::acquire(actor, request).await;
-                    drop(busy);
-                }));
-            }
-            Request::Release { lease, answer } => {
-                let busy = actor.tasks.enter();
-                let given_up = release::give_up(&actor, &lease);
-                drop(spawn_local(async move {
-                    let released = release::release(&actor, &lease, given_up, answer.is_some()).await;
-                    match (answer, released) {
-                        (Some(answer), released) => drop(answer.send(released)),
-                        // The loss was reported when it was noticed.
-                        (None, Ok(()) | Err(Error::Lost { .. } | Error::Closed)) => {}
-                        (None, Err(error)) => {
-                            tracing::warn!(lock = %lease.name(), error = %error.report(), "a dropped lock could not be released");
-                        }
-                    }
-                    drop(busy);
-                }));
-            }
-            Request::ReleasedIn { lease } => actor.read_after(lease.number),
-            Request::Released { lease, call } => {
-                actor.lose(lease.number, Loss::Released);
-                if let Some(call) = call {
-                    actor.worker.call(call);
-                }
-            }
-            Request::Lost { lease } => actor.is_taken_over(&lease),
-            Request::HandedOn { until } => actor.over.no_later_than(until),
-            Request::Locate { anew, answer } => drop(spawn_local(async move {
-                let found = twice(async || actor.worker.locate(anew).await).await;
-                let _ = answer.send(found.map_err(|failure| failure.into_error(Action::FindTable, None)));
-            })),
-            Request::Settle { name, answer } => drop(spawn_local(async move {
-                let settled = actor.settle(&name).await;
-                let _ =
-                    answer.send(settled.map_err(|failure| failure.into_error(Action::TakeOver, Some(&name))));
-            })),
-            Request::Mark { lease, answer } => drop(spawn_local(async move {
-                let _ = answer.send(actor.mark(lease).await);
-            })),
-            Request::EnsureRow { name, kind, answer } => drop(spawn_local(async move {
-                let _ = answer.send(actor.ensure_row(&name, kind).await);
-            })),
-            Request::Read { name, answer } => drop(spawn_local(async move {
-                let row = patiently(async || actor.worker.read(&name).await).await;
-                let _ = answer.send(row.map_err(|failure| failure.into_error(Action::ReadRow, Some(&name))));
-            })),
-            Request::Migrate { answer } => drop(spawn_local(async move {
-                // On a cluster other nodes migrate at the same time. Conflicts with their
-                // migrations are temporary.
-                let migrated = patiently(async || actor.worker.migrate().await).await;
-                let migrated = migrated.map_err(|failure| failure.into_error(Action::Migrate, None));
-                // The ledger of migrations is not enough: the table itself has to fit.
-                let _ = answer.send(match migrated {
-                    Ok(()) => actor.fits().await,
-                    failed => failed,
-                });
-            })),
-            Request::Answer(answer) => {
-                let _caller_may_be_gone = answer.send(());
-            }
-            Request::Check { answer } => drop(spawn_local(async move {
-                let _ = answer.send(actor.check().await);
-            })),
-            Request::Close { done } => {
-                actor.closing.send_replace(true);
-                actor.queues.close();
-                release::release_all(&actor);
-                // This includes guards that were dropped before, and leases that attempts may have
-                // got while they were ending.
-                let _in_time = timeout(FINISH_LIMIT, actor.tasks.nobody()).await;
-                drop(done);
-                break;
-            }
-        }
-    }
-    actor.closing.send_replace(true);
-    watching.abort();
-}
 
 /// The state of a session. All of it lives on its own thread.
 pub(super) struct Actor {
@@ -241,20 +67,8 @@ pub(super) struct Actor {
     pub(super) snapshot_watch: SnapshotWatch,
 }
 
-/// A lease that this process holds.
-pub(super) struct HeldLease {
-    pub(super) state: Arc<LeaseState>,
-    pub(super) ttl: Duration,
-    pub(super) deadline: Instant,
-    pub(super) next_renewal: Instant,
-    /// Whether other processes were in the queue when it was granted.
-    pub(super) others_wait: bool,
-    hold_warning: HoldWarning,
-    lost: watch::Sender<Option<Loss>>,
-}
-
 impl Actor {
-    fn new<DB: LockDatabase>(
+    pub(super) fn new<DB: LockDatabase>(
         pool: Pool<DB>,
         location: &Arc<Location>,
         requests: mpsc::WeakUnboundedSender<Request>,
@@ -295,7 +109,7 @@ impl Actor {
 
     /// Registers a granted lease for renewal and makes its handle. `None`: all senders are gone, so
     /// the lease can have no holder.
-    pub(super) fn hold(
+    pub(super) fn register(
         &self,
         granted: Granted,
         at_most: Option<Duration>,
@@ -321,10 +135,10 @@ impl Actor {
         self.due.no_later_than(held.next_renewal);
         self.over.no_later_than(held.ends());
         if self.may_connect_ahead() {
-            self.due.no_later_than(held.is_held_on());
+            self.due.no_later_than(held.second_needed_from());
         }
         self.leases.borrow_mut().insert(number, held);
-        self.queues.is_held(&state);
+        self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -366,7 +180,7 @@ impl Actor {
 
     /// Leases are renewed over the first connection, because the second one can't be opened or does
     /// not answer. Logged once.
-    pub(super) fn misses_second(&self, failure: &Failure) {
+    pub(super) fn report_missing_second(&self, failure: &Failure) {
         if !self.misses_second.replace(true) {
             tracing::warn!(
                 error = %failure,
@@ -375,7 +189,7 @@ impl Actor {
         }
     }
 
-    pub(super) fn has_second(&self) {
+    pub(super) fn report_second_again(&self) {
         if self.misses_second.replace(false) {
             tracing::info!("leases are renewed over a connection of their own again");
         }
@@ -401,7 +215,7 @@ impl Actor {
     }
 
     /// Reads the row of a lease that is no longer ours, to find out what became of it. The report
-    /// of the loss waits for that for `LOOK_LIMIT` at most.
+    /// of the loss waits for that for `READ_LIMIT` at most.
     pub(super) async fn find_out(&self, lease: &LeaseState) -> Loss {
         let Ok(Ok(row)) = timeout(READ_LIMIT, self.worker.read(lease.name())).await else {
             return Loss::TakenOver;
@@ -411,15 +225,15 @@ impl Actor {
             return if row.expires == 0 { Loss::ReleasedByHand } else { Loss::TakenOver };
         }
         if row.fencing_token > lease.key.fencing_token {
-            lease.is_taken_over_by(Box::new(row.into_info(lease.name())));
+            lease.set_new_holder(Box::new(row.into_info(lease.name())));
         }
         Loss::TakenOver
     }
 
     /// The row of a lease is no longer ours. The lease counts as lost from now on. Its holder is
     /// told a moment later, with the reason that was found out.
-    pub(super) fn is_taken_over(self: &Rc<Self>, lease: &Arc<LeaseState>) {
-        if !lease.is_gone() {
+    pub(super) fn report_takeover(self: &Rc<Self>, lease: &Arc<LeaseState>) {
+        if !lease.mark_gone() {
             return;
         }
         let (actor, lease) = (Rc::clone(self), Arc::clone(lease));
@@ -445,7 +259,7 @@ impl Actor {
                 if let Err(failure) = actor.renewals.listen().await {
                     tracing::debug!(error = %failure, "nothing calls when a lock is free");
                 }
-                actor.notifications.was_asked();
+                actor.notifications.mark_asked();
             }));
         }
     }
@@ -460,202 +274,10 @@ impl Actor {
     }
 
     /// The transaction that released a lease may have ended, so the watchdog renews it now.
-    fn read_after(&self, number: u64) {
+    pub(super) fn read_after(&self, number: u64) {
         if let Some(held) = self.leases.borrow_mut().get_mut(&number) {
             held.next_renewal = Instant::now();
             self.due.no_later_than(held.next_renewal);
-        }
-    }
-
-    /// Returns the row, and whether it was missing.
-    async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<(LockRow, bool), Error> {
-        let failed = |failure: Failure| failure.into_error(Action::MakeRow, Some(name));
-        let (mut missing, mut in_the_way) = (false, None);
-        loop {
-            let row = patiently(async || self.worker.read(name).await).await.map_err(failed)?;
-            if let Some(row) = row {
-                if row.kind == kind {
-                    return Ok((row, missing));
-                }
-                return Err(Error::WrongKind { name: name.given(), wanted: kind, found: row.kind });
-            }
-            if missing {
-                // A transaction, perhaps the caller's own, has locked the place where the row
-                // belongs, or the whole table.
-                let stale = || Error::Serialization { name: name.given(), source: None };
-                return Err(in_the_way.map_or_else(stale, failed));
-            }
-            missing = true;
-            match twice(async || self.worker.create(name, kind).await).await {
-                // Another process may be creating the row: the next read shows it.
-                Err(failure) if failure.passes() => in_the_way = Some(failure),
-                Err(failure) => return Err(failed(failure)),
-                Ok(_) => {}
-            }
-        }
-    }
-
-    /// Makes sure that nothing of the last holder of a lock that is not held any more can be
-    /// committed, unless a transaction of that holder is still open.
-    async fn settle(&self, name: &Name) -> Result<(), Failure> {
-        let Some(row) = twice(async || self.worker.read(name).await).await? else { return Ok(()) };
-        if row.notice_is_due() && self.worker.give_notice(std::slice::from_ref(name)).await? > 0 {
-            sleep(row.notice()).await;
-            self.worker.settle(name).await?;
-        } else if row.is_free() && !row.is_settled() {
-            self.worker.settle(name).await?;
-        }
-        Ok(())
-    }
-
-    /// Tries again while other transactions have the row locked, such as guarded ones of the same
-    /// lease.
-    async fn mark(&self, lease: LeaseKey) -> Result<(), Error> {
-        let name = lease.row.name.clone();
-        let started = Instant::now();
-        loop {
-            let may_wait = started.elapsed() < MARK_PATIENCE;
-            match twice(async || self.worker.mark(lease.clone()).await).await {
-                Ok(false) if may_wait => {}
-                Err(failure) if may_wait && failure.passes() => {}
-                // The lease is not ours any more, or the row is locked for long. The guard of the
-                // transaction finds out which.
-                Ok(_) => return Ok(()),
-                Err(failure) => return Err(failure.into_error(Action::Verify, Some(&name))),
-            }
-            sleep(PAUSE).await;
-        }
-    }
-
-    /// Wakes up the next process after a transaction has released a lock.
-    pub(super) fn notify_next(self: &Rc<Self>, name: &Name) {
-        let (actor, name) = (Rc::clone(self), name.clone());
-        drop(spawn_local(async move {
-            if let Ok(Some(row)) = actor.worker.read(&name).await
-                && row.is_free()
-                && let Some(call) = row.first_waiter()
-            {
-                actor.worker.call(call);
-            }
-        }));
-    }
-
-    /// Checks that the table can be used. It needs no right that a role that only migrates lacks.
-    async fn fits(&self) -> Result<(), Error> {
-        let found = patiently(async || self.worker.locate(true).await).await;
-        found.map(drop).map_err(|failure| failure.into_error(Action::FindTable, None))
-    }
-
-    async fn check(&self) -> Result<Vec<String>, Error> {
-        let checked = patiently(async || self.worker.check().await).await;
-        checked.map_err(|failure| failure.into_error(Action::Check, None))
-    }
-}
-
-impl Drop for HeldLease {
-    fn drop(&mut self) {
-        self.state.pass_permit();
-    }
-}
-
-/// A lease that the database granted.
-pub(super) struct Granted {
-    pub(super) key: LeaseKey,
-    /// The size of the token range: how many fencing tokens its holders have.
-    pub(super) tokens: u32,
-    /// How many holders may have it, `numbers` at most.
-    pub(super) turns: u32,
-    pub(super) others_wait: bool,
-    pub(super) ttl: Duration,
-    /// When the request for it was sent.
-    pub(super) sent: Instant,
-}
-
-/// Until when the holder may rely on a lease that was requested at `sent`. This is counted from
-/// before the request went out, on our own monotonic clock, and is shorter than the TTL that the
-/// database counts from later on.
-pub(super) fn deadline(sent: Instant, ttl: Duration) -> Instant {
-    sent + ttl * RELIABLE.0 / RELIABLE.1
-}
-
-impl HeldLease {
-    /// When it ends for its holder, if nothing else happens.
-    pub(super) fn ends(&self) -> Instant {
-        self.state.held_until_at_most().map_or(self.deadline, |until| until.min(self.deadline))
-    }
-
-    /// The warning of its present holder.
-    pub(super) fn hold_warning(&mut self) -> &mut HoldWarning {
-        let since = self.state.held_since();
-        if self.hold_warning.since != since {
-            self.hold_warning = HoldWarning::new(since);
-        }
-        &mut self.hold_warning
-    }
-
-    pub(super) fn renewal(&self) -> Renewal {
-        let LeaseKey { row, secret, fencing_token, .. } = &self.state.key;
-        Renewal { id: row.id, secret: secret.clone(), fencing_token: *fencing_token, ttl: self.ttl }
-    }
-
-    /// From when on the renewal connection has to be ready.
-    pub(super) fn is_held_on(&self) -> Instant {
-        let sent = self.next_renewal.checked_sub(self.ttl / 3).unwrap_or(self.next_renewal);
-        sent + IS_HELD_ON
-    }
-
-    /// The pause before the next attempt, if this one has no result.
-    pub(super) fn pause(&self) -> Duration {
-        let pause = self.ttl / 12;
-        if self.state.is_in_doubt() { pause.min(READ_AFTER) } else { pause }
-    }
-
-    /// The row was locked by another transaction when it was read, at `looked` or later, and it
-    /// showed no takeover. A process that takes over has to give notice first, so the lease is
-    /// valid for that long. This does not hold on a cluster, where the notice may be on another
-    /// node.
-    pub(super) fn not_renewed(&mut self, read_at: Instant) {
-        if self.state.key.server.cluster == Cluster::SinglePrimary {
-            let deadline = read_at + reliable_without_notice(self.ttl);
-            if deadline > self.deadline && self.state.extend(deadline) {
-                self.deadline = deadline;
-            }
-        }
-        let now = Instant::now();
-        let left = self.deadline.saturating_duration_since(now);
-        // Several attempts fit into the rest, so that one late answer does no harm.
-        self.next_renewal = now + self.pause().min((left / 6).max(SHORTEST_PAUSE));
-    }
-
-    /// `false`: too late, its holder was already told that it is over.
-    pub(super) fn renewed(&mut self, sent: Instant) -> bool {
-        self.deadline = self.deadline.max(deadline(sent, self.ttl));
-        self.next_renewal = sent + self.ttl / 3;
-        self.state.extend(self.deadline)
-    }
-}
-
-/// Runs an operation, and repeats it once if the connection was gone: the server may have closed it
-/// while it was idle. An operation without an answer is not repeated. Every operation of the
-/// session can be repeated safely.
-pub(super) async fn twice<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
-    match operation().await {
-        Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence() => operation().await,
-        answer => answer,
-    }
-}
-
-/// Like `twice`, and repeats the operation while it is blocked. On SQLite a commit blocks readers,
-/// and on a busy machine for longer than a private connection waits.
-async fn patiently<T>(operation: impl AsyncFn() -> Result<T, Failure>) -> Result<T, Failure> {
-    let started = Instant::now();
-    loop {
-        let asked = Instant::now();
-        match twice(&operation).await {
-            Err(failure) if failure.passes() && started.elapsed() < PATIENCE && asked.elapsed() < A_WAIT => {
-                sleep(PAUSE).await;
-            }
-            answer => return answer,
         }
     }
 }

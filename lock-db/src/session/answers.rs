@@ -16,18 +16,18 @@ use crate::name::Name;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// A channel to a session, which may keep the session running or not.
-pub(crate) trait Way {
+pub(crate) trait RequestSender {
     /// `false`: the session is gone.
     fn send(&self, request: Request) -> bool;
 }
 
-impl Way for mpsc::UnboundedSender<Request> {
+impl RequestSender for mpsc::UnboundedSender<Request> {
     fn send(&self, request: Request) -> bool {
         Self::send(self, request).is_ok()
     }
 }
 
-impl Way for mpsc::WeakUnboundedSender<Request> {
+impl RequestSender for mpsc::WeakUnboundedSender<Request> {
     fn send(&self, request: Request) -> bool {
         self.upgrade().is_some_and(|requests| requests.send(request).is_ok())
     }
@@ -38,7 +38,7 @@ impl Way for mpsc::WeakUnboundedSender<Request> {
 /// may be stopped by a debugger, or blocked by something that it calls, such as a `tracing`
 /// subscriber. `None`: the session is gone.
 pub(crate) async fn answer_to<T>(
-    session: &impl Way,
+    session: &impl RequestSender,
     answered: impl Future<Output = Result<Result<T, Error>, oneshot::error::RecvError>>,
     limit: Duration,
     started: Instant,
@@ -51,7 +51,7 @@ pub(crate) async fn answer_to<T>(
             return answer.ok();
         }
         let (runs, is_running) = oneshot::channel();
-        if !session.send(Request::Answer(runs)) {
+        if !session.send(Request::Ping(runs)) {
             // Its thread has ended, perhaps right after it answered.
             let last = timeout(SIGN_OF_LIFE, &mut answered).await;
             return last.ok().and_then(Result::ok);

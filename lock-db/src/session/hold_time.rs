@@ -37,7 +37,7 @@ impl HoldTime {
     }
 
     /// Removes the limit of the present holder. `false`: too late, its time was seen to be over.
-    pub(super) fn ends(&self) -> bool {
+    pub(super) fn end(&self) -> bool {
         let unlimited = |before| (before != OVER).then_some(UNLIMITED);
         // Most holders have no limit, and then a load is enough.
         self.until.load(Ordering::Acquire) == UNLIMITED
@@ -46,7 +46,7 @@ impl HoldTime {
 
     /// Starts the time of the next holder at `now`. `false`: too late, the time of the holder
     /// before was seen to be over.
-    pub(super) fn begins_anew(&self, now: Instant, at_most: Option<Duration>) -> bool {
+    pub(super) fn begin_anew(&self, now: Instant, at_most: Option<Duration>) -> bool {
         let now = micros(now.saturating_duration_since(self.granted));
         let until = at_most.map_or(UNLIMITED, |at_most| now.saturating_add(micros(at_most)).min(OVER - 1));
         let anew = |before| (before != OVER).then_some(until);
@@ -99,12 +99,12 @@ mod tests {
         let time = HoldTime::new(granted, Some(2 * HOUR));
         assert_eq!(time.until(), Some(granted + 2 * HOUR));
         assert!(!time.is_over());
-        assert!(time.begins_anew(Instant::now(), Some(2 * HOUR)));
+        assert!(time.begin_anew(Instant::now(), Some(2 * HOUR)));
         assert!(time.until().unwrap() >= granted + 3 * HOUR);
         assert!(time.since() >= granted + HOUR);
-        assert!(time.begins_anew(Instant::now(), None));
+        assert!(time.begin_anew(Instant::now(), None));
         assert_eq!(time.until(), None);
-        assert!(time.begins_anew(Instant::now(), Some(HOUR)) && time.ends());
+        assert!(time.begin_anew(Instant::now(), Some(HOUR)) && time.end());
         assert_eq!(time.until(), None);
         assert!(!time.is_over());
     }
@@ -113,11 +113,11 @@ mod tests {
     fn a_time_that_was_seen_to_be_over_stays_over() {
         let granted = Instant::now().checked_sub(HOUR).unwrap();
         let time = HoldTime::new(granted, Some(HOUR));
-        assert!(time.begins_anew(Instant::now(), Some(HOUR)), "it was not seen yet");
+        assert!(time.begin_anew(Instant::now(), Some(HOUR)), "it was not seen yet");
         let time = HoldTime::new(granted, Some(HOUR));
         assert!(time.is_over());
-        assert!(!time.ends());
-        assert!(!time.begins_anew(Instant::now(), Some(HOUR)));
+        assert!(!time.end());
+        assert!(!time.begin_anew(Instant::now(), Some(HOUR)));
         assert!(time.is_over());
     }
 }

@@ -61,7 +61,7 @@ impl LeaseHandle {
     }
 
     /// How many of its owners are handles, not guarded transactions.
-    pub(crate) fn handles(self: &Arc<Self>) -> usize {
+    pub(crate) fn count(self: &Arc<Self>) -> usize {
         Arc::strong_count(self).saturating_sub(self.transactions.load(Ordering::SeqCst))
     }
 
@@ -97,7 +97,7 @@ impl LeaseHandle {
             self.queues.stop_hand_on(self.name());
             let (answer, answered) = oneshot::channel();
             let request = Request::Mark { lease: key.clone(), answer };
-            self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
+            self.session.send(request).map_err(|_| self.lost_error(Loss::Closed))?;
             self.answer(answered, Action::Verify).await?;
             self.is_marked.store(true, Ordering::SeqCst);
         }
@@ -141,45 +141,45 @@ impl LeaseHandle {
 
     /// Fails if the lease is lost.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        self.lease.loss().map_or(Ok(()), |reason| Err(self.lost(reason)))
+        self.lease.loss().map_or(Ok(()), |reason| Err(self.lost_error(reason)))
     }
 
     /// See [`Loss::CommitUnknown`].
     pub(crate) fn refuse_after_unknown_commit(&self) -> Result<(), Error> {
-        if self.lease.has_unknown_commit() { Err(self.lost(Loss::CommitUnknown)) } else { Ok(()) }
+        if self.lease.has_unknown_commit() { Err(self.lost_error(Loss::CommitUnknown)) } else { Ok(()) }
     }
 
     /// A loss that the database has decided is final. A deadline that has passed is not such a
     /// loss: only the database can tell whether another process has the lock now.
     pub(crate) fn refuse_after_loss(&self) -> Result<(), Error> {
-        match self.lease.told_loss() {
+        match self.lease.reported_loss() {
             Some(
                 reason @ (Loss::TakenOver
                 | Loss::ReleasedByHand
                 | Loss::RowDeleted
                 | Loss::HeldTooLong
                 | Loss::Released),
-            ) => Err(self.lost(reason)),
+            ) => Err(self.lost_error(reason)),
             _ => Ok(()),
         }
     }
 
-    pub(crate) fn lost(&self, reason: Loss) -> Error {
+    pub(crate) fn lost_error(&self, reason: Loss) -> Error {
         self.lease.lost_error(reason)
     }
 
     /// The error for a lease that the database has reported as not ours. It waits a moment to find
     /// out the new holder.
-    pub(crate) async fn taken_over(&self) -> Error {
+    pub(crate) async fn taken_over_error(&self) -> Error {
         let (answer, answered) = oneshot::channel();
         let name = self.name().clone();
         let _session_may_be_gone = self.session.send(Request::Read { name, answer });
         if let Ok(Ok(Ok(Some(row)))) = timeout(READ_LIMIT, answered).await
             && row.fencing_token > self.lease.key.fencing_token
         {
-            self.lease.is_taken_over_by(Box::new(row.into_info(self.name())));
+            self.lease.set_new_holder(Box::new(row.into_info(self.name())));
         }
-        self.lost(Loss::TakenOver)
+        self.lost_error(Loss::TakenOver)
     }
 
     /// Gives up one handle. The last one releases the lease.
@@ -188,11 +188,11 @@ impl LeaseHandle {
     }
 
     /// Like `give_up`, in two steps, so that several leases are released together.
-    pub(crate) fn begin_to_give_up(self: Arc<Self>) -> Result<GivenUp, Error> {
+    pub(crate) fn begin_to_give_up(self: Arc<Self>) -> Result<ReleaseUnderWay, Error> {
         if Arc::strong_count(&self) > 1 {
             self.check()?;
         }
-        Arc::into_inner(self).map_or(Ok(GivenUp(None)), Self::begin_release)
+        Arc::into_inner(self).map_or(Ok(ReleaseUnderWay(None)), Self::begin_release)
     }
 
     /// Runs work under the lease. If the lease is lost first, the work is dropped at its current
@@ -205,14 +205,14 @@ impl LeaseHandle {
             output = &mut work => output,
             reason = self.lease.lost() => match reason {
                 Loss::Released => work.await,
-                reason => return Err(self.lost(reason)),
+                reason => return Err(self.lost_error(reason)),
             },
         };
         match self.lease.loss() {
             None | Some(Loss::Released) => Ok(output),
             // Work that blocked the runtime, or was paused together with it, may finish after the
             // lease has ended.
-            Some(reason) => Err(self.lost(reason)),
+            Some(reason) => Err(self.lost_error(reason)),
         }
     }
 
@@ -221,18 +221,18 @@ impl LeaseHandle {
         self.begin_release()?.end().await
     }
 
-    fn begin_release(self) -> Result<GivenUp, Error> {
+    fn begin_release(self) -> Result<ReleaseUnderWay, Error> {
         self.tell_watchers();
         if self.released.swap(true, Ordering::SeqCst) || self.queues.hand_on(&self) {
-            return Ok(GivenUp(None));
+            return Ok(ReleaseUnderWay(None));
         }
         if self.was_taken_back() {
-            return Err(self.lost(Loss::HeldTooLong));
+            return Err(self.lost_error(Loss::HeldTooLong));
         }
         let (answer, answered) = oneshot::channel();
         let request = Request::Release { lease: Arc::clone(&self.lease), answer: Some(answer) };
-        self.session.send(request).map_err(|_| self.lost(Loss::Closed))?;
-        Ok(GivenUp(Some((self, answered))))
+        self.session.send(request).map_err(|_| self.lost_error(Loss::Closed))?;
+        Ok(ReleaseUnderWay(Some((self, answered))))
     }
 
     async fn answer(
@@ -242,30 +242,30 @@ impl LeaseHandle {
     ) -> Result<(), Error> {
         let about = (action, Some(self.name()));
         let answer = answer_to(&self.session, answered, ASK_LIMIT, Instant::now(), about).await;
-        answer.unwrap_or_else(|| Err(self.lost(Loss::Closed)))
+        answer.unwrap_or_else(|| Err(self.lost_error(Loss::Closed)))
     }
 
     /// The session has released it already, or is about to.
     fn was_taken_back(&self) -> bool {
-        self.lease.told_loss() == Some(Loss::HeldTooLong)
+        self.lease.reported_loss() == Some(Loss::HeldTooLong)
     }
 
     /// The database has reported that the lease is gone. This holder is told at once, and so is
     /// everything that waits for the loss.
-    pub(crate) fn is_lost(&self) {
-        self.lease.ends(Loss::TakenOver);
+    pub(crate) fn mark_lost(&self) {
+        self.lease.report_loss(Loss::TakenOver);
         let _session_may_be_gone = self.session.send(Request::Lost { lease: Arc::clone(&self.lease) });
     }
 
     /// From now on it is unknown whether a transaction has released the lease, until the database
     /// tells. The watchdog asks as soon as this is dropped.
-    pub(crate) fn doubt(hold: KeptByTransaction) -> InDoubt {
-        hold.lease.doubt_begins();
-        InDoubt(hold)
+    pub(crate) fn doubt(handle: KeptByTransaction) -> InDoubt {
+        handle.lease.begin_doubt();
+        InDoubt(handle)
     }
 
     /// A transaction that has committed released it.
-    pub(crate) fn was_released(&self, call: Option<Notification>) {
+    pub(crate) fn mark_released(&self, call: Option<Notification>) {
         self.released.store(true, Ordering::SeqCst);
         // The order matters: the next caller's request has to reach the session after the end of
         // this lease.
@@ -276,12 +276,12 @@ impl LeaseHandle {
 }
 
 /// A handle that is given up. If it was the last one, the release is in progress.
-pub(crate) struct GivenUp(Option<(LeaseHandle, oneshot::Receiver<Result<(), Error>>)>);
+pub(crate) struct ReleaseUnderWay(Option<(LeaseHandle, oneshot::Receiver<Result<(), Error>>)>);
 
-impl GivenUp {
+impl ReleaseUnderWay {
     pub(crate) async fn end(self) -> Result<(), Error> {
         match self.0 {
-            Some((hold, answered)) => hold.answer(answered, Action::Release).await,
+            Some((handle, answered)) => handle.answer(answered, Action::Release).await,
             None => Ok(()),
         }
     }
@@ -292,7 +292,7 @@ pub(crate) struct InDoubt(KeptByTransaction);
 
 impl Drop for InDoubt {
     fn drop(&mut self) {
-        self.0.lease.doubt_can_be_settled();
+        self.0.lease.let_doubt_settle();
         let _session_may_be_gone =
             self.0.session.send(Request::ReleasedIn { lease: Arc::clone(&self.0.lease) });
     }
@@ -306,7 +306,7 @@ impl Held for LeaseHandle {
     }
 
     fn loss(&self) -> Option<watch::Receiver<Option<Loss>>> {
-        Some(self.lease.loss_told())
+        Some(self.lease.loss_reports())
     }
 }
 
@@ -315,13 +315,13 @@ impl Held for LeaseHandle {
 pub(crate) struct KeptByTransaction(Arc<LeaseHandle>);
 
 impl KeptByTransaction {
-    pub(crate) fn new(hold: &Arc<LeaseHandle>) -> Self {
-        hold.transactions.fetch_add(1, Ordering::SeqCst);
-        Self(Arc::clone(hold))
+    pub(crate) fn new(handle: &Arc<LeaseHandle>) -> Self {
+        handle.transactions.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(handle))
     }
 
-    pub(crate) fn is(&self, hold: &Arc<LeaseHandle>) -> bool {
-        Arc::ptr_eq(&self.0, hold)
+    pub(crate) fn is(&self, handle: &Arc<LeaseHandle>) -> bool {
+        Arc::ptr_eq(&self.0, handle)
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::hold_time::HoldTime;
 use super::local_queue::Permit;
-use crate::database::{Cluster, LeaseKey};
+use crate::database::{Cluster, LeaseKey, ReleaseClaim};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
@@ -90,6 +90,12 @@ impl LeaseState {
         &self.key.row.name
     }
 
+    /// The request to release it, without a queue entry.
+    pub(super) fn release_claim(&self) -> ReleaseClaim {
+        let LeaseKey { row, secret, .. } = &self.key;
+        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), entry: None }
+    }
+
     /// Passes the permit to the next caller of this process.
     pub(crate) fn pass_permit(&self) {
         let mut permit = self.permit.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,12 +147,12 @@ impl LeaseState {
     }
 
     /// A transaction is verified under this lease. How it ends will not be reported.
-    pub(crate) fn is_verified(&self) {
+    pub(crate) fn mark_verified(&self) {
         self.open_commits.fetch_add(1, Ordering::AcqRel);
     }
 
     /// A guarded transaction is about to be committed.
-    pub(crate) fn commit_begins(self: &Arc<Self>) -> CommitUnderWay {
+    pub(crate) fn begin_commit(self: &Arc<Self>) -> CommitUnderWay {
         self.open_commits.fetch_add(1, Ordering::AcqRel);
         self.commits_under_way.send_modify(|count| *count += 1);
         CommitUnderWay { lease: Arc::clone(self), may_come: true }
@@ -180,12 +186,12 @@ impl LeaseState {
     }
 
     /// A statement that releases the lease with its transaction is about to be sent.
-    pub(crate) fn doubt_begins(&self) {
+    pub(crate) fn begin_doubt(&self) {
         self.doubts().under_way += 1;
     }
 
     /// The statement was answered, or its caller has gone. Its transaction may still be open.
-    pub(crate) fn doubt_can_be_settled(&self) {
+    pub(crate) fn let_doubt_settle(&self) {
         let mut doubts = self.doubts();
         doubts.under_way = doubts.under_way.saturating_sub(1);
         doubts.since = Some(Instant::now());
@@ -219,13 +225,13 @@ impl LeaseState {
     }
 
     /// The holder is done with it, and has no limit any more. `false`: too late, its time was over.
-    pub(super) fn is_given_up(&self) -> bool {
-        self.hold_time.ends()
+    pub(super) fn end_hold(&self) -> bool {
+        self.hold_time.end()
     }
 
     /// The next holder has it from `now` on. Returns until when it may have it.
-    pub(super) fn is_handed_on(&self, now: Instant, at_most: Option<Duration>) -> Option<Instant> {
-        self.hold_time.begins_anew(now, at_most);
+    pub(super) fn begin_next_hold(&self, now: Instant, at_most: Option<Duration>) -> Option<Instant> {
+        self.hold_time.begin_anew(now, at_most);
         self.hold_time.until()
     }
 
@@ -246,7 +252,7 @@ impl LeaseState {
     /// `None` while the lease is held. By the clock, this also detects a loss that the session has
     /// not noticed yet.
     pub(crate) fn loss(&self) -> Option<Loss> {
-        match self.told_loss() {
+        match self.reported_loss() {
             None if self.gone.load(Ordering::Acquire) => Some(Loss::TakenOver),
             None if self.is_held_too_long() => Some(Loss::HeldTooLong),
             None if self.lost.has_changed().is_err() || self.deadline.is_past() => Some(Loss::NotRenewed),
@@ -256,12 +262,12 @@ impl LeaseState {
     }
 
     /// The lease is not ours from now on. `false`: this was already known.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(super) fn mark_gone(&self) -> bool {
         !self.gone.swap(true, Ordering::AcqRel)
     }
 
     /// The first process that was seen to have it counts.
-    pub(crate) fn is_taken_over_by(&self, info: Box<LockInfo>) {
+    pub(crate) fn set_new_holder(&self, info: Box<LockInfo>) {
         let _known_already = self.taken_over_by.set(info);
     }
 
@@ -276,23 +282,23 @@ impl LeaseState {
     }
 
     /// The loss that was reported, if there is one.
-    pub(crate) fn told_loss(&self) -> Option<Loss> {
+    pub(crate) fn reported_loss(&self) -> Option<Loss> {
         let ended = *self.ended.borrow();
         ended.or_else(|| *self.lost.borrow())
     }
 
     /// The database has reported that the lease is over. The session notifies those that wait for
     /// this.
-    pub(crate) fn ends(&self, loss: Loss) {
+    pub(crate) fn report_loss(&self, loss: Loss) {
         // A lease that was taken back keeps that reason: the database then also reports it as not
         // ours.
-        if self.told_loss() != Some(Loss::HeldTooLong) {
+        if self.reported_loss() != Some(Loss::HeldTooLong) {
             self.ended.send_replace(Some(loss));
         }
     }
 
     /// A channel on which a loss is reported. It does not keep the lease.
-    pub(crate) fn loss_told(&self) -> watch::Receiver<Option<Loss>> {
+    pub(crate) fn loss_reports(&self) -> watch::Receiver<Option<Loss>> {
         self.lost.clone()
     }
 
@@ -319,13 +325,13 @@ pub(crate) struct CommitUnderWay {
 
 impl CommitUnderWay {
     /// The commit was carried out.
-    pub(crate) fn was_carried_out(mut self) {
+    pub(crate) fn mark_carried_out(mut self) {
         self.may_come = false;
         self.lease.open_commits.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// The commit was refused.
-    pub(crate) fn never_comes(mut self) {
+    pub(crate) fn mark_refused(mut self) {
         self.may_come = false;
     }
 }
@@ -422,12 +428,12 @@ mod tests {
             server: Server::for_tests(),
         };
         let (lease, _lost) = LeaseState::new(1, key, (1, 1), TTL, None, Instant::now() + TTL, None);
-        lease.doubt_begins();
+        lease.begin_doubt();
         // Sent after the release, and answered before the release was carried out.
         lease.confirm(Instant::now());
         assert_eq!(lease.loss(), Some(Loss::Released));
         let asked_before = Instant::now();
-        lease.doubt_can_be_settled();
+        lease.let_doubt_settle();
         lease.confirm(asked_before);
         assert_eq!(lease.loss(), Some(Loss::Released));
         lease.confirm(Instant::now() + Duration::from_millis(1));

@@ -9,6 +9,7 @@ mod actor;
 mod answers;
 mod connection;
 mod deadline_timer;
+mod held_lease;
 mod hold_time;
 mod hold_watch;
 mod lease_handle;
@@ -17,8 +18,11 @@ mod local_queue;
 mod release;
 mod renewal;
 mod request;
+mod retry;
+mod row_requests;
 mod snapshot_watch;
 mod task_tracker;
+mod thread;
 mod wakeup;
 
 use std::sync::{Arc, PoisonError};
@@ -29,17 +33,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::answers::answer_to;
 pub(crate) use self::hold_watch::HoldWatch;
-pub(crate) use self::lease_handle::{GivenUp, KeptByTransaction, LeaseHandle};
-pub(crate) use self::lease_state::LeaseState;
+pub(crate) use self::lease_handle::{KeptByTransaction, LeaseHandle};
+pub(crate) use self::lease_state::{CommitUnderWay, LeaseState};
 pub(crate) use self::local_queue::LocalQueues;
 use self::request::Acquire;
-pub(crate) use self::request::{Answer, Request};
+pub(crate) use self::request::{AnswerSender, Request};
 use crate::Error;
 use crate::clock;
 use crate::database::{Claim, Location, LockDatabase};
 use crate::error::Action;
 use crate::name::Name;
-use crate::options::{FIRST_ANSWER, HandOff, Wait};
+use crate::options::{FIRST_ANSWER, HandOffLimits, Wait};
 use crate::sync::{Mutex, MutexGuard};
 
 /// How long `close` waits for the last releases.
@@ -72,15 +76,15 @@ pub(crate) struct Session {
 
 enum SessionState {
     /// Starts the thread.
-    Idle(Box<dyn Fn() -> Result<Way, Error> + Send>),
-    Running(Way),
+    Idle(Box<dyn Fn() -> Result<SessionChannel, Error> + Send>),
+    Running(SessionChannel),
     /// The sender of this channel is dropped when everything is released.
     Closed(Option<watch::Receiver<()>>),
 }
 
 /// The channel to the thread, and the local queues in front of it.
 #[derive(Clone)]
-struct Way {
+struct SessionChannel {
     requests: mpsc::UnboundedSender<Request>,
     queues: Arc<LocalQueues>,
 }
@@ -90,17 +94,17 @@ impl Session {
     pub(crate) fn new<DB: LockDatabase>(
         pool: Pool<DB>,
         location: Arc<Location>,
-        hand_off: HandOff,
+        hand_off: HandOffLimits,
         owner: Arc<str>,
         watched: HoldWatch,
     ) -> Self {
-        let start = move || actor::start(&pool, &location, hand_off, &owner, &watched);
+        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched);
         Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
     }
 
     /// Takes leases, all or none.
     pub(crate) async fn acquire(&self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
-        let Way { queues, requests } = self.way()?;
+        let SessionChannel { queues, requests } = self.channel()?;
         let LeaseRequest { names, ttl, at_most, fair, wait, started } = ask;
         let claims = names.iter().map(|name| {
             let entry = fair.then(|| queues.queue_secret().clone());
@@ -121,22 +125,22 @@ impl Session {
         request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
     ) -> Result<T, Error> {
         let (answer, answered) = oneshot::channel();
-        let requests = self.way()?.requests;
+        let requests = self.channel()?.requests;
         requests.send(request(answer)).map_err(|_| Error::Closed)?;
         let answer =
             answer_to(&requests, answered, ASK_LIMIT, Instant::now(), (Action::AskSession, None)).await;
         answer.unwrap_or(Err(Error::Closed))
     }
 
-    fn way(&self) -> Result<Way, Error> {
+    fn channel(&self) -> Result<SessionChannel, Error> {
         let mut state = self.lock();
         match &*state {
-            SessionState::Running(way) => Ok(way.clone()),
+            SessionState::Running(channel) => Ok(channel.clone()),
             SessionState::Closed(_) => Err(Error::Closed),
             SessionState::Idle(start) => {
-                let way = start()?;
-                *state = SessionState::Running(way.clone());
-                Ok(way)
+                let channel = start()?;
+                *state = SessionState::Running(channel.clone());
+                Ok(channel)
             }
         }
     }
@@ -154,7 +158,7 @@ impl Session {
         let mut state = self.lock();
         let closed = match &*state {
             SessionState::Idle(_) => None,
-            SessionState::Running(Way { requests, .. }) => {
+            SessionState::Running(SessionChannel { requests, .. }) => {
                 let (done, closed) = watch::channel(());
                 let _session_may_be_gone = requests.send(Request::Close { done });
                 Some(closed)

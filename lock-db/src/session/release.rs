@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout_at};
 
-use super::actor::{Actor, HeldLease};
+use super::actor::Actor;
+use super::held_lease::HeldLease;
 use super::lease_state::LeaseState;
+use super::request::AnswerSender;
 use crate::Error;
 use crate::database::Failure;
-use crate::database::{Fault, LeaseKey, LeaseStatus, ReleaseClaim};
+use crate::database::{Fault, LeaseStatus, ReleaseClaim};
 use crate::error::Action;
 use crate::error::Loss;
 use crate::jitter::jitter;
@@ -27,21 +29,39 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause while the server can't be reached.
 const WHILE_AWAY: Duration = Duration::from_millis(500);
 
+/// Releases a lease in a task. `answer` is `None` if its guard was dropped.
+pub(super) fn release_in_task(actor: Rc<Actor>, lease: Arc<LeaseState>, answer: Option<AnswerSender<()>>) {
+    let busy = actor.tasks.enter();
+    let removed = remove_from_renewal(&actor, &lease);
+    drop(spawn_local(async move {
+        let released = release(&actor, &lease, removed, answer.is_some()).await;
+        match (answer, released) {
+            (Some(answer), released) => drop(answer.send(released)),
+            // The loss was reported when it was noticed.
+            (None, Ok(()) | Err(Error::Lost { .. } | Error::Closed)) => {}
+            (None, Err(error)) => {
+                tracing::warn!(lock = %lease.name(), error = %error.report(), "a dropped lock could not be released");
+            }
+        }
+        drop(busy);
+    }));
+}
+
 /// Releases a lease whose guard is done with it, and reports whether it was still ours.
 ///
 /// Attempts continue until the lease's own end, after which the lock is free anyway. A caller that
-/// waits for the answer (`somebody_waits`) is told after some seconds that the lock is not released
+/// waits for the answer (`is_awaited`) is told after some seconds that the lock is not released
 /// yet.
-pub(super) async fn release(
+async fn release(
     actor: &Rc<Actor>,
     lease: &LeaseState,
-    given_up: GivenUp,
-    has_waiters: bool,
+    removed: RemovedLease,
+    is_awaited: bool,
 ) -> Result<(), Error> {
-    let GivenUp { held, loss, was_told } = given_up;
+    let RemovedLease { held, loss, was_told } = removed;
     let ttl = lease.key.ttl;
     // A lease that is already lost is released in the background, after the answer.
-    let until = if has_waiters || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
+    let until = if is_awaited || held.is_none() { Until::answered(ttl) } else { Until::ItsEnd(ttl) };
     let released = put_down(actor, lease, held, until).await;
     let lost = |reason| {
         if !was_told {
@@ -55,48 +75,34 @@ pub(super) async fn release(
         (None, Ok(LeaseStatus::Ours))
         | (Some(Loss::Released), Ok(LeaseStatus::Ours | LeaseStatus::NotOurs)) => Ok(()),
         (None, Ok(LeaseStatus::NotOurs)) => Err(lost(actor.find_out(lease).await)),
-        (None | Some(Loss::Released), Ok(_locked_by_somebody)) => {
-            release_in_background(
-                actor,
-                lease.key.row.name.clone(),
-                lease.key.secret.clone(),
-                lease.at_least(),
-                ttl,
-            );
-            let reason = "another transaction has its row locked; it is released when that ends, or free when its TTL is over";
-            let name = Some(lease.name().given());
-            Err(Error::other(Action::Release, name, true, reason))
-        }
-        (None | Some(Loss::Released), Err(failure)) => {
-            release_in_background(
-                actor,
-                lease.key.row.name.clone(),
-                lease.key.secret.clone(),
-                lease.at_least(),
-                ttl,
-            );
-            Err(failure.into_error(Action::Release, Some(lease.name())))
+        (None | Some(Loss::Released), not_released) => {
+            release_in_background(actor, lease.release_claim(), lease.at_least(), ttl);
+            Err(match not_released {
+                Ok(_locked_by_another) => row_locked(lease),
+                Err(failure) => failure.into_error(Action::Release, Some(lease.name())),
+            })
         }
         // A loss is final, even if the row turns out to be still ours: the holder was told to stop.
         (Some(reason), released) => {
             let is_settled = matches!(released, Ok(LeaseStatus::Ours | LeaseStatus::NotOurs));
             if reason == Loss::NotRenewed && !is_settled {
                 // A renewal may be in progress that the server carries out late.
-                release_in_background(
-                    actor,
-                    lease.key.row.name.clone(),
-                    lease.key.secret.clone(),
-                    lease.at_least(),
-                    ttl,
-                );
+                release_in_background(actor, lease.release_claim(), lease.at_least(), ttl);
             }
             Err(lost(reason))
         }
     }
 }
 
+fn row_locked(lease: &LeaseState) -> Error {
+    let reason =
+        "another transaction has its row locked; it is released when that ends, or free when its TTL is over";
+    let name = Some(lease.name().given());
+    Error::other(Action::Release, name, true, reason)
+}
+
 /// A lease whose holder is done with it.
-pub(super) struct GivenUp {
+struct RemovedLease {
     /// With the permit of this process.
     held: Option<HeldLease>,
     loss: Option<Loss>,
@@ -107,10 +113,10 @@ pub(super) struct GivenUp {
 /// Removes a lease from renewal before anything else happens to it. A lease that is being released
 /// must not be renewed, and `close` must not release it again. The permit of this process goes to
 /// the next waiter at the end, when the row is free.
-pub(super) fn give_up(actor: &Actor, lease: &LeaseState) -> GivenUp {
+fn remove_from_renewal(actor: &Actor, lease: &LeaseState) -> RemovedLease {
     let loss = lease.loss();
     let held = actor.leases.borrow_mut().remove(&lease.number);
-    GivenUp { was_told: held.is_none(), held, loss }
+    RemovedLease { was_told: held.is_none(), held, loss }
 }
 
 /// Takes a lease back from a holder that has had it for as long as it may. The holder is told
@@ -137,19 +143,19 @@ async fn put_down(
     until: Until,
 ) -> Result<LeaseStatus, Failure> {
     let name = &lease.key.row.name;
-    let mut released_now = ReleaseClaim { name: name.clone(), secret: lease.key.secret.clone(), entry: None };
+    let mut claim = lease.release_claim();
     if held.as_ref().is_some_and(|held| held.others_wait) && actor.queues.next_is_fair(name) {
         // The next caller of this process has to queue behind the other processes in any case. The
         // release adds its queue entry in the same statement.
         actor.notifications.enqueue(name, lease.key.row.id);
-        released_now.entry = Some(actor.queue_entry());
+        claim.entry = Some(actor.queue_entry());
     }
-    let released = until_settled(actor, &released_now, lease.at_least(), until).await;
+    let released = until_settled(actor, &claim, lease.at_least(), until).await;
     // Without `held` another caller of this process may already have the lock, and its user lock.
     if held.is_some() {
         user_lock::give(actor, name);
     }
-    if released_now.entry.is_some() {
+    if claim.entry.is_some() {
         user_lock::wait(actor, name, lease.key.row.id);
     }
     drop(held);
@@ -162,7 +168,7 @@ async fn put_down(
 
 /// Releases, in the background, a lease that may be ours and never got a holder.
 pub(super) fn undo(actor: &Rc<Actor>, name: Name, secret: Secret, ttl: Duration) {
-    release_in_background(actor, name, secret, Duration::ZERO, ttl);
+    release_in_background(actor, ReleaseClaim { name, secret, entry: None }, Duration::ZERO, ttl);
 }
 
 /// Removes our entry from the queue of a name, if there is one, in the background. An entry that
@@ -181,12 +187,10 @@ pub(super) fn leave_queue(actor: &Rc<Actor>, name: &Name) {
     });
 }
 
-fn release_in_background(actor: &Rc<Actor>, name: Name, secret: Secret, at_least: Duration, ttl: Duration) {
+fn release_in_background(actor: &Rc<Actor>, lease: ReleaseClaim, at_least: Duration, ttl: Duration) {
     let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
     spawn_local(async move {
-        let until = Until::ItsEnd(ttl);
-        let released_now = ReleaseClaim { name, secret, entry: None };
-        let _free_by_then = until_settled(&actor, &released_now, at_least, until).await;
+        let _free_by_then = until_settled(&actor, &lease, at_least, Until::ItsEnd(ttl)).await;
         drop(busy);
     });
 }
@@ -203,9 +207,7 @@ pub(super) fn release_all(actor: &Rc<Actor>) {
     for lease in held {
         let (actor, busy) = (Rc::clone(actor), actor.tasks.enter());
         spawn_local(async move {
-            let LeaseKey { row, secret, .. } = &lease.key;
-            let released_now = ReleaseClaim { name: row.name.clone(), secret: secret.clone(), entry: None };
-            let settled = until_settled(&actor, &released_now, lease.at_least(), until).await;
+            let settled = until_settled(&actor, &lease.release_claim(), lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error(Action::Release, Some(lease.name()));
                 tracing::warn!(lock = %lease.name(), error = %error.report(), "not released: it is free when its TTL is over");

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::select;
 use tokio::task::spawn_local;
 
-use super::actor::{Actor, HeldLease, twice};
+use super::actor::Actor;
+use super::held_lease::HeldLease;
 use super::release;
+use super::retry::twice;
 use crate::database::{Fault, LeaseStatus, Renewal, Renewed};
 use crate::error::Loss;
 use crate::jitter::jitter;
@@ -55,7 +57,7 @@ fn connects_at(actor: &Actor) -> Option<Instant> {
     if !actor.may_connect_ahead() {
         return None;
     }
-    actor.leases.borrow().values().map(HeldLease::is_held_on).min()
+    actor.leases.borrow().values().map(HeldLease::second_needed_from).min()
 }
 
 /// Opens the renewal connection without a renewal. If this fails, the first renewal connects.
@@ -121,11 +123,11 @@ async fn renew_batch(actor: &Rc<Actor>, batch: &[Due]) {
         Err(failure) if is_second && failure.fault == Fault::Disconnected => {
             let by_the_first = twice(async || actor.worker.renew(leases.clone(), limit).await).await;
             if by_the_first.is_ok() {
-                actor.misses_second(&failure);
+                actor.report_missing_second(&failure);
             }
             renewed = if by_the_first.is_ok() { by_the_first } else { Err(failure) };
         }
-        Ok(_) if is_second => actor.has_second(),
+        Ok(_) if is_second => actor.report_second_again(),
         _ => {}
     }
     let error = renewed.as_ref().err().map(ToString::to_string);
@@ -136,14 +138,14 @@ async fn renew_batch(actor: &Rc<Actor>, batch: &[Due]) {
             for ((key, _), status) in batch.iter().zip(statuses) {
                 match status {
                     LeaseStatus::Ours | LeaseStatus::StillOurs => {
-                        if !was_renewed(actor, *key, status, sent) {
+                        if !record_renewal(actor, *key, status, sent) {
                             actor.lose(*key, Loss::NotRenewed);
                         }
                     }
                     // Locked by another transaction, and still ours: renewed again soon.
                     LeaseStatus::Busy => {
                         if let Some(held) = actor.leases.borrow_mut().get_mut(key) {
-                            held.not_renewed(read_at.unwrap_or(sent));
+                            held.record_locked_row(read_at.unwrap_or(sent));
                         }
                     }
                     // It has to be renewed before the notice is over.
@@ -153,7 +155,7 @@ async fn renew_batch(actor: &Rc<Actor>, batch: &[Due]) {
                         }
                     }
                     // Lost, unless it was released while this renewal was in progress.
-                    LeaseStatus::NotOurs => is_gone(actor, *key),
+                    LeaseStatus::NotOurs => end_not_ours(actor, *key),
                 }
             }
         }
@@ -174,25 +176,25 @@ async fn renew_batch(actor: &Rc<Actor>, batch: &[Due]) {
 }
 
 /// `false`: its holder has already been told that it is over.
-fn was_renewed(actor: &Actor, number: u64, status: LeaseStatus, sent: Instant) -> bool {
+fn record_renewal(actor: &Actor, number: u64, status: LeaseStatus, sent: Instant) -> bool {
     let mut leases = actor.leases.borrow_mut();
     let Some(held) = leases.get_mut(&number) else { return true };
     if status == LeaseStatus::Ours {
         held.state.confirm(sent);
     }
-    held.renewed(sent)
+    held.record_renewal(sent)
 }
 
 /// The row is not ours: a transaction that released it has committed, or another process has taken
 /// it over.
-fn is_gone(actor: &Rc<Actor>, number: u64) {
+fn end_not_ours(actor: &Rc<Actor>, number: u64) {
     let state = actor.leases.borrow().get(&number).map(|held| Arc::clone(&held.state));
     let Some(state) = state else { return };
     if state.is_in_doubt() {
         actor.lose(number, Loss::Released);
         actor.notify_next(&state.key.row.name);
     } else {
-        actor.is_taken_over(&state);
+        actor.report_takeover(&state);
     }
 }
 

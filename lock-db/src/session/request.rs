@@ -16,14 +16,14 @@ use crate::{Error, Kind};
 
 use super::LeaseState;
 
-pub(crate) type Answer<T> = oneshot::Sender<Result<T, Error>>;
+pub(crate) type AnswerSender<T> = oneshot::Sender<Result<T, Error>>;
 
 pub(crate) enum Request {
     Acquire(Acquire),
     /// `answer` is `None` for a guard that was dropped.
     Release {
         lease: Arc<LeaseState>,
-        answer: Option<Answer<()>>,
+        answer: Option<AnswerSender<()>>,
     },
     /// A transaction that is still open has released it.
     ReleasedIn {
@@ -46,39 +46,39 @@ pub(crate) enum Request {
     /// before.
     Locate {
         anew: bool,
-        answer: Answer<Server>,
+        answer: AnswerSender<Server>,
     },
     /// Makes sure that the last holder of a lock that is not held can't commit any more.
     Settle {
         name: Name,
-        answer: Answer<()>,
+        answer: AnswerSender<()>,
     },
     /// Marks the row of a lease, so that transactions see that it was handed on: see
     /// `LeaseKey::mark`.
     Mark {
         lease: LeaseKey,
-        answer: Answer<()>,
+        answer: AnswerSender<()>,
     },
     /// Makes sure that the row of a name exists and is of this kind. Returns the row, and whether
     /// it was missing.
     EnsureRow {
         name: Name,
         kind: Kind,
-        answer: Answer<(LockRow, bool)>,
+        answer: AnswerSender<(LockRow, bool)>,
     },
     Read {
         name: Name,
-        answer: Answer<Option<LockRow>>,
+        answer: AnswerSender<Option<LockRow>>,
     },
     Migrate {
-        answer: Answer<()>,
+        answer: AnswerSender<()>,
     },
     /// Returns warnings about the table and its database.
     Check {
-        answer: Answer<Vec<String>>,
+        answer: AnswerSender<Vec<String>>,
     },
     /// Answered at once, if the session's thread runs.
-    Answer(oneshot::Sender<()>),
+    Ping(oneshot::Sender<()>),
     /// Dropped when everything is released.
     Close {
         done: watch::Sender<()>,
@@ -99,7 +99,7 @@ pub(crate) struct Acquire {
     pub(crate) started: Instant,
     /// Carries the guards themselves. An answer that is never received drops them, which releases
     /// the leases.
-    pub(crate) answer: Answer<Option<Vec<LeaseHandle>>>,
+    pub(crate) answer: AnswerSender<Option<Vec<LeaseHandle>>>,
 }
 
 impl Acquire {

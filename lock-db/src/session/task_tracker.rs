@@ -23,7 +23,7 @@ impl TaskTracker {
     }
 
     /// Resolves when no task is left.
-    pub(super) async fn nobody(&self) {
+    pub(super) async fn wait_for_all(&self) {
         while self.state.count.get() > 0 {
             self.state.changed.notified().await;
         }

@@ -56,8 +56,8 @@ impl OpenGuard {
     /// until the database is asked.
     fn is_open(&self) -> bool {
         match &self.open {
-            Open::Lease(hold, loss) => {
-                hold.strong_count() > 0 && loss.as_ref().is_none_or(|loss| loss.borrow().is_none())
+            Open::Lease(handle, loss) => {
+                handle.strong_count() > 0 && loss.as_ref().is_none_or(|loss| loss.borrow().is_none())
             }
             Open::Row(guard) => guard.strong_count() > 0,
             Open::Transaction(_) => true,
@@ -111,18 +111,18 @@ pub(crate) fn of_this_test() -> Vec<OpenGuard> {
     guards().iter().filter(counts).cloned().collect()
 }
 
-pub(crate) fn lease_is_open<DB: LockDatabase>(context: &Context<DB>, hold: &Arc<LeaseHandle>) {
-    note(context, hold.name(), Kind::Insert, Open::Lease(Arc::downgrade(hold), hold.loss()));
+pub(crate) fn note_open_lease<DB: LockDatabase>(context: &Context<DB>, handle: &Arc<LeaseHandle>) {
+    note(context, handle.name(), Kind::Insert, Open::Lease(Arc::downgrade(handle), handle.loss()));
 }
 
 /// The guard keeps the returned value.
-pub(crate) fn row_is_open<DB: LockDatabase>(context: &Context<DB>, name: &Name) -> Arc<()> {
+pub(crate) fn note_open_row<DB: LockDatabase>(context: &Context<DB>, name: &Name) -> Arc<()> {
     let guard = Arc::new(());
     note(context, name, Kind::Row, Open::Row(Arc::downgrade(&guard)));
     guard
 }
 
-pub(crate) fn are_in_transaction<'a, DB: LockDatabase>(
+pub(crate) fn note_in_transaction<'a, DB: LockDatabase>(
     context: &Arc<Context<DB>>,
     kind: Kind,
     taken: impl IntoIterator<Item = &'a HeldInTransaction>,

@@ -4,7 +4,7 @@
 mod guards;
 mod switch;
 
-pub(crate) use self::guards::{OpenGuard, are_in_transaction, lease_is_open, of_this_test, row_is_open};
+pub(crate) use self::guards::{OpenGuard, note_in_transaction, note_open_lease, note_open_row, of_this_test};
 #[cfg(not(debug_assertions))]
 pub(crate) use self::switch::warn_of_optimised_program;
 #[cfg(feature = "testing-without-locks")]

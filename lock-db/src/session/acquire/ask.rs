@@ -8,9 +8,10 @@ use crate::Kind;
 use crate::database::Failure;
 use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue, begins_with};
 use crate::name::Name;
-use crate::session::actor::Granted;
+use crate::secret::Secret;
+use crate::session::held_lease::Granted;
 
-pub(super) enum Reply {
+pub(super) enum AttemptOutcome {
     Granted(Vec<Granted>),
     /// Another process holds the lock, for `remaining` at least; zero if that is unknown.
     /// `position` is the number of requests ahead in the queue.
@@ -40,7 +41,7 @@ pub(super) enum Reply {
 impl AcquireAttempt {
     /// Makes one attempt. Every attempt but the first reads before it writes, because a plain read
     /// costs the database next to nothing.
-    pub(super) async fn ask(&mut self) -> Result<Reply, Failure> {
+    pub(super) async fn ask(&mut self) -> Result<AttemptOutcome, Failure> {
         let may_claim = std::mem::take(&mut self.may_claim);
         let reads_first = self.reads_first || (self.signal.is_some() && !self.wait.is_try());
         if reads_first
@@ -53,7 +54,7 @@ impl AcquireAttempt {
         let mut free = Vec::new();
         for _ in 0..2 {
             match self.claim().await {
-                Ok(Some(reply)) => return Ok(reply),
+                Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => {}
                 // What blocks a write does not block a read, which shows whether there is a holder.
                 Err(failure) if failure.is_busy() => {
@@ -76,7 +77,7 @@ impl AcquireAttempt {
             }
         }
         if !free.is_empty() {
-            return Ok(Reply::RowIsBusy(free));
+            return Ok(AttemptOutcome::RowIsBusy(free));
         }
         // Otherwise the row was created, but can't be seen.
         Err((self.actor.not_written)())
@@ -84,7 +85,7 @@ impl AcquireAttempt {
 
     /// Whether one of the locks is not free. Of several, only the one is read that was not free the
     /// last time. If it is free now, the claim finds out about the others.
-    async fn read_first(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_first(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         let Some(position) = self.was_in_the_way.filter(|_| self.claims.len() > 1) else {
             return self.read_each().await;
         };
@@ -94,19 +95,19 @@ impl AcquireAttempt {
             Some(row) if row.kind == Kind::Insert && row.is_free() => Ok(None),
             Some(row) if row.kind == Kind::Insert && !row.notice_is_due() && !self.is_own(position, &row) => {
                 let (name, remaining) = (name.clone(), row.remaining());
-                Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }))
+                Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position: 0 }))
             }
             _ => self.read_each().await,
         }
     }
 
     /// Whether one of the locks is not free, and which.
-    async fn read_each(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_each(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         if self.claims.len() == 1 { self.read(0).await } else { self.read_several().await }
     }
 
     /// Sends the claims to the database. `None`: one of the locks was not free.
-    async fn claim(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn claim(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         // If this attempt gets nothing, that does not settle what an earlier one may have got.
         let unsettled_before = self.unsettled.get();
         let (grants, server, sent) =
@@ -125,7 +126,7 @@ impl AcquireAttempt {
         // again.
         let took = sent.elapsed();
         if self.claims.iter().any(|claim| took > claim.ttl / 2) {
-            return Ok(Some(Reply::TooLate(took)));
+            return Ok(Some(AttemptOutcome::TooLate(took)));
         }
         let hand_off = self.actor.queues.hand_off();
         let granted = self.claims.iter().zip(grants).map(|(claim, grant)| {
@@ -144,11 +145,11 @@ impl AcquireAttempt {
             let turns = if others_wait { tokens.min(hand_off.turns) } else { tokens };
             Granted { key, tokens, turns, others_wait, ttl, sent }
         });
-        Ok(Some(Reply::Granted(granted.collect())))
+        Ok(Some(AttemptOutcome::Granted(granted.collect())))
     }
 
     /// `read` for several names in one statement. They have no queue entries.
-    async fn read_several(&mut self) -> Result<Option<Reply>, Failure> {
+    async fn read_several(&mut self) -> Result<Option<AttemptOutcome>, Failure> {
         let actor = Rc::clone(&self.actor);
         let names: Vec<Name> = self.claims.iter().map(|claim| claim.name.clone()).collect();
         let rows = actor.worker.read_all(&names).await?;
@@ -156,7 +157,9 @@ impl AcquireAttempt {
         for (position, (name, row)) in names.into_iter().zip(rows).enumerate() {
             match row {
                 None => missing.push(name),
-                Some(row) if row.kind != Kind::Insert => return Ok(Some(Reply::WrongKind(name, row.kind))),
+                Some(row) if row.kind != Kind::Insert => {
+                    return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
+                }
                 Some(row) if self.is_own(position, &row) => {}
                 Some(row) if row.is_free() => free.push((name, row)),
                 Some(row) if row.notice_is_due() => over.push((name, row)),
@@ -167,27 +170,29 @@ impl AcquireAttempt {
         if let Some((_, name, row)) = &held {
             // Independent of what becomes of the others.
             self.answered.set(true);
-            self.is_held_by(name.clone(), row.clone());
+            self.set_holder(name.clone(), row.clone());
         }
         // Notice is given to all of them at once, even if another lock is held for longer: each
         // notice takes its time.
         let told = if over.is_empty() { Ok(0) } else { self.give_notice_to(&over).await };
         if let Some((_, name, row)) = held {
             let remaining = row.remaining();
-            return Ok(Some(Reply::InTheWay { name, row, remaining, position: 0 }));
+            return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position: 0 }));
         }
         if let Some((name, row)) = over.iter().max_by_key(|(_, row)| row.notice()).cloned() {
             let is_over = over.iter().all(|(_, row)| row.remaining().is_zero());
             return Ok(Some(match told? {
-                0 => Reply::RowIsBusy(over),
+                0 => AttemptOutcome::RowIsBusy(over),
                 // A deadline too far ahead was shortened. The next read returns the new one.
-                _ if !is_over => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
-                _ => Reply::Noticed { name, row },
+                _ if !is_over => {
+                    AttemptOutcome::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 }
+                }
+                _ => AttemptOutcome::Noticed { name, row },
             }));
         }
         self.seen_free = free;
         if let Some(name) = self.create_rows(&missing).await? {
-            return Ok(Some(Reply::RowIsMade(name)));
+            return Ok(Some(AttemptOutcome::RowIsMade(name)));
         }
         Ok(None)
     }
@@ -219,85 +224,94 @@ impl AcquireAttempt {
 
     /// Reads whether a lock is free, and creates its row if there is none. A waiting request also
     /// adds its entry to the queue.
-    async fn read(&mut self, position: usize) -> Result<Option<Reply>, Failure> {
+    async fn read(&mut self, position: usize) -> Result<Option<AttemptOutcome>, Failure> {
         let Some(Claim { name, entry: secret, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let actor = Rc::clone(&self.actor);
         let Some(row) = actor.worker.read(&name).await? else {
             let made = actor.worker.create(&name, Kind::Insert).await?;
-            return Ok((!made).then_some(Reply::RowIsMade(name)));
+            return Ok((!made).then_some(AttemptOutcome::RowIsMade(name)));
         };
         if row.kind != Kind::Insert {
-            return Ok(Some(Reply::WrongKind(name, row.kind)));
+            return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
         }
         if self.is_own(position, &row) {
             return Ok(None);
         }
-        let (remaining, now, is_free) = (row.remaining(), row.now(), row.is_free());
+        let (remaining, is_free) = (row.remaining(), row.is_free());
         if !remaining.is_zero() {
             // Independent of what becomes of the queue entry.
             self.answered.set(true);
-            self.is_held_by(name.clone(), row.clone());
+            self.set_holder(name.clone(), row.clone());
         }
-        let mut written = true;
-        let mut ahead = 0;
-        if let Some(secret) = secret {
-            if is_free && row.waiters.is_empty() {
-                self.seen_free.push((name, row));
-                return Ok(None);
+        let (ahead, written) = match secret {
+            Some(secret) => self.keep_entry(&name, &row, &secret).await,
+            None => (0, Ok(true)),
+        };
+        let written = match written {
+            // The lock is held, whether or not the queue entry was written.
+            Err(failure) if failure.is_busy() && !remaining.is_zero() => {
+                let position = u32::try_from(ahead).unwrap_or(u32::MAX);
+                return Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }));
             }
-            let mut waiters = WaitQueue::parse(&row.waiters, now);
-            let all_last = waiters.text().len() == row.waiters.len();
-            // On a cluster, a queue entry written on another node would conflict with the holder's
-            // guarded transactions.
-            let may_enqueue = actor.worker.cluster() == Cluster::SinglePrimary;
-            let waits = may_enqueue && !self.wait.is_try() && !self.left().is_zero();
-            if waits {
-                self.signal = Some(actor.notifications.enqueue(&name, row.id));
-                actor.listen();
-            }
-            let mut wrote = Ok(true);
-            if waits && all_last && waiters.has_room() && waiters.position(&secret).is_none() {
-                ahead = waiters.len();
-                wrote = actor.worker.enqueue(&name, actor.queue_entry()).await;
-            } else {
-                let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
-                // A try has no queue entry: it comes after all requests that have one.
-                ahead = waiters.position(&secret).unwrap_or_else(|| waiters.len());
-                // Expired entries in front are removed. Otherwise the row does not show that this
-                // process is next.
-                let is_known = !waiters.is_empty() && begins_with(&row.waiters, &secret);
-                if has_changed || (is_free && ahead == 0 && !is_known) {
-                    wrote = actor.worker.set_waiters(&name, &row.waiters, waiters.text()).await;
-                }
-            }
-            written = match wrote {
-                // The lock is held, whether or not the queue entry was written.
-                Err(failure) if failure.is_busy() && !remaining.is_zero() => {
-                    let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-                    return Ok(Some(Reply::InTheWay { name, row, remaining, position }));
-                }
-                wrote => wrote?,
-            };
-        }
+            written => written?,
+        };
         if is_free && ahead == 0 && written {
             self.seen_free.push((name, row));
             return Ok(None);
         }
         if !written {
-            return Ok(Some(Reply::RowIsBusy(vec![(name, row)])));
+            return Ok(Some(AttemptOutcome::RowIsBusy(vec![(name, row)])));
         }
         if ahead == 0 && row.notice_is_due() {
             // A deadline too far ahead was shortened. The next read returns the new one.
             let is_over = row.remaining().is_zero();
             return Ok(Some(match actor.worker.give_notice(std::slice::from_ref(&name)).await? {
-                0 => Reply::RowIsBusy(vec![(name, row)]),
-                _ if is_over => Reply::Noticed { name, row },
-                _ => Reply::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
+                0 => AttemptOutcome::RowIsBusy(vec![(name, row)]),
+                _ if is_over => AttemptOutcome::Noticed { name, row },
+                _ => AttemptOutcome::InTheWay { name, row, remaining: SHORTEST_PAUSE, position: 0 },
             }));
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
-        Ok(Some(Reply::InTheWay { name, row, remaining, position }))
+        Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }))
+    }
+
+    /// Keeps this process's entry in the queue of the row, if the request waits. Returns how many
+    /// requests are ahead, and whether the row could be written where that was necessary.
+    async fn keep_entry(
+        &mut self,
+        name: &Name,
+        row: &LockRow,
+        secret: &Secret,
+    ) -> (usize, Result<bool, Failure>) {
+        if row.is_free() && row.waiters.is_empty() {
+            return (0, Ok(true));
+        }
+        let actor = Rc::clone(&self.actor);
+        let now = row.now();
+        let mut waiters = WaitQueue::parse(&row.waiters, now);
+        let all_last = waiters.text().len() == row.waiters.len();
+        // On a cluster, a queue entry written on another node would conflict with the holder's
+        // guarded transactions.
+        let may_have_entry = actor.worker.cluster() == Cluster::SinglePrimary;
+        let waits = may_have_entry && !self.wait.is_try() && !self.left().is_zero();
+        if waits {
+            self.signal = Some(actor.notifications.enqueue(name, row.id));
+            actor.listen();
+        }
+        if waits && all_last && waiters.has_room() && waiters.position(secret).is_none() {
+            return (waiters.len(), actor.worker.enqueue(name, actor.queue_entry()).await);
+        }
+        let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
+        // A try has no queue entry: it comes after all requests that have one.
+        let ahead = waiters.position(secret).unwrap_or_else(|| waiters.len());
+        // Expired entries in front are removed. Otherwise the row does not show that this process
+        // is next.
+        let is_known = !waiters.is_empty() && begins_with(&row.waiters, secret);
+        if has_changed || (row.is_free() && ahead == 0 && !is_known) {
+            return (ahead, actor.worker.set_waiters(name, &row.waiters, waiters.text()).await);
+        }
+        (ahead, Ok(true))
     }
 }

@@ -12,9 +12,10 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{sleep, sleep_until};
 
-use self::ask::Reply;
+use self::ask::AttemptOutcome;
 use self::obstacle::Obstacle;
-use super::actor::{Actor, Granted};
+use super::actor::Actor;
+use super::held_lease::Granted;
 use super::local_queue::{Front, Permit};
 use super::release;
 use super::request::Acquire;
@@ -188,38 +189,38 @@ impl AcquireAttempt {
     async fn run(&mut self) -> Result<Option<Vec<LeaseHandle>>, Error> {
         let Some(granted) = self.contend().await? else { return Ok(None) };
         let permits = std::mem::take(&mut self.permits);
-        let hold = |(granted, permit)| self.actor.hold(granted, self.at_most, permit);
-        let holds = granted.into_iter().zip(permits).map(hold);
-        let holds: Option<Vec<LeaseHandle>> = holds.collect();
-        self.unsettled.set(holds.is_none());
-        holds.map(Some).ok_or(Error::Closed)
+        let handle = |(granted, permit)| self.actor.register(granted, self.at_most, permit);
+        let handles = granted.into_iter().zip(permits).map(handle);
+        let handles: Option<Vec<LeaseHandle>> = handles.collect();
+        self.unsettled.set(handles.is_none());
+        handles.map(Some).ok_or(Error::Closed)
     }
 
     /// Asks the database until it grants the leases. `None`: this is a try, and a lock was not
     /// free.
     async fn contend(&mut self) -> Result<Option<Vec<Granted>>, Error> {
         loop {
-            let reply = self.ask().await;
-            let is_silence = matches!(&reply, Err(failure) if failure.is_silence());
-            if !is_silence && !matches!(reply, Ok(Reply::RowIsBusy(..))) {
+            let outcome = self.ask().await;
+            let is_silence = matches!(&outcome, Err(failure) if failure.is_silence());
+            if !is_silence && !matches!(outcome, Ok(AttemptOutcome::RowIsBusy(..))) {
                 self.answered.set(true);
             }
             self.reads_first = true;
-            if !matches!(reply, Ok(Reply::TooLate(_))) {
+            if !matches!(outcome, Ok(AttemptOutcome::TooLate(_))) {
                 (self.met.late, self.met.late_since) = (0, None);
             }
-            let next = match reply {
-                Ok(Reply::Granted(granted)) => {
+            let next = match outcome {
+                Ok(AttemptOutcome::Granted(granted)) => {
                     // The grant removed the queue entry.
                     for claim in &self.claims {
                         self.actor.notifications.leave(&claim.name);
                     }
                     return Ok(Some(granted));
                 }
-                Ok(Reply::InTheWay { name, row, remaining, position }) => {
+                Ok(AttemptOutcome::InTheWay { name, row, remaining, position }) => {
                     self.after_a_read(name, row, remaining, position)
                 }
-                Ok(Reply::Noticed { name, row }) => {
+                Ok(AttemptOutcome::Noticed { name, row }) => {
                     (self.met.failures, self.met.busy) = (0, 0);
                     let notice = row.notice();
                     // The holder may still renew the lease until then.
@@ -227,13 +228,13 @@ impl AcquireAttempt {
                     self.may_claim = !self.pause(notice).await;
                     Next::AtOnce
                 }
-                Ok(Reply::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
-                Ok(Reply::RowIsMade(name)) => self.after_a_row_that_is_made(name),
-                Ok(Reply::WrongKind(name, found)) => {
+                Ok(AttemptOutcome::RowIsBusy(rows)) => self.after_a_locked_row(rows).await?,
+                Ok(AttemptOutcome::RowIsMade(name)) => self.after_a_row_that_is_made(name),
+                Ok(AttemptOutcome::WrongKind(name, found)) => {
                     let name = name.given();
                     return Err(Error::WrongKind { name, wanted: Kind::Insert, found });
                 }
-                Ok(Reply::TooLate(took)) => self.after_a_late_grant(took)?,
+                Ok(AttemptOutcome::TooLate(took)) => self.after_a_late_grant(took)?,
                 Err(failure) => self.after_a_failure(failure)?,
             };
             let pause = match next {
@@ -253,7 +254,7 @@ impl AcquireAttempt {
 
     fn after_a_read(&mut self, name: Name, row: LockRow, remaining: Duration, position: u32) -> Next {
         (self.met.failures, self.met.busy) = (0, 0);
-        self.is_held_by(name, row);
+        self.set_holder(name, row);
         if self.wait.is_try() {
             return Next::Nothing;
         }
@@ -281,7 +282,7 @@ impl AcquireAttempt {
             }
         }
         let is_time = self.wait.is_try() || self.left().is_zero() || busy.is_multiple_of(A_WHILE);
-        if (is_time || self.met.not_locked > 0) && self.is_one_locked(rows).await? && self.wait.is_try() {
+        if (is_time || self.met.not_locked > 0) && self.find_locked(rows).await? && self.wait.is_try() {
             return Ok(Next::Nothing);
         }
         Ok(Next::After(jitter(if busy < A_WHILE {
@@ -341,7 +342,7 @@ impl AcquireAttempt {
         }
         let is_first = self.met.failures == 1 || failure.is_hook();
         let closed_while_idle = is_gone && is_first && !is_silence;
-        self.fails(failure);
+        self.set_failure(failure);
         // Acquiring is idempotent on the secret, so an attempt with an unknown outcome is repeated.
         if closed_while_idle {
             return Ok(Next::AtOnce);

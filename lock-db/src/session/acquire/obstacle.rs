@@ -28,13 +28,13 @@ pub(super) enum Obstacle {
 
 impl AcquireAttempt {
     /// Records the holder for this caller, and for those that wait behind it.
-    pub(super) fn is_held_by(&mut self, name: Name, row: LockRow) {
+    pub(super) fn set_holder(&mut self, name: Name, row: LockRow) {
         let info = Box::new(row.clone().into_info(&name));
         self.actor.queues.learn(&name, Front::IsHeldElsewhere(Some(info)));
         self.last = Obstacle::Held(name, row);
     }
 
-    pub(super) fn fails(&mut self, failure: Failure) {
+    pub(super) fn set_failure(&mut self, failure: Failure) {
         for claim in &self.claims {
             self.actor.queues.learn(&claim.name, Front::Fails(failure.clone()));
         }
@@ -43,7 +43,7 @@ impl AcquireAttempt {
 
     /// Whether free rows could not be taken because another transaction has one of them locked. If
     /// every probe finds all of them unlocked, they can't be written at all.
-    pub(super) async fn is_one_locked(&mut self, rows: Vec<(Name, LockRow)>) -> Result<bool, Error> {
+    pub(super) async fn find_locked(&mut self, rows: Vec<(Name, LockRow)>) -> Result<bool, Error> {
         for (name, row) in self.likely_locked(rows).await? {
             match self.actor.worker.probe(&name).await {
                 Ok(Probe::Locked) => {
@@ -56,7 +56,7 @@ impl AcquireAttempt {
                 Ok(Probe::Free | Probe::Nothing) => {}
                 Err(failure) if failure.passes() || failure.fault == Fault::Disconnected => {
                     self.answered.set(true);
-                    self.fails(failure);
+                    self.set_failure(failure);
                     return Ok(false);
                 }
                 Err(failure) => return Err(failure.into_error(ACTION, Some(&name))),
@@ -65,7 +65,7 @@ impl AcquireAttempt {
         self.met.not_locked += 1;
         if self.met.not_locked >= OFTEN_ENOUGH {
             let failure = (self.actor.not_written)();
-            self.fails(failure.clone());
+            self.set_failure(failure.clone());
             return Err(failure.into_error(ACTION, self.name()));
         }
         Ok(false)

@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::sleep;
 
-use super::life::Way;
+use super::life::Link;
 use crate::connecting::PATIENCE;
 use crate::database::{Failure, HookFailure, StepError};
 use crate::database::{Location, LockDatabase};
@@ -77,7 +77,7 @@ impl<DB: LockDatabase> Connector<DB> {
     }
 
     /// May be dropped at any time. A connection that is made too late is closed.
-    pub(super) async fn make(&mut self, listening: bool) -> Result<Way<DB>, Failure> {
+    pub(super) async fn make(&mut self, listening: bool) -> Result<Link<DB>, Failure> {
         self.under_way.retain(|(attempt, _)| attempt.strong_count() > 0);
         if let Some((_, begun)) = self.under_way.first()
             && self.under_way.len() >= MOST
@@ -95,15 +95,15 @@ impl<DB: LockDatabase> Connector<DB> {
         let (wanted, unwanted) = oneshot::channel::<()>();
         let runtime = Handle::current();
         let making = spawn_blocking(move || {
-            let way = runtime.block_on(async {
+            let link = runtime.block_on(async {
                 select! {
                     biased;
                     _ = unwanted => Err(sqlx::Error::PoolTimedOut.into()),
-                    way = open(&pool, listening) => way,
+                    link = open(&pool, listening) => link,
                 }
             });
             drop(attempt);
-            way
+            link
         });
         self.waits_for_hook.set(None);
         let patience = PATIENCE.max(2 * self.took);
@@ -118,9 +118,9 @@ impl<DB: LockDatabase> Connector<DB> {
             Ok(Err(StepError::Sqlx(sqlx::Error::PoolTimedOut))) if waits_for_hook => {
                 Err(Failure::hook::<DB>(&HookFailure::Waits(begun.elapsed())))
             }
-            Ok(Ok(way)) => {
+            Ok(Ok(link)) => {
                 self.took = begun.elapsed();
-                Ok(way)
+                Ok(link)
             }
             Ok(Err(refused)) => Err(Failure::new::<DB>(refused)),
             Err(ended) => Err(Failure::hook::<DB>(&HookFailure::Panicked(message(ended)))),
@@ -174,11 +174,11 @@ async fn beside<DB: LockDatabase>(
     std::future::pending().await
 }
 
-async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> Result<Way<DB>, StepError> {
+async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> Result<Link<DB>, StepError> {
     Ok(if listening {
-        Way::Listening(DB::connect_listening(pool).await?)
+        Link::Listening(DB::connect_listening(pool).await?)
     } else {
-        Way::Plain(pool.acquire().await?.detach())
+        Link::Plain(pool.acquire().await?.detach())
     })
 }
 

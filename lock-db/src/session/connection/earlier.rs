@@ -42,7 +42,7 @@ impl Earlier {
     /// Returns the number of a new session. The connection before was lost.
     pub(super) fn next(&mut self) -> i64 {
         let number = any_number();
-        self.goes_on_with(number);
+        self.continue_with(number);
         number
     }
 
@@ -52,18 +52,18 @@ impl Earlier {
     }
 
     /// The connection before was lost. `number` is the session of the current one.
-    pub(super) fn goes_on_with(&mut self, number: i64) {
-        self.is_given_up();
+    pub(super) fn continue_with(&mut self, number: i64) {
+        self.mark_given_up();
         self.current = Some(number);
     }
 
     /// The connection was closed while nothing was in progress on it.
-    pub(super) fn is_closed(&mut self) {
+    pub(super) fn mark_closed(&mut self) {
         self.current = None;
     }
 
     /// The connection is gone, perhaps in the middle of a statement.
-    pub(super) fn is_given_up(&mut self) {
+    pub(super) fn mark_given_up(&mut self) {
         self.given_up.extend(self.current.take());
         if self.given_up.len() > MOST {
             self.given_up.remove(0);

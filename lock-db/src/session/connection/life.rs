@@ -30,7 +30,7 @@ pub(super) const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
 /// A connection, and what has been found out on it.
 pub(super) struct Private<DB: LockDatabase> {
-    pub(super) way: Way<DB>,
+    pub(super) link: Link<DB>,
     pub(super) server: Option<Server>,
     /// When it is to be closed, by the pool's `max_lifetime`.
     retires: Option<Instant>,
@@ -38,12 +38,12 @@ pub(super) struct Private<DB: LockDatabase> {
 }
 
 /// A connection, which may listen.
-pub(super) enum Way<DB: LockDatabase> {
+pub(super) enum Link<DB: LockDatabase> {
     Plain(DB::Connection),
     Listening(DB::Listening),
 }
 
-impl<DB: LockDatabase> Way<DB> {
+impl<DB: LockDatabase> Link<DB> {
     pub(super) async fn connection(&mut self) -> Result<&mut DB::Connection, StepError> {
         match self {
             Self::Plain(connection) => Ok(connection),
@@ -56,7 +56,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// Passes on notifications. Never resolves on databases without notifications, and may be
     /// dropped at any time.
     pub(super) async fn notified(&mut self) {
-        let Some(Private { way: Way::Listening(listening), .. }) = &mut self.connection else {
+        let Some(Private { link: Link::Listening(listening), .. }) = &mut self.connection else {
             return std::future::pending().await;
         };
         match DB::notified(listening).await {
@@ -79,12 +79,12 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// The pool's options may have changed since it was made. The next operation makes another
     /// connection. Until that one listens again, waiters poll.
     pub(super) fn retire(&mut self) {
-        let Some(Private { way, .. }) = self.connection.take() else { return };
-        self.earlier.is_closed();
-        if matches!(way, Way::Listening(_)) {
+        let Some(Private { link, .. }) = self.connection.take() else { return };
+        self.earlier.mark_closed();
+        if matches!(link, Link::Listening(_)) {
             self.notifications.end();
         }
-        close(way);
+        close(link);
     }
 
     pub(super) fn give_up_connection(&mut self) {
@@ -158,7 +158,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             let limit = limit.min(CONNECT_LIMIT);
             match timeout(limit, self.connect()).await {
                 Ok(made) => made?,
-                Err(_elapsed) => return Err(self.is_silent(limit)),
+                Err(_elapsed) => return Err(self.mark_silent(limit)),
             }
         };
         let silence = if may_be_dropped { silence.max(PACES * self.pace) } else { limit };
@@ -166,7 +166,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let Self { earlier, connector, .. } = self;
         let known = earlier.current();
         let running = async {
-            let used = connection.way.connection().await.map_err(Failure::new::<DB>)?;
+            let used = connection.link.connection().await.map_err(Failure::new::<DB>)?;
             if earlier.is_some() && !earlier.end::<DB>(used).await? {
                 return Ok(Err(Failure::session_remains::<DB>()));
             }
@@ -185,7 +185,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let outcome = select! {
             biased;
             result = running => Outcome::Answer(result),
-            (way, number) = second, if silence < limit => Outcome::Second(way, number),
+            (link, number) = second, if silence < limit => Outcome::Second(link, number),
             () = sleep_until(deadline.into()) => Outcome::Silence,
         };
         match outcome {
@@ -200,63 +200,63 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 result
             }
             Outcome::Answer(Err(broken)) => {
-                self.leaves(&connection);
+                self.leave(&connection);
                 Err(broken)
             }
-            Outcome::Second(way, number) => {
+            Outcome::Second(link, number) => {
                 tracing::debug!("a private connection was dropped without a word: another one is used");
-                self.leaves(&connection);
-                self.earlier.goes_on_with(number);
+                self.leave(&connection);
+                self.earlier.continue_with(number);
                 // If the server is only slow, the next operation gets more time, according to how
                 // long this one took. The silence itself is not counted, or it would grow with each
                 // operation.
                 self.pace = self.pace.max(asked.elapsed().saturating_sub(silence) / 4);
-                self.connection = Some(self.private(way));
+                self.connection = Some(self.private(link));
                 Err(Failure::new::<DB>(StepError::disconnected(
                     "the connection was dropped while it was idle",
                 )))
             }
             Outcome::Silence => {
-                self.leaves(&connection);
-                Err(self.is_silent(limit))
+                self.leave(&connection);
+                Err(self.mark_silent(limit))
             }
         }
     }
 
     /// Gives up a connection that is broken or silent.
-    fn leaves(&mut self, connection: &Private<DB>) {
-        self.earlier.is_given_up();
-        if matches!(connection.way, Way::Listening(_)) {
+    fn leave(&mut self, connection: &Private<DB>) {
+        self.earlier.mark_given_up();
+        if matches!(connection.link, Link::Listening(_)) {
             self.notifications.end();
         }
         self.lost.notify_one();
     }
 
-    pub(super) fn is_silent(&mut self, limit: Duration) -> Failure {
+    pub(super) fn mark_silent(&mut self, limit: Duration) -> Failure {
         self.deaf_until = Some(Instant::now() + DEAF_FOR);
         no_answer::<DB>(self.connector.waits_for_hook(), limit)
     }
 
     pub(super) async fn connect(&mut self) -> Result<Private<DB>, Failure> {
         let asked = Instant::now();
-        let mut way = self.connector.make(self.is_to_listen()).await?;
-        let prepared = async { DB::prepare(way.connection().await?, self.earlier.next()).await };
+        let mut link = self.connector.make(self.is_to_listen()).await?;
+        let prepared = async { DB::prepare(link.connection().await?, self.earlier.next()).await };
         prepared.await.map_err(Failure::new::<DB>)?;
         self.pace = self.pace.max(asked.elapsed() / 4);
-        Ok(self.private(way))
+        Ok(self.private(link))
     }
 
     fn is_to_listen(&self) -> bool {
         DB::NOTIFIES && self.may_listen && self.deaf_until.is_none_or(|until| until <= Instant::now())
     }
 
-    fn private(&self, way: Way<DB>) -> Private<DB> {
+    fn private(&self, link: Link<DB>) -> Private<DB> {
         // The ages differ, so that the connections of a process do not all retire at once. None
         // becomes older than the pool's own.
         let age = |lifetime: Duration| (lifetime / 5 * 4).saturating_add(jitter(lifetime / 5));
         let retires =
             self.connector.lifetime().and_then(|lifetime| Instant::now().checked_add(age(lifetime)));
-        Private { way, server: None, retires, used: Instant::now() }
+        Private { link, server: None, retires, used: Instant::now() }
     }
 }
 
@@ -265,7 +265,7 @@ enum Outcome<DB: LockDatabase, T> {
     /// `Err`: the connection is broken.
     Answer(Result<Result<T, Failure>, Failure>),
     /// The connection was dropped. This one replaces it, with the number of its session.
-    Second(Way<DB>, i64),
+    Second(Link<DB>, i64),
     Silence,
 }
 
@@ -275,25 +275,25 @@ async fn in_place_of<DB: LockDatabase>(
     connector: &mut Connector<DB>,
     listening: bool,
     first: i64,
-) -> (Way<DB>, i64) {
+) -> (Link<DB>, i64) {
     let number = any_number();
-    if let Ok(mut way) = connector.make(listening).await {
+    if let Ok(mut link) = connector.make(listening).await {
         let is_idle = async {
-            let connection = way.connection().await?;
+            let connection = link.connection().await?;
             DB::prepare(connection, number).await?;
             DB::is_idle(connection, first, number).await
         };
         if is_idle.await.unwrap_or(false) {
-            return (way, number);
+            return (link, number);
         }
-        close(way);
+        close(link);
     }
     std::future::pending().await
 }
 
 /// Closes a connection in the background.
-fn close<DB: LockDatabase>(way: Way<DB>) {
-    if let Way::Plain(connection) = way {
+fn close<DB: LockDatabase>(link: Link<DB>) {
+    if let Link::Plain(connection) = link {
         drop(spawn_local(async move {
             let _in_time = timeout(CLOSE_LIMIT, connection.close()).await;
         }));

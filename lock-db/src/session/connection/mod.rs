@@ -4,9 +4,11 @@
 //! the statement is carried out and its result is discarded. Requests that wait together are taken
 //! together. Those that acquire or release leases are sent as a batch, in one statement.
 
+mod batch;
 mod connector;
 mod earlier;
 mod life;
+mod operations;
 mod worker;
 
 use std::cell::Cell;

@@ -26,7 +26,7 @@ use crate::database::{Claim, LeaseKey, RowKey, Server};
 use crate::error::Loss;
 use crate::interleavings::{draw, explore, pause};
 use crate::secret::Secret;
-use crate::session::{LeaseRequest, LeaseState, Session, SessionState, Way};
+use crate::session::{LeaseRequest, LeaseState, Session, SessionChannel, SessionState};
 
 /// A time that does not pass during a test.
 const LONG: Duration = Duration::from_hours(1);
@@ -155,7 +155,7 @@ impl Actor {
         let _ = closing.wait_for(|closing| *closing).await;
     }
 
-    fn hold(
+    fn register(
         &self,
         claim: &Claim,
         (fencing_token, tokens): (i64, i64),
@@ -188,7 +188,7 @@ impl Actor {
         );
         self.holders.may_have(&state, tokens, turns);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
-        self.queues.is_held(&state);
+        self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
     }
 
@@ -223,7 +223,7 @@ impl Actor {
     }
 }
 
-/// See `actor::serve`.
+/// See `thread::serve`.
 async fn serve(actor: Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>) {
     while let Some(request) = requests.recv().await {
         let on = Rc::clone(&actor);
@@ -319,10 +319,11 @@ impl Attempt {
             if let Some(grants) = grants {
                 let permits = std::mem::take(&mut self.permits);
                 let granted = self.claims.iter().zip(grants).zip(permits);
-                let holds: Option<Vec<LeaseHandle>> =
-                    granted.map(|((claim, grant), permit)| self.actor.hold(claim, grant, permit)).collect();
-                self.unsettled.set(holds.is_none());
-                return holds.map(Some).ok_or(Error::Closed);
+                let handles: Option<Vec<LeaseHandle>> = granted
+                    .map(|((claim, grant), permit)| self.actor.register(claim, grant, permit))
+                    .collect();
+                self.unsettled.set(handles.is_none());
+                return handles.map(Some).ok_or(Error::Closed);
             }
             self.unsettled.set(false);
             for claim in &self.claims {
@@ -407,17 +408,17 @@ impl Holders {
         inside.left.insert(lease.number, (turns, of_the_grant));
     }
 
-    fn enter(&self, hold: &LeaseHandle) {
+    fn enter(&self, handle: &LeaseHandle) {
         let (before, last, turns) = {
             let mut names = self.names.lock().unwrap();
-            let inside = names.get_mut(hold.name()).unwrap();
+            let inside = names.get_mut(handle.name()).unwrap();
             let before = inside.now.clone();
-            inside.now.push((Arc::clone(&hold.lease), hold.fencing_token));
+            inside.now.push((Arc::clone(&handle.lease), handle.fencing_token));
             let last = inside.last_fencing_token;
-            inside.last_fencing_token = last.max(hold.fencing_token);
-            let (left, of_the_grant) = inside.left.get_mut(&hold.lease.number).unwrap();
-            assert!(of_the_grant.contains(&hold.fencing_token), "a fencing token of another grant");
-            assert!(!inside.over.contains(&hold.lease.number), "lost, or a former holder may still commit");
+            inside.last_fencing_token = last.max(handle.fencing_token);
+            let (left, of_the_grant) = inside.left.get_mut(&handle.lease.number).unwrap();
+            assert!(of_the_grant.contains(&handle.fencing_token), "a fencing token of another grant");
+            assert!(!inside.over.contains(&handle.lease.number), "lost, or a former holder may still commit");
             let turns = left.checked_sub(1);
             *left = left.saturating_sub(1);
             (before, last, turns)
@@ -425,27 +426,27 @@ impl Holders {
         assert!(turns.is_some(), "the lease went too far");
         // A loss is final, so a loss from before this point is still visible now.
         for (other, _) in before {
-            let same = Arc::ptr_eq(&other, &hold.lease);
+            let same = Arc::ptr_eq(&other, &handle.lease);
             assert!(!same, "two hold one lease");
-            assert!(other.loss().is_some() || hold.lease.loss().is_some(), "two hold the lock");
+            assert!(other.loss().is_some() || handle.lease.loss().is_some(), "two hold the lock");
         }
-        if hold.fencing_token <= last {
-            assert!(hold.lease.loss().is_some(), "the fencing token did not grow");
+        if handle.fencing_token <= last {
+            assert!(handle.lease.loss().is_some(), "the fencing token did not grow");
         }
     }
 
-    fn leave(&self, hold: &LeaseHandle) {
+    fn leave(&self, handle: &LeaseHandle) {
         let mut names = self.names.lock().unwrap();
         names
-            .get_mut(hold.name())
+            .get_mut(handle.name())
             .unwrap()
             .now
-            .retain(|(_, fencing_token)| *fencing_token != hold.fencing_token);
+            .retain(|(_, fencing_token)| *fencing_token != handle.fencing_token);
     }
 
-    fn is_over(&self, hold: &LeaseHandle) {
+    fn is_over(&self, handle: &LeaseHandle) {
         let mut names = self.names.lock().unwrap();
-        names.get_mut(hold.name()).unwrap().over.insert(hold.lease.number);
+        names.get_mut(handle.name()).unwrap().over.insert(handle.lease.number);
     }
 }
 
@@ -456,7 +457,7 @@ struct Plan {
     callers: usize,
     rounds: usize,
     names: usize,
-    hand_off: HandOff,
+    hand_off: HandOffLimits,
     /// Whether other processes are in the queue of the row.
     others_wait: bool,
     /// How often another process takes a lease over.
@@ -485,7 +486,7 @@ const QUIET: Plan = Plan {
     callers: 3,
     rounds: 2,
     names: 1,
-    hand_off: HandOff { turns: 64, time: LONG },
+    hand_off: HandOffLimits { turns: 64, time: LONG },
     others_wait: false,
     losses: 0,
     tries: 0,
@@ -512,8 +513,8 @@ impl World {
         let reports = Reports { owner: "test".into(), no_answer };
         let queues = LocalQueues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap(), reports);
         let (database, holders) = (Arc::<Database>::default(), Arc::<Holders>::default());
-        let way = Way { requests: sender, queues: Arc::clone(&queues) };
-        let session = Session { state: Mutex::new(SessionState::Running(way)) };
+        let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
+        let session = Session { state: Mutex::new(SessionState::Running(channel)) };
         let world = Self { session, queues, database, holders, plan };
         let (database, holders, queues) =
             (Arc::clone(&world.database), Arc::clone(&world.holders), Arc::clone(&world.queues));
@@ -551,8 +552,8 @@ impl World {
     }
 
     async fn acquire(&self, name: usize, wait: Option<Duration>) -> Result<Option<LeaseHandle>, Error> {
-        let holds = self.session.acquire(Self::ask([name], LONG, wait)).await?;
-        Ok(holds.map(|holds| holds.into_iter().next().unwrap()))
+        let handles = self.session.acquire(Self::ask([name], LONG, wait)).await?;
+        Ok(handles.map(|handles| handles.into_iter().next().unwrap()))
     }
 
     /// Checks the invariants that hold at every moment.
@@ -606,8 +607,8 @@ impl World {
             answer = self.session.acquire(ask) => answer,
             () = leaves => return,
         };
-        let holds = match answer {
-            Ok(Some(holds)) => holds,
+        let handles = match answer {
+            Ok(Some(handles)) => handles,
             Ok(None) => {
                 assert!(wait.is_none(), "only a try gives up");
                 return;
@@ -622,61 +623,61 @@ impl World {
                 return;
             }
         };
-        assert!(holds.iter().map(LeaseHandle::name).eq(&names), "other locks");
-        for hold in &holds {
-            assert_eq!(hold.ttl(), ttl, "another lease");
-            self.holders.enter(hold);
+        assert!(handles.iter().map(LeaseHandle::name).eq(&names), "other locks");
+        for handle in &handles {
+            assert_eq!(handle.ttl(), ttl, "another lease");
+            self.holders.enter(handle);
         }
         pause().await;
-        for hold in holds {
-            self.finish(hold).await;
+        for handle in handles {
+            self.finish(handle).await;
         }
     }
 
-    async fn finish(&self, hold: LeaseHandle) {
+    async fn finish(&self, handle: LeaseHandle) {
         let end = self.plan.ends[draw(self.plan.ends.len())];
-        let lease = Arc::clone(&hold.lease);
+        let lease = Arc::clone(&handle.lease);
         match end {
             End::Drop | End::GiveUp | End::TwoHandles => {}
             End::Commit => {
-                let commit = lease.commit_begins();
+                let commit = lease.begin_commit();
                 pause().await;
-                commit.was_carried_out();
+                commit.mark_carried_out();
             }
             End::UnknownCommit => {
-                self.holders.is_over(&hold);
-                drop(lease.commit_begins());
+                self.holders.is_over(&handle);
+                drop(lease.begin_commit());
             }
             End::CommitAndRelease => {
-                lease.doubt_begins();
-                let commit = lease.commit_begins();
+                lease.begin_doubt();
+                let commit = lease.begin_commit();
                 pause().await;
-                self.holders.leave(&hold);
-                if self.database.free(hold.name(), &lease.key.secret) {
-                    commit.was_carried_out();
-                    hold.was_released(None);
+                self.holders.leave(&handle);
+                if self.database.free(handle.name(), &lease.key.secret) {
+                    commit.mark_carried_out();
+                    handle.mark_released(None);
                 } else {
-                    commit.never_comes();
+                    commit.mark_refused();
                 }
-                lease.doubt_can_be_settled();
+                lease.let_doubt_settle();
             }
         }
         if lease.loss().is_some() {
-            self.holders.is_over(&hold);
+            self.holders.is_over(&handle);
         }
-        self.holders.leave(&hold);
+        self.holders.leave(&handle);
         match end {
-            End::GiveUp => self.expect_released(&lease, Arc::new(hold).give_up().await),
+            End::GiveUp => self.expect_released(&lease, Arc::new(handle).give_up().await),
             End::TwoHandles => {
-                let (hold, other) = {
-                    let hold = Arc::new(hold);
-                    (Arc::clone(&hold), hold)
+                let (handle, other) = {
+                    let handle = Arc::new(handle);
+                    (Arc::clone(&handle), handle)
                 };
                 let dropped = thread::spawn(move || drop(other));
-                self.expect_released(&lease, hold.give_up().await);
+                self.expect_released(&lease, handle.give_up().await);
                 dropped.join().unwrap();
             }
-            _ => drop(hold),
+            _ => drop(handle),
         }
     }
 
@@ -702,8 +703,8 @@ fn play(plan: &'static Plan) {
             pause().await;
             let earlier = world.acquire(0, Some(LONG)).await.ok().flatten();
             world.session.close().await;
-            if let Some(hold) = &earlier {
-                assert!(hold.lease.loss().is_some(), "held after the end of the session");
+            if let Some(handle) = &earlier {
+                assert!(handle.lease.loss().is_some(), "held after the end of the session");
             }
             for wait in [None, Some(OVER), Some(LONG)] {
                 assert!(matches!(world.acquire(0, wait).await, Err(Error::Closed)), "the session is closed");
@@ -731,9 +732,9 @@ macro_rules! plans {
 
 plans! {
     leases_are_handed_on: { callers: 4 }
-    leases_are_not_handed_on: { hand_off: HandOff { turns: 1, time: LONG } }
-    the_time_of_the_hand_off_is_over: { hand_off: HandOff { turns: 64, time: OVER } }
-    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOff { turns: 2, time: LONG }, others_wait: true }
+    leases_are_not_handed_on: { hand_off: HandOffLimits { turns: 1, time: LONG } }
+    the_time_of_the_hand_off_is_over: { hand_off: HandOffLimits { turns: 64, time: OVER } }
+    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { turns: 2, time: LONG }, others_wait: true }
     waiters_leave: { callers: 5, rounds: 1, leave: 60 }
     waiters_ask_for_other_leases: { callers: 4, rounds: 1, names: 2, other_ttl: 40, several: 30, leave: 30 }
     several_at_once: { names: 3, several: 70 }
@@ -747,7 +748,7 @@ plans! {
     all_at_once: {
         callers: 4,
         names: 2,
-        hand_off: HandOff { turns: 3, time: LONG },
+        hand_off: HandOffLimits { turns: 3, time: LONG },
         losses: 1,
         tries: 10,
         waits_that_are_over: 10,
@@ -770,7 +771,7 @@ plans! {
 fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let mut callers = Vec::new();
         for wait in [None, Some(OVER), Some(OVER)] {
             let world = Arc::clone(&world);
@@ -787,7 +788,7 @@ fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
         for caller in callers {
             caller.join().unwrap();
         }
-        drop(hold);
+        drop(handle);
         patient.join().unwrap();
         world.end(session);
     });
@@ -799,16 +800,16 @@ fn tries_and_expired_waits_are_answered_while_the_lock_is_held() {
 fn first_come_first_served() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
         let waiters: Vec<_> = (0..3)
             .map(|place| {
                 let (on, order) = (Arc::clone(&world), Arc::clone(&order));
                 let mut waiter = Box::pin(async move {
-                    let hold = on.acquire(0, Some(LONG)).await.unwrap().unwrap();
+                    let handle = on.acquire(0, Some(LONG)).await.unwrap().unwrap();
                     order.lock().unwrap().push(place);
                     pause().await;
-                    drop(hold);
+                    drop(handle);
                 });
                 assert!(block_on(async { poll!(waiter.as_mut()).is_pending() }));
                 thread::spawn(move || {
@@ -820,7 +821,7 @@ fn first_come_first_served() {
                 })
             })
             .collect();
-        drop(hold);
+        drop(handle);
         for waiter in waiters {
             waiter.join().unwrap();
         }
@@ -866,7 +867,7 @@ fn a_caller_that_leaves_frees_its_permits() {
 fn closed_queues_refuse_all_callers() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
         let callers: Vec<_> = (0..3)
             .map(|_| {
                 let world = Arc::clone(&world);
@@ -881,7 +882,7 @@ fn closed_queues_refuse_all_callers() {
         for caller in callers {
             caller.join().unwrap();
         }
-        drop(hold);
+        drop(handle);
         world.end(session);
     });
 }
@@ -891,10 +892,10 @@ fn closed_queues_refuse_all_callers() {
 fn a_lock_released_by_a_commit_is_free_at_once() {
     explore(|| {
         let (world, session) = World::start(&QUIET);
-        let hold = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
-        assert!(world.database.free(hold.name(), &hold.lease.key.secret));
-        hold.was_released(None);
-        drop(hold);
+        let handle = block_on(world.acquire(0, Some(LONG))).unwrap().unwrap();
+        assert!(world.database.free(handle.name(), &handle.lease.key.secret));
+        handle.mark_released(None);
+        drop(handle);
         assert!(block_on(world.acquire(0, None)).unwrap().is_some());
         world.end(session);
     });

@@ -19,7 +19,7 @@ use super::request::{Acquire, Request};
 use crate::database::Failure;
 use crate::error::WaitingFor;
 use crate::name::Name;
-use crate::options::{HandOff, Wait};
+use crate::options::{HandOffLimits, Wait};
 use crate::secret::{Secret, SecretSource};
 use crate::session::LeaseHandle;
 use crate::sync::{AtomicU64, HashMap, Mutex, MutexGuard, sleep_until};
@@ -32,7 +32,7 @@ const MOST_NOT_HANDED_ON: usize = 10_000;
 pub(crate) struct LocalQueues {
     state: Mutex<QueueState>,
     last_number: AtomicU64,
-    hand_off: HandOff,
+    hand_off: HandOffLimits,
     reports: Reports,
     /// Identifies this process in the wait queues of all rows.
     queue_secret: Secret,
@@ -96,7 +96,7 @@ impl Front {
 impl LocalQueues {
     pub(super) fn new(
         session: mpsc::WeakUnboundedSender<Request>,
-        hand_off: HandOff,
+        hand_off: HandOffLimits,
         queue_secret: Secret,
         reports: Reports,
     ) -> Arc<Self> {
@@ -105,7 +105,7 @@ impl LocalQueues {
         Arc::new(Self { state, last_number, hand_off, reports, queue_secret, secrets, session, sooner })
     }
 
-    pub(crate) fn hand_off(&self) -> HandOff {
+    pub(crate) fn hand_off(&self) -> HandOffLimits {
         self.hand_off
     }
 
@@ -220,17 +220,17 @@ impl LocalQueues {
 
     /// Hands a lease that its holder is done with to the next waiter. `false`: it has to be
     /// released.
-    pub(crate) fn hand_on(&self, hold: &LeaseHandle) -> bool {
+    pub(crate) fn hand_on(&self, handle: &LeaseHandle) -> bool {
         let now = Instant::now();
-        while hold.may_be_handed_on(now, self.hand_off.time) && hold.lease.is_given_up() {
-            let Some(waiter) = self.first_waiter_for(hold) else { return false };
-            if let Some(until) = hold.lease.is_handed_on(now, waiter.at_most)
+        while handle.may_be_handed_on(now, self.hand_off.time) && handle.lease.end_hold() {
+            let Some(waiter) = self.first_waiter_for(handle) else { return false };
+            if let Some(until) = handle.lease.begin_next_hold(now, waiter.at_most)
                 && let Some(session) = self.session.upgrade()
             {
                 // The deadline watch of the session may sleep past `until`.
                 let _session_may_be_gone = session.send(Request::HandedOn { until });
             }
-            match waiter.answer.send(Ok(Some(vec![hold.successor()]))) {
+            match waiter.answer.send(Ok(Some(vec![handle.successor()]))) {
                 Ok(()) => return true,
                 // The waiter has gone at this moment: try the one behind it.
                 Err(unsent) => unsent.into_iter().flatten().flatten().for_each(LeaseHandle::forget),
@@ -240,13 +240,13 @@ impl LocalQueues {
     }
 
     /// Removes and returns the first waiter, if it waits for a lease like this one.
-    fn first_waiter_for(&self, hold: &LeaseHandle) -> Option<Acquire> {
+    fn first_waiter_for(&self, handle: &LeaseHandle) -> Option<Acquire> {
         let mut gone = Vec::new();
         let mut state = self.state();
-        if state.closed || state.not_handed_on.contains(hold.name()) {
+        if state.closed || state.not_handed_on.contains(handle.name()) {
             return None;
         }
-        let line = &mut state.names.get_mut(hold.name())?.waiting;
+        let line = &mut state.names.get_mut(handle.name())?.waiting;
         let first = loop {
             let first = line.first_entry()?;
             if first.get().answer.is_closed() {
@@ -254,7 +254,7 @@ impl LocalQueues {
                 continue;
             }
             let [claim] = &*first.get().claims else { return None };
-            let same = claim.ttl == hold.ttl();
+            let same = claim.ttl == handle.ttl();
             break same.then(|| first.remove());
         };
         drop(state);
@@ -263,7 +263,7 @@ impl LocalQueues {
     }
 
     /// This process holds a lease, and the permit stays with it.
-    pub(super) fn is_held(&self, lease: &Arc<LeaseState>) {
+    pub(super) fn set_lease(&self, lease: &Arc<LeaseState>) {
         self.learn(lease.name(), Front::Holds(Arc::clone(lease)));
     }
 

@@ -51,7 +51,7 @@ impl Notifications {
     }
 
     /// The connection can't listen. There is no new attempt while it is open.
-    pub(in crate::session) fn can_not_begin(&self) {
+    pub(in crate::session) fn mark_unable(&self) {
         self.can_not_listen.set(true);
     }
 
@@ -61,13 +61,13 @@ impl Notifications {
         self.can_not_listen.set(false);
     }
 
-    /// Whether the caller should make a connection listen. After `true` it calls `was_asked` when
+    /// Whether the caller should make a connection listen. After `true` it calls `mark_asked` when
     /// it is done.
     pub(in crate::session) fn should_begin(&self) -> bool {
         !self.listens.get() && !self.can_not_listen.get() && !self.is_asked.replace(true)
     }
 
-    pub(in crate::session) fn was_asked(&self) {
+    pub(in crate::session) fn mark_asked(&self) {
         self.is_asked.set(false);
     }
 

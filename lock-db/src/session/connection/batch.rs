@@ -1,0 +1,131 @@
+//! The requests of a round that are sent together.
+
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::worker::WorkerLoop;
+use super::{Acquired, OnRow, Operation, Reply, STATEMENT_LIMIT};
+use crate::database::{Claim, LeaseStatus, LockDatabase, LockRow, ReleaseClaim};
+use crate::name::Name;
+
+/// A claim, whether it was sent, and the channel for its answer.
+type Asked = (Claim, Rc<Cell<bool>>, Reply<Acquired>);
+
+/// The requests of a round that go into one statement. Each name occurs once.
+#[derive(Default)]
+pub(super) struct Batch {
+    releases: Vec<(ReleaseClaim, Reply<LeaseStatus>)>,
+    claims: Vec<Asked>,
+    names: HashSet<Name>,
+}
+
+impl Batch {
+    /// Adds an operation to the batch, or returns it if it does not belong there.
+    pub(super) fn take(&mut self, operation: Operation) -> Option<Operation> {
+        match operation {
+            Operation::Release(one, at_least, reply) => {
+                // The name is also marked if the release is sent separately. Later requests for the
+                // name then come after it.
+                let is_first = self.names.insert(one.name.clone());
+                if !is_first || !at_least.is_zero() {
+                    return Some(Operation::Release(one, at_least, reply));
+                }
+                self.releases.push((one, reply));
+                None
+            }
+            Operation::Acquire(mut claims, begun, reply)
+                if claims.len() == 1 && self.names.insert(claims[0].name.clone()) =>
+            {
+                self.claims.extend(claims.pop().map(|claim| (claim, begun, reply)));
+                None
+            }
+            other => Some(other),
+        }
+    }
+}
+
+impl<DB: LockDatabase> WorkerLoop<DB> {
+    /// Sends the batch in one statement. If the database refuses it, the requests are sent one by
+    /// one, so that only the faulty ones fail.
+    pub(super) async fn send_batch(&mut self, batch: Batch) {
+        let Batch { releases, claims, .. } = batch;
+        if releases.len() + claims.len() > 1 {
+            let released_now: Vec<ReleaseClaim> = releases.iter().map(|(one, _)| one.clone()).collect();
+            let answer = self
+                .on_connection(STATEMENT_LIMIT, async |connection, server| {
+                    // Callers that left while the connection was made know that nothing was sent,
+                    // and release nothing.
+                    let stays = |(_, (_, _, reply)): &(usize, &Asked)| !reply.is_closed();
+                    let (mut asked, mut claimed) = (Vec::new(), Vec::new());
+                    for (number, (claim, begun, _)) in claims.iter().enumerate().filter(stays) {
+                        begun.set(true);
+                        asked.push(number);
+                        claimed.push(claim.clone());
+                    }
+                    let sent = Instant::now();
+                    let outcome = DB::batch(connection, server, &released_now, &claimed).await?;
+                    Ok((outcome, asked, server.clone(), sent))
+                })
+                .await;
+            match answer {
+                Ok((outcome, asked, server, sent)) => {
+                    for ((_, reply), status) in releases.into_iter().zip(outcome.releases) {
+                        let _ = reply.send(Ok(status));
+                    }
+                    let mut granted = asked.into_iter().zip(outcome.grants).peekable();
+                    for (number, (_, _, reply)) in claims.into_iter().enumerate() {
+                        let grant =
+                            granted.next_if(|(asked, _)| *asked == number).and_then(|(_, grant)| grant);
+                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
+                    }
+                    self.call(&outcome.notifications).await;
+                    return;
+                }
+                // Sent one by one, all of them would fail the same way.
+                Err(failure) if failure.is_the_same_for_all() => {
+                    for (_, reply) in releases {
+                        let _ = reply.send(Err(failure.clone()));
+                    }
+                    for (_, _, reply) in claims {
+                        let _ = reply.send(Err(failure.clone()));
+                    }
+                    return;
+                }
+                Err(refused) => tracing::debug!(error = %refused, "one by one instead"),
+            }
+        }
+        let releases =
+            releases.into_iter().map(|(one, reply)| Operation::Release(one, Duration::ZERO, reply));
+        let claims =
+            claims.into_iter().map(|(claim, begun, reply)| Operation::Acquire(vec![claim], begun, reply));
+        for operation in releases.chain(claims) {
+            self.carry_out(operation).await;
+        }
+    }
+
+    /// Reads all rows in one statement. A process that waits for many names reads often.
+    pub(super) async fn read(&mut self, mut reads: Vec<(Name, Reply<Option<LockRow>>)>) {
+        if reads.len() < 2 {
+            for (name, reply) in reads {
+                self.on_row(&name, OnRow::Read(reply)).await;
+            }
+            return;
+        }
+        reads.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut names: Vec<Name> = reads.iter().map(|(name, _)| name.clone()).collect();
+        names.dedup();
+        let rows = self
+            .on_connection(STATEMENT_LIMIT, async |c, server| DB::read_all(c, server, &names).await)
+            .await;
+        let rows = rows.map(|rows| names.iter().zip(rows).collect::<HashMap<_, _>>());
+        for (name, reply) in reads {
+            let row = match &rows {
+                Ok(rows) => Ok(rows.get(&name).cloned().flatten()),
+                Err(failure) => Err(failure.clone()),
+            };
+            let _ = reply.send(row);
+        }
+    }
+}

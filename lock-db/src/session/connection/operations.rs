@@ -1,0 +1,254 @@
+//! The operations of a connection worker: one step on the connection each.
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use sqlx::Connection as _;
+
+use super::life::SILENCE;
+use super::worker::WorkerLoop;
+use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
+use crate::database::StepError;
+use crate::database::{
+    Claim, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim, Server,
+};
+use crate::name::Name;
+
+impl<DB: LockDatabase> WorkerLoop<DB> {
+    pub(super) async fn carry_out(&mut self, operation: Operation) {
+        match operation {
+            Operation::Acquire(claims, begun, reply) => self.acquire(&claims, &begun, reply).await,
+            Operation::Connect(limit, reply) => {
+                let answer = self.on_bare_connection(limit, SILENCE, async |_| Ok(())).await;
+                let _ = reply.send(answer);
+            }
+            Operation::Locate(anew, reply) => {
+                if anew {
+                    self.forget_table();
+                }
+                self.answer(reply, async |_, server| Ok(server.clone())).await;
+            }
+            Operation::OnRow(name, operation) => self.on_row(&name, operation).await,
+            Operation::OnRows(names, operation) => self.on_rows(&names, operation).await,
+            Operation::Mark(lease, reply) => {
+                self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
+            }
+            Operation::Listen(reply) => self.listen_in_time(reply).await,
+            Operation::Notification(call) => self.call(&[call]).await,
+            Operation::TakeUserLock(row, reply) => self.take_user_lock(row, reply).await,
+            Operation::ReleaseUserLock(row) => self.release_user_lock(row).await,
+            Operation::Renew(leases, limit, reply) => {
+                let answer = self
+                    .on_connection(limit, async |connection, server| {
+                        let sent = Instant::now();
+                        Ok((DB::renew(connection, server, &leases).await?, sent))
+                    })
+                    .await;
+                let _ = reply.send(answer);
+            }
+            Operation::Release(lease, at_least, reply) if at_least.is_zero() => {
+                self.release(&lease, reply).await;
+            }
+            Operation::Release(ReleaseClaim { name, secret, .. }, at_least, reply) => {
+                self.answer(reply, async |c, server| {
+                    DB::release_later(c, server, &name, &secret, at_least).await
+                })
+                .await;
+            }
+            Operation::Migrate(reply) => self.migrate(reply).await,
+            Operation::Check(reply) => self.check(reply).await,
+            Operation::OldSnapshots(reply) => {
+                self.answer(reply, async |c, server| old_snapshots::<DB>(c, server).await).await;
+            }
+        }
+    }
+
+    async fn acquire(&mut self, claims: &[Claim], begun: &Cell<bool>, reply: Reply<Acquired>) {
+        let answer = self
+            .on_connection(STATEMENT_LIMIT, async |connection, server| {
+                let sent = Instant::now();
+                if reply.is_closed() {
+                    return Ok((None, server.clone(), sent));
+                }
+                begun.set(true);
+                let grants = acquire_all::<DB>(connection, server, claims).await?;
+                Ok((grants, server.clone(), sent))
+            })
+            .await;
+        let _ = reply.send(answer);
+    }
+
+    async fn release(&mut self, lease: &ReleaseClaim, reply: Reply<LeaseStatus>) {
+        let answer =
+            self.on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, lease).await).await;
+        let notification = answer.as_ref().ok().and_then(|released| released.notification);
+        let _ = reply.send(answer.map(|released| released.status));
+        self.call(notification.as_slice()).await;
+    }
+
+    async fn migrate(&mut self, reply: Reply<()>) {
+        // A migration has no time limit that would reveal a dropped connection, so the connection
+        // is checked first.
+        if self.connection.is_some() {
+            let ping = async |c: &mut DB::Connection| c.ping().await.map_err(Failure::new::<DB>);
+            let _another_is_made = self.on_bare_connection(STATEMENT_LIMIT, SILENCE, ping).await;
+        }
+        let schema = self.location.schema();
+        let answer = self
+            .on_bare_connection(MIGRATION_LIMIT, MIGRATION_LIMIT, async |c| {
+                DB::migrate(c, schema.as_deref()).await.map_err(Failure::new::<DB>)
+            })
+            .await;
+        if answer.is_err() {
+            // Closing the connection releases everything that the migration has locked.
+            self.connection = None;
+        }
+        let _ = reply.send(answer);
+    }
+
+    async fn check(&mut self, reply: Reply<Vec<String>>) {
+        self.forget_table();
+        self.answer(reply, async |c, server| {
+            let mut warnings = DB::check(c, server).await?;
+            let OldSnapshots { found, unseen } = old_snapshots::<DB>(c, server).await?;
+            warnings.extend(found.into_iter().chain(unseen));
+            Ok(warnings)
+        })
+        .await;
+    }
+
+    /// The next operation finds the table anew.
+    fn forget_table(&mut self) {
+        if let Some(connection) = &mut self.connection {
+            connection.server = None;
+        }
+    }
+
+    pub(super) async fn on_row(&mut self, name: &Name, operation: OnRow) {
+        match operation {
+            OnRow::Read(reply) => {
+                self.answer(reply, async |c, server| DB::read(c, server, name).await).await;
+            }
+            OnRow::Create(kind, reply) => {
+                self.answer(reply, async |c, server| DB::create(c, server, name, kind).await).await;
+            }
+            OnRow::Settle(reply) => {
+                self.answer(reply, async |c, server| DB::settle(c, server, name).await).await;
+            }
+            OnRow::Probe(reply) => {
+                self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
+            }
+            OnRow::Enqueue(entry, reply) => {
+                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &entry).await).await;
+            }
+            OnRow::SetWaiters(before, after, reply) => {
+                self.answer(reply, async |c, server| DB::set_waiters(c, server, name, &before, &after).await)
+                    .await;
+            }
+            OnRow::RemoveWaiter(secret, reply) => {
+                self.answer(reply, async |c, server| DB::dequeue(c, server, name, &secret).await).await;
+            }
+        }
+    }
+
+    async fn on_rows(&mut self, names: &[Name], operation: OnRows) {
+        match operation {
+            OnRows::Read(reply) => {
+                self.answer(reply, async |c, server| DB::read_all(c, server, names).await).await;
+            }
+            OnRows::Create(kind, reply) => {
+                self.answer(reply, async |c, server| DB::create_all(c, server, names, kind).await).await;
+            }
+            OnRows::GiveNotice(reply) => {
+                self.answer(reply, async |c, server| DB::give_notice(c, server, names).await).await;
+            }
+            OnRows::Unlocked(reply) => {
+                self.answer(reply, async |c, server| DB::unlocked(c, server, names).await).await;
+            }
+        }
+    }
+
+    /// Runs an operation and sends its result. The result is discarded if the caller has gone.
+    async fn answer<T>(
+        &mut self,
+        reply: Reply<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> Result<T, StepError>,
+    ) {
+        let answer = self.on_connection(STATEMENT_LIMIT, operation).await;
+        let _ = reply.send(answer);
+    }
+
+    /// Sends notifications after the rows were freed. Nothing depends on their success.
+    pub(super) async fn call(&mut self, notifications: &[Notification]) {
+        if notifications.is_empty() || self.connection.is_none() {
+            return;
+        }
+        let notified = self
+            .on_bare_connection(STATEMENT_LIMIT, SILENCE, async |c| {
+                DB::notify(c, notifications).await.map_err(Failure::new::<DB>)
+            })
+            .await;
+        if let Err(failure) = notified {
+            tracing::debug!(error = %failure, "the next process was not woken up: it looks by itself");
+        }
+    }
+
+    async fn take_user_lock(&mut self, row: i64, reply: Reply<bool>) {
+        let answer = self
+            .on_table(STATEMENT_LIMIT, STATEMENT_LIMIT, async |c, server| {
+                DB::take_user_lock(c, server, row).await
+            })
+            .await;
+        if let Err(Ok(true)) = reply.send(answer) {
+            self.release_user_lock(row).await;
+        }
+    }
+
+    /// Without a connection the user lock is not ours any more.
+    async fn release_user_lock(&mut self, row: i64) {
+        if self.connection.is_some() {
+            let _gone_else = self
+                .on_connection(STATEMENT_LIMIT, async |c, server| DB::release_user_lock(c, server, row).await)
+                .await;
+        }
+    }
+}
+
+/// Takes all leases or none.
+async fn acquire_all<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    server: &Server,
+    claims: &[Claim],
+) -> Result<Option<Vec<Grant>>, StepError> {
+    if let [claim] = claims {
+        return Ok(DB::acquire(connection, server, claim).await?.map(|grant| vec![grant]));
+    }
+    let grants = DB::acquire_all(connection, server, claims).await?;
+    let (mut all, mut undone) = (Vec::with_capacity(claims.len()), Vec::new());
+    for (grant, Claim { name, secret, .. }) in grants.into_iter().zip(claims) {
+        if let Some(grant) = grant {
+            all.push(grant);
+            undone.push(ReleaseClaim { name: name.clone(), secret: secret.clone(), entry: None });
+        }
+    }
+    if all.len() == claims.len() {
+        return Ok(Some(all));
+    }
+    if !undone.is_empty() {
+        // A trigger may keep one of them from being written. Release the others. Without an answer
+        // they may still be ours.
+        let released_now = DB::batch(connection, server, &undone, &[]).await;
+        released_now.map_err(StepError::outcome_unknown)?;
+    }
+    Ok(None)
+}
+
+/// Looks for old snapshots and records the result, which decides how later statements are written.
+async fn old_snapshots<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+    server: &Server,
+) -> Result<OldSnapshots, StepError> {
+    let seen = DB::old_snapshots(connection, server).await?;
+    server.table.set_old_versions(seen.found.is_some());
+    Ok(seen)
+}
