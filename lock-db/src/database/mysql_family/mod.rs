@@ -25,6 +25,7 @@ mod check;
 pub(super) mod errors;
 pub(super) mod lease;
 mod migrate;
+mod row_lock;
 mod schema;
 mod session;
 mod several;
@@ -307,7 +308,7 @@ impl RowLockDriver for MySql {
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
     async fn has_used_table(connection: &mut MySqlConnection) -> driver::Result<bool> {
-        transaction::has_used_table(connection).await
+        row_lock::has_used_table(connection).await
     }
 
     async fn find_row(
@@ -315,7 +316,7 @@ impl RowLockDriver for MySql {
         server: &Server,
         name: &str,
     ) -> driver::Result<Option<LockRow>> {
-        transaction::find_row(connection, server, name).await
+        row_lock::find_row(connection, server, name).await
     }
 
     async fn lock_row(
@@ -326,14 +327,14 @@ impl RowLockDriver for MySql {
     ) -> driver::Result<RowAttempt> {
         let owner = server.storable(&claim.owner);
         if *owner == *claim.owner {
-            return transaction::lock_row(connection, server, claim, slice).await;
+            return row_lock::lock_row(connection, server, claim, slice).await;
         }
         let claim = RowClaim { owner: owner.into(), ..claim.clone() };
-        transaction::lock_row(connection, server, &claim, slice).await
+        row_lock::lock_row(connection, server, &claim, slice).await
     }
 
     async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> driver::Result<Option<bool>> {
-        let may_be = transaction::may_be_its_own(connection, before).await?;
+        let may_be = row_lock::may_be_its_own(connection, before).await?;
         Ok(if may_be { None } else { Some(false) })
     }
 }
