@@ -93,7 +93,7 @@ impl LeaseState {
     /// The request to release it, without a queue entry.
     pub(super) fn release_claim(&self) -> ReleaseClaim {
         let LeaseKey { row, secret, .. } = &self.key;
-        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), place: None }
+        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), entry: None }
     }
 
     /// Passes the permit to the next caller of this process.
