@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::clock::timeout;
 use crate::database::Failure;
-use crate::database::LockDatabase;
+use crate::database::{LockDatabase, StepError};
 
 /// How much longer than its own wait on the server a statement may take. After that the server
 /// counts as gone.
@@ -15,7 +15,7 @@ pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// only be closed.
 pub(crate) async fn answer<DB: LockDatabase, T>(
     limit: Duration,
-    asked: impl Future<Output = sqlx::Result<T>>,
+    asked: impl Future<Output = Result<T, impl Into<StepError>>>,
 ) -> Result<T, Failure> {
     match timeout(limit, asked).await {
         Ok(answered) => answered.map_err(Failure::new::<DB>),

@@ -1,19 +1,17 @@
 //! A transaction that lock-db itself begins, on a connection of the application's pool.
 
-use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
 use sqlx::{SqlSafeStr, Transaction};
+use tokio::task::JoinError;
 
 use crate::Error;
 use crate::clock::timeout;
-use crate::database::Failure;
-use crate::database::{Fault, Guarded, LeaseKey, LockDatabase, Notification, Server};
-
+use crate::database::{Failure, Fault, Guarded, LeaseKey, LockDatabase, Notification, Server, StepError};
 use crate::error::{Action, Loss, WaitingFor};
 use crate::name::Name;
 use crate::runtime::{self, Runtime};
@@ -88,7 +86,7 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
             let committing = commit(transaction, condition, runtime.clone());
             let committed = bounded(COMMIT_LIMIT, &runtime, committing)
                 .await
-                .unwrap_or_else(|error| Err(unknown(name.shown(), error)));
+                .unwrap_or_else(|unfinished| Err(unfinished.commit_unknown(&name)));
             ended(&committed);
             drop(kept);
             committed.map(drop)
@@ -97,16 +95,16 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
             Ok(Ok(committed)) => committed,
             // The runtime was shut down during the commit.
             Ok(Err(error)) if begun.load(Ordering::SeqCst) => {
-                Err(unknown(name.shown(), io::Error::other(error)))
+                Err(Unfinished::Ended(error).commit_unknown(&name))
             }
             // The runtime was shut down before the commit began.
             Ok(Err(_shut_down)) => Err(runtime::ended(Action::Commit, &name)),
-            Err(_elapsed) => Err(unknown(name.shown(), no_answer(COMMIT_LIMIT))),
+            Err(_elapsed) => Err(Unfinished::Silent(COMMIT_LIMIT).commit_unknown(&name)),
         }
     }
 
     /// Rolls back in a task. A rollback that fails has lost its connection, which also rolls back.
-    pub(crate) async fn roll_back(mut self) -> sqlx::Result<()> {
+    pub(crate) async fn roll_back(mut self) -> Result<(), StepError> {
         let (transaction, kept) = (self.transaction.take(), self.kept.take());
         let Some(transaction) = transaction else { return Ok(()) };
         let runtime = self.runtime.clone();
@@ -117,7 +115,7 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
         });
         match timeout(ROLLBACK_LIMIT + GRACE, task).await {
             Ok(rolled_back) => rolled_back.unwrap_or(Ok(())),
-            Err(_elapsed) => Err(no_answer(ROLLBACK_LIMIT).into()),
+            Err(_elapsed) => Err(Unfinished::Silent(ROLLBACK_LIMIT).into()),
         }
     }
 }
@@ -144,15 +142,32 @@ async fn bounded<T: Send + 'static>(
     limit: Duration,
     runtime: &Runtime,
     end: impl Future<Output = T> + Send + 'static,
-) -> io::Result<T> {
+) -> Result<T, Unfinished> {
     match timeout(limit, runtime.spawn(end)).await {
-        Ok(ended) => ended.map_err(io::Error::other),
-        Err(_elapsed) => Err(no_answer(limit)),
+        Ok(ended) => ended.map_err(Unfinished::Ended),
+        Err(_elapsed) => Err(Unfinished::Silent(limit)),
     }
 }
 
-fn no_answer(limit: Duration) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"))
+/// Why the end of a transaction is not known.
+#[derive(Debug, thiserror::Error)]
+enum Unfinished {
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("{0}")]
+    Ended(JoinError),
+}
+
+impl Unfinished {
+    fn commit_unknown(&self, name: &Name) -> Error {
+        Error::commit_unknown(name.given(), self.to_string())
+    }
+}
+
+impl From<Unfinished> for StepError {
+    fn from(unfinished: Unfinished) -> Self {
+        Self::disconnected(unfinished.to_string())
+    }
 }
 
 async fn commit<DB: LockDatabase>(
@@ -160,37 +175,40 @@ async fn commit<DB: LockDatabase>(
     condition: Condition,
     runtime: Runtime,
 ) -> Result<Option<Notification>, Error> {
-    let mut name = condition.name();
+    let (mut name, begun) = (condition.name(), Instant::now());
     let checked = match &condition {
         Condition::Lease { key, others, release } => match guard::<DB>(&mut transaction, others).await {
-            Ok(()) => DB::commit_guarded(&mut transaction, key, *release).await,
+            Ok(()) => DB::commit_guarded(&mut transaction, key, *release).await.map_err(Failure::new::<DB>),
             Err((other, refused)) => {
                 name = other;
                 refused
             }
         },
         Condition::Row { name, fencing_token, server } => {
-            DB::commit_locked(&mut transaction, server, name, *fencing_token).await
+            let locked = DB::commit_locked(&mut transaction, server, name, *fencing_token).await;
+            locked.map_err(Failure::new::<DB>)
         }
     };
+    let busy = || Error::Timeout {
+        name: name.given(),
+        waited: begun.elapsed(),
+        waiting_for: WaitingFor::Lock,
+        held_by: None,
+    };
     let failed = |failure: Failure| match failure.fault {
-        Fault::Busy => Error::Timeout {
-            name: name.given(),
-            waited: DB::GUARD_LIMIT,
-            waiting_for: WaitingFor::Lock,
-            held_by: None,
-        },
+        Fault::Busy => busy(),
         // Without a COMMIT nothing is stored.
         Fault::Disconnected if !DB::COMMITS_WITH_CHECK => Error::lost(name.given(), Loss::TransactionEnded),
         _ => failure.into_error(Action::Commit, Some(name)),
     };
-    let error = match checked.map_err(Failure::new::<DB>) {
+    let error = match checked {
         Ok(Guarded::Ours) => {
-            return transaction
-                .commit()
-                .await
-                .map(|()| None)
-                .map_err(|error| Failure::new::<DB>(error).into_error(Action::Commit, Some(name)));
+            let committed = transaction.commit().await.map_err(Failure::new::<DB>);
+            return committed.map(|()| None).map_err(|failure| match failure.fault {
+                // SQLite: a reader keeps the COMMIT from writing. Nothing is stored.
+                Fault::Busy => busy(),
+                _ => failure.into_error(Action::Commit, Some(name)),
+            });
         }
         Ok(Guarded::Committed { call }) => {
             // There is nothing left to commit, but sqlx counts transactions.
@@ -212,12 +230,13 @@ async fn commit<DB: LockDatabase>(
 async fn guard<'a, DB: LockDatabase>(
     transaction: &mut DB::Connection,
     leases: &'a [LeaseKey],
-) -> Result<(), (&'a Name, sqlx::Result<Guarded>)> {
+) -> Result<(), (&'a Name, Result<Guarded, Failure>)> {
     for key in leases {
-        let guarded = match DB::guard(transaction, key, false).await {
+        let guarded = DB::guard(transaction, key, false).await.map_err(Failure::new::<DB>);
+        let guarded = match guarded {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => continue,
             // The COMMIT was not sent.
-            Err(error) if DB::classify(&error) == Fault::Disconnected => Ok(Guarded::Ended),
+            Err(Failure { fault: Fault::Disconnected, .. }) => Ok(Guarded::Ended),
             guarded => guarded,
         };
         return Err((&key.row.name, guarded));
@@ -229,23 +248,14 @@ async fn guard<'a, DB: LockDatabase>(
 async fn roll_back<DB: LockDatabase>(
     mut transaction: Transaction<'static, DB>,
     runtime: &Runtime,
-) -> sqlx::Result<()> {
+) -> Result<(), StepError> {
     let rolling_back = async move {
         let unmarked = DB::unmark(&mut transaction).await;
         DB::reopen(&mut transaction).await;
         let rolled_back = transaction.rollback().await;
-        unmarked.and(rolled_back)
+        unmarked.and(rolled_back.map_err(StepError::Sqlx))
     };
     bounded(ROLLBACK_LIMIT, runtime, rolling_back).await?
-}
-
-/// The error when it is unknown whether the COMMIT was carried out.
-pub(crate) fn unknown(name: &str, source: io::Error) -> Error {
-    Error::CommitUnknown {
-        name: name.to_owned(),
-        reason: source.to_string(),
-        source: Arc::new(source.into()),
-    }
 }
 
 impl<DB: LockDatabase, K: Send + 'static> Deref for ManagedTransaction<DB, K> {

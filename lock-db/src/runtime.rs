@@ -87,5 +87,5 @@ const TASK_ENDED: &str =
 /// The error for a task that ended with its runtime, or had not begun before that. Nothing of its
 /// work is kept.
 pub(crate) fn ended(action: Action, name: &Name) -> Error {
-    Error::other(action, Some(name.given()), true, io::ErrorKind::ConnectionAborted, TASK_ENDED)
+    Error::other(action, Some(name.given()), true, TASK_ENDED)
 }

@@ -81,9 +81,7 @@ impl fmt::Debug for SecretSource {
 }
 
 fn fill(bytes: &mut [u8]) -> Result<(), Error> {
-    getrandom::fill(bytes).map_err(|error| {
-        Error::other(Action::DrawSecret, None, false, std::io::ErrorKind::Other, error.to_string())
-    })
+    getrandom::fill(bytes).map_err(|error| Error::other(Action::DrawSecret, None, false, error.to_string()))
 }
 
 /// A reader of a log must not be able to release the lock.

@@ -1,13 +1,14 @@
 //! Database errors, and what they mean for a lock.
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::is_rt_shutdown_err;
 
-use super::LockDatabase;
-use crate::error::{Action, Error, Loss};
+use super::{LockDatabase, StepError};
+use crate::error::{Action, Error, Finding, Loss};
 use crate::name::Name;
 use crate::text::in_one_line;
 
@@ -48,12 +49,31 @@ pub enum Fault {
     Other,
 }
 
+const TABLE_MISSING: &str = "the table `distributed_lock` does not exist";
+
+impl Fault {
+    /// What an error means that sqlx makes itself, in the same way for every database. `None`: it
+    /// is an error of the server, or has no meaning for a lock.
+    #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+    pub(crate) fn of_sqlx(error: &sqlx::Error) -> Option<Self> {
+        match error {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::WorkerCrashed => Some(Self::Disconnected),
+            sqlx::Error::Configuration(_) => Some(Self::Refused),
+            sqlx::Error::BeginFailed => Some(Self::TransactionEnded),
+            _ => None,
+        }
+    }
+}
+
 /// An error of a database with what it means for a lock.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
     pub(crate) fault: Fault,
     cause: Cause,
-    /// Text for people, without the prefix that sqlx adds to network errors.
+    /// What is known, for people, in words of lock-db. The words of the server are in `source`.
     reason: String,
     source: Arc<sqlx::Error>,
     /// Directory of the database's migrations.
@@ -67,26 +87,34 @@ enum Cause {
     Said,
     /// The server does not answer. What it does with the statement is unknown.
     Silence,
-    /// A hook of the application's pool caused it.
-    Hook,
+    /// A hook of the application's pool caused it, and may still be running.
+    Hook { is_silent: bool },
     /// The runtime that opened the connection has ended.
     Runtime,
 }
 
 impl Failure {
-    pub(crate) fn new<DB: LockDatabase>(source: sqlx::Error) -> Self {
-        Self::shared::<DB>(Arc::new(source))
+    pub(crate) fn new<DB: LockDatabase>(error: impl Into<StepError>) -> Self {
+        match error.into() {
+            StepError::Sqlx(source) => Self::shared::<DB>(Arc::new(source)),
+            StepError::OutcomeUnknown(source) => {
+                Self { fault: Fault::Disconnected, ..Self::shared::<DB>(Arc::new(source)) }
+            }
+            StepError::Found(fault, text) => Self::found::<DB>(fault, text),
+            StepError::Explained(fault, reason, source) => {
+                Self { fault, reason, ..Self::shared::<DB>(Arc::new(source)) }
+            }
+        }
     }
 
     /// A failure with an error that other callers share.
-    pub(crate) fn shared<DB: LockDatabase>(source: Arc<sqlx::Error>) -> Self {
+    fn shared<DB: LockDatabase>(source: Arc<sqlx::Error>) -> Self {
         let fault = DB::classify(&source);
         let cause = match &*source {
-            source if hook_failure(source).is_some() => Cause::Hook,
             sqlx::Error::Io(error) if is_rt_shutdown_err(error) => Cause::Runtime,
             _ => Cause::Said,
         };
-        let reason = reason(DB::NAME, fault, &source);
+        let reason = reason::<DB>(fault, &source);
         Self { fault, cause, reason, source, folder: DB::FOLDER }
     }
 
@@ -117,9 +145,10 @@ impl Failure {
         Some(failure)
     }
 
-    /// A failure that lock-db detected itself, without an error of sqlx.
-    fn ours<DB: LockDatabase>(fault: Fault, kind: io::ErrorKind, reason: String) -> Self {
-        let source = Arc::new(sqlx::Error::Io(io::Error::new(kind, reason.clone())));
+    /// lock-db found it itself, without an error of sqlx.
+    fn found<DB: LockDatabase>(fault: Fault, reason: impl Into<Cow<'static, str>>) -> Self {
+        let reason = reason.into().into_owned();
+        let source = Finding::error(reason.clone());
         Self { fault, cause: Cause::Said, reason, source, folder: DB::FOLDER }
     }
 
@@ -132,26 +161,28 @@ impl Failure {
 
     pub(crate) fn no_answer<DB: LockDatabase>(limit: Duration) -> Self {
         let reason = format!("{} did not answer within {limit:.3?}", DB::NAME);
-        Self {
-            cause: Cause::Silence,
-            ..Self::ours::<DB>(Fault::Disconnected, io::ErrorKind::TimedOut, reason)
-        }
+        Self { cause: Cause::Silence, ..Self::found::<DB>(Fault::Disconnected, reason) }
     }
 
     /// A private connection was not opened, because of the application's hook.
-    pub(crate) fn hook<DB: LockDatabase>(failure: HookFailure) -> Self {
-        Self::new::<DB>(failure.into())
+    pub(crate) fn hook<DB: LockDatabase>(failure: &HookFailure) -> Self {
+        let is_silent = matches!(failure, HookFailure::Waits(_));
+        Self {
+            cause: Cause::Hook { is_silent },
+            ..Self::found::<DB>(Fault::Disconnected, failure.to_string())
+        }
     }
 
     /// Whether a hook of the application's pool keeps the connection from being opened.
     pub(crate) fn is_hook(&self) -> bool {
-        self.cause == Cause::Hook
+        matches!(self.cause, Cause::Hook { .. })
     }
 
     /// Whether the server did not answer at all.
     pub(crate) fn is_silence(&self) -> bool {
         let is_timeout = |error: &io::Error| error.kind() == io::ErrorKind::TimedOut;
-        self.cause == Cause::Silence || matches!(&*self.source, sqlx::Error::Io(error) if is_timeout(error))
+        matches!(self.cause, Cause::Silence | Cause::Hook { is_silent: true })
+            || matches!(&*self.source, sqlx::Error::Io(error) if is_timeout(error))
     }
 
     /// Whether the connection belongs to a runtime that has ended.
@@ -164,33 +195,31 @@ impl Failure {
     }
 
     pub(crate) fn table_missing<DB: LockDatabase>() -> Self {
-        let reason = "the table `distributed_lock` does not exist".to_owned();
-        let source = Arc::new(sqlx::Error::RowNotFound);
-        Self { fault: Fault::TableMissing, cause: Cause::Said, reason, source, folder: DB::FOLDER }
+        Self::found::<DB>(Fault::TableMissing, TABLE_MISSING)
     }
 
     pub(crate) fn table_differs<DB: LockDatabase>(column: &str) -> Self {
-        let source = Arc::new(sqlx::Error::ColumnNotFound(column.into()));
-        let reason = reason(DB::NAME, Fault::TableDiffers, &source);
-        Self { fault: Fault::TableDiffers, cause: Cause::Said, reason, source, folder: DB::FOLDER }
+        let reason = format!(
+            "the table `distributed_lock` lacks the column `{column}`, which this version of lock-db needs"
+        );
+        Self::found::<DB>(Fault::TableDiffers, reason)
     }
 
     /// The table has all columns and still can't be used.
     pub(crate) fn unusable_table<DB: LockDatabase>(reason: String) -> Self {
-        let source = Arc::new(sqlx::Error::Configuration(reason.clone().into()));
-        Self { fault: Fault::TableUnusable, cause: Cause::Said, reason, source, folder: DB::FOLDER }
+        Self::found::<DB>(Fault::TableUnusable, reason)
     }
 
     /// The whole table is locked, although no error of the database says so.
     pub(crate) fn table_locked<DB: LockDatabase>() -> Self {
-        let reason = "another transaction has locked the table `distributed_lock` as a whole".to_owned();
-        Self::ours::<DB>(Fault::Busy, io::ErrorKind::WouldBlock, reason)
+        let reason = "another transaction has locked the table `distributed_lock` as a whole";
+        Self::found::<DB>(Fault::Busy, reason)
     }
 
     /// A connection was given up, and the server has not ended its session yet.
     pub(crate) fn session_remains<DB: LockDatabase>() -> Self {
         let reason = format!("an earlier session of this process has not ended yet on {}", DB::NAME);
-        Self::ours::<DB>(Fault::Disconnected, io::ErrorKind::ResourceBusy, reason)
+        Self::found::<DB>(Fault::Disconnected, reason)
     }
 
     /// Explains a busy SQLite database, where one writer excludes all others. `is_free`: whether
@@ -215,9 +244,7 @@ impl Failure {
     pub(crate) fn not_written<DB: LockDatabase>() -> Self {
         let reason = "the lock is free and its row is not locked, but writing it has no effect: is there a trigger on \
                       `distributed_lock`, or is the right to update it missing?";
-        let source = Arc::new(sqlx::Error::Configuration(reason.into()));
-        let reason = reason.to_owned();
-        Self { fault: Fault::Other, cause: Cause::Said, reason, source, folder: DB::FOLDER }
+        Self::found::<DB>(Fault::Other, reason)
     }
 
     /// Whether the transaction in which it happened can't continue.
@@ -290,100 +317,55 @@ pub(crate) enum HookFailure {
     Waits(Duration),
 }
 
-impl From<HookFailure> for sqlx::Error {
-    fn from(failure: HookFailure) -> Self {
-        let kind = match failure {
-            HookFailure::Waits(_) => io::ErrorKind::TimedOut,
-            HookFailure::Panicked(_) => io::ErrorKind::Other,
-        };
-        Self::Io(io::Error::new(kind, failure))
-    }
-}
-
-fn hook_failure(source: &sqlx::Error) -> Option<&HookFailure> {
-    match source {
-        sqlx::Error::Io(error) => error.get_ref()?.downcast_ref(),
-        _ => None,
-    }
-}
-
-/// One line, for logs.
+/// One line with the words of the server, for logs.
 impl std::fmt::Display for Failure {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&self.reason)
+        formatter.write_str(&self.reason)?;
+        match Finding::unless_ours(&self.source) {
+            Some(source) => write!(formatter, ": {}", in_one_line(&source.to_string())),
+            None => Ok(()),
+        }
     }
 }
 
-/// One line of text for people, without the prefix that sqlx adds to network errors.
-fn reason(database: &str, fault: Fault, source: &sqlx::Error) -> String {
-    let text = match source {
-        sqlx::Error::Io(error) => of_network(database, error),
-        sqlx::Error::Protocol(text) => text.clone(),
-        sqlx::Error::Configuration(error) => error.to_string(),
-        sqlx::Error::ColumnNotFound(column) if fault == Fault::TableDiffers => format!(
-            "the table `distributed_lock` lacks the column `{column}`, which this version of lock-db needs"
-        ),
-        _ if fault == Fault::TableMissing => "the table `distributed_lock` does not exist".to_owned(),
-        _ if fault == Fault::TableDiffers => {
+/// One line of text for people, which does not repeat the error of sqlx.
+fn reason<DB: LockDatabase>(fault: Fault, source: &sqlx::Error) -> String {
+    let database = DB::NAME;
+    let code = DB::code(source).map(|code| format!(" (error {code})")).unwrap_or_default();
+    match (fault, source) {
+        (Fault::TableMissing, _) => TABLE_MISSING.to_owned(),
+        (Fault::TableDiffers, _) => {
             "the table `distributed_lock` is not what this version of lock-db needs".to_owned()
         }
-        source if fault == Fault::Busy => {
-            format!("another transaction keeps the others from writing: {source}")
+        (Fault::Busy, _) => "another transaction keeps the others from writing".to_owned(),
+        (_, sqlx::Error::Io(error)) => of_network(database, error),
+        (_, sqlx::Error::Protocol(_)) => {
+            format!("the connection to {database} can't be used any more")
         }
-        source => source.to_string(),
-    };
-    in_one_line(&text).to_string()
+        (_, sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed) => "the pool gave no connection".to_owned(),
+        (_, sqlx::Error::WorkerCrashed) => "the thread of the connection has ended".to_owned(),
+        (_, sqlx::Error::Configuration(_)) => "the options of the pool are not valid".to_owned(),
+        (Fault::Disconnected, _) => format!("{database} ended or refused the connection{code}"),
+        (Fault::Passing, _) => format!("{database} can't do it at present{code}"),
+        (Fault::Refused, _) => {
+            format!("denied by {database}{code} until a right, a setting or an option of the pool is changed")
+        }
+        (_, sqlx::Error::Database(_)) => format!("{database} reported an error{code}"),
+        _ => "sqlx reported an error".to_owned(),
+    }
 }
 
-/// Adds the name of the database to a network error.
+/// What an error of the network means.
 fn of_network(database: &str, error: &io::Error) -> String {
     if is_rt_shutdown_err(error) {
-        return format!(
-            "{error} (the runtime that made the connection has ended: give each runtime a pool of its own)"
-        );
+        return "the runtime that made the connection has ended: give each runtime a pool of its own"
+            .to_owned();
     }
-    let is_hook = error.get_ref().and_then(|inner| inner.downcast_ref::<HookFailure>()).is_some();
-    let is_ours = error.get_ref().is_some() && error.raw_os_error().is_none();
-    let kind = error.kind();
-    let says = match kind {
-        _ if is_hook => return error.to_string(),
-        // Already a text of lock-db: a silent server, a locked table, a session or a task that has
-        // ended.
-        io::ErrorKind::TimedOut
-        | io::ErrorKind::WouldBlock
-        | io::ErrorKind::ResourceBusy
-        | io::ErrorKind::ConnectionAborted
-            if is_ours =>
-        {
-            return error.to_string();
-        }
-        io::ErrorKind::ConnectionRefused
-        | io::ErrorKind::ConnectionReset
-        | io::ErrorKind::ConnectionAborted
-        | io::ErrorKind::HostUnreachable
-        | io::ErrorKind::NetworkUnreachable
-        | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::TimedOut
-        | io::ErrorKind::UnexpectedEof => kind.to_string(),
-        _ => error.to_string(),
-    };
-    match kind {
+    match error.kind() {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionAborted
         | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::UnexpectedEof => format!("the connection to {database} broke ({says})"),
-        _ => format!("{database} can't be reached ({says})"),
+        | io::ErrorKind::UnexpectedEof => format!("the connection to {database} broke"),
+        _ => format!("{database} can't be reached"),
     }
-}
-
-/// Whether the connection to the database failed. sqlx reports this in the same way for every
-/// database.
-pub(crate) fn is_connection_failure(error: &sqlx::Error) -> bool {
-    matches!(
-        error,
-        sqlx::Error::Io(_)
-            | sqlx::Error::Protocol(_)
-            | sqlx::Error::PoolTimedOut
-            | sqlx::Error::WorkerCrashed
-    )
 }

@@ -4,8 +4,7 @@
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 use std::time::Instant;
 
-#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
-pub(crate) use self::failure::is_connection_failure;
+pub(crate) use self::driver::StepError;
 pub(crate) use self::failure::{Failure, Fault, HookFailure};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
@@ -96,24 +95,22 @@ pub enum Probe {
     Nothing,
 }
 
-/// The error for a row that was created and locked without obstacle, but could not be written.
+/// A name that no lock has, for a row that is rolled back.
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
-fn foreign_write() -> sqlx::Error {
-    sqlx::Error::Configuration(
-        "a row of `distributed_lock` can be made, but writing it has no effect: is there a trigger on the table, or does a \
-         policy hide its rows?"
-            .into(),
-    )
+fn name_for_check() -> driver::Result<String> {
+    match crate::secret::Secret::generate() {
+        Ok(secret) => Ok(format!("lock_db: check {}", secret.as_str())),
+        Err(error) => Err(StepError::Found(Fault::Other, error.to_string().into())),
+    }
 }
 
-/// Marks an error that follows a change which stays in effect. A caller that sees only the error
-/// can't know whether the change was made.
-#[cfg(any(feature = "mysql", feature = "postgres"))]
-fn outcome_unknown(error: sqlx::Error) -> sqlx::Error {
-    match error {
-        sqlx::Error::Io(error) => sqlx::Error::Io(error),
-        error => sqlx::Error::Io(std::io::Error::other(error)),
-    }
+/// The error for a row that was created and locked without obstacle, but could not be written.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+fn foreign_write() -> StepError {
+    StepError::refused(
+        "a row of `distributed_lock` can be made, but writing it has no effect: is there a trigger on the table, or does a \
+         policy hide its rows?",
+    )
 }
 
 /// Encodes the leases of a batch as JSON, for databases without arrays:

@@ -1,10 +1,11 @@
 //! The messages of errors: what was attempted, on which lock, what is known, and what to do.
 
+use std::error::Error as _;
 use std::fmt;
 use std::time::Duration;
 
 use super::{Action, Error, Loss};
-use crate::text::escaped;
+use crate::text::{escaped, in_one_line};
 use crate::{Kind, LockInfo};
 
 impl fmt::Display for Error {
@@ -113,6 +114,19 @@ impl fmt::Display for Error {
             | Self::Database { action, name, within, reason, .. } => {
                 write!(out, "could not {}: {reason}", tried(*action, name.as_deref(), *within, false))
             }
+        }
+    }
+}
+
+/// A message with the words of the database.
+pub(super) struct Report<'a>(pub(super) &'a Error);
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}", self.0)?;
+        match self.0.source() {
+            Some(source) => write!(out, ": {}", in_one_line(&source.to_string())),
+            None => Ok(()),
         }
     }
 }

@@ -2,13 +2,16 @@
 
 mod action;
 mod display;
+mod finding;
 mod reasons;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::action::Action;
+use self::display::Report;
 pub(crate) use self::display::lost as lost_how;
+pub(crate) use self::finding::Finding;
 pub use self::reasons::{Loss, NoReentry, WaitingFor};
 use crate::{Kind, LockInfo};
 
@@ -16,7 +19,9 @@ use crate::{Kind, LockInfo};
 /// next.
 ///
 /// The messages are for operators and logs. They name the holder of a lock: its host, process id
-/// and label. Do not return them to clients.
+/// and label. Do not return them to clients. The words of the database are not part of a message:
+/// print the [sources](std::error::Error::source) as well, as `{:#}` of anyhow does, or use
+/// [`report`](Error::report).
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -217,9 +222,10 @@ pub enum Error {
     CommitUnknown {
         /// The name of the lock.
         name: String,
-        /// What happened, in words for people.
+        /// What is known, in words for people.
         reason: String,
-        /// The error of sqlx.
+        /// The error of sqlx. If lock-db noticed the condition itself, its text is `reason`, and
+        /// [`source`](std::error::Error::source) returns `None`.
         source: Arc<sqlx::Error>,
     },
 
@@ -239,7 +245,8 @@ pub enum Error {
         within: Option<Duration>,
         /// What is known, in words for people.
         reason: String,
-        /// The error of sqlx.
+        /// The error of sqlx. If lock-db noticed the condition itself, its text is `reason`, and
+        /// [`source`](std::error::Error::source) returns `None`.
         source: Arc<sqlx::Error>,
     },
 
@@ -256,7 +263,8 @@ pub enum Error {
         within: Option<Duration>,
         /// What is known, in words for people.
         reason: String,
-        /// The error of the database.
+        /// The error of sqlx. If lock-db noticed the condition itself, its text is `reason`, and
+        /// [`source`](std::error::Error::source) returns `None`.
         source: Arc<sqlx::Error>,
     },
 
@@ -274,7 +282,8 @@ pub enum Error {
         retryable: bool,
         /// What is known, in words for people.
         reason: String,
-        /// The error of sqlx or of the database.
+        /// The error of sqlx. If lock-db noticed the condition itself, its text is `reason`, and
+        /// [`source`](std::error::Error::source) returns `None`.
         source: Arc<sqlx::Error>,
     },
 }
@@ -307,6 +316,24 @@ impl Error {
         matches!(self, Self::CommitUnknown { .. } | Self::Lost { reason: Loss::CommitUnknown, .. })
     }
 
+    /// The message followed by the words of the database, in one line, for logs.
+    ///
+    /// `Display` says what was tried and what is known, but leaves out the words of the database or
+    /// of the network. They are in [`source`](std::error::Error::source).
+    ///
+    /// ```no_run
+    /// # async fn f(locks: lock_db::Locks<sqlx::Sqlite>) {
+    /// if let Err(error) = locks.insert_lock("order:1").acquire().await {
+    ///     // … : permission denied for table distributed_lock
+    ///     eprintln!("{}", error.report());
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn report(&self) -> impl std::fmt::Display {
+        Report(self)
+    }
+
     /// The error of sqlx, if this is an error of the database or of the connection to it.
     pub(crate) fn of_database(&self) -> Option<&Arc<sqlx::Error>> {
         match self {
@@ -327,17 +354,23 @@ impl Error {
         action: Action,
         name: Option<String>,
         retryable: bool,
-        kind: std::io::ErrorKind,
         reason: impl Into<String>,
     ) -> Self {
         let reason = reason.into();
-        let source = Arc::new(sqlx::Error::Io(std::io::Error::new(kind, reason.clone())));
+        let source = Finding::error(reason.clone());
         Self::Database { action, name, within: None, retryable, reason, source }
     }
 
     /// Whether the database did not answer in time.
     pub(crate) fn is_silence(&self) -> bool {
         matches!(self, Self::Unreachable { silent: true, .. })
+    }
+
+    /// Whether a COMMIT was carried out is unknown, for a reason that is not an error of sqlx.
+    pub(crate) fn commit_unknown(name: impl Into<String>, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        let source = Finding::error(reason.clone());
+        Self::CommitUnknown { name: name.into(), reason, source }
     }
 
     pub(crate) fn lost(name: impl Into<String>, reason: Loss) -> Self {
@@ -405,7 +438,7 @@ impl std::error::Error for Error {
             Self::Serialization { source, .. } | Self::SchemaMissing { source, .. } => source.as_ref()?,
             _ => return None,
         };
-        Some(&**source)
+        Finding::unless_ours(source).map(|source| source as _)
     }
 }
 
@@ -441,10 +474,17 @@ mod tests {
 
     #[test]
     fn the_source_is_the_error_of_sqlx() {
-        let error = Error::other(Action::Acquire, None, true, std::io::ErrorKind::Other, "some reason");
+        let source = Arc::new(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into()));
+        let error = Error::CommitUnknown { name: "a".into(), reason: "broken".into(), source };
         let source = std::error::Error::source(&error).unwrap();
         assert!(source.downcast_ref::<sqlx::Error>().is_some());
+    }
+
+    #[test]
+    fn what_lock_db_found_itself_is_told_once() {
+        let error = Error::other(Action::Acquire, None, true, "some reason");
         assert_eq!(error.clone().to_string(), "could not acquire: some reason");
+        assert!(std::error::Error::source(&error).is_none());
     }
 
     #[test]

@@ -317,7 +317,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             let left = self.left().unwrap_or_else(|| SHORTEST_ANSWER.saturating_sub(self.started.elapsed()));
             match answer {
                 Err(error) if error.passes() && !left.is_zero() => {
-                    tracing::debug!(lock = %self.name, %error, "asked again");
+                    tracing::debug!(lock = %self.name, error = %error.report(), "asked again");
                     told = Some(error);
                 }
                 answer => {

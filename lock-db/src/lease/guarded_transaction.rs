@@ -12,7 +12,7 @@ use super::handles;
 use crate::Error;
 use crate::clock::sleep;
 use crate::context::Context;
-use crate::database::{Failure, Fault, LockDatabase, Notification};
+use crate::database::{Failure, Fault, LockDatabase, Notification, StepError};
 use crate::error::Action;
 use crate::error::{Loss, WaitingFor};
 use crate::managed_tx::{Condition, ManagedTransaction};
@@ -79,7 +79,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         };
         match result {
             Ok(Ok(guarded)) => Ok(guarded),
-            Ok(Err(sqlx::Error::PoolTimedOut)) => Err(Error::Timeout {
+            Ok(Err(StepError::Sqlx(sqlx::Error::PoolTimedOut))) => Err(Error::Timeout {
                 name: name.given(),
                 waited: context.pool().options().get_acquire_timeout(),
                 waiting_for: WaitingFor::Connection,
@@ -161,7 +161,7 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
             .map_err(|error| Failure::new::<DB>(error).into_error(Action::RollBack, Some(handles[0].name())))
     }
 
-    async fn sees_grants(&mut self) -> sqlx::Result<bool> {
+    async fn sees_grants(&mut self) -> Result<bool, StepError> {
         for handle in &self.handles {
             if !DB::sees_grant(&mut self.transaction, &handle.lease.key).await? {
                 return Ok(false);
@@ -251,7 +251,7 @@ async fn begin_on<DB: LockDatabase>(
     pool: &Pool<DB>,
     leases: &[Weak<LeaseHandle>],
     runtime: &Runtime,
-) -> sqlx::Result<GuardedTransaction<DB>> {
+) -> Result<GuardedTransaction<DB>, StepError> {
     let mut broken = 0_u32;
     let started = Instant::now();
     loop {
@@ -260,7 +260,7 @@ async fn begin_on<DB: LockDatabase>(
         let error = match begun.await {
             Ok(Ok(transaction)) => {
                 let handles: Option<Vec<_>> = leases.iter().map(Weak::upgrade).collect();
-                let Some(handles) = handles else { return Err(sqlx::Error::PoolClosed) };
+                let Some(handles) = handles else { return Err(sqlx::Error::PoolClosed.into()) };
                 let handles: Vec<_> = handles.iter().map(KeptByTransaction::new).collect();
                 let transaction = transaction.keep(handles.clone());
                 let mut guarded = GuardedTransaction { transaction, handles };
@@ -269,13 +269,15 @@ async fn begin_on<DB: LockDatabase>(
                 }
                 guarded.transaction.roll_back().await?;
                 if started.elapsed() > BEGIN_LIMIT {
-                    return Err(sqlx::Error::Protocol("this node has not heard of the lease".into()));
+                    return Err(StepError::disconnected(
+                        "this node of the cluster has not received the grant of the lease yet",
+                    ));
                 }
                 sleep(PAUSE).await;
                 continue;
             }
             Ok(Err(error)) => error,
-            Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed),
+            Err(_runtime_shut_down) => return Err(sqlx::Error::WorkerCrashed.into()),
         };
         match DB::classify(&error) {
             // SQLite: another connection is writing.
@@ -283,7 +285,7 @@ async fn begin_on<DB: LockDatabase>(
             // The connection was dead before anything was done: closed while it was idle, or by the
             // end of the runtime that opened it. The same may be true of all others in the pool.
             Fault::Disconnected if broken <= pool.options().get_max_connections() => broken += 1,
-            _ => return Err(error),
+            _ => return Err(error.into()),
         }
     }
 }

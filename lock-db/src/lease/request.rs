@@ -454,7 +454,7 @@ pub(crate) fn release_quietly(released: Result<(), Error>) {
         Ok(()) | Err(Error::Lost { .. } | Error::Closed) => {}
         Err(error) => {
             let lock = escaped(error.name().unwrap_or_default());
-            tracing::warn!(%lock, %error, "a lock could not be released after its work was done");
+            tracing::warn!(%lock, error = %error.report(), "a lock could not be released after its work was done");
         }
     }
 }

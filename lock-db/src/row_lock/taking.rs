@@ -125,7 +125,7 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
             Err(error) => Err(Failed::NotLocked(error)),
         };
         if let Err(error) = transaction.roll_back().await {
-            tracing::debug!(%error, "rolling back");
+            tracing::debug!(error = %Failure::new::<DB>(error), "rolling back");
         }
         locked
     }

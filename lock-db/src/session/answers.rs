@@ -1,7 +1,6 @@
 //! Waits for answers of the session. The session has time limits of its own, so a caller gives up
 //! early only if the session's thread does not run.
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
@@ -62,7 +61,7 @@ pub(crate) async fn answer_to<T>(
                 "the thread of this `Locks` has not run for {SIGN_OF_LIFE:?}: it is stopped or blocked"
             );
             let name = name.map(Name::given);
-            return Some(Err(Error::other(action, name, true, io::ErrorKind::TimedOut, message)));
+            return Some(Err(Error::other(action, name, true, message)));
         }
         deadline = Instant::now() + limit;
     }

@@ -40,7 +40,7 @@ pub(super) fn release_in_task(actor: Rc<Actor>, lease: Arc<LeaseState>, answer: 
             // The loss was reported when it was noticed.
             (None, Ok(()) | Err(Error::Lost { .. } | Error::Closed)) => {}
             (None, Err(error)) => {
-                tracing::warn!(lock = %lease.name(), %error, "a dropped lock could not be released");
+                tracing::warn!(lock = %lease.name(), error = %error.report(), "a dropped lock could not be released");
             }
         }
         drop(busy);
@@ -98,7 +98,7 @@ fn row_locked(lease: &LeaseState) -> Error {
     let reason =
         "another transaction has its row locked; it is released when that ends, or free when its TTL is over";
     let name = Some(lease.name().given());
-    Error::other(Action::Release, name, true, std::io::ErrorKind::WouldBlock, reason)
+    Error::other(Action::Release, name, true, reason)
 }
 
 /// A lease whose holder is done with it.
@@ -210,7 +210,7 @@ pub(super) fn release_all(actor: &Rc<Actor>) {
             let settled = until_settled(&actor, &lease.release_claim(), lease.at_least(), until).await;
             if let Err(failure) = settled {
                 let error = failure.into_error(Action::Release, Some(lease.name()));
-                tracing::warn!(lock = %lease.name(), %error, "not released: it is free when its TTL is over");
+                tracing::warn!(lock = %lease.name(), error = %error.report(), "not released: it is free when its TTL is over");
             }
             drop(busy);
         });

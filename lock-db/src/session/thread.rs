@@ -71,7 +71,7 @@ pub(super) fn start<DB: LockDatabase>(
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn no_thread(error: std::io::Error) -> Error {
-    Error::other(Action::StartSession, None, false, error.kind(), error.to_string())
+    Error::other(Action::StartSession, None, false, error.to_string())
 }
 
 /// Serves requests until all senders are gone or the session is closed.

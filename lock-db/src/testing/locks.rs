@@ -170,5 +170,5 @@ impl Drop for Folder {
 }
 
 fn failed(error: &dyn std::error::Error) -> Error {
-    Error::other(Action::PrepareTest, None, false, std::io::ErrorKind::Other, error.to_string())
+    Error::other(Action::PrepareTest, None, false, error.to_string())
 }

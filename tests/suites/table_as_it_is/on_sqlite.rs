@@ -71,7 +71,7 @@ async fn files_that_may_only_be_read(database: &SqliteFile) {
     let locks = Locks::new(pool.clone());
     let is_right = |error: &Error| {
         matches!(error, Error::Database { .. } | Error::Unreachable { .. } | Error::Refused { .. })
-            && error.to_string().contains("readonly database")
+            && error.report().to_string().contains("readonly database")
     };
     let checked = locks.check().await;
     assert!(checked.as_ref().is_err_and(is_right), "{checked:?}");

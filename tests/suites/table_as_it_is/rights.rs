@@ -155,7 +155,7 @@ mod of_postgres {
                     ) && !error.is_retryable(),
                     "{error:?}"
                 );
-                assert!(error.to_string().contains("permission denied for schema locks"), "{error}");
+                assert!(error.report().to_string().contains("permission denied for schema locks"), "{error}");
             }
         }
         database.run(&format!("GRANT USAGE ON SCHEMA locks TO {role}")).await;

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::future::Future;
 use std::time::Duration;
 
+use super::Result;
 use crate::Kind;
 use crate::database::{
     BatchOutcome, Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, ReleaseClaim, Released, Renewal,
@@ -19,7 +20,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         name: &str,
-    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send;
+    ) -> impl Future<Output = Result<Option<LockRow>>> + Send;
 
     /// Creates the row of a name, free. An existing row is not changed. `false`: an open
     /// transaction has created the row, and so holds the lock.
@@ -28,7 +29,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         server: &Server,
         name: &str,
         kind: Kind,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Takes the lease if it is free, or if this claim already holds it. A fair claim takes a free
     /// lease only if no other process is first in the queue. An entry of this claim at the head of
@@ -37,7 +38,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         claim: &Claim,
-    ) -> impl Future<Output = sqlx::Result<Option<Grant>>> + Send;
+    ) -> impl Future<Output = Result<Option<Grant>>> + Send;
 
     /// [`read`](Self::read) for several names, in one statement. Returns one result per name, in
     /// order.
@@ -45,7 +46,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         names: &[Name],
-    ) -> impl Future<Output = sqlx::Result<Vec<Option<LockRow>>>> + Send;
+    ) -> impl Future<Output = Result<Vec<Option<LockRow>>>> + Send;
 
     /// [`create`](Self::create) for several names, which are sorted: all or none. `false`: an open
     /// transaction has created one of the rows.
@@ -54,7 +55,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         server: &Server,
         names: &[Name],
         kind: Kind,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Takes several leases, none of which has a queue entry, if all of them can be
     /// [acquired](Self::acquire). Returns one result per claim, in order. Writes nothing if one of
@@ -66,7 +67,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         claims: &[Claim],
-    ) -> impl Future<Output = sqlx::Result<Vec<Option<Grant>>>> + Send;
+    ) -> impl Future<Output = Result<Vec<Option<Grant>>>> + Send;
 
     /// Gives notice to the holders of leases that have expired or nearly so: they will be taken
     /// over. See [`LockRow::notice_is_due`]. A deadline too far ahead, because the clock was set
@@ -76,7 +77,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         names: &[Name],
-    ) -> impl Future<Output = sqlx::Result<u64>> + Send;
+    ) -> impl Future<Output = Result<u64>> + Send;
 
     /// Makes a free row [settled](LockRow::is_settled), unless another transaction has it locked,
     /// such as a guarded transaction of the last holder. `false`: the row was not settled.
@@ -84,7 +85,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         name: &str,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Records in the row that this process handed the lease directly to another of its holders:
     /// see [`LeaseKey::mark`]. Transactions with an older snapshot don't see the record. `false`:
@@ -93,7 +94,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
     fn mark(
         _connection: &mut Self::Connection,
         _lease: &LeaseKey,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(true) }
     }
 
@@ -103,7 +104,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         name: &str,
-    ) -> impl Future<Output = sqlx::Result<Probe>> + Send;
+    ) -> impl Future<Output = Result<Probe>> + Send;
 
     /// Returns those names whose rows could be locked without waiting. This is a first check;
     /// [`probe`](Self::probe) gives the exact answer for one name.
@@ -111,7 +112,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         names: &[Name],
-    ) -> impl Future<Output = sqlx::Result<HashSet<String>>> + Send;
+    ) -> impl Future<Output = Result<HashSet<String>>> + Send;
 
     /// Extends the deadlines of these leases, in one statement. Returns one result per lease, in
     /// order. Also returns when the leases that were not renewed were read, if that was later than
@@ -120,7 +121,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         leases: &[Renewal],
-    ) -> impl Future<Output = sqlx::Result<Renewed>> + Send;
+    ) -> impl Future<Output = Result<Renewed>> + Send;
 
     /// Frees the lease if it is still ours. `LeaseStatus::Ours` means that it was ours and is free
     /// now.
@@ -128,7 +129,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         lease: &ReleaseClaim,
-    ) -> impl Future<Output = sqlx::Result<Released>> + Send;
+    ) -> impl Future<Output = Result<Released>> + Send;
 
     /// Gives the lease up, but keeps the lock from all others until `at_least` has passed since the
     /// grant. The row has no owner's secret from then on, so a renewal that is still in flight does
@@ -139,7 +140,7 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> impl Future<Output = sqlx::Result<LeaseStatus>> + Send;
+    ) -> impl Future<Output = Result<LeaseStatus>> + Send;
 
     /// Performs the releases and claims of several callers in as few messages as the database
     /// allows, with the same results as separate calls. No name occurs twice.
@@ -148,5 +149,5 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> impl Future<Output = sqlx::Result<BatchOutcome>> + Send;
+    ) -> impl Future<Output = Result<BatchOutcome>> + Send;
 }

@@ -4,6 +4,7 @@
 //! Each method is one step on one connection. The traits can't be reached from outside of the
 //! crate; callers only see `LockDatabase`.
 
+mod error;
 mod lease;
 mod queue;
 mod row_lock;
@@ -12,6 +13,7 @@ mod session;
 mod transaction;
 mod wakeup;
 
+pub(crate) use self::error::{Result, StepError};
 pub(crate) use self::lease::LeaseDriver;
 pub(crate) use self::queue::QueueDriver;
 pub(crate) use self::row_lock::RowLockDriver;

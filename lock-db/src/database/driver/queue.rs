@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use super::Result;
 use crate::database::{QueueEntry, Server};
 use crate::secret::Secret;
 
@@ -14,7 +15,7 @@ pub trait QueueDriver: sqlx::Database + Sized {
         server: &Server,
         name: &str,
         place: &QueueEntry,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Replaces the queue of a name, if it still equals `before`. `false`: it does not, or another
     /// transaction has the row locked.
@@ -24,7 +25,7 @@ pub trait QueueDriver: sqlx::Database + Sized {
         name: &str,
         before: &str,
         after: &str,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Removes the entry with this secret from the queue of a name, unless another transaction has
     /// the row locked.
@@ -33,5 +34,5 @@ pub trait QueueDriver: sqlx::Database + Sized {
         server: &Server,
         name: &str,
         secret: &Secret,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+    ) -> impl Future<Output = Result<()>> + Send;
 }

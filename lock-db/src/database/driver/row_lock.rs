@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use super::Result;
 use crate::database::{LockRow, RowAttempt, RowClaim, Server};
 
 /// Locks that an open transaction holds.
@@ -23,7 +24,7 @@ pub trait RowLockDriver: sqlx::Database + Sized {
     /// Whether a transaction waits for a lease on a private connection before it touches the
     /// lease's row. False if each statement of the transaction sees what others have committed.
     /// Nothing that this sends fixes the transaction's snapshot.
-    fn waits_outside(_transaction: &mut Self::Connection) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    fn waits_outside(_transaction: &mut Self::Connection) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(true) }
     }
 
@@ -32,14 +33,14 @@ pub trait RowLockDriver: sqlx::Database + Sized {
     fn is_here(
         _connection: &mut Self::Connection,
         _server: &Server,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(true) }
     }
 
     /// Whether the transaction has used the table, and so keeps it from being altered. While an
     /// `ALTER` waits for this transaction, private connections can't reach the table, so the
     /// transaction must not wait for them. Always false on databases without such a conflict.
-    fn has_used_table(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    fn has_used_table(_connection: &mut Self::Connection) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(false) }
     }
 
@@ -49,7 +50,7 @@ pub trait RowLockDriver: sqlx::Database + Sized {
         _connection: &mut Self::Connection,
         _server: &Server,
         _name: &str,
-    ) -> impl Future<Output = sqlx::Result<Option<LockRow>>> + Send {
+    ) -> impl Future<Output = Result<Option<LockRow>>> + Send {
         async { Ok(None) }
     }
 
@@ -62,7 +63,7 @@ pub trait RowLockDriver: sqlx::Database + Sized {
         server: &Server,
         claim: &RowClaim,
         slice: Duration,
-    ) -> impl Future<Output = sqlx::Result<RowAttempt>> + Send;
+    ) -> impl Future<Output = Result<RowAttempt>> + Send;
 
     /// Whether the transaction already held the lock that it has just taken. `before` is the secret
     /// that was in the row. `None`: unknown; if the lock was not its own, other connections can see
@@ -70,7 +71,7 @@ pub trait RowLockDriver: sqlx::Database + Sized {
     fn was_its_own(
         _connection: &mut Self::Connection,
         _before: &str,
-    ) -> impl Future<Output = sqlx::Result<Option<bool>>> + Send {
+    ) -> impl Future<Output = Result<Option<bool>>> + Send {
         async { Ok(None) }
     }
 }

@@ -1,7 +1,9 @@
 //! The table: where it is, how it is made, whether it can keep locks; and what errors mean.
 
+use std::borrow::Cow;
 use std::future::Future;
 
+use super::Result;
 use crate::database::{Fault, Found, OldSnapshots, Server};
 
 /// The table: where it is, how it is made, whether it can keep locks; and what errors mean.
@@ -26,7 +28,7 @@ pub trait SchemaDriver: sqlx::Database + Sized {
     fn find_table(
         connection: &mut Self::Connection,
         schema: Option<&str>,
-    ) -> impl Future<Output = sqlx::Result<Found>> + Send;
+    ) -> impl Future<Output = Result<Found>> + Send;
 
     /// Finds the table on a connection of the application, if a private connection with the pool's
     /// options could find no other one. `None`: that can't be determined.
@@ -34,7 +36,7 @@ pub trait SchemaDriver: sqlx::Database + Sized {
         _connection: &mut Self::Connection,
         _pool: &sqlx::Pool<Self>,
         _schema: Option<&str>,
-    ) -> impl Future<Output = sqlx::Result<Option<Server>>> + Send {
+    ) -> impl Future<Output = Result<Option<Server>>> + Send {
         async { Ok(None) }
     }
 
@@ -44,14 +46,14 @@ pub trait SchemaDriver: sqlx::Database + Sized {
     fn migrate(
         connection: &mut Self::Connection,
         schema: Option<&str>,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+    ) -> impl Future<Output = Result<()>> + Send;
 
     /// Does what locks do to the table, without effect, so that a missing privilege shows. Returns
     /// warnings about what works but could be better.
     fn check(
         connection: &mut Self::Connection,
         server: &Server,
-    ) -> impl Future<Output = sqlx::Result<Vec<String>>> + Send;
+    ) -> impl Future<Output = Result<Vec<String>>> + Send;
 
     /// Whether this error says that a privilege is missing without naming it. `check` names it.
     #[must_use]
@@ -65,8 +67,11 @@ pub trait SchemaDriver: sqlx::Database + Sized {
     fn old_snapshots(
         connection: &mut Self::Connection,
         server: &Server,
-    ) -> impl Future<Output = sqlx::Result<OldSnapshots>> + Send;
+    ) -> impl Future<Output = Result<OldSnapshots>> + Send;
 
     /// Classifies an error of this database.
     fn classify(error: &sqlx::Error) -> Fault;
+
+    /// The code by which the server's documentation lists this error.
+    fn code(error: &sqlx::Error) -> Option<Cow<'_, str>>;
 }

@@ -2,6 +2,8 @@
 
 use std::future::Future;
 
+use super::Result;
+
 /// Private connections: how they are set up, and how an earlier session of them is ended.
 pub trait SessionDriver: sqlx::Database + Sized {
     /// Whether a network can drop a connection silently.
@@ -23,17 +25,14 @@ pub trait SessionDriver: sqlx::Database + Sized {
     /// Sets up a private connection once, before its first use, and gives its session a number by
     /// which [`end_session`](Self::end_session) finds it. Behind a pooler that shares its sessions
     /// among clients, the session gets no number.
-    fn prepare(
-        connection: &mut Self::Connection,
-        session: i64,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn prepare(connection: &mut Self::Connection, session: i64) -> impl Future<Output = Result<()>> + Send;
 
     /// Ends the session with this number, whatever it is doing. `true`: no session has that number
     /// (any more).
     fn end_session(
         _connection: &mut Self::Connection,
         _session: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(true) }
     }
 
@@ -43,7 +42,7 @@ pub trait SessionDriver: sqlx::Database + Sized {
         _connection: &mut Self::Connection,
         _session: i64,
         _own: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(false) }
     }
 

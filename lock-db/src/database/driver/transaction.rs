@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use super::Result;
 use crate::database::{Guarded, LeaseKey, Server};
 
 /// Transactions that are committed only while a lock is held.
@@ -39,18 +40,18 @@ pub trait TransactionDriver: sqlx::Database + Sized {
         server: &Server,
         name: &str,
         fencing_token: i64,
-    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
+    ) -> impl Future<Output = Result<Guarded>> + Send;
 
     /// Does what `guard` does, last before the COMMIT of a marked transaction.
     fn commit_guarded(
         connection: &mut Self::Connection,
         lease: &LeaseKey,
         release: bool,
-    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
+    ) -> impl Future<Output = Result<Guarded>> + Send;
 
     /// Undoes what the mark did to the connection, before a marked transaction is rolled back. A
     /// statement whose caller was dropped may still be running.
-    fn unmark(_connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send {
+    fn unmark(_connection: &mut Self::Connection) -> impl Future<Output = Result<()>> + Send {
         async { Ok(()) }
     }
 
@@ -60,7 +61,7 @@ pub trait TransactionDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         lease: &LeaseKey,
         release: bool,
-    ) -> impl Future<Output = sqlx::Result<Guarded>> + Send;
+    ) -> impl Future<Output = Result<Guarded>> + Send;
 
     /// Whether a transaction that has just begun sees the grant of this lease, and so everything
     /// that was committed before the grant. It does not on a node that lags behind the node that
@@ -68,7 +69,7 @@ pub trait TransactionDriver: sqlx::Database + Sized {
     fn sees_grant(
         _connection: &mut Self::Connection,
         _lease: &LeaseKey,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(true) }
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use super::Result;
 use crate::database::{Notification, Server};
 
 /// How a waiter learns that a lock is free: by a notification, or by a user lock of the server.
@@ -23,7 +24,7 @@ pub trait WakeUpDriver: sqlx::Database + Sized {
         _connection: &mut Self::Connection,
         _server: &Server,
         _row: i64,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send {
+    ) -> impl Future<Output = Result<bool>> + Send {
         async { Ok(false) }
     }
 
@@ -32,29 +33,24 @@ pub trait WakeUpDriver: sqlx::Database + Sized {
         _connection: &mut Self::Connection,
         _server: &Server,
         _row: i64,
-    ) -> impl Future<Output = sqlx::Result<()>> + Send {
+    ) -> impl Future<Output = Result<()>> + Send {
         async { Ok(()) }
     }
 
     /// Opens a connection for notifications, with the options of the pool.
-    fn connect_listening(
-        pool: &sqlx::Pool<Self>,
-    ) -> impl Future<Output = sqlx::Result<Self::Listening>> + Send;
+    fn connect_listening(pool: &sqlx::Pool<Self>) -> impl Future<Output = Result<Self::Listening>> + Send;
 
     /// Subscribes to the notifications for this listener. `false`: a pooler shares the connection,
     /// and other clients would receive the notifications.
-    fn listen(
-        listening: &mut Self::Listening,
-        listener: u32,
-    ) -> impl Future<Output = sqlx::Result<bool>> + Send;
+    fn listen(listening: &mut Self::Listening, listener: u32) -> impl Future<Output = Result<bool>> + Send;
 
     /// The same connection, for other statements.
     fn listening_connection(
         listening: &mut Self::Listening,
-    ) -> impl Future<Output = sqlx::Result<&mut Self::Connection>> + Send;
+    ) -> impl Future<Output = Result<&mut Self::Connection>> + Send;
 
     /// Waits for a notification and returns the id of the row whose lock is free. Cancel safe.
-    fn notified(listening: &mut Self::Listening) -> impl Future<Output = sqlx::Result<i64>> + Send;
+    fn notified(listening: &mut Self::Listening) -> impl Future<Output = Result<i64>> + Send;
 
     /// Notifies processes that wait for rows which are free now. This runs separately, after the
     /// statement that freed the rows. It only shortens a waiter's pause; nothing else depends on
@@ -62,7 +58,7 @@ pub trait WakeUpDriver: sqlx::Database + Sized {
     fn notify(
         _connection: &mut Self::Connection,
         _calls: &[Notification],
-    ) -> impl Future<Output = sqlx::Result<()>> + Send {
+    ) -> impl Future<Output = Result<()>> + Send {
         async { Ok(()) }
     }
 }

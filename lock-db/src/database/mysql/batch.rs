@@ -12,10 +12,11 @@ use sqlx::{AssertSqlSafe, Connection, MySql, Row};
 use super::errors::{UNKNOWN_STATEMENT, number};
 use super::several::in_json;
 use super::{literal, mariadb, parts};
-use crate::database::driver::SchemaDriver;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
-    as_json, hexadecimal, in_order, outcome_unknown,
+    as_json, hexadecimal, in_order,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -117,7 +118,7 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let mut all = Renewed { statuses: Vec::with_capacity(leases.len()), read_at: None };
     for part in parts(leases, server, |_| LONGEST_RENEWAL) {
         let Renewed { statuses, read_at } = renew_part(connection, server, part).await?;
@@ -132,7 +133,7 @@ async fn renew_part(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     if server.is_mariadb {
         return mariadb::renew(connection, server, leases).await;
     }
@@ -156,7 +157,7 @@ pub(super) async fn still_ours(
     connection: &mut MySqlConnection,
     server: &Server,
     json: &str,
-) -> sqlx::Result<(Vec<(String, LeaseStatus)>, Instant)> {
+) -> driver::Result<(Vec<(String, LeaseStatus)>, Instant)> {
     let mut transaction = connection.begin().await?;
     let read_at = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(&mut *transaction).await?;
@@ -169,7 +170,7 @@ pub(super) async fn still_ours(
         };
         Ok((row.try_get(0)?, status))
     };
-    Ok((rows.iter().map(status).collect::<sqlx::Result<_>>()?, read_at))
+    Ok((rows.iter().map(status).collect::<driver::Result<_>>()?, read_at))
 }
 
 /// Uses as few messages as the server allows.
@@ -178,7 +179,7 @@ pub(super) async fn batch(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let names = releases.iter().map(|one| &one.name).chain(claims.iter().map(|claim| &claim.name));
     if names.map(in_json).sum::<usize>() <= server.longest_message {
         return batch_part(connection, server, releases, claims).await;
@@ -190,7 +191,7 @@ pub(super) async fn batch(
         let is_first = all.releases.is_empty() && all.grants.is_empty();
         let part = batch_part(connection, server, releases, claims).await;
         // The earlier parts are already committed.
-        let part = if is_first { part? } else { part.map_err(outcome_unknown)? };
+        let part = if is_first { part? } else { part.map_err(StepError::outcome_unknown)? };
         all.releases.extend(part.releases);
         all.grants.extend(part.grants);
     }
@@ -202,7 +203,7 @@ async fn batch_part(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let asked = batch_as_json(releases, claims);
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // All entries are of this process, so they have the same listener.
@@ -214,7 +215,7 @@ async fn batch_part(
     };
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
-        Err(error) if MySql::classify(&error) == Fault::Deadlock => {
+        Err(error) if error.fault::<MySql>() == Fault::Deadlock => {
             return Ok(BatchOutcome::nothing(releases, claims));
         }
         rows => rows?,
@@ -247,7 +248,7 @@ async fn in_transaction(
     asked: &str,
     owner: &str,
     listener: &str,
-) -> sqlx::Result<Vec<MySqlRow>> {
+) -> driver::Result<Vec<MySqlRow>> {
     let owner = literal(owner);
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping.
@@ -271,12 +272,12 @@ async fn in_transaction(
     }
 }
 
-async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> sqlx::Result<Vec<MySqlRow>> {
+async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> driver::Result<Vec<MySqlRow>> {
     let rows = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut *connection).await;
     if rows.is_err() {
         sqlx::raw_sql("ROLLBACK").execute(connection).await?;
     }
-    rows
+    Ok(rows?)
 }
 
 /// Encodes a batch as `[["6e616d65", "secret", 30000000, "place"], …]`. A release has a `ttl` of

@@ -7,8 +7,9 @@ use sqlx::{Connection, Row};
 use super::errors::number;
 use super::lease;
 use crate::Kind;
-use crate::database::{Server, foreign_write};
-use crate::secret::Secret;
+use crate::database::StepError;
+use crate::database::driver;
+use crate::database::{Server, foreign_write, name_for_check};
 
 /// What locks do to the table, without a row. Each statement needs privileges of its own.
 const USES: [&str; 3] = [
@@ -34,7 +35,7 @@ SHOW GLOBAL VARIABLES WHERE Variable_name IN (
 /// Below this, the server closes connections that a service uses only now and then.
 const SHORT_WAIT_TIMEOUT: u64 = 60;
 
-pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<String>> {
     let mut denied: Vec<String> = Vec::new();
     for statement in USES {
         match sqlx::raw_sql(server.table.sql(statement)).execute(&mut *connection).await {
@@ -51,7 +52,7 @@ pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> 
             denied.join("; "),
             server.table.name()
         );
-        return Err(sqlx::Error::Configuration(message.into()));
+        return Err(StepError::refused(message));
     }
     try_out(connection, server).await?;
     warnings(connection).await
@@ -63,8 +64,8 @@ pub(super) fn is_denied(error: &sqlx::Error) -> bool {
 
 /// Creates a row, locks and writes it, and rolls back. Any obstacle to one of these steps shows as
 /// an error.
-async fn try_out(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<()> {
-    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+async fn try_out(connection: &mut MySqlConnection, server: &Server) -> driver::Result<()> {
+    let name = name_for_check()?;
     let mut transaction = connection.begin_with("START TRANSACTION").await?;
     lease::create(&mut transaction, server, &name, Kind::Insert).await?;
     let lock = sqlx::query(server.table.sql(LOCK)).bind(name.as_bytes());
@@ -75,7 +76,7 @@ async fn try_out(connection: &mut MySqlConnection, server: &Server) -> sqlx::Res
     if locked.is_some() && written.rows_affected() == 1 { Ok(()) } else { Err(foreign_write()) }
 }
 
-async fn warnings(connection: &mut MySqlConnection) -> sqlx::Result<Vec<String>> {
+async fn warnings(connection: &mut MySqlConnection) -> driver::Result<Vec<String>> {
     let mut warnings = Vec::new();
     for row in sqlx::raw_sql(SETTINGS).fetch_all(connection).await? {
         let (setting, value): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);

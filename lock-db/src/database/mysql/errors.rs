@@ -41,21 +41,20 @@ pub(super) const OUT_OF_RANGE: u16 = 1690;
 /// The account lacks a privilege.
 pub(super) const ACCESS_DENIED: u16 = 1227;
 
-pub(super) fn number(error: &sqlx::Error) -> Option<u16> {
-    let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
+/// The number of an error of sqlx, or of the one behind a [`StepError`](crate::database::StepError).
+pub(super) fn number<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> Option<u16> {
+    let error = error.into()?.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
     Some(error.number())
 }
 
-pub(super) fn says(error: &sqlx::Error, text: &str) -> bool {
-    error.as_database_error().is_some_and(|error| error.message().contains(text))
+pub(super) fn says<'e>(error: impl Into<Option<&'e sqlx::Error>>, text: &str) -> bool {
+    let error = error.into().and_then(sqlx::Error::as_database_error);
+    error.is_some_and(|error| error.message().contains(text))
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::database::is_connection_failure(error) {
-        return Fault::Disconnected;
-    }
-    if matches!(error, sqlx::Error::Configuration(_)) {
-        return Fault::Refused;
+    if let Some(fault) = Fault::of_sqlx(error) {
+        return fault;
     }
     match number(error) {
         Some(LOCK_WAIT_TIMEOUT | ROW_IS_LOCKED) => Fault::Busy,

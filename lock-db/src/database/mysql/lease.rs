@@ -8,9 +8,11 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
 use super::mariadb;
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::{
-    Claim, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server, names_as_json,
-    outcome_unknown,
+    Claim, Fault, Grant, LeaseKey, LeaseStatus, LockRow, Probe, QueueEntry, ReleaseClaim, Server,
+    names_as_json,
 };
 use crate::name::Name;
 use crate::options::micros;
@@ -178,12 +180,12 @@ pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Option<LockRow>> {
+) -> driver::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name.as_bytes()).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
 
-pub(super) fn lock_row(row: &MySqlRow) -> sqlx::Result<LockRow> {
+pub(super) fn lock_row(row: &MySqlRow) -> driver::Result<LockRow> {
     Ok(LockRow {
         id: row.try_get(0)?,
         kind: Kind::parse(row.try_get(1)?),
@@ -206,21 +208,21 @@ pub(super) async fn create(
     server: &Server,
     name: &str,
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     if read(connection, server, name).await?.is_some() {
         return Ok(true);
     }
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
     match query.execute(connection).await {
-        Err(error) if has_no_id(&error) => Err(sqlx::Error::Configuration(
-            format!(
-                "{error}: a row has the largest id that there is, so no row can be made for a new name; give it another one, \
-                 and `ALTER TABLE {} AUTO_INCREMENT = 1`",
+        Err(error) if has_no_id(&error) => {
+            let text = format!(
+                "a row has the largest id that there is, so no row can be made for a new name; give it another one, and \
+                 `ALTER TABLE {} AUTO_INCREMENT = 1`",
                 server.table.name()
-            )
-            .into(),
-        )),
-        Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error),
+            );
+            Err(StepError::Explained(Fault::Refused, text, error))
+        }
+        Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error.into()),
         _ => Ok(true),
     }
 }
@@ -238,7 +240,7 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     let secret = claim.secret.as_str();
     let place = claim.place.as_ref().map_or("", Secret::as_str);
     let name = claim.name.as_bytes();
@@ -260,11 +262,11 @@ pub(super) async fn acquire(
     }
     // The lease is already ours, so an error must not look like an answer.
     let query = sqlx::query(server.table.sql(GRANTED)).bind(name).bind(secret);
-    let row = query.fetch_optional(connection).await.map_err(outcome_unknown)?;
+    let row = query.fetch_optional(connection).await.map_err(StepError::outcome_unknown)?;
     row.as_ref().map(granted).transpose()
 }
 
-pub(super) fn granted(row: &MySqlRow) -> sqlx::Result<Grant> {
+pub(super) fn granted(row: &MySqlRow) -> driver::Result<Grant> {
     let (fencing_token, id) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(2)?, tokens: row.try_get(3)? })
 }
@@ -273,7 +275,7 @@ pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let names = names_as_json(names);
     if server.is_mariadb {
         return mariadb::give_notice(connection, server, &names).await;
@@ -286,7 +288,7 @@ pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     if server.is_mariadb {
         return mariadb::settle(connection, server, name).await;
     }
@@ -295,7 +297,7 @@ pub(super) async fn settle(
 }
 
 /// Waits for the row no longer than any other statement here.
-pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+pub(super) async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
     let marked = sqlx::query(lease.server.table.sql(MARK))
         .bind(lease.mark)
         .bind(lease.row.id)
@@ -313,12 +315,12 @@ pub(super) async fn probe(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Probe> {
+) -> driver::Result<Probe> {
     match sqlx::query(server.table.sql(PROBE)).bind(name.as_bytes()).fetch_optional(connection).await {
         Ok(Some(_)) => Ok(Probe::Free),
         Ok(None) => Ok(Probe::Nothing),
         Err(error) if matches!(number(&error), Some(ROW_IS_LOCKED | LOCK_WAIT_TIMEOUT)) => Ok(Probe::Locked),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -326,17 +328,17 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let ReleaseClaim { name, secret, place } = lease;
     let released = if server.is_mariadb {
-        mariadb::release(connection, server, lease).await
+        mariadb::release(connection, server, lease).await?
     } else {
         let (place, listener) = QueueEntry::parts(place.as_ref());
         let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
         let query = query.bind(place).bind(place).bind(place).bind(listener);
-        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
+        query.execute(&mut *connection).await?.rows_affected() > 0
     };
-    released_or_not(connection, server, name, secret, released?).await
+    released_or_not(connection, server, name, secret, released).await
 }
 
 pub(super) async fn release_later(
@@ -345,15 +347,15 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let released = if server.is_mariadb {
-        mariadb::release_later(connection, server, name, secret, at_least).await
+        mariadb::release_later(connection, server, name, secret, at_least).await?
     } else {
         let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(micros(at_least)).bind(name.as_bytes());
         let query = query.bind(secret.as_str());
-        query.execute(&mut *connection).await.map(|done| done.rows_affected() > 0)
+        query.execute(&mut *connection).await?.rows_affected() > 0
     };
-    released_or_not(connection, server, name, secret, released?).await
+    released_or_not(connection, server, name, secret, released).await
 }
 
 async fn released_or_not(
@@ -362,7 +364,7 @@ async fn released_or_not(
     name: &str,
     secret: &Secret,
     released: bool,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     if released {
         return Ok(LeaseStatus::Ours);
     }
@@ -376,7 +378,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     if server.is_mariadb {
         return mariadb::enqueue(connection, server, name, place).await;
     }
@@ -391,7 +393,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     if server.is_mariadb {
         return mariadb::set_waiters(connection, server, name, before, after).await;
     }
@@ -404,11 +406,12 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     if server.is_mariadb {
         return mariadb::dequeue(connection, server, name, secret).await;
     }
     let secret = secret.as_str();
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(secret).bind(name.as_bytes()).bind(secret);
-    query.execute(connection).await.map(drop)
+    query.execute(connection).await?;
+    Ok(())
 }

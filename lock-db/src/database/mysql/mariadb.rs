@@ -26,9 +26,10 @@ use sqlx::{MySql, Row};
 
 use super::batch::still_ours;
 use super::lease::granted;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
-    outcome_unknown,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -297,7 +298,7 @@ fn insert(server: &Server, statement: &'static str) -> Query<'static, MySql, MyS
 async fn wrote(
     connection: &mut MySqlConnection,
     query: Query<'_, MySql, MySqlArguments>,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     Ok(!query.fetch_all(connection).await?.is_empty())
 }
 
@@ -305,7 +306,7 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
@@ -321,7 +322,7 @@ pub(super) async fn release(
     connection: &mut MySqlConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (place, listener) = QueueEntry::parts(lease.place.as_ref());
     let query = insert(server, RELEASE).bind(place).bind(lease.name.as_bytes());
     wrote(connection, query.bind(lease.secret.as_str()).bind(listener)).await
@@ -333,7 +334,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = insert(server, RELEASE_LATER).bind(micros(at_least));
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
@@ -343,7 +344,7 @@ pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let given = insert(server, GIVE_NOTICE).bind(names).fetch_all(connection).await?;
     Ok(u64::try_from(given.len()).unwrap_or(u64::MAX))
 }
@@ -352,7 +353,7 @@ pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     wrote(connection, insert(server, SETTLE).bind(name.as_bytes())).await
 }
 
@@ -361,7 +362,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (secret, listener) = QueueEntry::parts(Some(place));
     let query = insert(server, STAND).bind(secret).bind(name.as_bytes());
     wrote(connection, query.bind(secret).bind(listener)).await
@@ -373,7 +374,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = insert(server, SET_WAITERS).bind(after).bind(name.as_bytes()).bind(before);
     wrote(connection, query).await
 }
@@ -383,7 +384,7 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let secret = secret.as_str();
     let query = insert(server, REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
     wrote(connection, query).await.map(drop)
@@ -393,7 +394,7 @@ pub(super) async fn renew(
     connection: &mut MySqlConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let json = as_json(leases);
     let renewed = insert(server, RENEW).bind(&json).fetch_all(&mut *connection).await?;
     let renewed: Vec<String> = renewed.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
@@ -420,7 +421,7 @@ pub(super) async fn batch(
     owner: &str,
     listener: &str,
     releases: &[ReleaseClaim],
-) -> sqlx::Result<Vec<MySqlRow>> {
+) -> driver::Result<Vec<MySqlRow>> {
     let query = insert(server, BATCH).bind(asked).bind(owner).bind(listener);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
@@ -430,7 +431,7 @@ pub(super) async fn batch(
     if releases.iter().any(|one| !done.contains(one.secret.as_str())) {
         // The statement above is already committed.
         let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(asked).fetch_all(connection).await;
-        rows.extend(ours.map_err(outcome_unknown)?);
+        rows.extend(ours.map_err(StepError::outcome_unknown)?);
     }
     Ok(rows)
 }
@@ -443,7 +444,7 @@ pub(super) async fn acquire_all(
     asked: &str,
     owner: &str,
     all: Option<i64>,
-) -> sqlx::Result<Vec<MySqlRow>> {
+) -> driver::Result<Vec<MySqlRow>> {
     let query = match all {
         Some(all) => {
             // Inside it, `asked` is a variable.
@@ -451,13 +452,13 @@ pub(super) async fn acquire_all(
         }
         None => sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked),
     };
-    query.bind(owner).fetch_all(connection).await
+    Ok(query.bind(owner).fetch_all(connection).await?)
 }
 
 pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &str,
-) -> sqlx::Result<Vec<MySqlRow>> {
-    sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await
+) -> driver::Result<Vec<MySqlRow>> {
+    Ok(sqlx::query(server.table.sql(UNLOCKED)).bind(names).fetch_all(connection).await?)
 }

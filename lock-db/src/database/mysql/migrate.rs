@@ -5,6 +5,8 @@ use sqlx::{AssertSqlSafe, MySql};
 
 use super::errors::{DEADLOCK, DUPLICATE_KEY, READ_ONLY, number};
 use super::schema::{digest, find};
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::SchemaDriver;
 use crate::database::{Fault, Found};
 use crate::schema;
@@ -34,22 +36,23 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 /// If everything is applied this only reads, so an account without the privilege to create anything
 /// may call it. If the table is as this version needs it, the account may also lack access to the
 /// ledger, or the ledger may be missing.
-pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
+pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> driver::Result<()> {
     let schema = if let Some(schema) = schema {
         schema.to_owned()
     } else {
         let current: Option<String> = sqlx::query_scalar(CURRENT).fetch_one(&mut *connection).await?;
         current.ok_or_else(|| {
-            sqlx::Error::Configuration("the pool's URL names no database, and the builder no `schema`".into())
+            StepError::refused("the pool's URL names no database, and the builder no `schema`")
         })?
     };
     let lock = format!("lock_db:{}", digest(&schema));
     let locked: i64 = sqlx::query_scalar(LOCK_MIGRATIONS).bind(&lock).fetch_one(&mut *connection).await?;
     if locked != 1 {
-        return Err(sqlx::Error::Protocol("another process has been migrating for a minute".into()));
+        let text = "another process has been migrating for a minute";
+        return Err(StepError::Found(Fault::Passing, text.into()));
     }
     match apply(connection, &schema).await {
-        Err(error) if MySql::classify(&error) == Fault::Refused || number(&error) == Some(READ_ONLY) => {
+        Err(error) if error.fault::<MySql>() == Fault::Refused || number(&error) == Some(READ_ONLY) => {
             match find(connection, Some(&schema)).await? {
                 Found::Table(_) => {}
                 _ => return Err(may_not(error)),
@@ -57,26 +60,25 @@ pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&st
         }
         applied => applied?,
     }
-    sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await.map(drop)
+    sqlx::query(UNLOCK_MIGRATIONS).bind(lock).execute(connection).await?;
+    Ok(())
 }
 
 /// A read-only server is reported with its own error, because another server may have become the
 /// primary.
-fn may_not(error: sqlx::Error) -> sqlx::Error {
-    if MySql::classify(&error) != Fault::Refused {
-        return error;
+fn may_not(error: StepError) -> StepError {
+    match error {
+        StepError::Sqlx(error) if MySql::classify(&error) == Fault::Refused => {
+            let text = "`migrate()` has to be called once by an account that may create tables there; accounts that only use \
+                        the table need SELECT, INSERT and UPDATE on it";
+            StepError::Explained(Fault::Refused, text.to_owned(), error)
+        }
+        error => error,
     }
-    sqlx::Error::Configuration(
-        format!(
-            "{error}: `migrate()` has to be called once by an account that may create tables there; accounts that only use the \
-             table need SELECT, INSERT and UPDATE on it"
-        )
-        .into(),
-    )
 }
 
 /// The newest applied migration, if this version does not know it.
-pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<Option<i64>> {
+pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> driver::Result<Option<i64>> {
     let sql = format!("SELECT MAX(version) FROM `{}`._lock_db_migrations", schema.replace('`', "``"));
     // The ledger may be missing, or this account may not read it.
     let newest = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(connection).await;
@@ -84,7 +86,7 @@ pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> sql
     Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
 }
 
-async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<()> {
+async fn apply(connection: &mut MySqlConnection, schema: &str) -> driver::Result<()> {
     let quoted = format!("`{}`", schema.replace('`', "``"));
     let ledger = format!("{quoted}._lock_db_migrations");
     let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
@@ -114,13 +116,13 @@ async fn apply(connection: &mut MySqlConnection, schema: &str) -> sqlx::Result<(
         if let Err(error) = noted
             && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
         {
-            return Err(error);
+            return Err(error.into());
         }
     }
     Ok(())
 }
 
-async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> sqlx::Result<bool> {
+async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> driver::Result<bool> {
     let tables: i64 =
         sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
     Ok(tables > 0)

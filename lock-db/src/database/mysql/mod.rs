@@ -17,6 +17,7 @@ mod snapshots;
 mod transaction;
 mod user_lock;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -33,6 +34,8 @@ use super::{
     Server, hexadecimal,
 };
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
 
@@ -43,19 +46,22 @@ impl SchemaDriver for MySql {
         options.get_database().unwrap_or_default().to_owned()
     }
 
-    async fn find_table(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+    async fn find_table(connection: &mut MySqlConnection, schema: Option<&str>) -> driver::Result<Found> {
         schema::find(connection, schema).await
     }
 
-    async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> driver::Result<()> {
         migrate::migrate(connection, schema).await
     }
 
-    async fn check(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<String>> {
         check::check(connection, server).await
     }
 
-    async fn old_snapshots(connection: &mut MySqlConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+    async fn old_snapshots(
+        connection: &mut MySqlConnection,
+        server: &Server,
+    ) -> driver::Result<OldSnapshots> {
         snapshots::old(connection, server).await
     }
 
@@ -63,6 +69,10 @@ impl SchemaDriver for MySql {
     /// row.
     fn lacks_right(error: &sqlx::Error) -> bool {
         check::is_denied(error)
+    }
+
+    fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+        errors::number(error).map(|number| number.to_string().into())
     }
 
     fn classify(error: &sqlx::Error) -> Fault {
@@ -77,16 +87,16 @@ impl SessionDriver for MySql {
         options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
     }
 
-    async fn prepare(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
+    async fn prepare(connection: &mut MySqlConnection, session: i64) -> driver::Result<()> {
         schema::prepare(connection).await?;
         session::mark(connection, session).await
     }
 
-    async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+    async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> driver::Result<bool> {
         session::is_idle(connection, session, own).await
     }
 
-    async fn end_session(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
+    async fn end_session(connection: &mut MySqlConnection, session: i64) -> driver::Result<bool> {
         session::end(connection, session).await
     }
 }
@@ -94,19 +104,19 @@ impl SessionDriver for MySql {
 impl WakeUpDriver for MySql {
     type Listening = Infallible;
 
-    async fn connect_listening(_pool: &Pool<MySql>) -> sqlx::Result<Infallible> {
-        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    async fn connect_listening(_pool: &Pool<MySql>) -> driver::Result<Infallible> {
+        Err(StepError::disconnected("this database has no notifications"))
     }
 
-    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
+    async fn listen(listening: &mut Infallible, _listener: u32) -> driver::Result<bool> {
         match *listening {}
     }
 
-    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut MySqlConnection> {
+    async fn listening_connection(listening: &mut Infallible) -> driver::Result<&mut MySqlConnection> {
         match *listening {}
     }
 
-    async fn notified(listening: &mut Infallible) -> sqlx::Result<i64> {
+    async fn notified(listening: &mut Infallible) -> driver::Result<i64> {
         match *listening {}
     }
 
@@ -116,7 +126,7 @@ impl WakeUpDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         row: i64,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         user_lock::take(connection, server, row).await
     }
 
@@ -124,7 +134,7 @@ impl WakeUpDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         row: i64,
-    ) -> sqlx::Result<()> {
+    ) -> driver::Result<()> {
         user_lock::give(connection, server, row).await
     }
 }
@@ -134,7 +144,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-    ) -> sqlx::Result<Option<LockRow>> {
+    ) -> driver::Result<Option<LockRow>> {
         lease::read(connection, server, name).await
     }
 
@@ -143,7 +153,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         name: &str,
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::create(connection, server, name, kind).await
     }
 
@@ -151,7 +161,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         claim: &Claim,
-    ) -> sqlx::Result<Option<Grant>> {
+    ) -> driver::Result<Option<Grant>> {
         if server.is_mariadb {
             return mariadb::acquire(connection, server, claim).await;
         }
@@ -162,7 +172,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+    ) -> driver::Result<Vec<Option<LockRow>>> {
         several::read(connection, server, names).await
     }
 
@@ -171,7 +181,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         names: &[Name],
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         several::create(connection, server, names, kind).await
     }
 
@@ -179,7 +189,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         claims: &[Claim],
-    ) -> sqlx::Result<Vec<Option<Grant>>> {
+    ) -> driver::Result<Vec<Option<Grant>>> {
         several::acquire(connection, server, claims).await
     }
 
@@ -187,7 +197,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<HashSet<String>> {
+    ) -> driver::Result<HashSet<String>> {
         several::unlocked(connection, server, names).await
     }
 
@@ -195,7 +205,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<u64> {
+    ) -> driver::Result<u64> {
         let mut given = 0;
         for part in parts(names, server, several::in_json) {
             given += lease::give_notice(connection, server, part).await?;
@@ -203,15 +213,15 @@ impl LeaseDriver for MySql {
         Ok(given)
     }
 
-    async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+    async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> driver::Result<bool> {
         lease::settle(connection, server, name).await
     }
 
-    async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+    async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
         lease::mark(connection, lease).await
     }
 
-    async fn probe(connection: &mut MySqlConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
+    async fn probe(connection: &mut MySqlConnection, server: &Server, name: &str) -> driver::Result<Probe> {
         lease::probe(connection, server, name).await
     }
 
@@ -219,7 +229,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Renewed> {
+    ) -> driver::Result<Renewed> {
         batch::renew(connection, server, leases).await
     }
 
@@ -227,7 +237,7 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         lease: &ReleaseClaim,
-    ) -> sqlx::Result<Released> {
+    ) -> driver::Result<Released> {
         lease::release(connection, server, lease).await.map(Released::from)
     }
 
@@ -237,7 +247,7 @@ impl LeaseDriver for MySql {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<LeaseStatus> {
+    ) -> driver::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
@@ -246,7 +256,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<BatchOutcome> {
+    ) -> driver::Result<BatchOutcome> {
         batch::batch(connection, server, releases, claims).await
     }
 }
@@ -257,7 +267,7 @@ impl QueueDriver for MySql {
         server: &Server,
         name: &str,
         place: &QueueEntry,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::enqueue(connection, server, name, place).await
     }
 
@@ -267,7 +277,7 @@ impl QueueDriver for MySql {
         name: &str,
         before: &str,
         after: &str,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
@@ -276,7 +286,7 @@ impl QueueDriver for MySql {
         server: &Server,
         name: &str,
         secret: &Secret,
-    ) -> sqlx::Result<()> {
+    ) -> driver::Result<()> {
         lease::dequeue(connection, server, name, secret).await
     }
 }
@@ -284,7 +294,7 @@ impl QueueDriver for MySql {
 impl RowLockDriver for MySql {
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
-    async fn has_used_table(connection: &mut MySqlConnection) -> sqlx::Result<bool> {
+    async fn has_used_table(connection: &mut MySqlConnection) -> driver::Result<bool> {
         transaction::has_used_table(connection).await
     }
 
@@ -292,7 +302,7 @@ impl RowLockDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-    ) -> sqlx::Result<Option<LockRow>> {
+    ) -> driver::Result<Option<LockRow>> {
         transaction::find_row(connection, server, name).await
     }
 
@@ -301,7 +311,7 @@ impl RowLockDriver for MySql {
         server: &Server,
         claim: &RowClaim,
         slice: Duration,
-    ) -> sqlx::Result<RowAttempt> {
+    ) -> driver::Result<RowAttempt> {
         let owner = server.storable(&claim.owner);
         if *owner == *claim.owner {
             return transaction::lock_row(connection, server, claim, slice).await;
@@ -310,7 +320,7 @@ impl RowLockDriver for MySql {
         transaction::lock_row(connection, server, &claim, slice).await
     }
 
-    async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> sqlx::Result<Option<bool>> {
+    async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> driver::Result<Option<bool>> {
         let may_be = transaction::may_be_its_own(connection, before).await?;
         Ok(if may_be { None } else { Some(false) })
     }
@@ -332,7 +342,7 @@ impl TransactionDriver for MySql {
         server: &Server,
         _name: &str,
         _fencing_token: i64,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_locked(connection, server).await
     }
 
@@ -340,11 +350,11 @@ impl TransactionDriver for MySql {
         connection: &mut MySqlConnection,
         lease: &LeaseKey,
         release: bool,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_guarded(connection, lease, release).await
     }
 
-    async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+    async fn unmark(connection: &mut MySqlConnection) -> driver::Result<()> {
         transaction::unmark(connection).await
     }
 
@@ -352,11 +362,11 @@ impl TransactionDriver for MySql {
         connection: &mut MySqlConnection,
         lease: &LeaseKey,
         release: bool,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::guard(connection, lease, release).await
     }
 
-    async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+    async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
         transaction::sees_grant(connection, lease).await
     }
 

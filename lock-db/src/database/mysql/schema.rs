@@ -7,7 +7,9 @@ use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
 
 use super::{is_temporary, migrate};
+use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
+use crate::database::driver;
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 use crate::name::MAX_BYTES;
@@ -77,11 +79,12 @@ FROM information_schema.statistics
 WHERE table_schema = ? AND table_name = 'distributed_lock' AND index_name = 'distributed_lock_name'
     AND (@@lower_case_table_names <> 0 OR CAST(table_schema AS BINARY) = CAST(? AS BINARY))";
 
-pub(super) async fn prepare(connection: &mut MySqlConnection) -> sqlx::Result<()> {
-    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+pub(super) async fn prepare(connection: &mut MySqlConnection) -> driver::Result<()> {
+    sqlx::raw_sql(PREPARE).execute(connection).await?;
+    Ok(())
 }
 
-pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>) -> driver::Result<Found> {
     let mut settings = HashMap::new();
     for row in sqlx::raw_sql(SERVER_SETTINGS).fetch_all(&mut *connection).await? {
         settings.insert(row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
@@ -90,9 +93,8 @@ pub(super) async fn find(connection: &mut MySqlConnection, schema: Option<&str>)
     if setting("innodb_rollback_on_timeout") == "ON" {
         // A lock timeout would roll the caller's transaction back, while its handle still looks
         // open.
-        return Err(sqlx::Error::Configuration(
-            "lock-db needs innodb_rollback_on_timeout = OFF, which is the default".into(),
-        ));
+        let text = "lock-db needs innodb_rollback_on_timeout = OFF, which is the default";
+        return Err(StepError::refused(text));
     }
     let kind = kind_of_server(setting);
     let row = sqlx::query(FIND).bind(schema).bind(schema).fetch_optional(&mut *connection).await?;

@@ -8,7 +8,8 @@ use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
 
 use super::errors::{NO_SUCH_SESSION, number};
-use crate::database::is_connection_failure;
+use crate::database::Fault;
+use crate::database::driver;
 
 /// Marks the session by a user lock, which ends with the session. So the number never identifies
 /// another session, as the id of a connection could after a restart of the server.
@@ -26,15 +27,19 @@ const REMEMBER: &str = "SELECT ? INTO @lock_db_session";
 const END: &str = "KILL CONNECTION IS_USED_LOCK(@lock_db_session)";
 
 /// Where the server refuses user locks, as some clusters do, the session has no number.
-pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<()> {
+pub(super) async fn mark(connection: &mut MySqlConnection, session: i64) -> driver::Result<()> {
     match sqlx::query(MARK).bind(name(session)).execute(connection).await {
-        Err(error) if is_connection_failure(&error) => Err(error),
+        Err(error) if Fault::of_sqlx(&error) == Some(Fault::Disconnected) => Err(error.into()),
         _ => Ok(()),
     }
 }
 
 /// `false` where the server refuses user locks, because nothing is known of the session.
-pub(super) async fn is_idle(connection: &mut MySqlConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+pub(super) async fn is_idle(
+    connection: &mut MySqlConnection,
+    session: i64,
+    own: i64,
+) -> driver::Result<bool> {
     let known: Option<i64> = sqlx::query_scalar(FIND).bind(name(own)).fetch_one(&mut *connection).await?;
     let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;
     let Some(id) = id else { return Ok(known.is_some()) };
@@ -47,7 +52,7 @@ pub(super) async fn is_idle(connection: &mut MySqlConnection, session: i64, own:
 }
 
 /// `true`: it has ended.
-pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> sqlx::Result<bool> {
+pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> driver::Result<bool> {
     let id: Option<i64> = sqlx::query_scalar(FIND).bind(name(session)).fetch_one(&mut *connection).await?;
     let Some(id) = id else { return Ok(true) };
     for row in sqlx::raw_sql(SESSIONS).fetch_all(&mut *connection).await? {
@@ -61,7 +66,7 @@ pub(super) async fn end(connection: &mut MySqlConnection, session: i64) -> sqlx:
     match sqlx::raw_sql(END).execute(connection).await {
         // It has ended in the meantime.
         Err(error) if number(&error) == Some(NO_SUCH_SESSION) => Ok(true),
-        asked => asked.map(|_| false),
+        asked => Ok(asked.map(|_| false)?),
     }
 }
 

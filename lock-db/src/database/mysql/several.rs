@@ -10,8 +10,10 @@ use super::batch::batch_as_json;
 use super::lease::{self, READ_ALL};
 use super::{literal, mariadb, parts};
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::SessionDriver;
-use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json, outcome_unknown};
+use crate::database::{Claim, Grant, LockRow, Server, by_name, names_as_json};
 use crate::name::Name;
 use crate::options::micros;
 
@@ -65,7 +67,7 @@ pub(super) async fn read(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<Vec<Option<LockRow>>> {
+) -> driver::Result<Vec<Option<LockRow>>> {
     let mut found = Vec::with_capacity(names.len());
     for part in parts(names, server, in_json) {
         let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(part));
@@ -87,7 +89,7 @@ pub(super) async fn create(
     server: &Server,
     names: &[Name],
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let rows = read(connection, server, names).await?;
     let missing: Vec<&Name> =
         names.iter().zip(rows).filter_map(|(name, row)| row.is_none().then_some(name)).collect();
@@ -105,14 +107,14 @@ pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Vec<Option<Grant>>> {
+) -> driver::Result<Vec<Option<Grant>>> {
     let nothing = || vec![None; claims.len()];
     let parts = parts(claims, server, |claim| in_json(&claim.name));
     let rows = if let [all] = &*parts {
         acquire_part(connection, server, all, true).await?
     } else {
         let rows = acquire_parts(connection, server, &parts).await?;
-        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map_err(outcome_unknown)?;
+        sqlx::raw_sql(AFTER_SHORT).execute(connection).await.map_err(StepError::outcome_unknown)?;
         rows
     };
     let Some(rows) = rows else { return Ok(nothing()) };
@@ -130,7 +132,7 @@ async fn acquire_parts(
     connection: &mut MySqlConnection,
     server: &Server,
     parts: &[&[Claim]],
-) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+) -> driver::Result<Option<Vec<MySqlRow>>> {
     let mut transaction = connection.begin_with(MySql::BEGIN_SHORT).await?;
     let mut rows = Vec::new();
     for part in parts {
@@ -150,7 +152,7 @@ async fn acquire_part(
     server: &Server,
     claims: &[Claim],
     is_whole: bool,
-) -> sqlx::Result<Option<Vec<MySqlRow>>> {
+) -> driver::Result<Option<Vec<MySqlRow>>> {
     let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let ttl = claims.first().map_or(0, |claim| micros(claim.ttl));
@@ -166,14 +168,14 @@ async fn acquire_part(
     }
     // The leases are already ours, so an error must not look like an answer.
     let rows = sqlx::query(server.table.sql(GRANTED_ALL)).bind(asked).fetch_all(connection).await;
-    rows.map(Some).map_err(outcome_unknown)
+    rows.map(Some).map_err(StepError::outcome_unknown)
 }
 
 pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<HashSet<String>> {
+) -> driver::Result<HashSet<String>> {
     let mut found = HashSet::with_capacity(names.len());
     for part in parts(names, server, in_json) {
         let names = names_as_json(part);

@@ -4,6 +4,7 @@ use sqlx::Row;
 use sqlx::mysql::MySqlConnection;
 
 use super::errors::{ACCESS_DENIED, number};
+use crate::database::driver;
 use crate::database::{OldSnapshots, Server};
 
 /// Purge removes no version that the server's oldest read view may see. Both servers show how many
@@ -27,7 +28,7 @@ WHERE transaction.trx_mysql_thread_id <> CONNECTION_ID()
         OR (history.length >= 5000 AND transaction.trx_started < now.here - INTERVAL 2 SECOND))
 ORDER BY transaction.trx_started LIMIT 3";
 
-pub(super) async fn old(connection: &mut MySqlConnection, _server: &Server) -> sqlx::Result<OldSnapshots> {
+pub(super) async fn old(connection: &mut MySqlConnection, _server: &Server) -> driver::Result<OldSnapshots> {
     let found = match sqlx::raw_sql(OLD).fetch_all(connection).await {
         Ok(found) => found,
         Err(error) if number(&error) == Some(ACCESS_DENIED) => {
@@ -38,7 +39,7 @@ pub(super) async fn old(connection: &mut MySqlConnection, _server: &Server) -> s
         Err(sqlx::Error::Database(error)) => {
             return Ok(OldSnapshots::unseen(&*error));
         }
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let Some(oldest) = found.first() else { return Ok(OldSnapshots::default()) };
     let length: i64 = oldest.try_get(5)?;

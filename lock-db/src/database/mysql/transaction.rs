@@ -12,6 +12,8 @@ use super::errors::{
 };
 use super::{is_temporary, lease, literal};
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::{SchemaDriver, TransactionDriver};
 use crate::database::{Cluster, Fault, Guarded, LeaseKey, LockRow, RowAttempt, RowClaim, Server};
 use crate::secret::Secret;
@@ -59,12 +61,12 @@ pub(super) async fn lock_row(
     server: &Server,
     claim: &RowClaim,
     slice: Duration,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     let attempt = match lock_and_write(connection, server, claim, slice).await {
         Err(error) if is_locked(connection, server, &error).await? => Ok(RowAttempt::Busy),
         attempt => attempt,
     };
-    let fault = attempt.as_ref().err().map(MySql::classify);
+    let fault = attempt.as_ref().err().map(StepError::fault::<MySql>);
     if matches!(fault, Some(Fault::Deadlock | Fault::Serialization | Fault::TransactionEnded))
         || matches!(attempt, Ok(RowAttempt::Stale | RowAttempt::Leased { .. } | RowAttempt::Unsettled { .. }))
     {
@@ -79,8 +81,8 @@ pub(super) async fn lock_row(
 async fn is_locked(
     connection: &mut MySqlConnection,
     server: &Server,
-    error: &sqlx::Error,
-) -> sqlx::Result<bool> {
+    error: &StepError,
+) -> driver::Result<bool> {
     match number(error) {
         Some(ROW_IS_LOCKED) => return Ok(true),
         Some(LOCK_WAIT_TIMEOUT) => {}
@@ -91,7 +93,7 @@ async fn is_locked(
     match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
         Ok(_) => Ok(true),
         Err(error) if MySql::classify(&error) == Fault::Busy => Ok(false),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -99,7 +101,7 @@ async fn is_locked(
 pub(super) async fn commit_locked(
     connection: &mut MySqlConnection,
     server: &Server,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     commit_marked(connection, server.cluster, String::new()).await
 }
 
@@ -107,7 +109,7 @@ pub(super) async fn commit_guarded(
     connection: &mut MySqlConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     let is_ours = is_ours(lease, RELEASED_IN_MARKED);
     let (id, table) = (lease.row.id, lease.server.table.name());
     // Only an error keeps the server from executing the rest. EXP returns a number that is out of
@@ -125,7 +127,7 @@ pub(super) async fn commit_guarded(
     commit_marked(connection, lease.server.cluster, guard).await
 }
 
-pub(super) async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()> {
+pub(super) async fn unmark(connection: &mut MySqlConnection) -> driver::Result<()> {
     // Turning autocommit on again would commit an open transaction.
     let sql = format!("ROLLBACK AND NO CHAIN NO RELEASE; {UNMARK}");
     for _ in 0..2 {
@@ -133,10 +135,14 @@ pub(super) async fn unmark(connection: &mut MySqlConnection) -> sqlx::Result<()>
             // This was the result of a statement whose caller was dropped: sqlx gives it to the
             // next call.
             Err(sqlx::Error::Database(_)) => {}
-            unmarked => return unmarked.map(drop),
+            unmarked => {
+                unmarked?;
+                return Ok(());
+            }
         }
     }
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?;
+    Ok(())
 }
 
 /// A lease that this transaction has released still guards it.
@@ -144,7 +150,7 @@ pub(super) async fn guard(
     connection: &mut MySqlConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     match guard_held(connection, lease, release).await? {
         Guarded::NotOurs => guard_released(connection, lease).await,
         guarded => Ok(guarded),
@@ -156,7 +162,7 @@ async fn guard_held(
     connection: &mut MySqlConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     // The plain read comes first, because after the write it would see this transaction's own
     // version. It fixes a snapshot, but the snapshot is no older than what follows.
     let sees_grant = format!(
@@ -192,7 +198,7 @@ async fn guard_held(
 
 /// Whether this transaction has released the lease. A savepoint records the release, and ends with
 /// the transaction.
-async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<Guarded> {
+async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<Guarded> {
     // On a cluster nothing lasts exactly as long as the transaction: see `note`.
     if lease.server.cluster == Cluster::MultiPrimary {
         return Ok(Guarded::NotOurs);
@@ -210,13 +216,13 @@ async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> s
             Ok(if count > 0 { Guarded::Ours } else { Guarded::NotOurs })
         }
         Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(Guarded::NotOurs),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
 /// Evaluates the plain read, which comes first, and the count of the locking read or the write,
 /// which comes last.
-fn guarded(rows: &[MySqlRow]) -> sqlx::Result<Guarded> {
+fn guarded(rows: &[MySqlRow]) -> driver::Result<Guarded> {
     let [shown, rows @ ..] = rows else { return Ok(Guarded::NotOurs) };
     if is_temporary(shown) {
         return Ok(Guarded::Elsewhere);
@@ -232,7 +238,7 @@ fn guarded(rows: &[MySqlRow]) -> sqlx::Result<Guarded> {
     })
 }
 
-pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
     if lease.server.cluster == Cluster::SinglePrimary {
         return Ok(true);
     }
@@ -242,11 +248,11 @@ pub(super) async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKe
 }
 
 /// The variable outlives the transaction, so only a negative answer is certain.
-pub(super) async fn may_be_its_own(connection: &mut MySqlConnection, secret: &str) -> sqlx::Result<bool> {
+pub(super) async fn may_be_its_own(connection: &mut MySqlConnection, secret: &str) -> driver::Result<bool> {
     let digest = digest(secret);
     let sql = format!("SELECT COALESCE(INSTR({TAKEN}, '{}'), 0) > 0", digest.get(..32).unwrap_or(&digest));
     let found = fetch_optional(connection, sql).await?;
-    found.map_or(Ok(false), |row| row.try_get(0))
+    Ok(found.map_or(Ok(false), |row| row.try_get(0))?)
 }
 
 pub(super) async fn doom(connection: &mut MySqlConnection) {
@@ -280,12 +286,13 @@ async fn commit_marked(
     connection: &mut MySqlConnection,
     cluster: Cluster,
     guard: String,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE");
     let sent = match cluster {
         Cluster::SinglePrimary => commit_and_unmark(connection, &sql).await,
         Cluster::MultiPrimary => {
-            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await.map(|_| false)
+            let sent = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await;
+            sent.map(|_| false).map_err(StepError::Sqlx)
         }
     };
     match sent {
@@ -306,7 +313,7 @@ async fn commit_marked(
 
 /// After the COMMIT, a row shows that it was carried out. What fails later, such as by KILL QUERY,
 /// leaves the connection marked, and the result is false.
-async fn commit_and_unmark(connection: &mut MySqlConnection, commit: &str) -> sqlx::Result<bool> {
+async fn commit_and_unmark(connection: &mut MySqlConnection, commit: &str) -> driver::Result<bool> {
     let sql = format!("{commit}; SELECT 1 AS lock_db_committed; {UNMARK}");
     let mut results = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(connection);
     let mut is_committed = false;
@@ -317,7 +324,7 @@ async fn commit_and_unmark(connection: &mut MySqlConnection, commit: &str) -> sq
             }
             Ok(Either::Left(_)) => {}
             Err(_) if is_committed => return Ok(false),
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(true)
@@ -334,7 +341,7 @@ async fn lock_and_write(
     server: &Server,
     claim: &RowClaim,
     slice: Duration,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     // Uses the primary key. A lock by name on MariaDB includes the gap before the row, and no row
     // could be created for a name that sorts there until the transaction ends. Does not use SKIP
     // LOCKED, which leaves a lock on the gap behind the skipped row. Runs no plain SELECT before
@@ -428,12 +435,12 @@ async fn lock_and_write(
 
 /// Checks for the savepoint that `lock_row` and `guard` leave. Since then the transaction keeps the
 /// table from being altered.
-pub(super) async fn has_used_table(connection: &mut MySqlConnection) -> sqlx::Result<bool> {
+pub(super) async fn has_used_table(connection: &mut MySqlConnection) -> driver::Result<bool> {
     let sql = format!("RELEASE SAVEPOINT {USED}; SAVEPOINT {USED}");
     match sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await {
         Ok(_) => Ok(true),
         Err(error) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Ok(false),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -442,7 +449,7 @@ pub(super) async fn find_row(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Option<LockRow>> {
+) -> driver::Result<Option<LockRow>> {
     let (table, name) = (server.table.name(), literal(name));
     let read = format!("{} {} FROM {table} WHERE lock_name = {name}", select_within(QUICK), lease::COLUMNS);
     fetch_optional(connection, read).await?.as_ref().map(lease::lock_row).transpose()
@@ -479,7 +486,7 @@ fn show(server: &Server) -> String {
 
 /// Returns the only row. Reads the result to its end, because the next statement would receive the
 /// rest.
-async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> sqlx::Result<Option<MySqlRow>> {
+async fn fetch_optional(connection: &mut MySqlConnection, sql: String) -> driver::Result<Option<MySqlRow>> {
     Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?.pop())
 }
 

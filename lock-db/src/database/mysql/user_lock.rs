@@ -7,19 +7,25 @@ use sqlx::mysql::MySqlConnection;
 
 use super::schema::digest;
 use crate::database::Server;
+use crate::database::driver;
 
 /// MySQL supports only whole seconds.
 const TAKE: &str = "SELECT COALESCE(GET_LOCK(?, 1), 0)";
 
 const GIVE: &str = "DO RELEASE_LOCK(?)";
 
-pub(super) async fn take(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<bool> {
+pub(super) async fn take(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    row: i64,
+) -> driver::Result<bool> {
     let taken: i64 = sqlx::query_scalar(TAKE).bind(name(server, row)).fetch_one(connection).await?;
     Ok(taken == 1)
 }
 
-pub(super) async fn give(connection: &mut MySqlConnection, server: &Server, row: i64) -> sqlx::Result<()> {
-    sqlx::query(GIVE).bind(name(server, row)).execute(connection).await.map(drop)
+pub(super) async fn give(connection: &mut MySqlConnection, server: &Server, row: i64) -> driver::Result<()> {
+    sqlx::query(GIVE).bind(name(server, row)).execute(connection).await?;
+    Ok(())
 }
 
 fn name(server: &Server, row: i64) -> String {

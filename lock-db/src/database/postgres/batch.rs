@@ -10,10 +10,12 @@ use std::time::Instant;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Postgres, Row};
 
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::SessionDriver;
 use crate::database::{
     BatchOutcome, Claim, Grant, LeaseStatus, Notification, QueueEntry, ReleaseClaim, Renewal, Renewed,
-    Server, in_order, outcome_unknown,
+    Server, in_order,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -178,7 +180,7 @@ pub(super) async fn renew(
     connection: &mut PgConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let ids: Vec<i64> = leases.iter().map(|lease| lease.id).collect();
     let secrets: Vec<&str> = leases.iter().map(|lease| lease.secret.as_str()).collect();
     let tokens: Vec<i64> = leases.iter().map(|lease| lease.fencing_token).collect();
@@ -211,7 +213,7 @@ pub(super) async fn batch(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let mut done = Done::default();
     // All entries are of this process, so they have the same listener.
     let listener = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
@@ -254,13 +256,13 @@ pub(super) async fn batch(
         // The statement above is already committed.
         let rows =
             release_in_background(connection, server, RETURN_UNDER_GUARD, &passed_over, &listener).await;
-        done.note(&rows.map_err(outcome_unknown)?)?;
+        done.note(&rows.map_err(StepError::outcome_unknown)?)?;
         passed_over = done.rest(passed_over);
     }
     if !passed_over.is_empty() {
         let (names, secrets) = names_and_secrets(&passed_over);
         let query = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(names).bind(secrets);
-        let found: Vec<String> = query.fetch_all(connection).await.map_err(outcome_unknown)?;
+        let found: Vec<String> = query.fetch_all(connection).await.map_err(StepError::outcome_unknown)?;
         ours = found.into_iter().collect();
     }
     let status = |one: &ReleaseClaim| match one.secret.as_str() {
@@ -284,7 +286,7 @@ struct Done {
 }
 
 impl Done {
-    fn note(&mut self, rows: &[PgRow]) -> sqlx::Result<()> {
+    fn note(&mut self, rows: &[PgRow]) -> driver::Result<()> {
         for row in rows {
             self.secrets.insert(row.try_get(0)?);
             self.notifications.extend(Notification::parse(row.try_get(2)?, row.try_get(1)?));
@@ -304,18 +306,18 @@ async fn release_in_background(
     statement: &'static str,
     releases: &[&ReleaseClaim],
     listener: &str,
-) -> sqlx::Result<Vec<PgRow>> {
+) -> driver::Result<Vec<PgRow>> {
     let (names, secrets) = names_and_secrets(releases);
     let places = releases.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
     let query = sqlx::query(server.table.sql(statement)).bind(names).bind(secrets);
-    query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(connection).await
+    Ok(query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(connection).await?)
 }
 
 fn names_and_secrets<'a>(releases: &[&'a ReleaseClaim]) -> (Vec<&'a str>, Vec<&'a str>) {
     releases.iter().map(|one| (&*one.name, one.secret.as_str())).unzip()
 }
 
-fn granted(row: &PgRow) -> sqlx::Result<Grant> {
+fn granted(row: &PgRow) -> driver::Result<Grant> {
     let (fencing_token, id) = (row.try_get(3)?, row.try_get(1)?);
     Ok(Grant { id, fencing_token, others_wait: row.try_get(4)?, tokens: row.try_get(5)? })
 }

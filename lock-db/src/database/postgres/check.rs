@@ -7,8 +7,9 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Connection, Row};
 
 use super::sequence::{self, Behind};
-use crate::database::{Server, foreign_write};
-use crate::secret::Secret;
+use crate::database::StepError;
+use crate::database::driver;
+use crate::database::{Server, foreign_write, name_for_check};
 
 /// The privileges that locks need and this role lacks, and the role's name. Column privileges are
 /// not enough: LOCK TABLE needs table privileges.
@@ -44,7 +45,7 @@ const SETTINGS: &str = "
 SELECT current_setting('fsync') = 'off', current_setting('synchronous_commit') = 'off',
     COALESCE(current_setting('idle_session_timeout', true), '0')";
 
-pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<String>> {
     let table = server.table.name();
     let row = sqlx::query(RIGHTS).bind(table).fetch_one(&mut *connection).await?;
     let (missing, role): (Vec<String>, String) = (row.try_get(0)?, row.try_get(1)?);
@@ -67,7 +68,7 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sql
         );
     }
     if !lacks.is_empty() {
-        return Err(sqlx::Error::Configuration(lacks.into()));
+        return Err(StepError::refused(lacks));
     }
     let mut warnings = Vec::new();
     match sequence::is_behind(connection, server).await? {
@@ -83,7 +84,7 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sql
                  mend it by `locks.migrate()` as the owner of the table, or by `{}`",
                 sequence::remedy(server)
             );
-            return Err(sqlx::Error::Configuration(message.into()));
+            return Err(StepError::refused(message));
         }
     }
     try_out(connection, server).await?;
@@ -93,11 +94,11 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> sql
 
 /// Creates a row, locks and writes it, and rolls back. Any obstacle to one of these steps shows as
 /// an error.
-async fn try_out(connection: &mut PgConnection, server: &Server) -> sqlx::Result<()> {
-    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+async fn try_out(connection: &mut PgConnection, server: &Server) -> driver::Result<()> {
+    let name = name_for_check()?;
     let mut transaction = connection.begin_with("BEGIN").await?;
     let made = sqlx::query(server.table.sql(MAKE)).bind(&name).execute(&mut *transaction).await;
-    let made = made.map_err(|error| sequence::explained(server, error))?;
+    let made = made.map_err(|error| sequence::explained(server, error.into()))?;
     let locked = sqlx::query(server.table.sql(LOCK)).bind(&name).fetch_optional(&mut *transaction).await?;
     let written = sqlx::query(server.table.sql(WRITE)).bind(&name).execute(&mut *transaction).await?;
     transaction.rollback().await?;
@@ -107,7 +108,7 @@ async fn try_out(connection: &mut PgConnection, server: &Server) -> sqlx::Result
     Err(foreign_write())
 }
 
-async fn settings(connection: &mut PgConnection, warnings: &mut Vec<String>) -> sqlx::Result<()> {
+async fn settings(connection: &mut PgConnection, warnings: &mut Vec<String>) -> driver::Result<()> {
     let (no_fsync, is_asynchronous, idle): (bool, bool, String) =
         sqlx::query_as(SETTINGS).fetch_one(connection).await?;
     if no_fsync {

@@ -16,29 +16,29 @@ pub(super) const READ_ONLY: &str = "25006";
 /// Raised by NOWAIT or `lock_timeout`.
 pub(super) const LOCK_NOT_AVAILABLE: &str = "55P03";
 
-pub(super) fn code(error: &sqlx::Error) -> Option<&str> {
-    Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.code())
+/// The SQLSTATE of an error of sqlx, or of the one behind a [`StepError`](crate::database::StepError).
+pub(super) fn code<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> Option<&'e str> {
+    Some(error.into()?.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.code())
 }
 
-pub(super) fn says(error: &sqlx::Error, text: &str) -> bool {
-    error.as_database_error().is_some_and(|error| error.message().contains(text))
+pub(super) fn says<'e>(error: impl Into<Option<&'e sqlx::Error>>, text: &str) -> bool {
+    let error = error.into().and_then(sqlx::Error::as_database_error);
+    error.is_some_and(|error| error.message().contains(text))
 }
 
 /// For a `LOCK_NOT_AVAILABLE` error: whether `lock_timeout` raised it, and not NOWAIT. The error's
 /// text is in the server's language, so its source routine tells.
-pub(super) fn is_timeout(error: &sqlx::Error) -> bool {
-    let error = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+pub(super) fn is_timeout<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> bool {
+    let error = error
+        .into()
+        .and_then(sqlx::Error::as_database_error)
+        .and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
     error.and_then(PgDatabaseError::routine) == Some("ProcessInterrupts")
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::database::is_connection_failure(error) {
-        return Fault::Disconnected;
-    }
-    match error {
-        sqlx::Error::BeginFailed => return Fault::TransactionEnded,
-        sqlx::Error::Configuration(_) => return Fault::Refused,
-        _ => {}
+    if let Some(fault) = Fault::of_sqlx(error) {
+        return fault;
     }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>())
     else {

@@ -13,11 +13,13 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::postgres::{PgConnection, PgQueryResult, PgRow};
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
     Server,
@@ -271,12 +273,12 @@ pub(super) async fn read(
     connection: &mut PgConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Option<LockRow>> {
+) -> driver::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
 
-pub(super) fn lock_row(row: &PgRow) -> sqlx::Result<LockRow> {
+pub(super) fn lock_row(row: &PgRow) -> driver::Result<LockRow> {
     Ok(LockRow {
         id: row.try_get(0)?,
         kind: Kind::parse(row.try_get(1)?),
@@ -297,24 +299,24 @@ pub(super) async fn create(
     server: &Server,
     name: &str,
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
     let created = query.execute(&mut *connection).await;
-    created_or_not(connection, server, created.map(drop)).await
+    created_or_not(connection, server, created).await
 }
 
 pub(super) async fn created_or_not(
     connection: &mut PgConnection,
     server: &Server,
-    created: sqlx::Result<()>,
-) -> sqlx::Result<bool> {
+    created: sqlx::Result<PgQueryResult>,
+) -> driver::Result<bool> {
     match created {
         Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
             // If the table as a whole can be locked, a transaction holds the name.
             let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
-            if is_open { Ok(false) } else { Err(error) }
+            if is_open { Ok(false) } else { Err(error.into()) }
         }
-        created => created.map(|()| true).map_err(|error| sequence::explained(server, error)),
+        created => created.map(|_| true).map_err(|error| sequence::explained(server, error.into())),
     }
 }
 
@@ -322,7 +324,7 @@ pub(super) async fn acquire(
     connection: &mut PgConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     let row = sqlx::query(server.table.sql(ACQUIRE))
         .bind(&*claim.name)
         .bind(claim.secret.as_str())
@@ -344,28 +346,36 @@ pub(super) async fn give_notice(
     connection: &mut PgConnection,
     server: &Server,
     names: &[&str],
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
     Ok(given.rows_affected())
 }
 
-pub(super) async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+pub(super) async fn settle(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+) -> driver::Result<bool> {
     let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
     Ok(settled.rows_affected() > 0)
 }
 
-pub(super) async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+pub(super) async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> driver::Result<bool> {
     let query = sqlx::query(lease.server.table.sql(MARK)).bind(&*lease.row.name).bind(lease.secret.as_str());
     let marked = query.bind(lease.fencing_token).bind(lease.mark).execute(connection).await?;
     Ok(marked.rows_affected() > 0)
 }
 
-pub(super) async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
+pub(super) async fn probe(
+    connection: &mut PgConnection,
+    server: &Server,
+    name: &str,
+) -> driver::Result<Probe> {
     match sqlx::query(server.table.sql(PROBE)).bind(name).fetch_optional(connection).await {
         Ok(Some(_)) => Ok(Probe::Free),
         Ok(None) => Ok(Probe::Nothing),
         Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => Ok(Probe::Locked),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -373,7 +383,7 @@ pub(super) async fn release(
     connection: &mut PgConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<Released> {
+) -> driver::Result<Released> {
     let ReleaseClaim { name, secret, place } = lease;
     let (place, listener) = QueueEntry::parts(place.as_ref());
     for statement in [RELEASE, RELEASE_UNDER_GUARD] {
@@ -393,7 +403,7 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
     let released = query.bind(micros(at_least)).execute(&mut *connection).await?;
     released_or_not(connection, server, name, secret, released.rows_affected()).await
@@ -404,7 +414,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (secret, listener) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
     Ok(query.execute(connection).await?.rows_affected() > 0)
@@ -416,7 +426,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
@@ -426,9 +436,10 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
-    query.execute(connection).await.map(drop)
+    query.execute(connection).await?;
+    Ok(())
 }
 
 async fn released_or_not(
@@ -437,7 +448,7 @@ async fn released_or_not(
     name: &str,
     secret: &Secret,
     released: u64,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     if released > 0 {
         return Ok(LeaseStatus::Ours);
     }
@@ -446,10 +457,9 @@ async fn released_or_not(
     Ok(if ours.is_some() { LeaseStatus::Busy } else { LeaseStatus::NotOurs })
 }
 
-fn foreign_answer() -> sqlx::Error {
-    sqlx::Error::Protocol(
+fn foreign_answer() -> StepError {
+    StepError::disconnected(
         "the server answered with the row of another statement: a pooler in transaction mode needs support for prepared \
-         statements (PgBouncer 1.21 or later with max_prepared_statements above 0)"
-            .into(),
+         statements (PgBouncer 1.21 or later with max_prepared_statements above 0)",
     )
 }

@@ -6,6 +6,8 @@ use sqlx::postgres::{PgConnection, PgListener};
 use sqlx::{Acquire, Pool, Postgres};
 
 use crate::database::Notification;
+use crate::database::StepError;
+use crate::database::driver;
 
 /// Runs separately, after the release, so that no obstacle of NOTIFY can delay or undo the release.
 /// Such an obstacle is a full queue, or the lock that all notifying transactions of the server
@@ -30,7 +32,7 @@ fn channel(listener: u32) -> String {
 
 /// Takes the only connection of `pool` for listening. On drop it returns to the pool, which may
 /// take as long as it takes to notice a dead network.
-pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
+pub(super) async fn connect(pool: &Pool<Postgres>) -> driver::Result<PgListener> {
     let mut listening = PgListener::connect_with(pool).await?;
     listening.ignore_pool_close_event(true);
     listening.eager_reconnect(false);
@@ -40,7 +42,7 @@ pub(super) async fn connect(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
 /// Subscribes to the notifications for this listener. Does not subscribe through a pooler that may
 /// give the connection to another client for its next transaction. That client would receive our
 /// notifications, and most clients fail then.
-pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
+pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> driver::Result<bool> {
     let is_direct = is_direct(connection(listening).await?).await?;
     if is_direct {
         listening.listen(&channel(listener)).await?;
@@ -49,26 +51,30 @@ pub(super) async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::R
 }
 
 /// Whether the connection leads to a session of its own, as far as that can be determined.
-async fn is_direct(connection: &mut PgConnection) -> sqlx::Result<bool> {
-    sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await
+async fn is_direct(connection: &mut PgConnection) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await?)
 }
 
-pub(super) async fn call(connection: &mut PgConnection, notifications: &[Notification]) -> sqlx::Result<()> {
+pub(super) async fn call(
+    connection: &mut PgConnection,
+    notifications: &[Notification],
+) -> driver::Result<()> {
     let listeners: Vec<String> = notifications.iter().map(|call| format!("{:08x}", call.listener)).collect();
     let ids: Vec<i64> = notifications.iter().map(|call| call.id).collect();
-    sqlx::query(CALL).bind(listeners).bind(ids).execute(connection).await.map(drop)
+    sqlx::query(CALL).bind(listeners).bind(ids).execute(connection).await?;
+    Ok(())
 }
 
-pub(super) async fn connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {
-    listening.acquire().await
+pub(super) async fn connection(listening: &mut PgListener) -> driver::Result<&mut PgConnection> {
+    Ok(listening.acquire().await?)
 }
 
 /// Waits for a notification and returns the id of the row that is free. Cancel safe, like
 /// `PgListener::try_recv`.
-pub(super) async fn notified(listening: &mut PgListener) -> sqlx::Result<i64> {
+pub(super) async fn notified(listening: &mut PgListener) -> driver::Result<i64> {
     loop {
         let Some(notification) = listening.try_recv().await? else {
-            return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into()));
+            return Err(StepError::disconnected("the connection for notifications broke"));
         };
         if let Ok(id) = notification.payload().parse() {
             return Ok(id);

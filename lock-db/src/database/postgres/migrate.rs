@@ -6,7 +6,9 @@ use sqlx::{AssertSqlSafe, Connection};
 use super::errors::{INSUFFICIENT_PRIVILEGE, READ_ONLY, code};
 use super::schema::{find, quoted};
 use super::sequence;
-use crate::database::Found;
+use crate::database::StepError;
+use crate::database::driver;
+use crate::database::{Fault, Found};
 use crate::schema;
 
 /// Held until the migrating transaction ends. The number is `lock-db` in ASCII.
@@ -30,21 +32,17 @@ const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 /// If everything is applied this only reads, so a role without the privilege to create anything may
 /// call it. If the table is as this version needs it, the role may also lack access to the ledger,
 /// or the ledger may be missing.
-pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<()> {
     let error = match apply(connection, schema).await {
-        Err(error) if may_not(&error) => error,
+        Err(StepError::Sqlx(error)) if may_not(&error) => error,
         applied => return applied,
     };
-    match find(connection, schema).await? {
-        Found::Table(_) => Ok(()),
-        _ => Err(sqlx::Error::Configuration(
-            format!(
-                "{error}: `migrate()` has to be called once by a role that may create tables there; roles that only use \
-                 the table need SELECT, INSERT and UPDATE on it"
-            )
-            .into(),
-        )),
+    if let Found::Table(_) = find(connection, schema).await? {
+        return Ok(());
     }
+    let text = "`migrate()` has to be called once by a role that may create tables there; roles that only use the table need \
+                SELECT, INSERT and UPDATE on it";
+    Err(StepError::Explained(Fault::Refused, text.to_owned(), error))
 }
 
 /// Whether a privilege is missing, or the session is read-only.
@@ -52,7 +50,7 @@ fn may_not(error: &sqlx::Error) -> bool {
     matches!(code(error), Some(INSUFFICIENT_PRIVILEGE | READ_ONLY))
 }
 
-async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<()> {
     let mut transaction = connection.begin_with(BEGIN_MIGRATION).await?;
     sqlx::query(LIMIT_MIGRATION).execute(&mut *transaction).await?;
     sqlx::query(LOCK_MIGRATIONS).execute(&mut *transaction).await?;
@@ -80,11 +78,11 @@ async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Res
         }
     }
     sequence::mend(&mut transaction).await?;
-    transaction.commit().await
+    Ok(transaction.commit().await?)
 }
 
 /// The newest applied migration, if this version does not know it.
-pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> sqlx::Result<Option<i64>> {
+pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> driver::Result<Option<i64>> {
     let schema = quoted(connection, schema).await?;
     let sql = AssertSqlSafe(format!("SELECT max(version) FROM {schema}._lock_db_migrations"));
     // The ledger may be missing, or this role may not read it.
@@ -92,6 +90,6 @@ pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> sqlx::
     Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
 }
 
-async fn has_table(connection: &mut PgConnection, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+async fn has_table(connection: &mut PgConnection, name: &str) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await?)
 }

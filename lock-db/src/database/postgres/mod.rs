@@ -37,6 +37,7 @@ mod several;
 mod snapshots;
 mod transaction;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -52,6 +53,7 @@ use super::{
     RowAttempt, RowClaim, Server,
 };
 use crate::Kind;
+use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
 
@@ -62,7 +64,7 @@ impl SchemaDriver for Postgres {
         options.get_database().unwrap_or_else(|| options.get_username()).to_owned()
     }
 
-    async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+    async fn find_table(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<Found> {
         schema::find(connection, schema).await
     }
 
@@ -70,17 +72,17 @@ impl SchemaDriver for Postgres {
         connection: &mut PgConnection,
         pool: &Pool<Postgres>,
         schema: Option<&str>,
-    ) -> sqlx::Result<Option<Server>> {
+    ) -> driver::Result<Option<Server>> {
         let options = pool.connect_options();
         let database = options.get_database().unwrap_or(options.get_username());
         schema::find_only(connection, database, schema).await
     }
 
-    async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<()> {
+    async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<()> {
         migrate::migrate(connection, schema).await
     }
 
-    async fn check(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<String>> {
         check::check(connection, server).await
     }
 
@@ -88,8 +90,12 @@ impl SchemaDriver for Postgres {
         errors::code(error) == Some(errors::INSUFFICIENT_PRIVILEGE)
     }
 
-    async fn old_snapshots(connection: &mut PgConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+    async fn old_snapshots(connection: &mut PgConnection, server: &Server) -> driver::Result<OldSnapshots> {
         snapshots::old(connection, server).await
+    }
+
+    fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+        errors::code(error).map(Cow::Borrowed)
     }
 
     fn classify(error: &sqlx::Error) -> Fault {
@@ -109,15 +115,15 @@ impl SessionDriver for Postgres {
         !url.query_pairs().any(|(option, value)| option == "statement-cache-capacity" && value == "0")
     }
 
-    async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
+    async fn prepare(connection: &mut PgConnection, session: i64) -> driver::Result<()> {
         schema::prepare(connection, session).await
     }
 
-    async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+    async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> driver::Result<bool> {
         session::is_idle(connection, session, own).await
     }
 
-    async fn end_session(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
+    async fn end_session(connection: &mut PgConnection, session: i64) -> driver::Result<bool> {
         session::end(connection, session).await
     }
 }
@@ -127,23 +133,23 @@ impl WakeUpDriver for Postgres {
 
     const NOTIFIES: bool = true;
 
-    async fn connect_listening(pool: &Pool<Postgres>) -> sqlx::Result<PgListener> {
+    async fn connect_listening(pool: &Pool<Postgres>) -> driver::Result<PgListener> {
         listener::connect(pool).await
     }
 
-    async fn listen(listening: &mut PgListener, listener: u32) -> sqlx::Result<bool> {
+    async fn listen(listening: &mut PgListener, listener: u32) -> driver::Result<bool> {
         listener::listen(listening, listener).await
     }
 
-    async fn listening_connection(listening: &mut PgListener) -> sqlx::Result<&mut PgConnection> {
+    async fn listening_connection(listening: &mut PgListener) -> driver::Result<&mut PgConnection> {
         listener::connection(listening).await
     }
 
-    async fn notified(listening: &mut PgListener) -> sqlx::Result<i64> {
+    async fn notified(listening: &mut PgListener) -> driver::Result<i64> {
         listener::notified(listening).await
     }
 
-    async fn notify(connection: &mut PgConnection, notifications: &[Notification]) -> sqlx::Result<()> {
+    async fn notify(connection: &mut PgConnection, notifications: &[Notification]) -> driver::Result<()> {
         listener::call(connection, notifications).await
     }
 }
@@ -153,7 +159,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         name: &str,
-    ) -> sqlx::Result<Option<LockRow>> {
+    ) -> driver::Result<Option<LockRow>> {
         lease::read(connection, server, name).await
     }
 
@@ -162,7 +168,7 @@ impl LeaseDriver for Postgres {
         server: &Server,
         name: &str,
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::create(connection, server, name, kind).await
     }
 
@@ -170,7 +176,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         claim: &Claim,
-    ) -> sqlx::Result<Option<Grant>> {
+    ) -> driver::Result<Option<Grant>> {
         lease::acquire(connection, server, claim).await
     }
 
@@ -178,7 +184,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+    ) -> driver::Result<Vec<Option<LockRow>>> {
         several::read(connection, server, names).await
     }
 
@@ -187,7 +193,7 @@ impl LeaseDriver for Postgres {
         server: &Server,
         names: &[Name],
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         several::create(connection, server, names, kind).await
     }
 
@@ -195,7 +201,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         claims: &[Claim],
-    ) -> sqlx::Result<Vec<Option<Grant>>> {
+    ) -> driver::Result<Vec<Option<Grant>>> {
         several::acquire(connection, server, claims).await
     }
 
@@ -203,7 +209,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<HashSet<String>> {
+    ) -> driver::Result<HashSet<String>> {
         several::unlocked(connection, server, names).await
     }
 
@@ -211,19 +217,19 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<u64> {
+    ) -> driver::Result<u64> {
         lease::give_notice(connection, server, &several::texts(names)).await
     }
 
-    async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+    async fn settle(connection: &mut PgConnection, server: &Server, name: &str) -> driver::Result<bool> {
         lease::settle(connection, server, name).await
     }
 
-    async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> sqlx::Result<bool> {
+    async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> driver::Result<bool> {
         lease::mark(connection, lease).await
     }
 
-    async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> sqlx::Result<Probe> {
+    async fn probe(connection: &mut PgConnection, server: &Server, name: &str) -> driver::Result<Probe> {
         lease::probe(connection, server, name).await
     }
 
@@ -231,7 +237,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Renewed> {
+    ) -> driver::Result<Renewed> {
         batch::renew(connection, server, leases).await
     }
 
@@ -239,7 +245,7 @@ impl LeaseDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         lease: &ReleaseClaim,
-    ) -> sqlx::Result<Released> {
+    ) -> driver::Result<Released> {
         lease::release(connection, server, lease).await
     }
 
@@ -249,7 +255,7 @@ impl LeaseDriver for Postgres {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<LeaseStatus> {
+    ) -> driver::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
@@ -258,7 +264,7 @@ impl LeaseDriver for Postgres {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<BatchOutcome> {
+    ) -> driver::Result<BatchOutcome> {
         batch::batch(connection, server, releases, claims).await
     }
 }
@@ -269,7 +275,7 @@ impl QueueDriver for Postgres {
         server: &Server,
         name: &str,
         place: &QueueEntry,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::enqueue(connection, server, name, place).await
     }
 
@@ -279,7 +285,7 @@ impl QueueDriver for Postgres {
         name: &str,
         before: &str,
         after: &str,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
@@ -288,7 +294,7 @@ impl QueueDriver for Postgres {
         server: &Server,
         name: &str,
         secret: &Secret,
-    ) -> sqlx::Result<()> {
+    ) -> driver::Result<()> {
         lease::dequeue(connection, server, name, secret).await
     }
 }
@@ -298,11 +304,11 @@ impl RowLockDriver for Postgres {
 
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
-    async fn waits_outside(transaction: &mut PgConnection) -> sqlx::Result<bool> {
+    async fn waits_outside(transaction: &mut PgConnection) -> driver::Result<bool> {
         transaction::has_snapshot(transaction).await
     }
 
-    async fn has_used_table(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    async fn has_used_table(connection: &mut PgConnection) -> driver::Result<bool> {
         transaction::has_used_table(connection).await
     }
 
@@ -311,15 +317,15 @@ impl RowLockDriver for Postgres {
         server: &Server,
         claim: &RowClaim,
         slice: Duration,
-    ) -> sqlx::Result<RowAttempt> {
+    ) -> driver::Result<RowAttempt> {
         transaction::lock_row(connection, server, claim, slice).await
     }
 
-    async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
+    async fn is_here(connection: &mut PgConnection, server: &Server) -> driver::Result<bool> {
         transaction::is_here(connection, server).await
     }
 
-    async fn was_its_own(connection: &mut PgConnection, before: &str) -> sqlx::Result<Option<bool>> {
+    async fn was_its_own(connection: &mut PgConnection, before: &str) -> driver::Result<Option<bool>> {
         transaction::was_its_own(connection, before).await.map(Some)
     }
 }
@@ -338,7 +344,7 @@ impl TransactionDriver for Postgres {
         _server: &Server,
         _name: &str,
         _fencing_token: i64,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_locked(connection).await
     }
 
@@ -346,11 +352,15 @@ impl TransactionDriver for Postgres {
         connection: &mut PgConnection,
         lease: &LeaseKey,
         release: bool,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_guarded(connection, lease, release).await
     }
 
-    async fn guard(connection: &mut PgConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+    async fn guard(
+        connection: &mut PgConnection,
+        lease: &LeaseKey,
+        release: bool,
+    ) -> driver::Result<Guarded> {
         transaction::guard(connection, lease, release).await
     }
 

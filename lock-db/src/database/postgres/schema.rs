@@ -7,7 +7,9 @@ use sqlx::postgres::PgConnection;
 
 use super::transaction::DOLLAR_QUOTE;
 use super::{migrate, session};
+use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
+use crate::database::driver;
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 
@@ -72,7 +74,7 @@ const QUOTE: &str = "SELECT quote_ident($1)";
 
 /// Sets nothing behind a pooler, because other clients would get the connection with these
 /// settings.
-pub(super) async fn prepare(connection: &mut PgConnection, session: i64) -> sqlx::Result<()> {
+pub(super) async fn prepare(connection: &mut PgConnection, session: i64) -> driver::Result<()> {
     if session::mark(connection, session).await? {
         sqlx::raw_sql(PINS).execute(connection).await?;
     }
@@ -84,7 +86,7 @@ pub(super) async fn find_only(
     connection: &mut PgConnection,
     database: &str,
     schema: Option<&str>,
-) -> sqlx::Result<Option<Server>> {
+) -> driver::Result<Option<Server>> {
     let schemas: Vec<String> =
         sqlx::query_scalar(SCHEMAS_WITH_TABLE).bind(database).fetch_all(&mut *connection).await?;
     let found = match (schema, &*schemas) {
@@ -98,20 +100,19 @@ pub(super) async fn find_only(
     }
 }
 
-pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) -> sqlx::Result<Found> {
+pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<Found> {
     let name = match schema {
         Some(schema) => format!("{}.distributed_lock", quoted(connection, schema).await?),
         None => "distributed_lock".to_owned(),
     };
     let row = sqlx::query(FIND).bind(name).fetch_one(&mut *connection).await?;
     if row.try_get(0)? {
-        let standby = std::io::Error::other("the server is a standby, which only reads");
-        return Err(sqlx::Error::Io(standby));
+        return Err(StepError::disconnected("the server is a standby, which only reads"));
     }
     if row.try_get(1)? {
         let setting =
             "the session may only read: `default_transaction_read_only` is on for this role or database";
-        return Err(sqlx::Error::Configuration(setting.into()));
+        return Err(StepError::refused(setting));
     }
     let Some(oid) = row.try_get::<Option<i64>, _>(5)? else {
         let hidden: Option<(String, String)> = sqlx::query_as(HIDDEN).fetch_optional(connection).await?;
@@ -120,7 +121,7 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
             "permission denied for schema {schema}, which has a table `distributed_lock`: the role {role} needs the right \
              USAGE there"
         );
-        return Err(sqlx::Error::Configuration(message.into()));
+        return Err(StepError::refused(message));
     };
     let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
@@ -216,8 +217,8 @@ fn needed(content: Content, kind: &str) -> Option<String> {
     (!fits).then_some(needed)
 }
 
-pub(super) async fn quoted(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
-    sqlx::query_scalar(QUOTE).bind(name).fetch_one(connection).await
+pub(super) async fn quoted(connection: &mut PgConnection, name: &str) -> driver::Result<String> {
+    Ok(sqlx::query_scalar(QUOTE).bind(name).fetch_one(connection).await?)
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use sqlx::postgres::PgConnection;
 
 use super::errors::code;
 use crate::database::Server;
+use crate::database::driver;
+use crate::database::{Fault, StepError};
 
 /// Of an id: an existing name causes no error, because the statements check for names.
 pub(super) const DUPLICATE_KEY: &str = "23505";
@@ -57,7 +59,7 @@ fn on(sql: &str, sequence: &str, table: &str) -> AssertSqlSafe<String> {
 }
 
 /// Compares as far as this role has the privileges.
-pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) -> sqlx::Result<Behind> {
+pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) -> driver::Result<Behind> {
     let table = server.table.name();
     let found: Option<(String, bool, bool)> =
         sqlx::query_as(FIND).bind(table).fetch_optional(&mut *connection).await?;
@@ -72,7 +74,7 @@ pub(super) async fn is_behind(connection: &mut PgConnection, server: &Server) ->
 }
 
 /// Repairs the sequence in a migration, if the role has the privileges.
-pub(super) async fn mend(transaction: &mut PgConnection) -> sqlx::Result<()> {
+pub(super) async fn mend(transaction: &mut PgConnection) -> driver::Result<()> {
     const TABLE: &str = "distributed_lock";
     let writes = "SELECT current_setting('transaction_read_only') = 'off'";
     if !sqlx::query_scalar::<_, bool>(writes).fetch_one(&mut *transaction).await? {
@@ -103,14 +105,15 @@ pub(super) fn remedy(server: &Server) -> String {
 }
 
 /// Explains the error of an INSERT, if the sequence caused it.
-pub(super) fn explained(server: &Server, error: sqlx::Error) -> sqlx::Error {
-    if code(&error) != Some(DUPLICATE_KEY) {
-        return error;
-    }
-    let message = format!(
-        "{error}: the sequence of its column `id` is behind the rows, as after a switch to a logical replica; mend it by \
+pub(super) fn explained(server: &Server, error: StepError) -> StepError {
+    let error = match error {
+        StepError::Sqlx(error) if code(&error) == Some(DUPLICATE_KEY) => error,
+        error => return error,
+    };
+    let text = format!(
+        "duplicate key: the sequence of the column `id` is behind the rows, as after a switch to a logical replica; mend it by \
          `locks.migrate()` as the owner of the table, or by `{}`",
         remedy(server)
     );
-    sqlx::Error::Configuration(message.into())
+    StepError::Explained(Fault::Refused, text, error)
 }

@@ -6,6 +6,8 @@
 
 use sqlx::postgres::PgConnection;
 
+use crate::database::driver;
+
 /// Marks the session by an advisory lock. The lock ends with the session, and also when a pooler
 /// gives the connection to another client. So the number never identifies a session of another
 /// client, as a process id could.
@@ -36,18 +38,18 @@ WHERE locktype = 'advisory' AND objsubid = 1 AND granted
     AND ((classid::bigint << 32) | objid::bigint) = $1";
 
 /// `false`: the connection is a pooler's, and its session has no number.
-pub(super) async fn mark(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
-    sqlx::query_scalar(MARK).bind(session).fetch_one(connection).await
+pub(super) async fn mark(connection: &mut PgConnection, session: i64) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(MARK).bind(session).fetch_one(connection).await?)
 }
 
 /// `false` behind a pooler that shares its sessions, because nothing is known of them.
-pub(super) async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> sqlx::Result<bool> {
+pub(super) async fn is_idle(connection: &mut PgConnection, session: i64, own: i64) -> driver::Result<bool> {
     let is_idle: Option<bool> =
         sqlx::query_scalar(IS_IDLE).bind(session).bind(own).fetch_one(connection).await?;
     Ok(is_idle == Some(true))
 }
 
 /// `true`: it has ended.
-pub(super) async fn end(connection: &mut PgConnection, session: i64) -> sqlx::Result<bool> {
+pub(super) async fn end(connection: &mut PgConnection, session: i64) -> driver::Result<bool> {
     Ok(sqlx::query(END).bind(session).fetch_all(connection).await?.is_empty())
 }

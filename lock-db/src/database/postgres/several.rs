@@ -7,6 +7,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 
 use super::lease::{self, CREATE_ALL, READ_ALL, created_or_not};
 use crate::Kind;
+use crate::database::driver;
 use crate::database::{Claim, Grant, LockRow, Server, by_name};
 use crate::name::Name;
 use crate::options::micros;
@@ -47,10 +48,10 @@ pub(super) async fn read(
     connection: &mut PgConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<Vec<Option<LockRow>>> {
+) -> driver::Result<Vec<Option<LockRow>>> {
     let rows = sqlx::query(server.table.sql(READ_ALL)).bind(texts(names)).fetch_all(connection).await?;
     let found = |row: &PgRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lease::lock_row(row)?));
-    let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
+    let found: Vec<_> = rows.iter().map(found).collect::<driver::Result<_>>()?;
     Ok(by_name(names, found))
 }
 
@@ -59,17 +60,17 @@ pub(super) async fn create(
     server: &Server,
     names: &[Name],
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE_ALL)).bind(texts(names)).bind(kind.as_str());
     let created = query.execute(&mut *connection).await;
-    created_or_not(connection, server, created.map(drop)).await
+    created_or_not(connection, server, created).await
 }
 
 pub(super) async fn acquire(
     connection: &mut PgConnection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Vec<Option<Grant>>> {
+) -> driver::Result<Vec<Option<Grant>>> {
     let Some(first) = claims.first() else { return Ok(Vec::new()) };
     let names: Vec<&str> = claims.iter().map(|claim| &*claim.name).collect();
     let secrets: Vec<&str> = claims.iter().map(|claim| claim.secret.as_str()).collect();
@@ -98,7 +99,7 @@ pub(super) async fn unlocked(
     connection: &mut PgConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<HashSet<String>> {
+) -> driver::Result<HashSet<String>> {
     let names: Vec<String> =
         sqlx::query_scalar(server.table.sql(UNLOCKED)).bind(texts(names)).fetch_all(connection).await?;
     Ok(names.into_iter().collect())

@@ -3,6 +3,7 @@
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
+use crate::database::driver;
 use crate::database::{OldSnapshots, Server};
 
 /// The oldest three. The server removes a version when it is visible to no snapshot of the same
@@ -35,14 +36,14 @@ LEFT JOIN (
 WHERE (age >= 1000 AND dead >= 1000) OR since < clock_timestamp() - interval '10 minutes'
 ORDER BY age DESC LIMIT 3";
 
-pub(super) async fn old(connection: &mut PgConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+pub(super) async fn old(connection: &mut PgConnection, server: &Server) -> driver::Result<OldSnapshots> {
     let found = match sqlx::query(OLD).bind(server.table.name()).fetch_all(connection).await {
         Ok(found) => found,
         // The operator has revoked access to the views, or this kind of server does not have them.
         Err(sqlx::Error::Database(error)) => {
             return Ok(OldSnapshots::unseen(&*error));
         }
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let Some(oldest) = found.first() else { return Ok(OldSnapshots::default()) };
     let dead: i64 = oldest.try_get(7)?;
@@ -66,7 +67,7 @@ pub(super) async fn old(connection: &mut PgConnection, server: &Server) -> sqlx:
 }
 
 /// Users choose the names, so they are escaped for the log.
-fn holder(row: &PgRow) -> sqlx::Result<String> {
+fn holder(row: &PgRow) -> driver::Result<String> {
     let text =
         |index: usize| row.try_get::<Option<&str>, _>(index).map(|text| text.unwrap_or("").escape_debug());
     let since = match row.try_get::<Option<i64>, _>(5)? {

@@ -13,6 +13,7 @@ use sqlx::{AssertSqlSafe, Connection, Postgres, Row, SqlSafeStr};
 use super::errors::{LOCK_NOT_AVAILABLE, LOGARITHM_OF_ZERO, code, is_timeout, says};
 use super::sequence;
 use crate::Kind;
+use crate::database::driver;
 use crate::database::driver::TransactionDriver;
 use crate::database::{Guarded, LeaseKey, Notification, RowAttempt, RowClaim, Server, hexadecimal};
 
@@ -318,7 +319,7 @@ fn keeps(connection: &PgConnection) -> bool {
 }
 
 /// Whether the transaction keeps the snapshot of its first statement.
-pub(super) async fn has_snapshot(transaction: &mut PgConnection) -> sqlx::Result<bool> {
+pub(super) async fn has_snapshot(transaction: &mut PgConnection) -> driver::Result<bool> {
     let level: String =
         sqlx::query_scalar(SHOW_LEVEL).persistent(keeps(transaction)).fetch_one(transaction).await?;
     Ok(!matches!(&*level, "read committed" | "read uncommitted"))
@@ -329,7 +330,7 @@ pub(super) async fn lock_row(
     server: &Server,
     claim: &RowClaim,
     slice: Duration,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     if slice.is_zero() && claim.is_own {
         match lock_at_once(connection, server, claim).await {
             // The row has to be created.
@@ -353,22 +354,23 @@ pub(super) async fn lock_row(
 }
 
 /// Restarts a transaction of lock-db in which nothing was done that has to stay.
-async fn begin_anew(connection: &mut PgConnection) -> sqlx::Result<()> {
+async fn begin_anew(connection: &mut PgConnection) -> driver::Result<()> {
     sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await?;
-    sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await.map(drop)
+    sqlx::raw_sql(BEGIN_AND_LIMIT).execute(connection).await?;
+    Ok(())
 }
 
-pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> sqlx::Result<bool> {
+pub(super) async fn is_here(connection: &mut PgConnection, server: &Server) -> driver::Result<bool> {
     let sql = if names_server(server) { IS_ON_SERVER } else { IS_HERE };
     let query = sqlx::query_scalar(sql).persistent(server.keeps_statements).bind(server.table.name());
-    query.bind(&*server.table.identity).fetch_one(connection).await
+    Ok(query.bind(&*server.table.identity).fetch_one(connection).await?)
 }
 
 async fn lock_at_once(
     connection: &mut PgConnection,
     server: &Server,
     claim: &RowClaim,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     let row = sqlx::query(server.table.sql(if claim.is_try { LOCK_ROW_OR_FAIL } else { LOCK_ROW_AT_ONCE }))
         .persistent(server.keeps_statements)
         .bind(&*claim.row.name)
@@ -396,7 +398,7 @@ async fn wait_and_lock(
     server: &Server,
     claim: &RowClaim,
     slice: Duration,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     let is_here: bool = sqlx::query_scalar(if names_server(server) { TELL_ON_SERVER } else { TELL })
         .persistent(server.keeps_statements)
         .bind(&*claim.row.name)
@@ -421,7 +423,7 @@ async fn wait_and_lock(
     let outcome = &outcome;
     // The settings end with the transaction.
     if outcome.try_get::<Option<&str>, _>(3)?.is_none_or(str::is_empty) {
-        return Err(sqlx::Error::BeginFailed);
+        return Err(sqlx::Error::BeginFailed.into());
     }
     Ok(match outcome.try_get::<&str, _>(0)? {
         "locked" => {
@@ -433,7 +435,7 @@ async fn wait_and_lock(
         "kind" => RowAttempt::WrongKind,
         "unwritten" => RowAttempt::Unwritten,
         // The settings of the first message are gone.
-        "ended" => return Err(sqlx::Error::BeginFailed),
+        "ended" => return Err(sqlx::Error::BeginFailed.into()),
         "leased" => RowAttempt::Leased { usable: !has_snapshot(connection).await? },
         _ => RowAttempt::Unsettled { usable: !has_snapshot(connection).await? },
     })
@@ -442,32 +444,39 @@ async fn wait_and_lock(
 /// Sends statements in one call and waits for their end in another. sqlx logs every call that takes
 /// longer than a second, with its whole text, but a wait for a lock is not a slow statement. If the
 /// wait is dropped, the connection is in the same state as after any dropped call.
-async fn wait_for(connection: &mut PgConnection, sql: impl SqlSafeStr) -> sqlx::Result<()> {
+async fn wait_for(connection: &mut PgConnection, sql: impl SqlSafeStr) -> driver::Result<()> {
     let sent = {
         let mut call = pin!(sqlx::raw_sql(sql).execute(&mut *connection));
         // One poll sends the statements, because the connection has nothing else to send.
         poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await
     };
     match sent {
-        Poll::Ready(done) => done.map(drop),
+        Poll::Ready(done) => {
+            done?;
+        }
         // The server answers the ping after the statements, with their error if there is one.
-        Poll::Pending => connection.ping().await,
+        Poll::Pending => connection.ping().await?,
     }
+    Ok(())
 }
 
-fn number(row: &PgRow) -> sqlx::Result<i64> {
-    row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+fn number(row: &PgRow) -> driver::Result<i64> {
+    Ok(row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?)
 }
 
-pub(super) async fn has_used_table(connection: &mut PgConnection) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_USED_TABLE).persistent(keeps(connection)).fetch_one(connection).await
+pub(super) async fn has_used_table(connection: &mut PgConnection) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(HAS_USED_TABLE).persistent(keeps(connection)).fetch_one(connection).await?)
 }
 
-pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(WAS_ITS_OWN).bind(secret).persistent(keeps(connection)).fetch_one(connection).await
+pub(super) async fn was_its_own(connection: &mut PgConnection, secret: &str) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(WAS_ITS_OWN)
+        .bind(secret)
+        .persistent(keeps(connection))
+        .fetch_one(connection)
+        .await?)
 }
 
-pub(super) async fn commit_locked(connection: &mut PgConnection) -> sqlx::Result<Guarded> {
+pub(super) async fn commit_locked(connection: &mut PgConnection) -> driver::Result<Guarded> {
     commit_marked(connection, None).await
 }
 
@@ -477,7 +486,7 @@ pub(super) async fn commit_guarded(
     connection: &mut PgConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     let (table, is_ours) = (lease.server.table.name(), is_ours(lease));
     let guard = if release {
         format!(
@@ -499,7 +508,7 @@ pub(super) async fn commit_guarded(
 }
 
 /// Sends check, guard and COMMIT together. The server executes nothing after an error.
-async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> sqlx::Result<Guarded> {
+async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> driver::Result<Guarded> {
     let limit = Postgres::GUARD_LIMIT.as_millis();
     let guard = guard.map_or(String::new(), |guard| format!("SET LOCAL lock_timeout = {limit}; {guard};"));
     let sql = format!("{CHECK_MARK}; {guard} {COMMIT}");
@@ -509,7 +518,7 @@ async fn commit_marked(connection: &mut PgConnection, guard: Option<String>) -> 
         // code.
         Err(error) if says(&error, NOT_OURS) => Ok(Guarded::NotOurs),
         Err(error) if says(&error, ENDED) => Ok(Guarded::Ended),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -522,7 +531,7 @@ pub(super) async fn guard(
     connection: &mut PgConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     if !is_here(connection, &lease.server).await? {
         return Ok(Guarded::Elsewhere);
     }

@@ -5,9 +5,10 @@ use sqlx::{Connection, Row, Sqlite};
 
 use super::errors::{READ_ONLY, code};
 use super::migrate::has_no_more_ids;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::SchemaDriver;
-use crate::database::{Fault, Server, foreign_write};
-use crate::secret::Secret;
+use crate::database::{Fault, Server, foreign_write, name_for_check};
 
 /// What locks do, on a row that is rolled back.
 const BEGIN: &str = "BEGIN IMMEDIATE";
@@ -18,14 +19,14 @@ const SETTINGS: &str = "
 SELECT (SELECT journal_mode FROM pragma_journal_mode), (SELECT synchronous FROM pragma_synchronous),
     (SELECT query_only FROM pragma_query_only)";
 
-pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> driver::Result<Vec<String>> {
     let row = sqlx::query(SETTINGS).fetch_one(&mut *connection).await?;
     let (mode, synchronous, only_reads): (String, i64, bool) =
         (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
     if has_no_more_ids(connection).await? {
         let message = "no row can be made for a new name: the numbers of `distributed_lock` in `sqlite_sequence` are used up; mend it \
                        by `locks.migrate()`";
-        return Err(sqlx::Error::Configuration(message.into()));
+        return Err(StepError::refused(message));
     }
     try_out(connection, server).await.map_err(|error| explained(error, server, only_reads))?;
     let mut warnings = Vec::new();
@@ -52,8 +53,8 @@ pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) ->
 }
 
 /// Creates a row, writes it, and rolls back. Any obstacle to one of these steps shows as an error.
-async fn try_out(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<()> {
-    let name = format!("lock_db: check {}", Secret::generate().map_err(std::io::Error::other)?.as_str());
+async fn try_out(connection: &mut SqliteConnection, server: &Server) -> driver::Result<()> {
+    let name = name_for_check()?;
     let mut transaction = connection.begin_with(BEGIN).await?;
     let made = sqlx::query(server.table.sql(MAKE)).bind(&name).execute(&mut *transaction).await?;
     let written = sqlx::query(server.table.sql(WRITE)).bind(&name).execute(&mut *transaction).await?;
@@ -61,18 +62,21 @@ async fn try_out(connection: &mut SqliteConnection, server: &Server) -> sqlx::Re
     if made.rows_affected() == 1 && written.rows_affected() == 1 { Ok(()) } else { Err(foreign_write()) }
 }
 
-fn explained(error: sqlx::Error, server: &Server, only_reads: bool) -> sqlx::Error {
+fn explained(error: StepError, server: &Server, only_reads: bool) -> StepError {
+    let StepError::Sqlx(error) = error else { return error };
     let why = match code(&error).as_deref() {
-        Some(READ_ONLY) if only_reads => "`query_only` is on for the connections of the pool".to_owned(),
+        Some(READ_ONLY) if only_reads => {
+            "readonly database: `query_only` is on for the connections of the pool".to_owned()
+        }
         Some(READ_ONLY) => format!(
-            "the pool opens it with `read_only`, `mode=ro` or `immutable`, or this process may not write to the file {} and its \
-             folder",
+            "readonly database: the pool opens it with `read_only`, `mode=ro` or `immutable`, or this process may not write to \
+             the file {} and its folder",
             server.table.identity
         ),
         _ if Sqlite::classify(&error) == Fault::Refused => {
             format!("this process must be able to write to the file {} and its folder", server.table.identity)
         }
-        _ => return error,
+        _ => return error.into(),
     };
-    sqlx::Error::Configuration(format!("{error}: {why}").into())
+    StepError::Explained(Fault::Refused, why, error)
 }

@@ -6,18 +6,14 @@ use crate::database::Fault;
 
 pub(super) const READ_ONLY: &str = "8";
 
-pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
-    error.as_database_error()?.code()
+/// The code of an error of sqlx, or of the one behind a [`StepError`](crate::database::StepError).
+pub(super) fn code<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> Option<Cow<'e, str>> {
+    error.into()?.as_database_error()?.code()
 }
 
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
-    if crate::database::is_connection_failure(error) {
-        return Fault::Disconnected;
-    }
-    match error {
-        sqlx::Error::BeginFailed => return Fault::TransactionEnded,
-        sqlx::Error::Configuration(_) => return Fault::Refused,
-        _ => {}
+    if let Some(fault) = Fault::of_sqlx(error) {
+        return fault;
     }
     let Some(error) = error.as_database_error() else {
         return Fault::Other;

@@ -8,6 +8,8 @@ use sqlx::{Connection, Row, Sqlite};
 use super::schema::PREPARE;
 use super::transaction::busy_timeout;
 use crate::Kind;
+use crate::database::StepError;
+use crate::database::driver;
 use crate::database::driver::{SchemaDriver, SessionDriver};
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
@@ -157,7 +159,7 @@ pub(super) async fn read(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<Option<LockRow>> {
+) -> driver::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
 }
@@ -166,15 +168,15 @@ pub(super) async fn read_all(
     connection: &mut SqliteConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<Vec<Option<LockRow>>> {
+) -> driver::Result<Vec<Option<LockRow>>> {
     let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(names));
     let rows = query.fetch_all(connection).await?;
     let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lock_row(row)?));
-    let found: Vec<_> = rows.iter().map(found).collect::<sqlx::Result<_>>()?;
+    let found: Vec<_> = rows.iter().map(found).collect::<driver::Result<_>>()?;
     Ok(by_name(names, found))
 }
 
-fn lock_row(row: &SqliteRow) -> sqlx::Result<LockRow> {
+fn lock_row(row: &SqliteRow) -> driver::Result<LockRow> {
     Ok(LockRow {
         id: row.try_get(0)?,
         kind: Kind::parse(row.try_get(1)?),
@@ -195,9 +197,10 @@ pub(super) async fn create(
     server: &Server,
     name: &str,
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name).bind(kind.as_str());
-    query.execute(connection).await.map(|_| true)
+    query.execute(connection).await?;
+    Ok(true)
 }
 
 pub(super) async fn create_all(
@@ -205,9 +208,10 @@ pub(super) async fn create_all(
     server: &Server,
     names: &[Name],
     kind: Kind,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(CREATE_ALL)).bind(names_as_json(names)).bind(kind.as_str());
-    query.execute(connection).await.map(|_| true)
+    query.execute(connection).await?;
+    Ok(true)
 }
 
 /// One claim at a time, because no network is involved.
@@ -215,7 +219,7 @@ pub(super) async fn acquire_all(
     connection: &mut SqliteConnection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Vec<Option<Grant>>> {
+) -> driver::Result<Vec<Option<Grant>>> {
     let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
     let mut grants = Vec::with_capacity(claims.len());
     for claim in claims {
@@ -234,7 +238,7 @@ pub(super) async fn acquire(
     connection: &mut SqliteConnection,
     server: &Server,
     claim: &Claim,
-) -> sqlx::Result<Option<Grant>> {
+) -> driver::Result<Option<Grant>> {
     // Fetches all rows, though there is at most one. If only the first is fetched, sqlx 0.9 resets
     // the statement, which then commits, and drops the error of that commit.
     let rows = sqlx::query(server.table.sql(ACQUIRE))
@@ -249,7 +253,7 @@ pub(super) async fn acquire(
         .await?;
     let Some(row) = rows.first() else { return Ok(None) };
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
-        return Err(sqlx::Error::Protocol("the database answered with the row of another statement".into()));
+        return Err(StepError::disconnected("the database answered with the row of another statement"));
     }
     let (fencing_token, id) = (row.try_get(2)?, row.try_get(3)?);
     Ok(Some(Grant { id, fencing_token, others_wait: row.try_get(4)?, tokens: row.try_get(5)? }))
@@ -259,7 +263,7 @@ pub(super) async fn give_notice(
     connection: &mut SqliteConnection,
     server: &Server,
     names: &[Name],
-) -> sqlx::Result<u64> {
+) -> driver::Result<u64> {
     let query = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names_as_json(names));
     Ok(query.execute(connection).await?.rows_affected())
 }
@@ -268,7 +272,7 @@ pub(super) async fn settle(
     connection: &mut SqliteConnection,
     server: &Server,
     name: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
     Ok(settled.rows_affected() > 0)
 }
@@ -279,7 +283,7 @@ pub(super) async fn renew(
     connection: &mut SqliteConnection,
     server: &Server,
     leases: &[Renewal],
-) -> sqlx::Result<Renewed> {
+) -> driver::Result<Renewed> {
     let json = as_json(leases);
     // With a short TTL, the result of a read is valid only for a short time.
     let worth = leases.iter().map(|lease| reliable_without_notice(lease.ttl)).min().unwrap_or_default();
@@ -294,7 +298,7 @@ pub(super) async fn renew(
             return Ok(in_order(leases, renewed, None));
         }
         Err(error) if Sqlite::classify(&error) == Fault::Busy => error,
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let read_at = Instant::now();
     let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(connection).await;
@@ -302,7 +306,7 @@ pub(super) async fn renew(
         let status = if row.try_get(1)? { LeaseStatus::Challenged } else { LeaseStatus::Busy };
         Ok((row.try_get(0)?, status))
     };
-    let ours: sqlx::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(status).collect();
+    let ours: driver::Result<Vec<_>> = rows.map_err(|_| busy)?.iter().map(status).collect();
     Ok(in_order(leases, ours?, Some(read_at)))
 }
 
@@ -310,11 +314,11 @@ pub(super) async fn release(
     connection: &mut SqliteConnection,
     server: &Server,
     lease: &ReleaseClaim,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let ReleaseClaim { name, secret, place } = lease;
     let (place, listener) = QueueEntry::parts(place.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(place);
-    query.bind(listener).bind(clock_micros()).execute(connection).await.map(|done| released_or_not(&done))
+    Ok(released_or_not(&query.bind(listener).bind(clock_micros()).execute(connection).await?))
 }
 
 pub(super) async fn release_later(
@@ -323,10 +327,10 @@ pub(super) async fn release_later(
     name: &str,
     secret: &Secret,
     at_least: Duration,
-) -> sqlx::Result<LeaseStatus> {
+) -> driver::Result<LeaseStatus> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
     let query = query.bind(later_by(at_least));
-    query.execute(connection).await.map(|done| released_or_not(&done))
+    Ok(released_or_not(&query.execute(connection).await?))
 }
 
 /// Uses one transaction, because only the commit takes time.
@@ -335,7 +339,7 @@ pub(super) async fn batch(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
-) -> sqlx::Result<BatchOutcome> {
+) -> driver::Result<BatchOutcome> {
     let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
     let mut outcome = BatchOutcome { releases: Vec::new(), grants: Vec::new(), notifications: Vec::new() };
     for one in releases {
@@ -353,7 +357,7 @@ pub(super) async fn enqueue(
     server: &Server,
     name: &str,
     place: &QueueEntry,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let (secret, listener) = QueueEntry::parts(Some(place));
     let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
     Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
@@ -365,7 +369,7 @@ pub(super) async fn set_waiters(
     name: &str,
     before: &str,
     after: &str,
-) -> sqlx::Result<bool> {
+) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
     Ok(query.execute(connection).await?.rows_affected() > 0)
 }
@@ -375,9 +379,10 @@ pub(super) async fn dequeue(
     server: &Server,
     name: &str,
     secret: &Secret,
-) -> sqlx::Result<()> {
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
-    query.execute(connection).await.map(drop)
+    query.execute(connection).await?;
+    Ok(())
 }
 
 /// A duration as a modifier of SQLite's time functions.

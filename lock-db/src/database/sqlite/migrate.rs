@@ -4,7 +4,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, Sqlite};
 
 use super::schema::{PREPARE, find};
-use crate::database::driver::SchemaDriver;
+use crate::database::driver;
 use crate::database::{Fault, Found};
 use crate::schema;
 
@@ -27,21 +27,22 @@ WHERE name = 'distributed_lock'";
 const SEQUENCE_HAS_ENDED: &str = "
 SELECT EXISTS (SELECT 1 FROM main.sqlite_sequence WHERE name = 'distributed_lock' AND seq = 9223372036854775807)";
 
-pub(super) async fn migrate(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+pub(super) async fn migrate(connection: &mut SqliteConnection) -> driver::Result<()> {
     sqlx::raw_sql(WAIT_FOR_OTHER_MIGRATIONS).execute(&mut *connection).await?;
     if !is_up_to_date(connection).await? {
         match apply(connection).await {
-            Err(error) if Sqlite::classify(&error) == Fault::Refused => match find(connection).await? {
+            Err(error) if error.fault::<Sqlite>() == Fault::Refused => match find(connection).await? {
                 Found::Table(_) => {}
                 _ => return Err(error),
             },
             applied => applied?,
         }
     }
-    sqlx::raw_sql(PREPARE).execute(connection).await.map(drop)
+    sqlx::raw_sql(PREPARE).execute(connection).await?;
+    Ok(())
 }
 
-async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+async fn apply(connection: &mut SqliteConnection) -> driver::Result<()> {
     let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
     sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
     let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
@@ -56,19 +57,19 @@ async fn apply(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     if has_no_more_ids(&mut transaction).await? {
         sqlx::query(MEND_SEQUENCE).execute(&mut *transaction).await?;
     }
-    transaction.commit().await
+    Ok(transaction.commit().await?)
 }
 
 /// Whether the ids are used up. `sqlite_sequence` exists only if a table has AUTOINCREMENT.
-pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> driver::Result<bool> {
     if !has_table(connection, "sqlite_sequence").await? {
         return Ok(false);
     }
-    sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await
+    Ok(sqlx::query_scalar(SEQUENCE_HAS_ENDED).fetch_one(connection).await?)
 }
 
 /// The newest applied migration, if this version does not know it.
-pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Option<i64>> {
+pub(super) async fn newer(connection: &mut SqliteConnection) -> driver::Result<Option<i64>> {
     if !has_table(connection, "_lock_db_migrations").await? {
         return Ok(None);
     }
@@ -77,7 +78,7 @@ pub(super) async fn newer(connection: &mut SqliteConnection) -> sqlx::Result<Opt
 }
 
 /// Does not write, because the file may be read-only.
-async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+async fn is_up_to_date(connection: &mut SqliteConnection) -> driver::Result<bool> {
     if !has_table(connection, "distributed_lock").await?
         || !has_table(connection, "_lock_db_migrations").await?
     {
@@ -88,6 +89,6 @@ async fn is_up_to_date(connection: &mut SqliteConnection) -> sqlx::Result<bool> 
         && !has_no_more_ids(connection).await?)
 }
 
-async fn has_table(connection: &mut SqliteConnection, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await
+async fn has_table(connection: &mut SqliteConnection, name: &str) -> driver::Result<bool> {
+    Ok(sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await?)
 }

@@ -11,6 +11,7 @@ mod schema;
 mod snapshots;
 mod transaction;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -26,6 +27,8 @@ use super::{
     PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
     Server,
 };
+use crate::database::StepError;
+use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::{Error, Kind};
@@ -41,20 +44,27 @@ impl SchemaDriver for Sqlite {
         options.get_filename().to_string_lossy().into_owned()
     }
 
-    async fn find_table(connection: &mut SqliteConnection, _schema: Option<&str>) -> sqlx::Result<Found> {
+    async fn find_table(connection: &mut SqliteConnection, _schema: Option<&str>) -> driver::Result<Found> {
         schema::find(connection).await
     }
 
-    async fn migrate(connection: &mut SqliteConnection, _schema: Option<&str>) -> sqlx::Result<()> {
+    async fn migrate(connection: &mut SqliteConnection, _schema: Option<&str>) -> driver::Result<()> {
         migrate::migrate(connection).await
     }
 
-    async fn check(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<Vec<String>> {
+    async fn check(connection: &mut SqliteConnection, server: &Server) -> driver::Result<Vec<String>> {
         check::check(connection, server).await
     }
 
-    async fn old_snapshots(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<OldSnapshots> {
+    async fn old_snapshots(
+        connection: &mut SqliteConnection,
+        server: &Server,
+    ) -> driver::Result<OldSnapshots> {
         snapshots::old(connection, server).await
+    }
+
+    fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+        errors::code(error)
     }
 
     fn classify(error: &sqlx::Error) -> Fault {
@@ -71,27 +81,28 @@ impl SessionDriver for Sqlite {
         options.clone().statement_cache_capacity(PRIVATE_STATEMENTS)
     }
 
-    async fn prepare(connection: &mut SqliteConnection, _session: i64) -> sqlx::Result<()> {
-        sqlx::raw_sql(schema::PREPARE).execute(connection).await.map(drop)
+    async fn prepare(connection: &mut SqliteConnection, _session: i64) -> driver::Result<()> {
+        sqlx::raw_sql(schema::PREPARE).execute(connection).await?;
+        Ok(())
     }
 }
 
 impl WakeUpDriver for Sqlite {
     type Listening = Infallible;
 
-    async fn connect_listening(_pool: &Pool<Sqlite>) -> sqlx::Result<Infallible> {
-        Err(sqlx::Error::Protocol("this database calls nobody".into()))
+    async fn connect_listening(_pool: &Pool<Sqlite>) -> driver::Result<Infallible> {
+        Err(StepError::disconnected("this database has no notifications"))
     }
 
-    async fn listen(listening: &mut Infallible, _listener: u32) -> sqlx::Result<bool> {
+    async fn listen(listening: &mut Infallible, _listener: u32) -> driver::Result<bool> {
         match *listening {}
     }
 
-    async fn listening_connection(listening: &mut Infallible) -> sqlx::Result<&mut SqliteConnection> {
+    async fn listening_connection(listening: &mut Infallible) -> driver::Result<&mut SqliteConnection> {
         match *listening {}
     }
 
-    async fn notified(listening: &mut Infallible) -> sqlx::Result<i64> {
+    async fn notified(listening: &mut Infallible) -> driver::Result<i64> {
         match *listening {}
     }
 }
@@ -101,7 +112,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
-    ) -> sqlx::Result<Option<LockRow>> {
+    ) -> driver::Result<Option<LockRow>> {
         lease::read(connection, server, name).await
     }
 
@@ -110,7 +121,7 @@ impl LeaseDriver for Sqlite {
         server: &Server,
         name: &str,
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::create(connection, server, name, kind).await
     }
 
@@ -118,7 +129,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         claim: &Claim,
-    ) -> sqlx::Result<Option<Grant>> {
+    ) -> driver::Result<Option<Grant>> {
         lease::acquire(connection, server, claim).await
     }
 
@@ -126,7 +137,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<Vec<Option<LockRow>>> {
+    ) -> driver::Result<Vec<Option<LockRow>>> {
         lease::read_all(connection, server, names).await
     }
 
@@ -135,7 +146,7 @@ impl LeaseDriver for Sqlite {
         server: &Server,
         names: &[Name],
         kind: Kind,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::create_all(connection, server, names, kind).await
     }
 
@@ -143,7 +154,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         claims: &[Claim],
-    ) -> sqlx::Result<Vec<Option<Grant>>> {
+    ) -> driver::Result<Vec<Option<Grant>>> {
         lease::acquire_all(connection, server, claims).await
     }
 
@@ -152,7 +163,7 @@ impl LeaseDriver for Sqlite {
         _connection: &mut SqliteConnection,
         _server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<HashSet<String>> {
+    ) -> driver::Result<HashSet<String>> {
         Ok(names.iter().map(|name| (**name).to_owned()).collect())
     }
 
@@ -160,17 +171,21 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         names: &[Name],
-    ) -> sqlx::Result<u64> {
+    ) -> driver::Result<u64> {
         lease::give_notice(connection, server, names).await
     }
 
-    async fn settle(connection: &mut SqliteConnection, server: &Server, name: &str) -> sqlx::Result<bool> {
+    async fn settle(connection: &mut SqliteConnection, server: &Server, name: &str) -> driver::Result<bool> {
         lease::settle(connection, server, name).await
     }
 
     /// Always free, because there are no row locks. A write lock covers the whole database, and
     /// every write reports it.
-    async fn probe(_connection: &mut SqliteConnection, _server: &Server, _name: &str) -> sqlx::Result<Probe> {
+    async fn probe(
+        _connection: &mut SqliteConnection,
+        _server: &Server,
+        _name: &str,
+    ) -> driver::Result<Probe> {
         Ok(Probe::Free)
     }
 
@@ -178,7 +193,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         leases: &[Renewal],
-    ) -> sqlx::Result<Renewed> {
+    ) -> driver::Result<Renewed> {
         lease::renew(connection, server, leases).await
     }
 
@@ -186,7 +201,7 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         lease: &ReleaseClaim,
-    ) -> sqlx::Result<Released> {
+    ) -> driver::Result<Released> {
         lease::release(connection, server, lease).await.map(Released::from)
     }
 
@@ -196,7 +211,7 @@ impl LeaseDriver for Sqlite {
         name: &str,
         secret: &Secret,
         at_least: Duration,
-    ) -> sqlx::Result<LeaseStatus> {
+    ) -> driver::Result<LeaseStatus> {
         lease::release_later(connection, server, name, secret, at_least).await
     }
 
@@ -205,7 +220,7 @@ impl LeaseDriver for Sqlite {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
-    ) -> sqlx::Result<BatchOutcome> {
+    ) -> driver::Result<BatchOutcome> {
         lease::batch(connection, server, releases, claims).await
     }
 }
@@ -216,7 +231,7 @@ impl QueueDriver for Sqlite {
         server: &Server,
         name: &str,
         place: &QueueEntry,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::enqueue(connection, server, name, place).await
     }
 
@@ -226,7 +241,7 @@ impl QueueDriver for Sqlite {
         name: &str,
         before: &str,
         after: &str,
-    ) -> sqlx::Result<bool> {
+    ) -> driver::Result<bool> {
         lease::set_waiters(connection, server, name, before, after).await
     }
 
@@ -235,7 +250,7 @@ impl QueueDriver for Sqlite {
         server: &Server,
         name: &str,
         secret: &Secret,
-    ) -> sqlx::Result<()> {
+    ) -> driver::Result<()> {
         lease::dequeue(connection, server, name, secret).await
     }
 }
@@ -245,7 +260,7 @@ impl RowLockDriver for Sqlite {
 
     const SETTLES_IN_TRANSACTION: bool = true;
 
-    async fn is_here(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<bool> {
+    async fn is_here(connection: &mut SqliteConnection, server: &Server) -> driver::Result<bool> {
         transaction::is_here(connection, server).await
     }
 
@@ -254,7 +269,7 @@ impl RowLockDriver for Sqlite {
         server: &Server,
         claim: &RowClaim,
         slice: Duration,
-    ) -> sqlx::Result<RowAttempt> {
+    ) -> driver::Result<RowAttempt> {
         transaction::lock_row(connection, server, claim, slice).await
     }
 }
@@ -272,7 +287,7 @@ impl TransactionDriver for Sqlite {
         server: &Server,
         name: &str,
         fencing_token: i64,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_locked(connection, server, name, fencing_token).await
     }
 
@@ -280,7 +295,7 @@ impl TransactionDriver for Sqlite {
         connection: &mut SqliteConnection,
         lease: &LeaseKey,
         release: bool,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::commit_guarded(connection, lease, release).await
     }
 
@@ -288,7 +303,7 @@ impl TransactionDriver for Sqlite {
         connection: &mut SqliteConnection,
         lease: &LeaseKey,
         release: bool,
-    ) -> sqlx::Result<Guarded> {
+    ) -> driver::Result<Guarded> {
         transaction::guard(connection, lease, release).await
     }
 

@@ -7,7 +7,9 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
 use super::migrate;
 use crate::Error;
+use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare};
+use crate::database::driver;
 use crate::database::server::{Table, by_newer};
 use crate::database::{Cluster, Found, Server};
 
@@ -68,19 +70,19 @@ fn locks_exclusively(options: &str) -> bool {
     mode.get(..20).is_some_and(|mode| mode.to_ascii_uppercase().contains("EXCLUSIVE"))
 }
 
-pub(super) async fn find(connection: &mut SqliteConnection) -> sqlx::Result<Found> {
+pub(super) async fn find(connection: &mut SqliteConnection) -> driver::Result<Found> {
     let row = sqlx::query(FIND).fetch_one(&mut *connection).await?;
     let (file, mode): (String, String) = (row.try_get(0)?, row.try_get(1)?);
     if file.is_empty() {
-        return Err(sqlx::Error::Configuration(format!("the database is in memory: {FILE_PLEASE}").into()));
+        return Err(StepError::refused(format!("the database is in memory: {FILE_PLEASE}")));
     }
     if mode == "exclusive" {
         let message = "`locking_mode` is EXCLUSIVE: a connection would keep the file from all others";
-        return Err(sqlx::Error::Configuration(message.into()));
+        return Err(StepError::refused(message));
     }
     if row.try_get::<&str, _>(5)? == "off" {
         let message = "`journal_mode` is OFF: no transaction could be rolled back";
-        return Err(sqlx::Error::Configuration(message.into()));
+        return Err(StepError::refused(message));
     }
     match row.try_get::<Option<&str>, _>(2)? {
         None => return Ok(Found::Nothing),

@@ -3,6 +3,7 @@
 use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
 
+use crate::database::driver;
 use crate::database::{OldSnapshots, Server};
 
 const FILE: &str = "SELECT file FROM pragma_database_list WHERE name = 'main'";
@@ -14,7 +15,7 @@ const CHECKPOINT: &str = "PRAGMA main.wal_checkpoint(PASSIVE)";
 /// Four times the size at which SQLite checkpoints by itself.
 const LARGE: u64 = 16 << 20;
 
-pub(super) async fn old(connection: &mut SqliteConnection, _server: &Server) -> sqlx::Result<OldSnapshots> {
+pub(super) async fn old(connection: &mut SqliteConnection, _server: &Server) -> driver::Result<OldSnapshots> {
     let file: String = sqlx::query_scalar(FILE).fetch_one(&mut *connection).await?;
     let size = std::fs::metadata(format!("{file}-wal")).map_or(0, |wal| wal.len());
     if size < LARGE {

@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Row, Sqlite};
 
 use super::lease::clock_micros;
 use crate::Kind;
-use crate::database::driver::SchemaDriver;
+use crate::database::driver;
 use crate::database::{Fault, Guarded, LeaseKey, RowAttempt, RowClaim, Server};
 
 /// The longest single wait for the write lock. SQLite's own wait sleeps for longer and longer, and
@@ -69,7 +69,7 @@ pub(super) async fn lock_row(
     server: &Server,
     claim: &RowClaim,
     slice: Duration,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     refuse_autocommit(connection).await?;
     if !claim.is_own && !is_here(connection, server).await? {
         return Ok(RowAttempt::ForeignTransaction);
@@ -84,7 +84,7 @@ pub(super) async fn lock_row(
         // SQLite does not wait in a transaction that has read something. Such a transaction works
         // on an older state of the database, and without a WAL it would keep the writer from
         // committing.
-        Err(error) if Sqlite::classify(&error) == Fault::Busy => {
+        Err(error) if error.fault::<Sqlite>() == Fault::Busy => {
             let did_not_wait = slice >= SHORTEST_SLICE && waited < slice / 2;
             // Whether the writer is the lock's holder is unknown.
             if did_not_wait { Ok(RowAttempt::Stale) } else { Err(error) }
@@ -93,19 +93,19 @@ pub(super) async fn lock_row(
     }
 }
 
-pub(super) async fn is_here(connection: &mut SqliteConnection, server: &Server) -> sqlx::Result<bool> {
+pub(super) async fn is_here(connection: &mut SqliteConnection, server: &Server) -> driver::Result<bool> {
     let files = sqlx::query(FILES).fetch_all(connection).await?;
     let is_here = |file: &SqliteRow| {
         Ok(file.try_get::<&str, _>(1)? == "main" && file.try_get::<&str, _>(2)? == server.table.identity)
     };
-    Ok(files.iter().map(is_here).collect::<sqlx::Result<Vec<_>>>()?.contains(&true))
+    Ok(files.iter().map(is_here).collect::<driver::Result<Vec<_>>>()?.contains(&true))
 }
 
 async fn lock_and_write(
     connection: &mut SqliteConnection,
     server: &Server,
     claim: &RowClaim,
-) -> sqlx::Result<RowAttempt> {
+) -> driver::Result<RowAttempt> {
     let name = &*claim.row.name;
     let query = sqlx::query(server.table.sql(MAKE_ROW)).bind(name).bind(claim.kind.as_str());
     let Some(row) = query.fetch_optional(&mut *connection).await? else { return Ok(RowAttempt::Unwritten) };
@@ -134,7 +134,7 @@ pub(super) async fn commit_locked(
     server: &Server,
     name: &str,
     fencing_token: i64,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     if !is_marked(connection).await? {
         return Ok(Guarded::Ended);
     }
@@ -146,7 +146,7 @@ pub(super) async fn commit_guarded(
     connection: &mut SqliteConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     if !is_marked(connection).await? {
         return Ok(Guarded::Ended);
     }
@@ -157,12 +157,12 @@ pub(super) async fn guard(
     connection: &mut SqliteConnection,
     lease: &LeaseKey,
     release: bool,
-) -> sqlx::Result<Guarded> {
+) -> driver::Result<Guarded> {
     refuse_autocommit(connection).await?;
     ask(connection, lease, release).await
 }
 
-async fn ask(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> sqlx::Result<Guarded> {
+async fn ask(connection: &mut SqliteConnection, lease: &LeaseKey, release: bool) -> driver::Result<Guarded> {
     let query = sqlx::query(lease.server.table.sql(if release { GUARD_AND_RELEASE } else { GUARD }));
     let query = query.bind(&*lease.row.name).bind(lease.secret.as_str()).bind(lease.fencing_token);
     Ok(Guarded::when(query.execute(connection).await?.rows_affected() > 0))
@@ -197,21 +197,21 @@ pub(super) async fn doom(connection: &mut SqliteConnection) {
 }
 
 /// `false`: the marked transaction has ended. Removes the mark.
-async fn is_marked(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+async fn is_marked(connection: &mut SqliteConnection) -> driver::Result<bool> {
     match sqlx::raw_sql(IS_MARKED).execute(connection).await {
         Err(sqlx::Error::Database(error)) if error.message().starts_with("no such savepoint") => Ok(false),
-        answer => answer.map(|_| true),
+        answer => Ok(answer.map(|_| true)?),
     }
 }
 
 /// Some errors (a full disk, `ON CONFLICT ROLLBACK`) end a transaction without the knowledge of its
 /// handle. If BEGIN succeeds, no transaction was open, and the new one gives the handle something
 /// to roll back.
-async fn refuse_autocommit(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+async fn refuse_autocommit(connection: &mut SqliteConnection) -> driver::Result<()> {
     match sqlx::raw_sql("BEGIN").execute(connection).await {
         Err(sqlx::Error::Database(error)) if error.message().contains("within a transaction") => Ok(()),
-        Err(error) => Err(error),
-        Ok(_) => Err(sqlx::Error::BeginFailed),
+        Err(error) => Err(error.into()),
+        Ok(_) => Err(sqlx::Error::BeginFailed.into()),
     }
 }
 
@@ -224,7 +224,7 @@ struct LimitedWait<'a> {
 }
 
 impl<'a> LimitedWait<'a> {
-    async fn set(connection: &'a mut SqliteConnection, wait: Duration) -> sqlx::Result<Self> {
+    async fn set(connection: &'a mut SqliteConnection, wait: Duration) -> driver::Result<Self> {
         let before: i64 = sqlx::query_scalar("PRAGMA busy_timeout").fetch_one(&mut *connection).await?;
         let mut limited = Self { connection, restore: Some(before) };
         let wait = i64::try_from(wait.as_millis()).unwrap_or(0);
@@ -236,7 +236,7 @@ impl<'a> LimitedWait<'a> {
         Ok(limited)
     }
 
-    async fn restore(mut self) -> sqlx::Result<()> {
+    async fn restore(mut self) -> driver::Result<()> {
         if let Some(before) = self.restore {
             sqlx::raw_sql(busy_timeout(before)).execute(&mut *self.connection).await?;
             self.restore = None;

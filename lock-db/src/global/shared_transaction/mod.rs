@@ -8,7 +8,6 @@
 //! ends last.
 
 use std::any::Any;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,7 +17,6 @@ use super::BoxFuture;
 use super::body_polls::{self, BodyPoll};
 use crate::database::LockDatabase;
 use crate::error::{Loss, NoReentry};
-use crate::managed_tx::unknown;
 use crate::reentrancy::{Entered, Held, Inside};
 use crate::row_lock::RowGuard;
 use crate::runtime::Runtime;
@@ -134,7 +132,7 @@ async fn end(guard: Option<Box<dyn AnyRowGuard>>, is_doomed: bool, name: String)
     }
     if let Err(error) = guard.rollback().await {
         // The connection broke, which rolls back as well.
-        tracing::debug!(%error, "rolling back");
+        tracing::debug!(error = %error.report(), "rolling back");
     }
     Err(Error::RolledBack { name })
 }
@@ -154,7 +152,7 @@ impl Untold {
         if self.is_doomed {
             return Error::RolledBack { name: self.name };
         }
-        unknown(&self.name, io::Error::other("the runtime was shut down"))
+        Error::commit_unknown(self.name, "the runtime was shut down")
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 
 use super::life::Link;
 use crate::connecting::PATIENCE;
-use crate::database::{Failure, HookFailure};
+use crate::database::{Failure, HookFailure, StepError};
 use crate::database::{Location, LockDatabase};
 
 /// How long a pool tries to make one connection.
@@ -82,7 +82,7 @@ impl<DB: LockDatabase> Connector<DB> {
         if let Some((_, begun)) = self.under_way.first()
             && self.under_way.len() >= MOST
         {
-            return Err(Failure::hook::<DB>(HookFailure::Waits(begun.elapsed())));
+            return Err(Failure::hook::<DB>(&HookFailure::Waits(begun.elapsed())));
         }
         let options = self.application.connect_options();
         self.check(&options)?;
@@ -98,7 +98,7 @@ impl<DB: LockDatabase> Connector<DB> {
             let link = runtime.block_on(async {
                 select! {
                     biased;
-                    _ = unwanted => Err(sqlx::Error::PoolTimedOut),
+                    _ = unwanted => Err(sqlx::Error::PoolTimedOut.into()),
                     link = open(&pool, listening) => link,
                 }
             });
@@ -115,20 +115,20 @@ impl<DB: LockDatabase> Connector<DB> {
         drop(wanted);
         let waits_for_hook = self.waits_for_hook.take().is_some();
         match made {
-            Ok(Err(sqlx::Error::PoolTimedOut)) if waits_for_hook => {
-                Err(Failure::hook::<DB>(HookFailure::Waits(begun.elapsed())))
+            Ok(Err(StepError::Sqlx(sqlx::Error::PoolTimedOut))) if waits_for_hook => {
+                Err(Failure::hook::<DB>(&HookFailure::Waits(begun.elapsed())))
             }
             Ok(Ok(link)) => {
                 self.took = begun.elapsed();
                 Ok(link)
             }
             Ok(Err(refused)) => Err(Failure::new::<DB>(refused)),
-            Err(ended) => Err(Failure::hook::<DB>(HookFailure::Panicked(message(ended)))),
+            Err(ended) => Err(Failure::hook::<DB>(&HookFailure::Panicked(message(ended)))),
         }
     }
 
     fn check(&self, options: &<DB::Connection as Connection>::Options) -> Result<(), Failure> {
-        let refused = |reason: String| Failure::new::<DB>(sqlx::Error::Configuration(reason.into()));
+        let refused = |reason: String| Failure::new::<DB>(StepError::refused(reason));
         let database = DB::database_name(options);
         if database != self.database {
             return Err(refused(format!(
@@ -164,17 +164,17 @@ async fn beside<DB: LockDatabase>(
     waits_for_hook: &WaitsForHook,
     begun: Instant,
     patience: Duration,
-) -> sqlx::Error {
+) -> StepError {
     sleep(patience).await;
     match options.connect().await {
-        Err(refused) => return refused,
+        Err(refused) => return refused.into(),
         Ok(connection) => drop(connection.close().await),
     }
     waits_for_hook.set(Some(begun));
     std::future::pending().await
 }
 
-async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> sqlx::Result<Link<DB>> {
+async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> Result<Link<DB>, StepError> {
     Ok(if listening {
         Link::Listening(DB::connect_listening(pool).await?)
     } else {
@@ -186,7 +186,7 @@ async fn open<DB: LockDatabase>(pool: &Pool<DB>, listening: bool) -> sqlx::Resul
 pub(super) fn no_answer<DB: LockDatabase>(waits_for_hook: &WaitsForHook, waited: Duration) -> Failure {
     waits_for_hook.get().map_or_else(
         || Failure::no_answer::<DB>(waited),
-        |since| Failure::hook::<DB>(HookFailure::Waits(since.elapsed())),
+        |since| Failure::hook::<DB>(&HookFailure::Waits(since.elapsed())),
     )
 }
 

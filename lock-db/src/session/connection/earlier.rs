@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
+use crate::database::Failure;
 use crate::database::{Fault, LockDatabase};
 
 /// How long a connection with other work waits for a session to end, and the pauses between two
@@ -85,10 +86,10 @@ impl Earlier {
     pub(super) async fn end<DB: LockDatabase>(
         &mut self,
         connection: &mut DB::Connection,
-    ) -> sqlx::Result<bool> {
+    ) -> Result<bool, Failure> {
         let (started, mut pause) = (Instant::now(), SHORTEST_PAUSE);
         while let Some(&number) = self.given_up.last() {
-            match DB::end_session(connection, number).await {
+            match DB::end_session(connection, number).await.map_err(Failure::new::<DB>) {
                 Ok(false) if started.elapsed() < PATIENCE => {
                     sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
@@ -96,11 +97,11 @@ impl Earlier {
                 }
                 Ok(false) => return Ok(false),
                 Ok(true) => {}
-                Err(error) => match DB::classify(&error) {
-                    Fault::Disconnected => return Err(error),
+                Err(failure) => match failure.fault {
+                    Fault::Disconnected => return Err(failure),
                     Fault::Passing | Fault::Busy => return Ok(false),
                     // The session may have another role than the current connection.
-                    _ => tracing::debug!(%error, "a session that was given up can't be ended"),
+                    _ => tracing::debug!(error = %failure, "a session that was given up can't be ended"),
                 },
             }
             self.given_up.pop();

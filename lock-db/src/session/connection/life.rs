@@ -12,7 +12,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::connector::{CONNECT_LIMIT, Connector, no_answer};
 use super::earlier::any_number;
 use super::worker::WorkerLoop;
-use crate::database::Failure;
+use crate::database::{Failure, StepError};
 use crate::database::{Fault, Found, Location, LockDatabase, Server};
 use crate::jitter::jitter;
 
@@ -44,7 +44,7 @@ pub(super) enum Link<DB: LockDatabase> {
 }
 
 impl<DB: LockDatabase> Link<DB> {
-    pub(super) async fn connection(&mut self) -> sqlx::Result<&mut DB::Connection> {
+    pub(super) async fn connection(&mut self) -> Result<&mut DB::Connection, StepError> {
         match self {
             Self::Plain(connection) => Ok(connection),
             Self::Listening(listening) => DB::listening_connection(listening).await,
@@ -98,7 +98,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     pub(super) async fn on_connection<T>(
         &mut self,
         limit: Duration,
-        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> Result<T, StepError>,
     ) -> Result<T, Failure> {
         self.on_table(limit, SILENCE, operation).await
     }
@@ -108,7 +108,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         &mut self,
         limit: Duration,
         silence: Duration,
-        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> Result<T, StepError>,
     ) -> Result<T, Failure> {
         let known = self.connection.as_ref().and_then(|connection| connection.server.clone());
         let location = Arc::clone(&self.location);
@@ -167,7 +167,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let known = earlier.current();
         let running = async {
             let used = connection.link.connection().await.map_err(Failure::new::<DB>)?;
-            if earlier.is_some() && !earlier.end::<DB>(used).await.map_err(Failure::new::<DB>)? {
+            if earlier.is_some() && !earlier.end::<DB>(used).await? {
                 return Ok(Err(Failure::session_remains::<DB>()));
             }
             match operation(used).await {
@@ -212,7 +212,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 // operation.
                 self.pace = self.pace.max(asked.elapsed().saturating_sub(silence) / 4);
                 self.connection = Some(self.private(link));
-                Err(Failure::new::<DB>(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())))
+                Err(Failure::new::<DB>(StepError::disconnected(
+                    "the connection was dropped while it was idle",
+                )))
             }
             Outcome::Silence => {
                 self.leave(&connection);

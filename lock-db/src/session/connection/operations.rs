@@ -10,6 +10,7 @@ use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{
     Claim, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim, Server,
+    StepError,
 };
 use crate::name::Name;
 
@@ -171,7 +172,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     async fn answer<T>(
         &mut self,
         reply: Reply<T>,
-        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> sqlx::Result<T>,
+        operation: impl AsyncFnOnce(&mut DB::Connection, &Server) -> Result<T, StepError>,
     ) {
         let answer = self.on_connection(STATEMENT_LIMIT, operation).await;
         let _ = reply.send(answer);
@@ -218,7 +219,7 @@ async fn acquire_all<DB: LockDatabase>(
     connection: &mut DB::Connection,
     server: &Server,
     claims: &[Claim],
-) -> sqlx::Result<Option<Vec<Grant>>> {
+) -> Result<Option<Vec<Grant>>, StepError> {
     if let [claim] = claims {
         return Ok(DB::acquire(connection, server, claim).await?.map(|grant| vec![grant]));
     }
@@ -237,7 +238,7 @@ async fn acquire_all<DB: LockDatabase>(
         // A trigger may keep one of them from being written. Release the others. Without an answer
         // they may still be ours.
         let released_now = DB::batch(connection, server, &undone, &[]).await;
-        released_now.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
+        released_now.map_err(StepError::outcome_unknown)?;
     }
     Ok(None)
 }
@@ -246,7 +247,7 @@ async fn acquire_all<DB: LockDatabase>(
 async fn old_snapshots<DB: LockDatabase>(
     connection: &mut DB::Connection,
     server: &Server,
-) -> sqlx::Result<OldSnapshots> {
+) -> Result<OldSnapshots, StepError> {
     let seen = DB::old_snapshots(connection, server).await?;
     server.table.set_old_versions(seen.found.is_some());
     Ok(seen)
