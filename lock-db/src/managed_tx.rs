@@ -178,15 +178,14 @@ async fn commit<DB: LockDatabase>(
     let (mut name, begun) = (condition.name(), Instant::now());
     let checked = match &condition {
         Condition::Lease { key, others, release } => match guard::<DB>(&mut transaction, others).await {
-            Ok(()) => DB::commit_guarded(&mut transaction, key, *release).await.map_err(Failure::new::<DB>),
+            Ok(()) => DB::commit_guarded(&mut transaction, key, *release).await,
             Err((other, refused)) => {
                 name = other;
                 refused
             }
         },
         Condition::Row { name, fencing_token, server } => {
-            let locked = DB::commit_locked(&mut transaction, server, name, *fencing_token).await;
-            locked.map_err(Failure::new::<DB>)
+            DB::commit_locked(&mut transaction, server, name, *fencing_token).await
         }
     };
     let busy = || Error::Timeout {
@@ -201,7 +200,7 @@ async fn commit<DB: LockDatabase>(
         Fault::Disconnected if !DB::COMMITS_WITH_CHECK => Error::lost(name.given(), Loss::TransactionEnded),
         _ => failure.into_error(Action::Commit, Some(name)),
     };
-    let error = match checked {
+    let error = match checked.map_err(Failure::new::<DB>) {
         Ok(Guarded::Ours) => {
             let committed = transaction.commit().await.map_err(Failure::new::<DB>);
             return committed.map(|()| None).map_err(|failure| match failure.fault {
@@ -230,13 +229,12 @@ async fn commit<DB: LockDatabase>(
 async fn guard<'a, DB: LockDatabase>(
     transaction: &mut DB::Connection,
     leases: &'a [LeaseKey],
-) -> Result<(), (&'a Name, Result<Guarded, Failure>)> {
+) -> Result<(), (&'a Name, Result<Guarded, StepError>)> {
     for key in leases {
-        let guarded = DB::guard(transaction, key, false).await.map_err(Failure::new::<DB>);
-        let guarded = match guarded {
+        let guarded = match DB::guard(transaction, key, false).await {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => continue,
             // The COMMIT was not sent.
-            Err(Failure { fault: Fault::Disconnected, .. }) => Ok(Guarded::Ended),
+            Err(error) if error.fault::<DB>() == Fault::Disconnected => Ok(Guarded::Ended),
             guarded => guarded,
         };
         return Err((&key.row.name, guarded));

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 
-#[cfg(any(feature = "mysql", feature = "_sqlite"))]
 use super::SchemaDriver;
 use crate::database::Fault;
 
@@ -25,7 +24,6 @@ pub(crate) type Result<T, E = StepError> = std::result::Result<T, E>;
 
 impl StepError {
     /// What the error means for a lock.
-    #[cfg(any(feature = "mysql", feature = "_sqlite"))]
     pub(crate) fn fault<DB: SchemaDriver>(&self) -> Fault {
         match self {
             Self::Sqlx(error) => DB::classify(error),
