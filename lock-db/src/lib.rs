@@ -140,7 +140,7 @@ pub use self::skippable::Skippable;
 #[cfg(feature = "macros")]
 pub use lock_macros::distributed_lock;
 
-/// The examples of the README are tests.
+/// The examples of the README are tests, in the repository.
 #[cfg(all(doctest, feature = "postgres"))]
-#[doc = include_str!("../README.md")]
+#[doc = include_str!("../../README.md")]
 struct Readme;

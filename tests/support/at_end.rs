@@ -1,4 +1,3 @@
-use std::io::Write;
 use std::marker::PhantomData;
 use std::thread;
 use std::time::Duration;
@@ -41,8 +40,7 @@ impl<DB: Backend> Drop for AtEnd<DB> {
         });
         let done: Result<sqlx::Result<()>, _> = done.join();
         if !matches!(done, Ok(Ok(()))) {
-            // Bypasses the test harness, which captures output.
-            let _ = writeln!(std::io::stderr(), "lock-tests: something is left on the server: {done:?}");
+            eprintln!("lock-tests: something is left on the server: {done:?}");
         }
     }
 }

@@ -15,9 +15,9 @@ pub trait TestDatabase: Sized + Send + Sync + 'static {
     /// The name in `LOCK_DB_TEST_REQUIRE` and in the names of tests.
     const NAME: &'static str;
 
-    /// Creates a database. `None` if this run has no such server and does not require one; this is
-    /// printed.
-    fn create() -> impl Future<Output = Option<Self>> + Send;
+    /// Creates a database. If this run has no such server, the case is [ignored](crate::ignore), or
+    /// fails if the run requires one.
+    fn create() -> impl Future<Output = Self> + Send;
 
     fn url(&self) -> &str;
 

@@ -1,7 +1,6 @@
 //! A server for one test, which may be killed, and whose clock may be moved.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,7 +10,7 @@ use sqlx::Connection;
 use tempfile::TempDir;
 use url::Url;
 
-use crate::{Backend, eventually, free_port};
+use crate::{Backend, eventually, free_port, ignore, note};
 
 /// How long it may take to start on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -35,12 +34,16 @@ impl OwnServer {
     /// clocks.
     pub fn can_have(kind: &str) -> bool {
         let status = Command::new(script()).args(["have", kind]).status();
-        let can = status.expect("runs tests/server").success();
-        if !can {
-            // Bypasses the test harness, which captures output.
-            drop(writeln!(std::io::stderr(), "lock-tests: NOT TESTED: faults of a server without {kind}"));
+        status.expect("runs tests/server").success()
+    }
+
+    /// Ignores the case if the programs for such a server are not installed.
+    pub fn need(kind: &str) {
+        if !Self::can_have(kind) {
+            ignore(format_args!(
+                "the programs for a {kind} of its own are not installed; tests/run installs them"
+            ));
         }
-        can
     }
 
     /// Creates a server with empty data.
@@ -158,7 +161,7 @@ impl Drop for OwnServer {
         self.thaw();
         let Some(mut process) = self.process.take() else { return };
         if std::thread::panicking() {
-            eprintln!("{}: {}", self.kind, self.log());
+            note(format_args!("{}: {}", self.kind, self.log()));
         }
         // PostgreSQL ends immediately, and removes its shared memory. For the others this is like a
         // crash.

@@ -11,8 +11,8 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep};
 use url::Url;
 
-use crate::free_port;
-use crate::servers::{is_required, say_once};
+use crate::servers::is_required;
+use crate::{free_port, ignore, note};
 
 /// The name in `LOCK_DB_TEST_REQUIRE`.
 const NAME: &str = "pgbouncer";
@@ -51,9 +51,9 @@ fn script() -> PathBuf {
 
 impl PgBouncer {
     /// Starts a PgBouncer in front of the database with this URL, with at most `pool_size`
-    /// connections to the database. It supports prepared statements. `None` if this run has no
-    /// PgBouncer and does not require one.
-    pub async fn start(url: &str, mode: PoolMode, pool_size: u32) -> Option<Self> {
+    /// connections to the database. It supports prepared statements. If this run has no PgBouncer, the
+    /// case is [ignored](crate::ignore), or fails if the run requires one.
+    pub async fn start(url: &str, mode: PoolMode, pool_size: u32) -> Self {
         let settings = format!(
             "pool_mode = {mode}\ndefault_pool_size = {pool_size}\nmax_prepared_statements = 200\n\
              ignore_startup_parameters = extra_float_digits\n"
@@ -63,12 +63,11 @@ impl PgBouncer {
 
     /// Starts a PgBouncer with these lines in its configuration, in addition to those with its
     /// addresses.
-    pub async fn start_with(url: &str, settings: &str) -> Option<Self> {
+    pub async fn start_with(url: &str, settings: &str) -> Self {
         let status = Command::new(script()).arg("have").status();
         if !status.expect("runs tests/pgbouncer").success() {
             assert!(!is_required(NAME), "LOCK_DB_TEST_REQUIRE names {NAME}, but there is none here");
-            say_once("NOT TESTED: poolers, because there is no PgBouncer here (tests/pgbouncer fetch)");
-            return None;
+            ignore("there is no PgBouncer here; tests/pgbouncer fetches it");
         }
         let folder = tempfile::Builder::new().prefix("lock-db-pgbouncer-").tempdir().expect("makes a folder");
         let database = Url::parse(url).expect("an address");
@@ -78,7 +77,7 @@ impl PgBouncer {
             pooler.port = free_port();
             fs::write(pooler.configuration(), pooler.configured(settings)).expect("writes a file");
             if pooler.try_restart().await {
-                return Some(pooler);
+                return pooler;
             }
         }
         panic!("PgBouncer does not start: {}", pooler.log());
@@ -164,7 +163,7 @@ impl PgBouncer {
 impl Drop for PgBouncer {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("PgBouncer: {}", self.log());
+            note(format_args!("PgBouncer: {}", self.log()));
         }
         self.kill();
     }

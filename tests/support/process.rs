@@ -1,8 +1,8 @@
 //! Real processes that can be stopped, continued and killed: the test's own program, started again
 //! in a role.
 //!
-//! A suite declares its roles with [`child_roles!`](crate::child_roles). Parent and child exchange
-//! lines of text over the child's standard input and output.
+//! A suite declares its roles with [`child_roles!`](crate::child_roles), and [`run`](crate::run)
+//! knows them. Parent and child exchange lines of text over the child's standard input and output.
 
 use std::env;
 use std::ffi::OsStr;
@@ -23,45 +23,39 @@ const URL: &str = "LOCK_TESTS_URL";
 const ARGUMENTS: &str = "LOCK_TESTS_ARGUMENTS";
 const SEPARATOR: char = '\u{1f}';
 
-/// The test that runs the roles of a suite.
-const ENTRY: &str = "child_process";
-
-/// Prefix of each line that the child sends, to distinguish it from the test program's own output.
+/// Prefix of each line that the child sends, to distinguish it from other output.
 const MARK: &str = "\u{1e}child: ";
 
 /// How long a child may take to send a line that is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Declares the roles that [`Process::spawn`] can start. Each is an
-/// `async fn role<DB: Backend>(parent: Parent)`, where `DB` follows from the URL that the process
-/// was given. Used once in a suite, at its top level.
+/// Declares the roles that [`Process::spawn`] can start: defines the function `roles` of a module.
+/// Each is an `async fn role<DB: Backend>(parent: Parent)`, where `DB` follows from the URL that the
+/// process was given. The names of roles are unique in a test binary.
 #[macro_export]
 macro_rules! child_roles {
     ($($role:ident),* $(,)?) => {
-        /// Does nothing unless this process was started as a child.
-        #[test]
-        fn child_process() {
-            $crate::become_child(&[$((
-                stringify!($role),
-                $crate::RoleForAll {
-                    postgres: |parent| Box::pin($role::<::sqlx::Postgres>(parent)),
-                    mysql: |parent| Box::pin($role::<::sqlx::MySql>(parent)),
-                    sqlite: |parent| Box::pin($role::<::sqlx::Sqlite>(parent)),
-                },
-            )),*]);
+        /// What a child process of this suite can be.
+        pub(crate) fn roles() -> ::std::vec::Vec<$crate::Role> {
+            ::std::vec![$($crate::Role {
+                name: stringify!($role),
+                postgres: |parent| Box::pin($role::<::sqlx::Postgres>(parent)),
+                mysql: |parent| Box::pin($role::<::sqlx::MySql>(parent)),
+                sqlite: |parent| Box::pin($role::<::sqlx::Sqlite>(parent)),
+            }),*]
         }
     };
 }
 
-type Role = fn(Parent) -> Pin<Box<dyn Future<Output = ()>>>;
+type RoleOn = fn(Parent) -> Pin<Box<dyn Future<Output = ()>>>;
 
-/// One role, for each kind of database.
-#[doc(hidden)]
+/// A role, for each kind of database.
 #[derive(Debug, Clone, Copy)]
-pub struct RoleForAll {
-    pub postgres: Role,
-    pub mysql: Role,
-    pub sqlite: Role,
+pub struct Role {
+    pub name: &'static str,
+    pub postgres: RoleOn,
+    pub mysql: RoleOn,
+    pub sqlite: RoleOn,
 }
 
 /// A child process. Dropping it kills it, even if it is stopped.
@@ -97,7 +91,6 @@ impl Process {
             }
         };
         let mut child = command
-            .args([ENTRY, "--exact", "--nocapture"])
             .env(ROLE, role)
             .env(URL, url)
             .env(ARGUMENTS, arguments.join(SEPARATOR.encode_utf8(&mut [0; 4])))
@@ -263,14 +256,13 @@ pub fn say_to_parent(line: impl std::fmt::Display) {
     writeln!(output, "\n{MARK}{line}").and_then(|()| output.flush()).expect("the parent listens");
 }
 
-/// Runs the role that this process was started for. Returns at once if the process is not a child.
-#[doc(hidden)]
-pub fn become_child(roles: &[(&str, RoleForAll)]) {
-    let Some(name) = env::var_os(ROLE) else { return };
-    let (_, role) = roles
-        .iter()
-        .find(|(role, _)| name == *role)
-        .unwrap_or_else(|| panic!("this suite has no role {}", name.display()));
+/// Runs the role that this process was started for. Returns `false` if the process is not a child.
+pub(crate) fn become_child(roles: &[Role]) -> bool {
+    let Some(name) = env::var_os(ROLE) else { return false };
+    let mut of_this_name = roles.iter().filter(|role| name == role.name);
+    let role =
+        of_this_name.next().unwrap_or_else(|| panic!("this test binary has no role {}", name.display()));
+    assert!(of_this_name.next().is_none(), "two roles are called {}", name.display());
     let parent = Parent::from_environment(&name);
     let role = match parent.url().split(':').next() {
         Some("postgres" | "postgresql") => role.postgres,
@@ -280,4 +272,5 @@ pub fn become_child(roles: &[(&str, RoleForAll)]) {
     };
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     runtime.worker_threads(2).enable_all().build().expect("starts a runtime").block_on(role(parent));
+    true
 }

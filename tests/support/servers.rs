@@ -4,10 +4,8 @@ use std::collections::HashSet;
 use std::env;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::io::Write;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
-use std::sync::Mutex as StdMutex;
 use std::thread;
 use std::time::Duration;
 
@@ -15,10 +13,10 @@ use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres};
 use tokio::sync::Mutex;
 use url::Url;
 
-use crate::{Activity, Backend, TestDatabase, TestServer};
+use crate::{Activity, Backend, TestDatabase, TestServer, ignore};
 
-/// A comma-separated list of the required databases. If one is missing, its tests fail instead of
-/// being skipped.
+/// A comma-separated list of the required databases. If one is missing, its cases fail instead of
+/// being ignored.
 const REQUIRE: &str = "LOCK_DB_TEST_REQUIRE";
 
 /// A kind of server.
@@ -98,9 +96,8 @@ impl<K: ServerKind> TestDatabase for Server<K> {
     type Database = K::Database;
     const NAME: &'static str = K::NAME;
 
-    async fn create() -> Option<Self> {
-        let administration = configured_servers::<K>()?.swap_remove(0);
-        Some(Self::create_at(administration).await)
+    async fn create() -> Self {
+        Self::create_at(configured_servers::<K>().swap_remove(0)).await
     }
 
     fn url(&self) -> &str {
@@ -109,7 +106,12 @@ impl<K: ServerKind> TestDatabase for Server<K> {
 
     async fn activity(&self) -> Activity {
         let mut observer = self.observer.lock().await;
-        K::Database::activity(&mut observer).await.expect("reads the activity of the database")
+        loop {
+            match K::Database::activity(&mut observer).await {
+                Err(error) if is_of_another_client(&error) => {}
+                activity => return activity.expect("reads the activity of the database"),
+            }
+        }
     }
 
     async fn advisory_locks(&self) -> usize {
@@ -129,7 +131,12 @@ impl<K: ServerKind> TestDatabase for Server<K> {
 
     async fn find_number(&self, sql: &str) -> Option<i64> {
         let mut observer = self.observer.lock().await;
-        K::Database::find_number(&mut observer, sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"))
+        loop {
+            match K::Database::find_number(&mut observer, sql).await {
+                Err(error) if is_of_another_client(&error) => {}
+                number => return number.unwrap_or_else(|error| panic!("{error}: {sql}")),
+            }
+        }
     }
 
     async fn find_text(&self, sql: &str) -> Option<String> {
@@ -157,7 +164,7 @@ impl<K: ServerKind> Server<K> {
 impl GaleraCluster {
     /// The URL of the database on each node.
     pub fn urls(&self) -> Vec<String> {
-        let mut urls = configured_servers::<GaleraKind>().expect("they were there before");
+        let mut urls = configured_servers::<GaleraKind>();
         for url in &mut urls {
             url.set_path(&self.name);
         }
@@ -180,7 +187,12 @@ impl<K: ServerKind> TestServer for Server<K> {
 
     async fn end_connections(&self) {
         let mut observer = self.observer.lock().await;
-        K::Database::end_connections(&mut observer).await.expect("ends the connections to the database");
+        loop {
+            match K::Database::end_connections(&mut observer).await {
+                Err(error) if is_of_another_client(&error) => {}
+                ended => return ended.expect("ends the connections to the database"),
+            }
+        }
     }
 }
 
@@ -198,7 +210,7 @@ impl<K: ServerKind> Drop for Server<K> {
             })
         });
         if let Ok(Err(error)) = dropped.join() {
-            say(&format!("the database {} is left on the server: {error}", self.name));
+            eprintln!("lock-tests: the database {} is left on the server: {error}", self.name);
         }
     }
 }
@@ -321,6 +333,12 @@ impl ServerDialect for MySql {
     }
 }
 
+/// MySQL can't read its process list while any client of the server runs a statement with text that
+/// the list can't show.
+fn is_of_another_client(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(error) if error.message().starts_with("Cannot convert string"))
+}
+
 /// The connection of a transaction in `SHOW ENGINE INNODB STATUS`.
 fn connection_of(transaction: &str) -> Option<i64> {
     let (_, after) = transaction.split_once("thread id ")?;
@@ -339,37 +357,17 @@ fn without_password(url: &Url) -> Url {
     url
 }
 
-/// More than one URL only for a cluster.
-fn configured_servers<K: ServerKind>() -> Option<Vec<Url>> {
+/// More than one URL only for a cluster. The case is ignored if there is none.
+fn configured_servers<K: ServerKind>() -> Vec<Url> {
     let urls = env::var(K::VARIABLE).ok().filter(|urls| !urls.is_empty());
     if let Some(urls) = urls {
         let parse = |url: &str| Url::parse(url).unwrap_or_else(|error| panic!("{}: {error}", K::VARIABLE));
-        return Some(urls.split(',').map(parse).collect());
+        return urls.split(',').map(parse).collect();
     }
     assert!(!is_required(K::NAME), "{REQUIRE} names {}, but {} is not set", K::NAME, K::VARIABLE);
-    say_once(&format!(
-        "NOT TESTED: {}, because {} is not set (tests/run starts servers)",
-        K::NAME,
-        K::VARIABLE
-    ));
-    None
+    ignore(format_args!("{} is not set; tests/run starts servers", K::VARIABLE))
 }
 
 pub(crate) fn is_required(name: &str) -> bool {
     env::var(REQUIRE).unwrap_or_default().split(',').any(|required| required.trim() == name)
-}
-
-pub(crate) fn say_once(message: &str) {
-    static SAID: StdMutex<Vec<String>> = StdMutex::new(Vec::new());
-    let mut said = SAID.lock().unwrap();
-    if !said.iter().any(|old| old == message) {
-        said.push(message.to_owned());
-        say(message);
-    }
-}
-
-/// Uses the real standard error, because the harness hides the output of `eprintln!` when the test
-/// passes.
-fn say(message: &str) {
-    let _ = writeln!(std::io::stderr(), "lock-tests: {message}");
 }

@@ -21,7 +21,7 @@ impl TestDatabase for SqliteFile {
     type Database = Sqlite;
     const NAME: &'static str = "sqlite";
 
-    async fn create() -> Option<Self> {
+    async fn create() -> Self {
         let folder =
             tempfile::Builder::new().prefix("lock-db-test-").tempdir().expect("makes a temporary folder");
         let path = folder.path().join("test.db");
@@ -30,7 +30,7 @@ impl TestDatabase for SqliteFile {
         // SQLite creates the file with the first write. Other connections may open it without
         // `mode=rwc`.
         Sqlite::run(&mut observer, "PRAGMA user_version = 1").await.expect("writes to the database file");
-        Some(Self { url, path, observer: Mutex::new(observer), _folder: folder })
+        Self { url, path, observer: Mutex::new(observer), _folder: folder }
     }
 
     fn url(&self) -> &str {

@@ -5,6 +5,10 @@ use std::fmt;
 
 use super::history::{Deed, Hold, Moment, Outcome};
 
+lock_tests::cases! {
+    in modules: tests
+}
+
 /// One line of one client of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Event {
@@ -184,12 +188,15 @@ impl Recorder {
     }
 }
 
-#[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_line_is_read_as_it_was_said_or_not_at_all() {
+    lock_tests::cases! {
+        without a database:
+        a_truncated_line_is_not_read,
+    }
+
+    fn a_truncated_line_is_not_read() {
         let all = [
             What::Asks { name: "lease-1".into() },
             What::Granted { token: Some(1_700_000_000_000_001) },

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use lock_tests::{Backend, OwnServer, TestDatabase, eventually};
+use lock_tests::{Backend, OwnServer, TestDatabase, eventually, note};
 use sqlx::Connection;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -67,7 +67,7 @@ pub(crate) async fn run_and_check<T: TestDatabase>(
     plan: Plan<'_>,
 ) -> (Vec<Violation>, Report) {
     let Plan { seed, faults, length, mistake } = plan;
-    println!("{}: LOCK_DB_TEST_SEED={seed} {length:?} {faults:?}", T::NAME);
+    note(format_args!("{}: LOCK_DB_TEST_SEED={seed} {length:?} {faults:?}", T::NAME));
     let started = Instant::now();
     prepare(database).await;
     let mut crew = Crew::new(ways, server, seed, mistake);

@@ -5,6 +5,27 @@ use lock_tests::Random;
 
 use super::*;
 
+lock_tests::cases! {
+    without a database:
+    nothing_is_found_where_nothing_is_wrong,
+    a_token_that_is_granted_twice,
+    tokens_that_decrease,
+    a_lease_that_two_have,
+    a_late_request_may_come_to_a_lease_that_was_lost,
+    a_row_lock_that_two_have,
+    a_loss_that_is_taken_back,
+    a_commit_that_was_not_kept,
+    a_refused_transaction_that_was_kept,
+    a_row_that_no_client_wrote,
+    a_lost_update,
+    a_read_of_what_was_never_there,
+    a_register_that_ends_otherwise,
+    a_commit_after_the_next_grants,
+    a_read_of_what_was_overwritten_long_ago,
+    the_two_checkers_agree,
+    a_long_history_is_checked_quickly,
+}
+
 const STRICT: Rules = Rules { leases_exclude: true };
 const SEEDS: u64 = 60;
 
@@ -94,7 +115,6 @@ fn kept_writes(history: &History) -> Vec<usize> {
     (0..history.deeds.len()).filter(|index| is_kept(&history.deeds[*index])).collect()
 }
 
-#[test]
 fn nothing_is_found_where_nothing_is_wrong() {
     for seed in 0..SEEDS {
         for is_lease in [true, false] {
@@ -110,7 +130,6 @@ fn nothing_is_found_where_nothing_is_wrong() {
     }
 }
 
-#[test]
 fn a_token_that_is_granted_twice() {
     finds(
         true,
@@ -123,8 +142,7 @@ fn a_token_that_is_granted_twice() {
     );
 }
 
-#[test]
-fn tokens_that_go_back() {
+fn tokens_that_decrease() {
     finds(
         true,
         |violation| matches!(violation, Violation::TokensWentBack { .. }),
@@ -138,7 +156,6 @@ fn tokens_that_go_back() {
     );
 }
 
-#[test]
 fn a_lease_that_two_have() {
     finds(
         true,
@@ -151,7 +168,6 @@ fn a_lease_that_two_have() {
     );
 }
 
-#[test]
 fn a_late_request_may_come_to_a_lease_that_was_lost() {
     let mut random = Random(1);
     let mut history = sound(&mut random, "a", true);
@@ -159,7 +175,6 @@ fn a_late_request_may_come_to_a_lease_that_was_lost() {
     assert_eq!(check(&history, STRICT), []);
 }
 
-#[test]
 fn a_row_lock_that_two_have() {
     finds(
         false,
@@ -175,7 +190,6 @@ fn a_row_lock_that_two_have() {
     );
 }
 
-#[test]
 fn a_loss_that_is_taken_back() {
     finds(
         true,
@@ -188,7 +202,6 @@ fn a_loss_that_is_taken_back() {
     );
 }
 
-#[test]
 fn a_commit_that_was_not_kept() {
     finds(
         true,
@@ -204,7 +217,6 @@ fn a_commit_that_was_not_kept() {
     );
 }
 
-#[test]
 fn a_refused_transaction_that_was_kept() {
     finds(
         true,
@@ -217,8 +229,7 @@ fn a_refused_transaction_that_was_kept() {
     );
 }
 
-#[test]
-fn a_row_that_nobody_wrote() {
+fn a_row_that_no_client_wrote() {
     finds(
         true,
         |violation| matches!(violation, Violation::FromNobody { .. }),
@@ -230,7 +241,6 @@ fn a_row_that_nobody_wrote() {
     );
 }
 
-#[test]
 fn a_lost_update() {
     finds(
         true,
@@ -248,7 +258,6 @@ fn a_lost_update() {
     );
 }
 
-#[test]
 fn a_read_of_what_was_never_there() {
     finds(
         true,
@@ -265,7 +274,6 @@ fn a_read_of_what_was_never_there() {
     );
 }
 
-#[test]
 fn a_register_that_ends_otherwise() {
     finds(
         true,
@@ -277,7 +285,6 @@ fn a_register_that_ends_otherwise() {
     );
 }
 
-#[test]
 fn a_commit_after_the_next_grants() {
     finds(
         true,
@@ -296,7 +303,6 @@ fn a_commit_after_the_next_grants() {
 }
 
 /// Both checkers see it: ours, which goes along the chain, and stateright's, which knows of no chain.
-#[test]
 fn a_read_of_what_was_overwritten_long_ago() {
     let mut spoil = |history: &mut History, random: &mut Random| {
         let writes = kept_writes(history);
@@ -319,7 +325,6 @@ fn a_read_of_what_was_overwritten_long_ago() {
 }
 
 /// Transactions that overlap, with their effects at a random moment in between, and then two of them exchanged or not.
-#[test]
 fn the_two_checkers_agree() {
     let (mut right, mut wrong) = (0, 0);
     for seed in 0..1000 {
@@ -362,8 +367,7 @@ fn the_two_checkers_agree() {
 }
 
 /// What a long run hands to it.
-#[test]
-fn a_long_history_is_checked_soon() {
+fn a_long_history_is_checked_quickly() {
     let mut random = Random(1);
     let (mut history, mut value) = (History::default(), 0);
     for number in 1..=5_000_i64 {
