@@ -8,9 +8,9 @@ use sqlx::Connection as _;
 use super::life::SILENCE;
 use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
-use crate::database::StepError;
 use crate::database::{
     Claim, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim, Server,
+    StepError,
 };
 use crate::name::Name;
 
