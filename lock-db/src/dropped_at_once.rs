@@ -28,12 +28,12 @@ const AT_ONCE: Duration = Duration::from_micros(20);
 pub(crate) struct Watched<T> {
     /// The first field: it is dropped before the drop of `kept` takes its time.
     #[cfg(debug_assertions)]
-    watch: Watch,
+    watch: UseWatch,
     kept: T,
 }
 
 #[cfg(debug_assertions)]
-struct Watch {
+struct UseWatch {
     name: Box<str>,
     handed_out: Instant,
     is_used: AtomicBool,
@@ -44,7 +44,8 @@ impl<T> Watched<T> {
     #[cfg_attr(not(debug_assertions), allow(unused_variables))]
     pub(crate) fn new(kept: T, name: impl FnOnce(&T) -> Box<str>) -> Self {
         #[cfg(debug_assertions)]
-        let watch = Watch { name: name(&kept), handed_out: Instant::now(), is_used: AtomicBool::new(false) };
+        let watch =
+            UseWatch { name: name(&kept), handed_out: Instant::now(), is_used: AtomicBool::new(false) };
         Self {
             #[cfg(debug_assertions)]
             watch,
@@ -93,7 +94,7 @@ impl<T: std::fmt::Debug> std::fmt::Debug for Watched<T> {
 }
 
 #[cfg(debug_assertions)]
-impl Drop for Watch {
+impl Drop for UseWatch {
     fn drop(&mut self) {
         let held_for = self.handed_out.elapsed();
         if held_for < AT_ONCE && !*self.is_used.get_mut() && !std::thread::panicking() {

@@ -209,10 +209,10 @@ async fn commit<DB: LockDatabase>(
                 _ => failure.into_error(Action::Commit, Some(name)),
             });
         }
-        Ok(Guarded::Committed { call }) => {
+        Ok(Guarded::Committed { notification }) => {
             // There is nothing left to commit, but sqlx counts transactions.
             let _committed = transaction.commit().await;
-            return Ok(call);
+            return Ok(notification);
         }
         Ok(Guarded::NotOurs | Guarded::Stale | Guarded::Elsewhere) => {
             Error::lost(name.given(), Loss::TakenOver)

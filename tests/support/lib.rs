@@ -31,6 +31,7 @@ mod random;
 mod runner;
 mod servers;
 mod sqlite;
+mod wait_queue;
 
 pub use at_end::AtEnd;
 pub use cases::{Case, CaseRuntime, ignore, long_run, rounds, run_case, run_future};
@@ -51,3 +52,4 @@ pub use servers::{
     ServerDialect, ServerKind,
 };
 pub use sqlite::SqliteFile;
+pub use wait_queue::{LONGEST_QUEUE, MOST_QUEUED, Queued, foreign_entry, queue_of, set_queue};

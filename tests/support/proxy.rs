@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -52,6 +52,7 @@ struct Way {
     paused: watch::Sender<bool>,
     reads: AtomicUsize,
     held: AtomicUsize,
+    ends_after: Mutex<Vec<&'static [u8]>>,
 }
 
 /// What happens to new connections.
@@ -143,6 +144,12 @@ impl Proxy {
         self.state.cut.send_modify(|cuts| *cuts += 1);
     }
 
+    /// Ends the next connection on which these bytes pass, in this order and within one read,
+    /// directly behind the last of them.
+    pub fn end_after(&self, direction: Direction, marks: &[&'static [u8]]) {
+        *self.way(direction).ends_after.lock().expect("no panic") = marks.to_vec();
+    }
+
     /// Refuses new connections, like a server that is down. Open connections are not affected.
     pub fn refuse(&self) {
         self.state.admission.send_replace(Admission::Refuse);
@@ -204,7 +211,22 @@ impl Way {
             paused: watch::Sender::new(false),
             reads: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
+            ends_after: Mutex::default(),
         }
+    }
+
+    /// How much of these bytes passes, if the connection ends in them.
+    fn end_in(&self, bytes: &[u8]) -> Option<usize> {
+        let mut marks = self.ends_after.lock().expect("no panic");
+        if marks.is_empty() {
+            return None;
+        }
+        let mut end = 0;
+        for mark in &*marks {
+            end += bytes[end..].windows(mark.len()).position(|window| window == *mark)? + mark.len();
+        }
+        marks.clear();
+        Some(end)
     }
 }
 
@@ -306,7 +328,9 @@ async fn pump(
                 0 => at_end = true,
                 length => {
                     let arrival = Instant::now() + *delay.borrow_and_update();
-                    held.push(arrival, buffer[..length].to_vec());
+                    let end = way.end_in(&buffer[..length]);
+                    at_end = end.is_some();
+                    held.push(arrival, buffer[..end.unwrap_or(length)].to_vec());
                 }
             },
             _ = paused.changed() => {}

@@ -20,8 +20,11 @@ CREATE TABLE IF NOT EXISTS distributed_lock (
     -- How far ahead expire_time lies at most: the TTL of the lease. Below zero for a lock that is kept by `at_least`. Zero once a
     -- takeover has given notice, and in a row that nothing of its last holder can touch any more.
     ttl_micros    BIGINT NOT NULL DEFAULT 0,
-    -- The processes that wait for it, the first one first: see docs/architecture.md.
-    waiters       TEXT NOT NULL DEFAULT '',
+    -- The processes that wait for it, the first one first: entries of 96 characters. Each has the version of this format
+    -- ('1'), the secret of the process (32 characters), two times in milliseconds since 1970 (13 digits each), since when it
+    -- waits and until when the entry is valid, the owner for people (29, padded with blanks), and the listener that a release
+    -- notifies (8 hexadecimal digits).
+    waiters       TEXT NOT NULL DEFAULT '' CONSTRAINT distributed_lock_waiters CHECK (length(waiters) % 96 = 0),
     -- No index on what changes: every update then stays in its page (HOT).
     CONSTRAINT distributed_lock_name UNIQUE (lock_name)
 ) WITH (

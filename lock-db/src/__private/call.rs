@@ -15,7 +15,7 @@ struct CallState {
     phase: Phase,
     /// The result, when the call is over. Kept here because, without optimization, each stack frame
     /// that an error passes through reserves room for it twice.
-    answer: Outcome,
+    outcome: CallOutcome,
     /// In a function that binds its guard.
     binds: Option<Box<dyn Binds>>,
 }
@@ -30,7 +30,7 @@ enum Phase {
 
 impl Lock {
     fn new(phase: Phase) -> Self {
-        Self(Box::new(CallState { phase, answer: Outcome::Ended, binds: None }))
+        Self(Box::new(CallState { phase, outcome: CallOutcome::Ended, binds: None }))
     }
 
     pub(super) fn taking(lock: TakingLock) -> Self {
@@ -147,13 +147,13 @@ fn answer<T>(
     refused: fn(Error) -> T,
     skipped: Option<fn() -> T>,
 ) -> T {
-    let error = match std::mem::replace(&mut state.answer, Outcome::Ended) {
-        Outcome::Refused(error) => error,
-        Outcome::Ended => match output.take() {
+    let error = match std::mem::replace(&mut state.outcome, CallOutcome::Ended) {
+        CallOutcome::Refused(error) => error,
+        CallOutcome::Ended => match output.take() {
             Some(output) => return output,
             None => Error::Closed,
         },
-        Outcome::Skipped => match skipped {
+        CallOutcome::Skipped => match skipped {
             Some(skipped) => return skipped(),
             None => Error::Closed,
         },
@@ -183,7 +183,7 @@ impl<B: Future> Works for Work<B> {
     }
 }
 
-enum Outcome {
+enum CallOutcome {
     Ended,
     Skipped,
     Refused(Error),
@@ -213,11 +213,11 @@ impl CallState {
                 Ok(()) => self.phase = Phase::Held(taken),
                 Err(error) => {
                     taken.withdraw();
-                    self.answer = Outcome::Refused(error);
+                    self.outcome = CallOutcome::Refused(error);
                 }
             },
-            Ok(None) => self.answer = Outcome::Skipped,
-            Err(error) => self.answer = Outcome::Refused(error),
+            Ok(None) => self.outcome = CallOutcome::Skipped,
+            Err(error) => self.outcome = CallOutcome::Refused(error),
         }
         Poll::Ready(())
     }
@@ -235,7 +235,7 @@ impl CallState {
                 Ok(Some(ending)) => self.phase = Phase::Ending(ending),
                 // This is not the last handle, so there is nothing to wait for.
                 Ok(None) => {}
-                Err(lost) => self.answer = Outcome::Refused(lost),
+                Err(lost) => self.outcome = CallOutcome::Refused(lost),
             },
             HeldLock::Row(call) => {
                 self.phase = Phase::Ending(Box::pin(async move {
@@ -252,7 +252,7 @@ impl CallState {
             let ended = ready!(ending.as_mut().poll(context));
             self.phase = Phase::Ended;
             if let Err(error) = ended {
-                self.answer = Outcome::Refused(error);
+                self.outcome = CallOutcome::Refused(error);
             }
         }
         Poll::Ready(())

@@ -3,14 +3,14 @@
 
 use std::collections::HashMap;
 
+use super::wait_queue;
+
 /// Length of a secret: 32 hexadecimal digits.
 const SECRET: usize = 32;
 /// Longest kind of a lock: `insert` or `row`.
 const KIND: usize = 6;
 /// Longest owner, in characters.
 const OWNER: usize = 255;
-/// Longest queue, in ASCII characters: see [`wait_queue`](super::wait_queue).
-const WAITERS: usize = 3584;
 
 /// What a column holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub(super) const COLUMNS: [(&str, Content); 12] = [
     ("acquire_time", Content::Time),
     ("expire_time", Content::Time),
     ("ttl_micros", Content::Integer),
-    ("waiters", Content::Ascii(WAITERS)),
+    ("waiters", Content::Ascii(wait_queue::LONGEST)),
 ];
 
 /// A column as the database declares it.

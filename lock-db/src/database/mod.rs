@@ -8,26 +8,40 @@ pub(crate) use self::driver::StepError;
 pub(crate) use self::failure::{Failure, Fault, HookFailure};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
-    BatchOutcome, Claim, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification, QueueEntry,
-    ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, reliable_without_notice,
+    BatchOutcome, Claim, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification, ReleaseClaim,
+    Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, reliable_without_notice,
 };
-pub(crate) use self::wait_queue::WaitQueue;
+pub(crate) use self::wait_queue::{QueueEntry, WaitQueue, begins_with};
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 use crate::name::Name;
+
+// Defines `layout!`, which the modules of the databases use.
+#[macro_use]
+mod wait_queue;
 
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 mod columns;
 pub(crate) mod driver;
 mod failure;
-#[cfg(feature = "mysql")]
-mod mysql;
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+mod migration;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+mod row;
 mod server;
 #[cfg(feature = "_sqlite")]
 mod sqlite;
 mod types;
-mod wait_queue;
+
+// Defines the macros for the SQL of both servers.
+#[cfg(feature = "mysql")]
+#[macro_use]
+mod mysql_family;
+#[cfg(feature = "mysql")]
+mod mariadb;
+#[cfg(feature = "mysql")]
+mod mysql;
 
 /// How many prepared statements a private connection caches. This is more than there are.
 pub(crate) const PRIVATE_STATEMENTS: usize = 100;
@@ -133,7 +147,8 @@ fn as_json(leases: &[Renewal]) -> String {
 /// Encodes names as JSON, for databases without arrays: `["6e616d65", …]`.
 #[cfg(any(feature = "mysql", feature = "_sqlite"))]
 fn names_as_json(names: &[Name]) -> String {
-    let names: Vec<String> = names.iter().map(|name| format!("\"{}\"", hexadecimal(name))).collect();
+    let names: Vec<String> =
+        names.iter().map(|name| format!("\"{}\"", hexadecimal(name.as_bytes()))).collect();
     format!("[{}]", names.join(","))
 }
 
@@ -144,16 +159,26 @@ fn by_name(names: &[Name], found: impl IntoIterator<Item = (Vec<u8>, LockRow)>) 
     names.iter().map(|name| found.remove(name.as_bytes())).collect()
 }
 
-/// Encodes text for use inside a statement, where it then needs no escaping.
+/// Encodes bytes for use inside a statement, where they then need no escaping.
 #[cfg(any(feature = "mysql", feature = "postgres", feature = "_sqlite"))]
-fn hexadecimal(text: &str) -> String {
+fn hexadecimal(bytes: impl AsRef<[u8]>) -> String {
     use std::fmt::Write as _;
 
-    let mut digits = String::with_capacity(text.len() * 2);
-    for byte in text.bytes() {
+    let bytes = bytes.as_ref();
+    let mut digits = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
         let _infallible = write!(digits, "{byte:02x}");
     }
     digits
+}
+
+/// The digest of a secret, as the servers compute it too. Statements on connections of the
+/// application are sent as text, which logs show, so they contain no secret.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+fn secret_digest(secret: &str) -> String {
+    use sha2::Digest as _;
+
+    hexadecimal(sha2::Sha256::digest(secret))
 }
 
 /// Sorts what a batch statement found, in any order, into the order of the request. A lease that it

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 
 use super::Server;
+use super::wait_queue::{self, QueueEntry};
 use crate::name::Name;
 use crate::options::micros;
 use crate::secret::Secret;
@@ -20,7 +21,7 @@ pub struct Claim {
     pub ttl: Duration,
     /// Secret of this process's entry in the queue of the row. A claim without it ignores the
     /// queue.
-    pub place: Option<Secret>,
+    pub entry: Option<Secret>,
 }
 
 /// A lease to be released.
@@ -30,22 +31,7 @@ pub struct ReleaseClaim {
     pub secret: Secret,
     /// Entry to append to the queue if more callers of this process wait. It goes behind the
     /// entries of other processes.
-    pub place: Option<QueueEntry>,
-}
-
-/// An entry in the queue of a row: see [`WaitQueue`](super::WaitQueue).
-#[derive(Debug, Clone)]
-pub struct QueueEntry {
-    pub secret: Secret,
-    /// Listener id that a release notifies; 0 means none.
-    pub listener: u32,
-}
-
-impl QueueEntry {
-    /// The secret and the listener id as SQL binds them; both are empty for no entry.
-    pub(super) fn parts(place: Option<&Self>) -> (&str, String) {
-        place.map_or(("", String::new()), |place| (place.secret.as_str(), format!("{:08x}", place.listener)))
-    }
+    pub entry: Option<QueueEntry>,
 }
 
 /// Results of a batch: those of the releases and those of the claims, each in the order of the
@@ -91,12 +77,12 @@ impl Notification {
 #[derive(Debug, Clone, Copy)]
 pub struct Released {
     pub status: LeaseStatus,
-    pub call: Option<Notification>,
+    pub notification: Option<Notification>,
 }
 
 impl From<LeaseStatus> for Released {
     fn from(status: LeaseStatus) -> Self {
-        Self { status, call: None }
+        Self { status, notification: None }
     }
 }
 
@@ -140,7 +126,7 @@ pub enum Guarded {
     /// of its handle finds nothing to do.
     Committed {
         /// Which process to notify, if the lock was released with the commit.
-        call: Option<Notification>,
+        notification: Option<Notification>,
     },
     /// The lock is not ours any more, or the transaction sees the row as it was before the grant.
     NotOurs,
@@ -327,8 +313,7 @@ impl LockRow {
 
     /// The process that a release would notify.
     pub(crate) fn first_waiter(&self) -> Option<Notification> {
-        let listener = u32::from_str_radix(self.waiters.get(48..56)?, 16).ok()?;
-        (listener > 0).then_some(Notification { listener, id: self.id })
+        wait_queue::first_notification(&self.waiters, self.id)
     }
 
     /// When it was read: microseconds since 1970, by the database's clock.

@@ -8,8 +8,8 @@ use super::{AnyLease, AnyLeases, ErasedLocks};
 use crate::Error;
 use crate::lease::{LeaseOptions, release_quietly};
 
-/// A request for an insert lock, from
-/// [`AnyLocks::insert_lock`](crate::AnyLocks::insert_lock), as [`InsertLock`](crate::InsertLock). It does nothing until one of its async methods is called.
+/// A request for an insert lock, from [`AnyLocks::insert_lock`](crate::AnyLocks::insert_lock), as
+/// [`InsertLock`](crate::InsertLock). It does nothing until one of its async methods is called.
 #[derive(Clone)]
 #[must_use = "this only describes a lock; call `acquire`, `try_acquire` or `run`"]
 pub struct AnyInsertLock {
@@ -141,9 +141,10 @@ impl fmt::Debug for AnyInsertLock {
     }
 }
 
-/// A request for several insert locks, from [`AnyLocks::insert_locks`](crate::AnyLocks::insert_locks),
-/// as [`InsertLocks`](crate::InsertLocks). It takes all of them or none. It does nothing until one
-/// of its async methods is called.
+/// A request for several insert locks, from
+/// [`AnyLocks::insert_locks`](crate::AnyLocks::insert_locks), as
+/// [`InsertLocks`](crate::InsertLocks). It takes all of them or none. It does nothing until one of
+/// its async methods is called.
 #[derive(Clone)]
 #[must_use = "this only describes locks; call `acquire` or `try_acquire`"]
 pub struct AnyInsertLocks {

@@ -46,7 +46,7 @@ pub(super) struct LockingRow<'a, DB: LockDatabase> {
 }
 
 /// What follows from one statement.
-enum Next {
+enum Progress {
     Done(Locked),
     /// Send it again at once.
     Again,
@@ -89,10 +89,10 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
         loop {
             let asked = Instant::now();
             let is_lease = match self.next(slice).await? {
-                Next::Done(locked) => return Ok(Some(locked)),
-                Next::Again => continue,
-                Next::WaitForLease => true,
-                Next::WaitForRow => false,
+                Progress::Done(locked) => return Ok(Some(locked)),
+                Progress::Again => continue,
+                Progress::WaitForLease => true,
+                Progress::WaitForRow => false,
             };
             let Some(left) = self.left() else { return Ok(None) };
             if left.is_zero() {
@@ -119,11 +119,11 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
     }
 
     /// Sends one statement that waits no longer than `slice`, and does what its result requires.
-    async fn next(&mut self, slice: Duration) -> Result<Next, Error> {
+    async fn next(&mut self, slice: Duration) -> Result<Progress, Error> {
         match self.step(slice).await? {
             Step::Done(RowAttempt::Locked { fencing_token, before, secret }) => {
                 let secret = secret.unwrap_or_else(|| self.claim.secret.clone());
-                Ok(Next::Done(Locked { fencing_token, secret, before }))
+                Ok(Progress::Done(Locked { fencing_token, secret, before }))
             }
             Step::Done(RowAttempt::WrongKind) => Err(self.attempt.wrong_kind().await),
             Step::Done(RowAttempt::Unwritten) => {
@@ -151,9 +151,9 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
                 self.attempt.settle_for(self.connection).await?;
                 if self.attempt.wait.is_try() && self.attempt.started.elapsed() < SHORTEST_ANSWER {
                     sleep(SHORT_PAUSE).await;
-                    return Ok(Next::Again);
+                    return Ok(Progress::Again);
                 }
-                Ok(Next::WaitForLease)
+                Ok(Progress::WaitForLease)
             }
             Step::Done(RowAttempt::Leased { usable: true }) => {
                 // The clock may have been set back since. If this transaction keeps the holder from
@@ -162,24 +162,24 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
                     self.attempt.settle_for(self.connection).await?;
                     self.last_settled = Instant::now();
                 }
-                Ok(Next::WaitForLease)
+                Ok(Progress::WaitForLease)
             }
             Step::Done(RowAttempt::Busy) => {
                 self.stalled = None;
-                Ok(Next::WaitForRow)
+                Ok(Progress::WaitForRow)
             }
             // Reported as `Stalled`.
-            Step::Done(RowAttempt::TableLocked) => Ok(Next::WaitForRow),
+            Step::Done(RowAttempt::TableLocked) => Ok(Progress::WaitForRow),
             Step::Stalled(failure) => {
                 // On SQLite a holder keeps all others from writing.
                 self.stalled = self.attempt.holder_here().is_none().then_some(failure);
-                Ok(Next::WaitForRow)
+                Ok(Progress::WaitForRow)
             }
         }
     }
 
     /// The transaction is in another database, unless the table or the row was created anew.
-    async fn find_table_again(&mut self) -> Result<Next, Error> {
+    async fn find_table_again(&mut self) -> Result<Progress, Error> {
         let before = self.server.table.identity.clone();
         let located = |answer| Request::Locate { answer, anew: true };
         self.server = self.attempt.ask_for(self.connection, located).await?;
@@ -193,7 +193,7 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
         if self.claim.row.id == 0 && !DB::ROW_IS_MADE_IN_TRANSACTION {
             return Err(self.stale().await);
         }
-        Ok(Next::Again)
+        Ok(Progress::Again)
     }
 
     fn foreign_transaction(&self) -> Error {

@@ -20,7 +20,7 @@ use crate::reentrancy::Instance;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct HeldInTransaction {
     pub(super) name: Name,
     pub(super) hold_count: usize,

@@ -31,7 +31,7 @@ struct NameEntry {
     queue: Weak<Semaphore>,
     known: Known,
     /// Set while a caller of this process holds the lock.
-    held: Option<HoldWarning>,
+    hold_warning: Option<HoldWarning>,
 }
 
 /// What the caller that has the permit for a name knows of the lock. The callers behind it know no
@@ -56,7 +56,7 @@ impl KeyedQueue {
         // Made before the wait, so that it also cleans up after a waiter that leaves.
         let mut permit = self.permit(name, &queue);
         // The semaphore is never closed, so this is always `Some`.
-        permit.held = queue.acquire_owned().await.ok();
+        permit.semaphore_permit = queue.acquire_owned().await.ok();
         permit
     }
 
@@ -65,12 +65,12 @@ impl KeyedQueue {
         select! {
             biased;
             permit = self.enter(name) => Some(permit),
-            () = self.learns(name, |known| matches!(known, Known::Held(_)).then_some(())) => None,
+            () = self.wait_until_known(name, |known| matches!(known, Known::Held(_)).then_some(())) => None,
         }
     }
 
     /// Waits until something is known of a lock whose permit is taken.
-    pub(crate) async fn learns<T>(&self, name: &Name, read: impl Fn(&Known) -> Option<T>) -> T {
+    pub(crate) async fn wait_until_known<T>(&self, name: &Name, read: impl Fn(&Known) -> Option<T>) -> T {
         loop {
             let learned = self.learned.notified();
             let known = read(self.names().get(name).map_or(&Known::Nothing, |entry| &entry.known));
@@ -97,11 +97,11 @@ impl KeyedQueue {
         next: &mut Option<Instant>,
         mut tell: impl FnMut(&LockInfo, Instant),
     ) {
-        for NameEntry { known, held, .. } in self.names().values_mut() {
-            if let (Known::Held(Some(info)), Some(held)) = (known, held)
-                && held.is_due(after, now, next)
+        for NameEntry { known, hold_warning, .. } in self.names().values_mut() {
+            if let (Known::Held(Some(info)), Some(warning)) = (known, hold_warning)
+                && warning.is_due(after, now, next)
             {
-                tell(info, held.since);
+                tell(info, warning.since);
             }
         }
     }
@@ -110,13 +110,13 @@ impl KeyedQueue {
     pub(crate) fn try_enter(self: &Arc<Self>, name: &Name) -> Option<RowPermit> {
         let queue = self.queue(name);
         let mut permit = self.permit(name, &queue);
-        permit.held = Some(queue.try_acquire_owned().ok()?);
+        permit.semaphore_permit = Some(queue.try_acquire_owned().ok()?);
         Some(permit)
     }
 
     fn permit(self: &Arc<Self>, name: &Name, queue: &Arc<Semaphore>) -> RowPermit {
         RowPermit {
-            held: None,
+            semaphore_permit: None,
             queue: Some(Arc::clone(queue)),
             name: name.clone(),
             keyed_queue: Arc::clone(self),
@@ -129,7 +129,7 @@ impl KeyedQueue {
             return queue;
         }
         let queue = Arc::new(Semaphore::new(1));
-        let entry = NameEntry { queue: Arc::downgrade(&queue), known: Known::Nothing, held: None };
+        let entry = NameEntry { queue: Arc::downgrade(&queue), known: Known::Nothing, hold_warning: None };
         names.insert(name.clone(), entry);
         queue
     }
@@ -143,7 +143,7 @@ impl KeyedQueue {
 /// process ask.
 #[derive(Debug)]
 pub(crate) struct RowPermit {
-    held: Option<OwnedSemaphorePermit>,
+    semaphore_permit: Option<OwnedSemaphorePermit>,
     queue: Option<Arc<Semaphore>>,
     name: Name,
     keyed_queue: Arc<KeyedQueue>,
@@ -159,7 +159,8 @@ impl RowPermit {
     fn set(&self, known: Known) {
         let mut names = self.keyed_queue.names();
         let before = names.get_mut(&self.name).map(|entry| {
-            entry.held = matches!(known, Known::Held(Some(_))).then(|| HoldWarning::new(Instant::now()));
+            entry.hold_warning =
+                matches!(known, Known::Held(Some(_))).then(|| HoldWarning::new(Instant::now()));
             std::mem::replace(&mut entry.known, known)
         });
         drop(names);
@@ -169,7 +170,7 @@ impl RowPermit {
 
 impl Drop for RowPermit {
     fn drop(&mut self) {
-        if let Some(permit) = self.held.take() {
+        if let Some(permit) = self.semaphore_permit.take() {
             self.set(Known::Nothing);
             drop(permit);
         }

@@ -23,7 +23,8 @@ use crate::{Error, Kind};
 /// Between processes there is no queue for such a request, so it has no `fair`: it takes the locks
 /// when it finds all of them free at the same time, and may starve. A queue entry of it would block
 /// a lock that is free while it waits for another one, and two such requests could block each
-/// other. Callers of one process get each lock in order.
+/// other. Callers of one process get each lock in order. It has no `run` either, because a nested
+/// call enters one lock again, not several: use [`Leases::run_until_lost`].
 #[derive(Debug)]
 #[must_use = "this only describes locks; call `acquire` or `try_acquire`"]
 pub struct InsertLocks<DB: LockDatabase> {

@@ -13,8 +13,9 @@ use crate::options::{HandOffLimits, Settings, WarnAfter};
 
 /// Settings of a [`Locks`], from [`Locks::builder`].
 ///
-/// A value that can't work is refused with [`Error::InvalidOption`], by [`Locks::check`] and by
-/// each request for a lock that needs the setting.
+/// A value that can't work is refused with
+/// [`Error::InvalidOption`](crate::Error::InvalidOption), by [`Locks::check`] and by each request
+/// for a lock that needs the setting.
 #[derive(Debug)]
 #[must_use = "call `build`"]
 pub struct LocksBuilder<DB: LockDatabase> {
@@ -133,8 +134,8 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     ///
     /// The reports reveal work that hangs and guards that are never dropped, which keep a lock as
     /// long as their process lives. Two kinds of lock are not reported: leases with an
-    /// [`at_most`](crate::InsertLock::at_most), because they end by themselves, and locks in transactions
-    /// of the caller, because only the database knows how long they last.
+    /// [`at_most`](crate::InsertLock::at_most), because they end by themselves, and locks in
+    /// transactions of the caller, because only the database knows how long they last.
     ///
     /// Between one second and 365 days are possible. Default: ten times the TTL of a lease, but at
     /// least 30 seconds; five minutes for a row lock.

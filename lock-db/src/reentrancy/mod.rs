@@ -45,7 +45,7 @@ pub(crate) trait Held: Any + Send + Sync {
 }
 
 /// Identifies one `Locks`. Never used again, even when that `Locks` is gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Instance(u64);
 
 impl Instance {

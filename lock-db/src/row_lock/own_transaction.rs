@@ -150,7 +150,7 @@ impl<DB: LockDatabase> TransactionRequest<DB> {
             }
             Known::Nothing => None,
         };
-        let told = self.context.row_waiters().queue.learns(attempt.name, in_the_way);
+        let told = self.context.row_waiters().queue.wait_until_known(attempt.name, in_the_way);
         timeout_at(self.started + FIRST_ANSWER, told).await.unwrap_or_else(|_elapsed| {
             Failure::no_answer::<DB>(self.started.elapsed()).into_error(ACTION, Some(attempt.name))
         })

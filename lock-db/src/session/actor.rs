@@ -265,8 +265,12 @@ impl Actor {
     }
 
     /// The queue entry of this process, for the queue of any row.
-    pub(super) fn place(&self) -> QueueEntry {
-        QueueEntry { secret: self.queues.place().clone(), listener: self.notifications.listener() }
+    pub(super) fn queue_entry(&self) -> QueueEntry {
+        QueueEntry {
+            secret: self.queues.queue_secret().clone(),
+            owner: self.queues.owner(),
+            listener: self.notifications.listener(),
+        }
     }
 
     /// The transaction that released a lease may have ended, so the watchdog renews it now.

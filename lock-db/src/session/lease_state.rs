@@ -40,7 +40,7 @@ pub(crate) struct LeaseState {
     hold_time: HoldTime,
     /// How long after the grant no other holder may get the lock, whenever it is released.
     at_least: Mutex<Duration>,
-    deadline: Deadline,
+    deadline: LeaseDeadline,
     lost: watch::Receiver<Option<Loss>>,
     /// The database has reported that the row is not ours any more. The session is finding out what
     /// has become of it.
@@ -77,7 +77,7 @@ impl LeaseState {
             permit: Mutex::new(permit),
             hold_time: HoldTime::new(Instant::now(), at_most),
             at_least: Mutex::default(),
-            deadline: Deadline::new(deadline),
+            deadline: LeaseDeadline::new(deadline),
             lost,
             gone: AtomicBool::new(false),
             taken_over_by: OnceLock::new(),
@@ -93,7 +93,7 @@ impl LeaseState {
     /// The request to release it, without a queue entry.
     pub(super) fn release_claim(&self) -> ReleaseClaim {
         let LeaseKey { row, secret, .. } = &self.key;
-        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), place: None }
+        ReleaseClaim { name: row.name.clone(), secret: secret.clone(), entry: None }
     }
 
     /// Passes the permit to the next caller of this process.
@@ -357,7 +357,7 @@ struct Doubts {
 
 /// A moment that may move forward until it is seen to have passed. Read and written without a lock.
 #[derive(Debug)]
-struct Deadline {
+struct LeaseDeadline {
     origin: Instant,
     /// Microseconds after the origin. `PAST` is final, once the deadline was seen as past.
     micros: AtomicU64,
@@ -365,7 +365,7 @@ struct Deadline {
 
 const PAST: u64 = u64::MAX;
 
-impl Deadline {
+impl LeaseDeadline {
     fn new(deadline: Instant) -> Self {
         Self { origin: deadline, micros: AtomicU64::new(0) }
     }
@@ -443,16 +443,16 @@ mod tests {
     #[test]
     fn a_deadline_that_was_seen_to_pass_stays_past() {
         let now = Instant::now();
-        let deadline = Deadline::new(now + Duration::from_hours(1));
+        let deadline = LeaseDeadline::new(now + Duration::from_hours(1));
         assert!(!deadline.is_past());
         assert!(deadline.extend(now + Duration::from_hours(2)));
         assert!(!deadline.is_past());
 
-        let deadline = Deadline::new(now);
+        let deadline = LeaseDeadline::new(now);
         assert!(deadline.extend(now + Duration::from_hours(1)), "nobody has looked yet");
         assert!(!deadline.is_past());
 
-        let deadline = Deadline::new(now);
+        let deadline = LeaseDeadline::new(now);
         assert!(deadline.is_past());
         assert!(!deadline.extend(now + Duration::from_hours(1)));
         assert!(deadline.is_past());

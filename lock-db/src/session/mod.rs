@@ -107,9 +107,9 @@ impl Session {
         let SessionChannel { queues, requests } = self.channel()?;
         let LeaseRequest { names, ttl, at_most, fair, wait, started } = ask;
         let claims = names.iter().map(|name| {
-            let place = fair.then(|| queues.place().clone());
+            let entry = fair.then(|| queues.queue_secret().clone());
             let (secret, owner) = (queues.draw_secret()?, queues.owner());
-            Ok(Claim { name: name.clone(), secret, owner, ttl, place })
+            Ok(Claim { name: name.clone(), secret, owner, ttl, entry })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         let (answer, answered) = oneshot::channel();

@@ -148,14 +148,14 @@ async fn put_down(
         // The next caller of this process has to queue behind the other processes in any case. The
         // release adds its queue entry in the same statement.
         actor.notifications.enqueue(name, lease.key.row.id);
-        claim.place = Some(actor.place());
+        claim.entry = Some(actor.queue_entry());
     }
     let released = until_settled(actor, &claim, lease.at_least(), until).await;
     // Without `held` another caller of this process may already have the lock, and its user lock.
     if held.is_some() {
         user_lock::give(actor, name);
     }
-    if claim.place.is_some() {
+    if claim.entry.is_some() {
         user_lock::wait(actor, name, lease.key.row.id);
     }
     drop(held);
@@ -168,7 +168,7 @@ async fn put_down(
 
 /// Releases, in the background, a lease that may be ours and never got a holder.
 pub(super) fn undo(actor: &Rc<Actor>, name: Name, secret: Secret, ttl: Duration) {
-    release_in_background(actor, ReleaseClaim { name, secret, place: None }, Duration::ZERO, ttl);
+    release_in_background(actor, ReleaseClaim { name, secret, entry: None }, Duration::ZERO, ttl);
 }
 
 /// Removes our entry from the queue of a name, if there is one, in the background. An entry that
@@ -180,8 +180,8 @@ pub(super) fn leave_queue(actor: &Rc<Actor>, name: &Name) {
     user_lock::give(actor, name);
     let (actor, name, busy) = (Rc::clone(actor), name.clone(), actor.tasks.enter());
     spawn_local(async move {
-        if let Err(failure) = actor.worker.dequeue(&name, actor.queues.place()).await {
-            tracing::debug!(lock = %name, error = %failure, "a place in the queue stays until it is over");
+        if let Err(failure) = actor.worker.dequeue(&name, actor.queues.queue_secret()).await {
+            tracing::debug!(lock = %name, error = %failure, "the queue entry stays until it expires");
         }
         drop(busy);
     });

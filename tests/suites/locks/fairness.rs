@@ -2,10 +2,12 @@
 //! dies or gives up.
 
 use std::collections::VecDeque;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use lock_db::{Error, Lease, LockDatabase, Locks};
-use lock_tests::{Backend, Parent, Process, TestDatabase, eventually};
+use lock_tests::{
+    Backend, MOST_QUEUED, Parent, Process, Queued, TestDatabase, eventually, queue_of, set_queue,
+};
 use tokio::task::{JoinHandle, JoinSet};
 
 lock_tests::cases! {
@@ -23,6 +25,7 @@ lock_tests::cases! {
     a_queue_entry_added_by_a_release_is_removed_without_waiters,
     a_queue_entry_is_removed_when_the_next_caller_cannot_use_it,
     a_waiter_that_finds_the_queue_full_waits_without_an_entry,
+    rust_and_sql_read_each_others_entries,
 }
 
 lock_tests::child_roles! { wait_for_a_lease }
@@ -30,9 +33,9 @@ lock_tests::child_roles! { wait_for_a_lease }
 const PATIENCE: Duration = Duration::from_mins(1);
 const LONG: Duration = Duration::from_mins(10);
 
-/// How many processes are in the queue of the only name.
-async fn in_queue<T: TestDatabase>(database: &T) -> i64 {
-    database.number("SELECT length(waiters) FROM distributed_lock").await / 56
+/// How many processes are in the queue of the name that most cases use.
+async fn in_queue<T: TestDatabase>(database: &T) -> usize {
+    queue_of(database, "a").await.len()
 }
 
 type Waiting<T> = JoinHandle<Result<Lease<<T as TestDatabase>::Database>, Error>>;
@@ -106,9 +109,7 @@ async fn a_waiter_that_was_killed_is_passed_over<T: TestDatabase>(database: &T) 
 
 /// Another process is first in the queue of a free lock, and never comes back.
 async fn leave_a_place<T: TestDatabase>(database: &T) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
-    let place = format!("{:032x}{:016}{:08x}", 7, now.as_micros(), 0);
-    database.run(&format!("UPDATE distributed_lock SET waiters = '{place}'")).await;
+    set_queue(database, "a", &[Queued::abandoned(7)]).await;
 }
 
 async fn a_try_leaves_a_free_lock_to_waiters<T: TestDatabase>(database: &T) {
@@ -174,15 +175,14 @@ async fn a_queue_entry_is_removed_when_the_next_caller_cannot_use_it<T: TestData
     let (other, locks) = (database.locks().await, database.locks().await);
     let held = other.insert_lock("a").ttl(LONG).acquire().await.unwrap();
     let in_the_way = locks.insert_lock("b").ttl(LONG).acquire().await.unwrap();
-    let of_a = "SELECT length(waiters) FROM distributed_lock WHERE lock_name = 'a'";
     let fair = tokio::spawn(locks.insert_lock("a").wait(PATIENCE).acquire());
-    eventually(PATIENCE, async || database.number(of_a).await > 0).await;
+    eventually(PATIENCE, async || in_queue(database).await > 0).await;
     let both = tokio::spawn(locks.insert_locks(["a", "b"]).wait(PATIENCE).acquire());
     // It is behind the other caller. A try can't tell, because it does not wait. So both have a
     // moment to arrive.
     tokio::task::yield_now().await;
     fair.abort();
-    eventually(PATIENCE, async || database.number(of_a).await == 0).await;
+    eventually(PATIENCE, async || in_queue(database).await == 0).await;
     held.release().await.unwrap();
     // No queue entry of ours keeps it from the others.
     other.insert_lock("a").try_acquire().await.unwrap().unwrap().release().await.unwrap();
@@ -193,12 +193,47 @@ async fn a_queue_entry_is_removed_when_the_next_caller_cannot_use_it<T: TestData
 async fn a_waiter_that_finds_the_queue_full_waits_without_an_entry<T: TestDatabase>(database: &T) {
     let locks = database.locks().await;
     locks.insert_lock("a").acquire().await.unwrap().release().await.unwrap();
-    let until = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(2);
-    let places: String =
-        (1..=64).map(|one| format!("{one:032x}{:016}{:08x}", until.as_micros(), 0)).collect();
-    database.run(&format!("UPDATE distributed_lock SET waiters = '{places}'")).await;
+    let full: Vec<Queued> = (1..=MOST_QUEUED).map(|one| Queued::abandoned(one as u128)).collect();
+    set_queue(database, "a", &full).await;
     // Until the entries in front are skipped.
     locks.insert_lock("a").wait(PATIENCE).acquire().await.unwrap().release().await.unwrap();
+}
+
+/// The database appends an entry, the process extends it, and the database removes it at the grant.
+async fn rust_and_sql_read_each_others_entries<T: TestDatabase>(database: &T) {
+    let locks = database.locks().await;
+    let held = locks.insert_lock("a").ttl(LONG).acquire().await.unwrap();
+    let (first_locks, first) = waiter(database).await;
+    let (second_locks, second) = waiter(database).await;
+    let appended = queue_of(database, "a").await;
+    for (entry, locks) in appended.iter().zip([&first_locks, &second_locks]) {
+        assert!(is_short_for(&entry.owner, locks.owner()), "{entry:?} {}", locks.owner());
+        assert!(entry.until > entry.since, "{entry:?}");
+    }
+    assert_ne!(appended[0].secret, appended[1].secret);
+    // Entries are extended as long as their processes wait, but the wait began when it began.
+    let mut extended = Vec::new();
+    eventually(PATIENCE, async || {
+        extended = queue_of(database, "a").await;
+        (0..2).all(|one| extended.get(one).is_some_and(|entry| entry.until > appended[one].until))
+    })
+    .await;
+    for (before, after) in appended.iter().zip(&extended) {
+        assert_eq!(*after, Queued { until: after.until, listener: after.listener, ..before.clone() });
+    }
+    held.release().await.unwrap();
+    let held = first.await.unwrap().unwrap();
+    let left: Vec<String> = queue_of(database, "a").await.into_iter().map(|entry| entry.secret).collect();
+    assert_eq!(left, [appended[1].secret.clone()]);
+    held.release().await.unwrap();
+    second.await.unwrap().unwrap().release().await.unwrap();
+    assert_eq!(queue_of(database, "a").await, []);
+}
+
+/// An entry has the whole owner, or its beginning and its end around a `~`.
+fn is_short_for(short: &str, owner: &str) -> bool {
+    let (beginning, end) = short.split_once('~').unwrap_or((short, ""));
+    owner.starts_with(beginning) && owner.contains(end)
 }
 
 /// All or none, while others take them one by one.
@@ -241,7 +276,6 @@ async fn a_queue_without_waiters_is_empty<T: TestDatabase>(database: &T) {
     }
     callers.join_all().await.into_iter().collect::<Result<Vec<()>, Error>>().unwrap();
     eventually(PATIENCE, async || in_queue(database).await == 0).await;
-    assert_eq!(database.text("SELECT waiters FROM distributed_lock").await, "");
 }
 
 async fn another_process_gets_the_lease_after_some_hand_offs<T: TestDatabase>(database: &T) {

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks};
-use lock_tests::{Backend, PostgresServer, TestDatabase, eventually};
+use lock_tests::{Backend, PostgresServer, TestDatabase, eventually, queue_of};
 use sqlx::{PgPool, Postgres};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -141,11 +141,9 @@ type Waiting = JoinHandle<Result<Lease<Postgres>, Error>>;
 /// Waits in another process, and is in the queue.
 async fn wait_for(database: &PostgresServer, other: &Locks<Postgres>, name: &str) -> Waiting {
     let waiting = tokio::spawn(other.insert_lock(name).ttl(LONG).wait(PATIENCE).acquire());
-    let stands = format!("SELECT length(waiters) FROM distributed_lock WHERE lock_name = '{name}'");
     // With its channel.
-    let channel = format!("SELECT substr(waiters, 49, 8) FROM distributed_lock WHERE lock_name = '{name}'");
     eventually(PATIENCE, async || {
-        database.number(&stands).await > 0 && database.text(&channel).await != "00000000"
+        queue_of(database, name).await.first().is_some_and(|first| first.listener > 0)
     })
     .await;
     waiting

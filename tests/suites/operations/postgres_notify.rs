@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks};
-use lock_tests::{PostgresServer, TestDatabase, TestServer, eventually};
+use lock_tests::{PostgresServer, TestDatabase, TestServer, eventually, queue_of};
 use sqlx::Postgres;
 use sqlx::postgres::PgListener;
 use tokio::task::{JoinHandle, JoinSet};
@@ -32,10 +32,14 @@ fn wait_for(locks: &Locks<Postgres>, name: &str) -> Waiting {
 
 /// The channel of the first process in the queue of a name.
 async fn channel_before(database: &PostgresServer, name: &str) -> String {
-    let sql = format!("SELECT substr(waiters, 49, 8) FROM distributed_lock WHERE lock_name = '{name}'");
+    let mut listener = 0;
     // It is in the queue before it can be notified.
-    eventually(PATIENCE, async || !matches!(&*database.text(&sql).await, "" | "00000000")).await;
-    format!("lock_db_{}", database.text(&sql).await)
+    eventually(PATIENCE, async || {
+        listener = queue_of(database, name).await.first().map_or(0, |first| first.listener);
+        listener > 0
+    })
+    .await;
+    format!("lock_db_{listener:08x}")
 }
 
 async fn listener(database: &PostgresServer, channel: &str) -> PgListener {

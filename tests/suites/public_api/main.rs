@@ -7,9 +7,10 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use lock_db::{
-    Action, AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks, CheckReport, Error, InsertLock,
-    InsertLocks, Kind, Lease, LeaseWatch, Leases, LockInfo, Locks, LocksBuilder, Loss, NoReentry,
-    ReentryContext, RowGuard, RowGuards, RowLock, RowLocks, WaitingFor, distributed_lock,
+    Action, AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks, CheckReport, Error,
+    HeldInTransaction, InsertLock, InsertLocks, Kind, Lease, LeaseWatch, Leases, LockInfo, Locks,
+    LocksBuilder, Loss, NoReentry, ReentryContext, RowGuard, RowGuards, RowLock, RowLocks, WaitingFor,
+    distributed_lock,
 };
 use lock_tests::{Backend, TestDatabase};
 
@@ -569,6 +570,7 @@ fn common_traits() {
     key::<Action>();
     value::<LockInfo>();
     value::<CheckReport>();
+    value::<HeldInTransaction>();
     request::<AnyLocks>();
     request::<AnyInsertLock>();
     request::<AnyInsertLocks>();

@@ -14,7 +14,7 @@ pub trait QueueDriver: sqlx::Database + Sized {
         connection: &mut Self::Connection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Replaces the queue of a name, if it still equals `before`. `false`: it does not, or another

@@ -13,12 +13,12 @@ use sqlx::{Connection, Postgres, Row};
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::SessionDriver;
+use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Grant, LeaseStatus, Notification, QueueEntry, ReleaseClaim, Renewal, Renewed,
     Server, in_order,
 };
 use crate::options::micros;
-use crate::secret::Secret;
 
 /// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
 /// ahead, by more than 2 s, because the clock was set back.
@@ -70,7 +70,7 @@ macro_rules! the_row {
 const MANY: usize = 16;
 
 /// `RELEASE` for many leases at once. Like `RELEASE`, it does not wait for the disk.
-macro_rules! return_many {
+macro_rules! releases {
     ($found:ident) => {
         concat!(
             r#"
@@ -78,42 +78,41 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = "#, behind_others!("lease.waiters", "unlocked.queue_key", "$4"), r#"
 FROM unsynced, (
-    SELECT lease.ctid, asked.place
-    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
+    SELECT lease.ctid, asked.queue_key
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, queue_key)
     "#,
             the_row!($found),
             r#" AND lease.secret_key = asked.secret_key
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid
-RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#
+RETURNING lease.secret_key::text, lease.id, "#, first_listener!("lease.waiters")
         )
     };
 }
-const RETURN: &str = return_many!(from_behind);
-const RETURN_MANY: &str = return_many!(plainly);
+const RELEASES: &str = releases!(from_behind);
+const MANY_RELEASES: &str = releases!(plainly);
 
-/// `RELEASE_UNDER_GUARD` for many leases at once: those that `RETURN` skipped.
-const RETURN_UNDER_GUARD: &str = r#"
+/// `RELEASE_UNDER_GUARD` for many leases at once: those that `RELEASES` skipped.
+const RELEASES_UNDER_GUARD: &str = concat!(
+    r#"
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
-    waiters = CASE WHEN lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = "#,
+    behind_others!("lease.waiters", "unlocked.queue_key", "$4"),
+    r#"
 FROM unsynced, (
-    SELECT lease.id, asked.place
-    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, place)
+    SELECT lease.id, asked.queue_key
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, secret_key, queue_key)
     JOIN {table} AS lease
         ON lease.lock_name = asked.lock_name COLLATE "C" AND lease.secret_key = asked.secret_key
     FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.id = unlocked.id
-RETURNING lease.secret_key::text, lease.id, substr(lease.waiters, 49, 8)"#;
+RETURNING lease.secret_key::text, lease.id, "#,
+    first_listener!("lease.waiters")
+);
 
 /// `RELEASE` (entries without a `ttl`) and `ACQUIRE` for many leases at once, in one statement and
 /// one commit.
@@ -142,27 +141,24 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     ttl_micros = COALESCE(unlocked.ttl, 0),
     secret_key = unlocked.secret_key,
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
-    waiters = CASE WHEN lease.waiters = '' THEN ''
-        WHEN unlocked.ttl IS NOT NULL AND left(lease.waiters, 32) = unlocked.place THEN substr(lease.waiters, 57)
-        WHEN unlocked.ttl IS NULL AND length(lease.waiters) < 3584 AND position(unlocked.place IN lease.waiters) = 0
-        THEN lease.waiters || unlocked.place || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $6
-        ELSE lease.waiters END
+    waiters = CASE WHEN unlocked.ttl IS NULL THEN "#, behind_others!("lease.waiters", "unlocked.queue_key", "$6"), r#"
+        ELSE "#, without_own_first!("lease.waiters", "unlocked.queue_key"), r#" END
 FROM (
-    SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.place,
+    SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.queue_key,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
-        AS asked (lock_name, secret_key, ttl, place)
+        AS asked (lock_name, secret_key, ttl, queue_key)
     "#,
             the_row!($found),
             r#"
     WHERE lease.secret_key = asked.secret_key
         OR (asked.ttl IS NOT NULL AND lease.expire_time <= (SELECT clock_timestamp())
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00')
-            AND (lease.waiters = '' OR asked.place IS NULL OR left(lease.waiters, 32) = asked.place)
+            AND (lease.waiters = '' OR asked.queue_key IS NULL OR "#, is_first!("lease.waiters", "asked.queue_key"), r#")
             AND lease.lock_kind = 'insert')
     FOR UPDATE OF lease SKIP LOCKED) AS unlocked
 WHERE lease.ctid = unlocked.ctid AND lease.tableoid = unlocked.tableoid
-RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN substr(lease.waiters, 49, 8) END,
+RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN "#, first_listener!("lease.waiters"), r#" END,
     lease.fencing_token, lease.waiters <> '', lease.fencing_token - lease.previous_token"#
         )
     };
@@ -215,34 +211,34 @@ pub(super) async fn batch(
     claims: &[Claim],
 ) -> driver::Result<BatchOutcome> {
     let mut done = Done::default();
-    // All entries are of this process, so they have the same listener.
-    let listener = QueueEntry::parts(releases.iter().find_map(|one| one.place.as_ref())).1;
+    // All entries are of this process, so they differ only in their times.
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
     let all: Vec<&ReleaseClaim> = releases.iter().collect();
     let plainly = releases.len() + claims.len() >= MANY && !server.table.has_old_versions();
     if claims.is_empty() {
-        let statement = if plainly { RETURN_MANY } else { RETURN };
-        done.note(&release_in_background(connection, server, statement, &all, &listener).await?)?;
+        let statement = if plainly { MANY_RELEASES } else { RELEASES };
+        done.note(&release_in_background(connection, server, statement, &all, &rest).await?)?;
     } else {
-        let returned = releases
+        let released = releases
             .iter()
-            .map(|one| (&one.name, &one.secret, None, one.place.as_ref().map(|place| &place.secret)));
+            .map(|one| (&one.name, &one.secret, None, one.entry.as_ref().map(|entry| &entry.secret)));
         let claimed = claims
             .iter()
-            .map(|claim| (&claim.name, &claim.secret, Some(micros(claim.ttl)), claim.place.as_ref()));
-        let (mut names, mut secrets, mut ttls, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (name, secret, ttl, place) in returned.chain(claimed) {
+            .map(|claim| (&claim.name, &claim.secret, Some(micros(claim.ttl)), claim.entry.as_ref()));
+        let (mut names, mut secrets, mut ttls, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (name, secret, ttl, entry) in released.chain(claimed) {
             names.push(&**name);
             secrets.push(secret.as_str());
             ttls.push(ttl);
-            places.push(place.map(Secret::as_str));
+            keys.push(entry.map(key));
         }
         let rows = sqlx::query(server.table.sql(if plainly { BATCH_MANY } else { BATCH }))
             .bind(names)
             .bind(secrets)
             .bind(ttls)
-            .bind(places)
+            .bind(keys)
             .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
-            .bind(&listener)
+            .bind(&rest)
             .fetch_all(&mut *connection)
             .await?;
         done.note(&rows)?;
@@ -250,17 +246,16 @@ pub(super) async fn batch(
             done.grants.insert(row.try_get(0)?, granted(row)?);
         }
     }
-    let mut passed_over = done.rest(all);
+    let mut skipped = done.rest(all);
     let mut ours = HashSet::new();
-    if !passed_over.is_empty() {
+    if !skipped.is_empty() {
         // The statement above is already committed.
-        let rows =
-            release_in_background(connection, server, RETURN_UNDER_GUARD, &passed_over, &listener).await;
+        let rows = release_in_background(connection, server, RELEASES_UNDER_GUARD, &skipped, &rest).await;
         done.note(&rows.map_err(StepError::outcome_unknown)?)?;
-        passed_over = done.rest(passed_over);
+        skipped = done.rest(skipped);
     }
-    if !passed_over.is_empty() {
-        let (names, secrets) = names_and_secrets(&passed_over);
+    if !skipped.is_empty() {
+        let (names, secrets) = names_and_secrets(&skipped);
         let query = sqlx::query_scalar(server.table.sql(WHICH_ARE_OURS)).bind(names).bind(secrets);
         let found: Vec<String> = query.fetch_all(connection).await.map_err(StepError::outcome_unknown)?;
         ours = found.into_iter().collect();
@@ -305,12 +300,12 @@ async fn release_in_background(
     server: &Server,
     statement: &'static str,
     releases: &[&ReleaseClaim],
-    listener: &str,
+    rest: &str,
 ) -> driver::Result<Vec<PgRow>> {
     let (names, secrets) = names_and_secrets(releases);
-    let places = releases.iter().map(|one| one.place.as_ref().map(|place| place.secret.as_str()));
+    let keys = releases.iter().map(|one| one.entry.as_ref().map(|entry| key(&entry.secret)));
     let query = sqlx::query(server.table.sql(statement)).bind(names).bind(secrets);
-    Ok(query.bind(places.collect::<Vec<_>>()).bind(listener).fetch_all(connection).await?)
+    Ok(query.bind(keys.collect::<Vec<_>>()).bind(rest).fetch_all(connection).await?)
 }
 
 fn names_and_secrets<'a>(releases: &[&'a ReleaseClaim]) -> (Vec<&'a str>, Vec<&'a str>) {

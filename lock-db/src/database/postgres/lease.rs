@@ -13,13 +13,15 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::postgres::{PgConnection, PgQueryResult, PgRow};
+use sqlx::postgres::{PgConnection, PgQueryResult};
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
 use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
+use crate::database::row::lock_row;
+use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
     Server,
@@ -95,14 +97,18 @@ SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
     ttl_micros = $4,
     secret_key = $2,
     owner = $3,
-    waiters = CASE WHEN left(lease.waiters, 32) = $5 THEN substr(lease.waiters, 57) ELSE lease.waiters END
+    waiters = ",
+    without_own_first!("lease.waiters", "$5"),
+    "
 WHERE lease.ctid = (
     SELECT ctid FROM {table}
     WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
         OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
-            AND (waiters = '' OR $5::text IS NULL OR left(waiters, 32) = $5)))
+            AND (waiters = '' OR $5::text IS NULL OR ",
+    is_first!("waiters", "$5"),
+    ")))
     FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, lease.waiters <> '',
     lease.fencing_token - lease.previous_token"
@@ -118,17 +124,17 @@ WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', tr
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
     ttl_micros = 0,
-    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position($3 IN lease.waiters) = 0
-        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = ",
+    behind_others!("lease.waiters", "$3", "$4"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table} WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND secret_key = $2
     FOR UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)"
+RETURNING lease.id, ",
+    first_listener!("lease.waiters")
 );
 
 /// `RELEASE` while a transaction is open that the lease guards. That transaction can still commit,
@@ -138,17 +144,17 @@ const RELEASE_UNDER_GUARD: &str = concat!(
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00',
-    waiters = CASE WHEN $3 <> '' AND lease.waiters <> '' AND length(lease.waiters) < 3584
-            AND position($3 IN lease.waiters) = 0
-        THEN lease.waiters || $3 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $4
-        ELSE lease.waiters END
+    waiters = ",
+    behind_others!("lease.waiters", "$3", "$4"),
+    "
 FROM unsynced
 WHERE lease.ctid = (
     SELECT ctid FROM {table} WHERE ctid = ",
     newest!("$1"),
     " AND lock_name = $1 AND secret_key = $2
     FOR NO KEY UPDATE SKIP LOCKED)
-RETURNING lease.id, substr(lease.waiters, 49, 8)"
+RETURNING lease.id, ",
+    first_listener!("lease.waiters")
 );
 
 /// Waits for the disk like a grant: no other process may take the lock before that time, whatever
@@ -226,46 +232,6 @@ const PROBE: &str = "
 SELECT 1 FROM {table} WHERE lock_name >= $1 AND lock_name <= $1 ORDER BY lock_name DESC LIMIT 1
 FOR UPDATE NOWAIT";
 
-const STAND: &str = concat!(
-    "
-WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE {table} AS lease
-SET waiters = lease.waiters || $2 || lpad(((extract(epoch FROM clock_timestamp()) * 1000000)::bigint + 2000000)::text, 16, '0') || $3
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table}
-    WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND position($2 IN waiters) = 0
-    FOR NO KEY UPDATE SKIP LOCKED)"
-);
-
-/// Replaces the queue only if it is still what was read before.
-const SET_WAITERS: &str = concat!(
-    "
-WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE {table} AS lease SET waiters = $3
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table} WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
-    FOR NO KEY UPDATE SKIP LOCKED)"
-);
-
-const REMOVE_WAITER: &str = concat!(
-    "
-WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE {table} AS lease
-SET waiters = overlay(waiters PLACING '' FROM position($2 IN waiters) FOR 56)
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table} WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND position($2 IN waiters) > 0
-    FOR NO KEY UPDATE SKIP LOCKED)"
-);
-
 const IS_OURS: &str =
     concat!("SELECT 1 FROM {table} WHERE ctid = ", newest!("$1"), " AND lock_name = $1 AND secret_key = $2");
 
@@ -276,22 +242,6 @@ pub(super) async fn read(
 ) -> driver::Result<Option<LockRow>> {
     let row = sqlx::query(server.table.sql(READ)).bind(name).fetch_optional(connection).await?;
     row.as_ref().map(lock_row).transpose()
-}
-
-pub(super) fn lock_row(row: &PgRow) -> driver::Result<LockRow> {
-    Ok(LockRow {
-        id: row.try_get(0)?,
-        kind: Kind::parse(row.try_get(1)?),
-        secret_key: row.try_get(2)?,
-        owner: row.try_get(3)?,
-        fencing_token: row.try_get(4)?,
-        created: row.try_get(5)?,
-        acquired: row.try_get(6)?,
-        expires: row.try_get(7)?,
-        remaining: row.try_get(8)?,
-        ttl: row.try_get(9)?,
-        waiters: row.try_get(10)?,
-    })
 }
 
 pub(super) async fn create(
@@ -330,7 +280,7 @@ pub(super) async fn acquire(
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
-        .bind(claim.place.as_ref().map(Secret::as_str))
+        .bind(claim.entry.as_ref().map(key))
         .fetch_optional(connection)
         .await?;
     let Some(row) = row else { return Ok(None) };
@@ -384,14 +334,14 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<Released> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let (place, listener) = QueueEntry::parts(place.as_ref());
+    let ReleaseClaim { name, secret, entry } = lease;
+    let (key, rest) = QueueEntry::parts(entry.as_ref());
     for statement in [RELEASE, RELEASE_UNDER_GUARD] {
         let query = sqlx::query(server.table.sql(statement)).bind(&**name).bind(secret.as_str());
-        let row = query.bind(place).bind(&listener).fetch_optional(&mut *connection).await?;
+        let row = query.bind(&key).bind(&rest).fetch_optional(&mut *connection).await?;
         if let Some(row) = row {
-            let call = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
-            return Ok(Released { status: LeaseStatus::Ours, call });
+            let notification = Notification::parse(Some(row.try_get(1)?), row.try_get(0)?);
+            return Ok(Released { status: LeaseStatus::Ours, notification });
         }
     }
     released_or_not(connection, server, name, secret, 0).await.map(Released::from)
@@ -407,39 +357,6 @@ pub(super) async fn release_later(
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(name).bind(secret.as_str());
     let released = query.bind(micros(at_least)).execute(&mut *connection).await?;
     released_or_not(connection, server, name, secret, released.rows_affected()).await
-}
-
-pub(super) async fn enqueue(
-    connection: &mut PgConnection,
-    server: &Server,
-    name: &str,
-    place: &QueueEntry,
-) -> driver::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
-}
-
-pub(super) async fn set_waiters(
-    connection: &mut PgConnection,
-    server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
-}
-
-pub(super) async fn dequeue(
-    connection: &mut PgConnection,
-    server: &Server,
-    name: &str,
-    secret: &Secret,
-) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
-    query.execute(connection).await?;
-    Ok(())
 }
 
 async fn released_or_not(

@@ -55,12 +55,12 @@ async fn is_direct(connection: &mut PgConnection) -> driver::Result<bool> {
     Ok(sqlx::query_scalar(IS_DIRECT).fetch_one(connection).await?)
 }
 
-pub(super) async fn call(
+pub(super) async fn notify(
     connection: &mut PgConnection,
     notifications: &[Notification],
 ) -> driver::Result<()> {
-    let listeners: Vec<String> = notifications.iter().map(|call| format!("{:08x}", call.listener)).collect();
-    let ids: Vec<i64> = notifications.iter().map(|call| call.id).collect();
+    let listeners: Vec<String> = notifications.iter().map(|one| format!("{:08x}", one.listener)).collect();
+    let ids: Vec<i64> = notifications.iter().map(|one| one.id).collect();
     sqlx::query(CALL).bind(listeners).bind(ids).execute(connection).await?;
     Ok(())
 }

@@ -8,6 +8,7 @@ use super::schema::{find, quoted};
 use super::sequence;
 use crate::database::StepError;
 use crate::database::driver;
+use crate::database::migration::{Migration, apply_missing, if_newer};
 use crate::database::{Fault, Found};
 use crate::schema;
 
@@ -29,9 +30,8 @@ const APPLIED: &str = "SELECT version FROM _lock_db_migrations";
 const NOTE_APPLIED: &str = "INSERT INTO _lock_db_migrations (version) VALUES ($1) ON CONFLICT DO NOTHING";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::POSTGRES)];
 
-/// If everything is applied this only reads, so a role without the privilege to create anything may
-/// call it. If the table is as this version needs it, the role may also lack access to the ledger,
-/// or the ledger may be missing.
+/// If the table is as this version needs it, the role may lack access to the ledger, or the ledger
+/// may be missing.
 pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>) -> driver::Result<()> {
     let error = match apply(connection, schema).await {
         Err(StepError::Sqlx(error)) if may_not(&error) => error,
@@ -63,20 +63,7 @@ async fn apply(connection: &mut PgConnection, schema: Option<&str>) -> driver::R
         }
         sqlx::query(WORK_IN_SCHEMA).bind(quoted).execute(&mut *transaction).await?;
     }
-    let applied: Vec<i64> = if has_table(&mut transaction, "_lock_db_migrations").await? {
-        sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?
-    } else {
-        sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
-        Vec::new()
-    };
-    // The table may have been dropped without the ledger.
-    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if is_gone || !applied.contains(&version) {
-            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
-        }
-    }
+    apply_missing(&mut InTransaction(&mut transaction)).await?;
     sequence::mend(&mut transaction).await?;
     Ok(transaction.commit().await?)
 }
@@ -87,9 +74,35 @@ pub(super) async fn newer(connection: &mut PgConnection, schema: &str) -> driver
     let sql = AssertSqlSafe(format!("SELECT max(version) FROM {schema}._lock_db_migrations"));
     // The ledger may be missing, or this role may not read it.
     let newest: Option<i64> = sqlx::query_scalar(sql).fetch_one(connection).await.ok().flatten();
-    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+    Ok(if_newer(newest, &MIGRATIONS))
 }
 
-async fn has_table(connection: &mut PgConnection, name: &str) -> driver::Result<bool> {
-    Ok(sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await?)
+/// All of it in one transaction, which has the lock.
+struct InTransaction<'c>(&'c mut PgConnection);
+
+impl Migration for InTransaction<'_> {
+    const ALL: &'static [(i64, &'static str)] = &MIGRATIONS;
+
+    async fn has_table(&mut self, table: &str) -> driver::Result<bool> {
+        Ok(sqlx::query_scalar(HAS_TABLE).bind(table).fetch_one(&mut *self.0).await?)
+    }
+
+    async fn create_ledger(&mut self) -> driver::Result<()> {
+        sqlx::query(CREATE_LEDGER).execute(&mut *self.0).await?;
+        Ok(())
+    }
+
+    async fn applied(&mut self) -> driver::Result<Vec<i64>> {
+        Ok(sqlx::query_scalar(APPLIED).fetch_all(&mut *self.0).await?)
+    }
+
+    async fn apply(&mut self, sql: &'static str) -> driver::Result<()> {
+        sqlx::raw_sql(sql).execute(&mut *self.0).await?;
+        Ok(())
+    }
+
+    async fn note_applied(&mut self, version: i64) -> driver::Result<()> {
+        sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *self.0).await?;
+        Ok(())
+    }
 }

@@ -24,12 +24,16 @@ macro_rules! newest {
     };
 }
 
+#[macro_use]
+mod queue;
+
 mod batch;
 mod check;
 mod errors;
 mod lease;
 mod listener;
 mod migrate;
+mod row_lock;
 mod schema;
 mod sequence;
 mod session;
@@ -150,7 +154,7 @@ impl WakeUpDriver for Postgres {
     }
 
     async fn notify(connection: &mut PgConnection, notifications: &[Notification]) -> driver::Result<()> {
-        listener::call(connection, notifications).await
+        listener::notify(connection, notifications).await
     }
 }
 
@@ -274,9 +278,9 @@ impl QueueDriver for Postgres {
         connection: &mut PgConnection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> driver::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, entry).await
     }
 
     async fn set_waiters(
@@ -286,7 +290,7 @@ impl QueueDriver for Postgres {
         before: &str,
         after: &str,
     ) -> driver::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        queue::set_waiters(connection, server, name, before, after).await
     }
 
     async fn dequeue(
@@ -295,7 +299,7 @@ impl QueueDriver for Postgres {
         name: &str,
         secret: &Secret,
     ) -> driver::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, name, secret).await
     }
 }
 
@@ -305,11 +309,11 @@ impl RowLockDriver for Postgres {
     const ROW_IS_MADE_IN_TRANSACTION: bool = true;
 
     async fn waits_outside(transaction: &mut PgConnection) -> driver::Result<bool> {
-        transaction::has_snapshot(transaction).await
+        row_lock::has_snapshot(transaction).await
     }
 
     async fn has_used_table(connection: &mut PgConnection) -> driver::Result<bool> {
-        transaction::has_used_table(connection).await
+        row_lock::has_used_table(connection).await
     }
 
     async fn lock_row(
@@ -318,15 +322,15 @@ impl RowLockDriver for Postgres {
         claim: &RowClaim,
         slice: Duration,
     ) -> driver::Result<RowAttempt> {
-        transaction::lock_row(connection, server, claim, slice).await
+        row_lock::lock_row(connection, server, claim, slice).await
     }
 
     async fn is_here(connection: &mut PgConnection, server: &Server) -> driver::Result<bool> {
-        transaction::is_here(connection, server).await
+        row_lock::is_here(connection, server).await
     }
 
     async fn was_its_own(connection: &mut PgConnection, before: &str) -> driver::Result<Option<bool>> {
-        transaction::was_its_own(connection, before).await.map(Some)
+        row_lock::was_its_own(connection, before).await.map(Some)
     }
 }
 
@@ -335,7 +339,7 @@ impl TransactionDriver for Postgres {
     /// the owner's own COMMIT or ROLLBACK has ended the transaction: it ends with the transaction.
     const BEGIN_MARKED: &'static str = "BEGIN; SET LOCAL lock_db.mark = '1'";
 
-    const BEGIN_WITH_ROW: &'static str = transaction::BEGIN_AND_LIMIT;
+    const BEGIN_WITH_ROW: &'static str = row_lock::BEGIN_AND_LIMIT;
 
     const COMMITS_WITH_CHECK: bool = true;
 

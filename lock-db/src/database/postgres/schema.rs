@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use sqlx::Row;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 
-use super::transaction::DOLLAR_QUOTE;
+use super::row_lock::DOLLAR_QUOTE;
 use super::{migrate, session};
 use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
@@ -114,41 +114,11 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
             "the session may only read: `default_transaction_read_only` is on for this role or database";
         return Err(StepError::refused(setting));
     }
-    let Some(oid) = row.try_get::<Option<i64>, _>(5)? else {
-        let hidden: Option<(String, String)> = sqlx::query_as(HIDDEN).fetch_optional(connection).await?;
-        let Some((schema, role)) = hidden else { return Ok(Found::Nothing) };
-        let message = format!(
-            "permission denied for schema {schema}, which has a table `distributed_lock`: the role {role} needs the right \
-             USAGE there"
-        );
-        return Err(StepError::refused(message));
-    };
-    let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
+    let Some(oid) = row.try_get::<Option<i64>, _>(5)? else { return nothing(connection).await };
+    let schema: &str = row.try_get(4)?;
     let unusable = |reason: &str| Ok(Found::Unusable(format!("`{schema}.distributed_lock` {reason}")));
-    if schema.contains(DOLLAR_QUOTE) {
-        return unusable("is in a schema whose name has in it what lock-db quotes its statements with");
-    }
-    match kind {
-        "r" => {}
-        "p" => return unusable("is partitioned: a row there can't be found again by where it lies"),
-        "f" => return unusable("is a foreign table: its rows can't be locked from here"),
-        "v" | "m" => return unusable("is a view: lock-db needs the table itself"),
-        _ => return unusable("is no table"),
-    }
-    if persistence != "p" {
-        return unusable("is unlogged or temporary: a crash of the server would forget who holds a lock");
-    }
-    if row.try_get(8)? || row.try_get(9)? {
-        return unusable("takes part in inheritance or partitioning: its rows may lie in other tables");
-    }
-    if row.try_get(10)? {
-        return unusable(
-            "has row level security, which hides rows from this role: give the role BYPASSRLS, make it the owner of the \
-             table, or disable row level security there",
-        );
-    }
-    if row.try_get(11)? {
-        return unusable("has rewrite rules, so that statements do something else than they say");
+    if let Some(reason) = unusable_form(&row)? {
+        return unusable(reason);
     }
     match compare(&COLUMNS, &declared(&row.try_get::<Vec<_>, _>(12)?), needed) {
         Compared::Fit => {}
@@ -183,6 +153,48 @@ pub(super) async fn find(connection: &mut PgConnection, schema: Option<&str>) ->
         is_ascii_only: !matches!(encoding, "UTF8" | "SQL_ASCII"),
         keeps_statements: true,
     }))
+}
+
+/// No table was found, or none that this role may use.
+async fn nothing(connection: &mut PgConnection) -> driver::Result<Found> {
+    let hidden: Option<(String, String)> = sqlx::query_as(HIDDEN).fetch_optional(connection).await?;
+    let Some((schema, role)) = hidden else { return Ok(Found::Nothing) };
+    let message = format!(
+        "permission denied for schema {schema}, which has a table `distributed_lock`: the role {role} needs the right \
+         USAGE there"
+    );
+    Err(StepError::refused(message))
+}
+
+/// Why what `FIND` found can't keep locks, whatever its columns are. The text follows its name.
+fn unusable_form(row: &PgRow) -> driver::Result<Option<&'static str>> {
+    let (schema, kind, persistence): (&str, &str, &str) = (row.try_get(4)?, row.try_get(6)?, row.try_get(7)?);
+    if schema.contains(DOLLAR_QUOTE) {
+        return Ok(Some("is in a schema whose name has in it what lock-db quotes its statements with"));
+    }
+    match kind {
+        "r" => {}
+        "p" => return Ok(Some("is partitioned: a row there can't be found again by where it lies")),
+        "f" => return Ok(Some("is a foreign table: its rows can't be locked from here")),
+        "v" | "m" => return Ok(Some("is a view: lock-db needs the table itself")),
+        _ => return Ok(Some("is no table")),
+    }
+    if persistence != "p" {
+        return Ok(Some("is unlogged or temporary: a crash of the server would forget who holds a lock"));
+    }
+    if row.try_get(8)? || row.try_get(9)? {
+        return Ok(Some("takes part in inheritance or partitioning: its rows may lie in other tables"));
+    }
+    if row.try_get(10)? {
+        return Ok(Some(
+            "has row level security, which hides rows from this role: give the role BYPASSRLS, make it the owner of the \
+             table, or disable row level security there",
+        ));
+    }
+    if row.try_get(11)? {
+        return Ok(Some("has rewrite rules, so that statements do something else than they say"));
+    }
+    Ok(None)
 }
 
 /// Parses columns of the form `value name type`. A name with a blank is not one of ours.

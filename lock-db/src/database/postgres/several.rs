@@ -5,9 +5,10 @@ use std::collections::{HashMap, HashSet};
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
-use super::lease::{self, CREATE_ALL, READ_ALL, created_or_not};
+use super::lease::{CREATE_ALL, READ_ALL, created_or_not};
 use crate::Kind;
 use crate::database::driver;
+use crate::database::row;
 use crate::database::{Claim, Grant, LockRow, Server, by_name};
 use crate::name::Name;
 use crate::options::micros;
@@ -50,7 +51,7 @@ pub(super) async fn read(
     names: &[Name],
 ) -> driver::Result<Vec<Option<LockRow>>> {
     let rows = sqlx::query(server.table.sql(READ_ALL)).bind(texts(names)).fetch_all(connection).await?;
-    let found = |row: &PgRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lease::lock_row(row)?));
+    let found = |row: &PgRow| Ok((row.try_get::<String, _>(row::COLUMNS)?.into_bytes(), row::lock_row(row)?));
     let found: Vec<_> = rows.iter().map(found).collect::<driver::Result<_>>()?;
     Ok(by_name(names, found))
 }

@@ -11,6 +11,8 @@ use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::{SchemaDriver, SessionDriver};
+use crate::database::row::{self, lock_row};
+use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
     Server, as_json, by_name, in_order, names_as_json, reliable_without_notice,
@@ -52,7 +54,8 @@ ON CONFLICT (lock_name) DO NOTHING";
 /// process's own, and SQLite's functions truncate it to milliseconds.
 ///
 /// An expired lease is taken only after notice was given: see `LockRow::notice_is_due`.
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!(
+    "
 UPDATE {table}
 SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencing_token + 1, ?5) END,
     previous_token = CASE WHEN secret_key = ?2 THEN previous_token ELSE fencing_token END,
@@ -62,12 +65,17 @@ SET fencing_token = CASE WHEN secret_key = ?2 THEN fencing_token ELSE max(fencin
     ttl_micros = ?7,
     secret_key = ?2,
     owner = ?3,
-    waiters = CASE WHEN substr(waiters, 1, 32) = ?6 THEN substr(waiters, 57) ELSE waiters END
+    waiters = ",
+    without_own_first!("waiters", "?6"),
+    "
 WHERE lock_name = ?1 AND lock_kind = 'insert'
   AND (secret_key = ?2 OR (expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
       AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')
-      AND (waiters = '' OR ?6 IS NULL OR substr(waiters, 1, 32) = ?6)))
-RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token";
+      AND (waiters = '' OR ?6 IS NULL OR ",
+    is_first!("waiters", "?6"),
+    ")))
+RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token"
+);
 
 /// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
 /// ahead, by more than 2 s, because the clock was set back.
@@ -93,13 +101,16 @@ FROM (
 JOIN {table} AS lease ON lease.id = asked.id AND secret_key = asked.secret AND fencing_token = asked.token
 WHERE expire_time > '1970-01-01 00:00:00.000000'";
 
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 UPDATE {table}
 SET expire_time = '1970-01-01 00:00:00.000000',
     ttl_micros = 0,
-    waiters = CASE WHEN ?3 <> '' AND waiters <> '' AND length(waiters) < 3584 AND instr(waiters, ?3) = 0
-        THEN waiters || ?3 || printf('%016d', ?5 + 2000000) || ?4 ELSE waiters END
-WHERE lock_name = ?1 AND secret_key = ?2";
+    waiters = ",
+    behind_others!("waiters", "?3", "?4", "?5"),
+    "
+WHERE lock_name = ?1 AND secret_key = ?2"
+);
 
 const RELEASE_LATER: &str = "
 UPDATE {table}
@@ -142,19 +153,6 @@ SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0, secret_key = ''
 WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
   AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')";
 
-const STAND: &str = "
-UPDATE {table} SET waiters = waiters || ?2 || printf('%016d', ?4 + 2000000) || ?3
-WHERE lock_name = ?1 AND lock_kind = 'insert' AND length(waiters) < 3584 AND instr(waiters, ?2) = 0";
-
-/// Replaces the queue only if it is still what was read before.
-const SET_WAITERS: &str = "
-UPDATE {table} SET waiters = ?3 WHERE lock_name = ?1 AND lock_kind = 'insert' AND waiters = ?2";
-
-const REMOVE_WAITER: &str = "
-UPDATE {table}
-SET waiters = substr(waiters, 1, instr(waiters, ?2) - 1) || substr(waiters, instr(waiters, ?2) + 56)
-WHERE lock_name = ?1 AND instr(waiters, ?2) > 0";
-
 pub(super) async fn read(
     connection: &mut SqliteConnection,
     server: &Server,
@@ -171,25 +169,9 @@ pub(super) async fn read_all(
 ) -> driver::Result<Vec<Option<LockRow>>> {
     let query = sqlx::query(server.table.sql(READ_ALL)).bind(names_as_json(names));
     let rows = query.fetch_all(connection).await?;
-    let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(11)?.into_bytes(), lock_row(row)?));
+    let found = |row: &SqliteRow| Ok((row.try_get::<String, _>(row::COLUMNS)?.into_bytes(), lock_row(row)?));
     let found: Vec<_> = rows.iter().map(found).collect::<driver::Result<_>>()?;
     Ok(by_name(names, found))
-}
-
-fn lock_row(row: &SqliteRow) -> driver::Result<LockRow> {
-    Ok(LockRow {
-        id: row.try_get(0)?,
-        kind: Kind::parse(row.try_get(1)?),
-        secret_key: row.try_get(2)?,
-        owner: row.try_get(3)?,
-        fencing_token: row.try_get(4)?,
-        created: row.try_get(5)?,
-        acquired: row.try_get(6)?,
-        expires: row.try_get(7)?,
-        remaining: row.try_get(8)?,
-        ttl: row.try_get(9)?,
-        waiters: row.try_get(10)?,
-    })
 }
 
 pub(super) async fn create(
@@ -247,7 +229,7 @@ pub(super) async fn acquire(
         .bind(&*claim.owner)
         .bind(later_by(claim.ttl))
         .bind(clock_micros())
-        .bind(claim.place.as_ref().map(Secret::as_str))
+        .bind(claim.entry.as_ref().map(key))
         .bind(micros(claim.ttl))
         .fetch_all(connection)
         .await?;
@@ -315,10 +297,10 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<LeaseStatus> {
-    let ReleaseClaim { name, secret, place } = lease;
-    let (place, listener) = QueueEntry::parts(place.as_ref());
-    let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(place);
-    Ok(released_or_not(&query.bind(listener).bind(clock_micros()).execute(connection).await?))
+    let ReleaseClaim { name, secret, entry } = lease;
+    let (key, rest) = QueueEntry::parts(entry.as_ref());
+    let query = sqlx::query(server.table.sql(RELEASE)).bind(&**name).bind(secret.as_str()).bind(key);
+    Ok(released_or_not(&query.bind(rest).bind(clock_micros()).execute(connection).await?))
 }
 
 pub(super) async fn release_later(
@@ -350,39 +332,6 @@ pub(super) async fn batch(
     }
     transaction.commit().await?;
     Ok(outcome)
-}
-
-pub(super) async fn enqueue(
-    connection: &mut SqliteConnection,
-    server: &Server,
-    name: &str,
-    place: &QueueEntry,
-) -> driver::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = sqlx::query(server.table.sql(STAND)).bind(name).bind(secret).bind(listener);
-    Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
-}
-
-pub(super) async fn set_waiters(
-    connection: &mut SqliteConnection,
-    server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
-}
-
-pub(super) async fn dequeue(
-    connection: &mut SqliteConnection,
-    server: &Server,
-    name: &str,
-    secret: &Secret,
-) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(REMOVE_WAITER)).bind(name).bind(secret.as_str());
-    query.execute(connection).await?;
-    Ok(())
 }
 
 /// A duration as a modifier of SQLite's time functions.

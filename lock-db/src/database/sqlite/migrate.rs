@@ -5,6 +5,7 @@ use sqlx::{Connection, Sqlite};
 
 use super::schema::{PREPARE, find};
 use crate::database::driver;
+use crate::database::migration::{LEDGER, Migration, apply_missing, if_newer};
 use crate::database::{Fault, Found};
 use crate::schema;
 
@@ -44,16 +45,7 @@ pub(super) async fn migrate(connection: &mut SqliteConnection) -> driver::Result
 
 async fn apply(connection: &mut SqliteConnection) -> driver::Result<()> {
     let mut transaction = connection.begin_with(LOCK_MIGRATIONS).await?;
-    sqlx::query(CREATE_LEDGER).execute(&mut *transaction).await?;
-    let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *transaction).await?;
-    // The table may have been dropped without the ledger.
-    let is_gone = !has_table(&mut transaction, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if is_gone || !applied.contains(&version) {
-            sqlx::raw_sql(sql).execute(&mut *transaction).await?;
-            sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *transaction).await?;
-        }
-    }
+    apply_missing(&mut InTransaction(&mut transaction)).await?;
     if has_no_more_ids(&mut transaction).await? {
         sqlx::query(MEND_SEQUENCE).execute(&mut *transaction).await?;
     }
@@ -70,18 +62,16 @@ pub(super) async fn has_no_more_ids(connection: &mut SqliteConnection) -> driver
 
 /// The newest applied migration, if this version does not know it.
 pub(super) async fn newer(connection: &mut SqliteConnection) -> driver::Result<Option<i64>> {
-    if !has_table(connection, "_lock_db_migrations").await? {
+    if !has_table(connection, LEDGER).await? {
         return Ok(None);
     }
     let newest: Option<i64> = sqlx::query_scalar(NEWEST).fetch_one(connection).await?;
-    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+    Ok(if_newer(newest, &MIGRATIONS))
 }
 
 /// Does not write, because the file may be read-only.
 async fn is_up_to_date(connection: &mut SqliteConnection) -> driver::Result<bool> {
-    if !has_table(connection, "distributed_lock").await?
-        || !has_table(connection, "_lock_db_migrations").await?
-    {
+    if !has_table(connection, "distributed_lock").await? || !has_table(connection, LEDGER).await? {
         return Ok(false);
     }
     let applied: Vec<i64> = sqlx::query_scalar(APPLIED).fetch_all(&mut *connection).await?;
@@ -91,4 +81,34 @@ async fn is_up_to_date(connection: &mut SqliteConnection) -> driver::Result<bool
 
 async fn has_table(connection: &mut SqliteConnection, name: &str) -> driver::Result<bool> {
     Ok(sqlx::query_scalar(HAS_TABLE).bind(name).fetch_one(connection).await?)
+}
+
+/// All of it in one transaction, which has the write lock.
+struct InTransaction<'c>(&'c mut SqliteConnection);
+
+impl Migration for InTransaction<'_> {
+    const ALL: &'static [(i64, &'static str)] = &MIGRATIONS;
+
+    async fn has_table(&mut self, table: &str) -> driver::Result<bool> {
+        has_table(self.0, table).await
+    }
+
+    async fn create_ledger(&mut self) -> driver::Result<()> {
+        sqlx::query(CREATE_LEDGER).execute(&mut *self.0).await?;
+        Ok(())
+    }
+
+    async fn applied(&mut self) -> driver::Result<Vec<i64>> {
+        Ok(sqlx::query_scalar(APPLIED).fetch_all(&mut *self.0).await?)
+    }
+
+    async fn apply(&mut self, sql: &'static str) -> driver::Result<()> {
+        sqlx::raw_sql(sql).execute(&mut *self.0).await?;
+        Ok(())
+    }
+
+    async fn note_applied(&mut self, version: i64) -> driver::Result<()> {
+        sqlx::query(NOTE_APPLIED).bind(version).execute(&mut *self.0).await?;
+        Ok(())
+    }
 }

@@ -3,6 +3,9 @@
 //! The whole database has one writer at a time, so there are no row locks: `lock_row` takes the
 //! write lock.
 
+#[macro_use]
+mod queue;
+
 mod check;
 mod errors;
 mod lease;
@@ -230,9 +233,9 @@ impl QueueDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> driver::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        queue::enqueue(connection, server, name, entry).await
     }
 
     async fn set_waiters(
@@ -242,7 +245,7 @@ impl QueueDriver for Sqlite {
         before: &str,
         after: &str,
     ) -> driver::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        queue::set_waiters(connection, server, name, before, after).await
     }
 
     async fn dequeue(
@@ -251,7 +254,7 @@ impl QueueDriver for Sqlite {
         name: &str,
         secret: &Secret,
     ) -> driver::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, name, secret).await
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{AcquireAttempt, Obstacle, SHORTEST_PAUSE};
 use crate::Kind;
 use crate::database::Failure;
-use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue};
+use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, WaitQueue, begins_with};
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::session::held_lease::Granted;
@@ -225,7 +225,7 @@ impl AcquireAttempt {
     /// Reads whether a lock is free, and creates its row if there is none. A waiting request also
     /// adds its entry to the queue.
     async fn read(&mut self, position: usize) -> Result<Option<AttemptOutcome>, Failure> {
-        let Some(Claim { name, place, .. }) = self.claims.get(position).cloned() else {
+        let Some(Claim { name, entry: secret, .. }) = self.claims.get(position).cloned() else {
             return Ok(None);
         };
         let actor = Rc::clone(&self.actor);
@@ -245,8 +245,8 @@ impl AcquireAttempt {
             self.answered.set(true);
             self.set_holder(name.clone(), row.clone());
         }
-        let (ahead, written) = match place {
-            Some(place) => self.keep_place(&name, &row, &place).await,
+        let (ahead, written) = match secret {
+            Some(secret) => self.keep_entry(&name, &row, &secret).await,
             None => (0, Ok(true)),
         };
         let written = match written {
@@ -279,17 +279,17 @@ impl AcquireAttempt {
 
     /// Keeps this process's entry in the queue of the row, if the request waits. Returns how many
     /// requests are ahead, and whether the row could be written where that was necessary.
-    async fn keep_place(
+    async fn keep_entry(
         &mut self,
         name: &Name,
         row: &LockRow,
-        place: &Secret,
+        secret: &Secret,
     ) -> (usize, Result<bool, Failure>) {
         if row.is_free() && row.waiters.is_empty() {
             return (0, Ok(true));
         }
         let actor = Rc::clone(&self.actor);
-        let (listener, place, now) = (actor.notifications.listener(), place.as_str(), row.now());
+        let now = row.now();
         let mut waiters = WaitQueue::parse(&row.waiters, now);
         let all_last = waiters.text().len() == row.waiters.len();
         // On a cluster, a queue entry written on another node would conflict with the holder's
@@ -300,16 +300,16 @@ impl AcquireAttempt {
             self.signal = Some(actor.notifications.enqueue(name, row.id));
             actor.listen();
         }
-        if waits && all_last && waiters.has_room() && waiters.position(place).is_none() {
-            return (waiters.len(), actor.worker.enqueue(name, actor.place()).await);
+        if waits && all_last && waiters.has_room() && waiters.position(secret).is_none() {
+            return (waiters.len(), actor.worker.enqueue(name, actor.queue_entry()).await);
         }
-        let took_place = waits && waiters.enqueue(place, now, listener);
+        let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
         // A try has no queue entry: it comes after all requests that have one.
-        let ahead = waiters.position(place).unwrap_or_else(|| waiters.len());
+        let ahead = waiters.position(secret).unwrap_or_else(|| waiters.len());
         // Expired entries in front are removed. Otherwise the row does not show that this process
         // is next.
-        let is_known = !waiters.is_empty() && row.waiters.starts_with(place);
-        if took_place || (row.is_free() && ahead == 0 && !is_known) {
+        let is_known = !waiters.is_empty() && begins_with(&row.waiters, secret);
+        if has_changed || (row.is_free() && ahead == 0 && !is_known) {
             return (ahead, actor.worker.set_waiters(name, &row.waiters, waiters.text()).await);
         }
         (ahead, Ok(true))

@@ -143,7 +143,7 @@ impl AcquireAttempt {
         let claims = std::mem::take(&mut request.claims);
         // The queue entry of the caller that had the permit before also serves the next one. A
         // request that skips the queue removes it.
-        for claim in claims.iter().filter(|claim| claim.place.is_none()) {
+        for claim in claims.iter().filter(|claim| claim.entry.is_none()) {
             release::leave_queue(actor, &claim.name);
         }
         Self {

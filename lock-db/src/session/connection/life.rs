@@ -184,12 +184,12 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         };
         let outcome = select! {
             biased;
-            result = running => Outcome::Answer(result),
-            (link, number) = second, if silence < limit => Outcome::Second(link, number),
-            () = sleep_until(deadline.into()) => Outcome::Silence,
+            result = running => OperationEnd::Answer(result),
+            (link, number) = second, if silence < limit => OperationEnd::Second(link, number),
+            () = sleep_until(deadline.into()) => OperationEnd::Silence,
         };
         match outcome {
-            Outcome::Answer(Ok(result)) => {
+            OperationEnd::Answer(Ok(result)) => {
                 let now = Instant::now();
                 if silence < limit {
                     self.pace = now.duration_since(asked).max(self.pace * 7 / 8);
@@ -199,11 +199,11 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 self.answered.set(Some(now));
                 result
             }
-            Outcome::Answer(Err(broken)) => {
+            OperationEnd::Answer(Err(broken)) => {
                 self.leave(&connection);
                 Err(broken)
             }
-            Outcome::Second(link, number) => {
+            OperationEnd::Second(link, number) => {
                 tracing::debug!("a private connection was dropped without a word: another one is used");
                 self.leave(&connection);
                 self.earlier.continue_with(number);
@@ -216,7 +216,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                     "the connection was dropped while it was idle",
                 )))
             }
-            Outcome::Silence => {
+            OperationEnd::Silence => {
                 self.leave(&connection);
                 Err(self.mark_silent(limit))
             }
@@ -261,7 +261,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
 }
 
 /// The outcome of an operation.
-enum Outcome<DB: LockDatabase, T> {
+enum OperationEnd<DB: LockDatabase, T> {
     /// `Err`: the connection is broken.
     Answer(Result<Result<T, Failure>, Failure>),
     /// The connection was dropped. This one replaces it, with the number of its session.

@@ -277,8 +277,8 @@ impl Worker {
     }
 
     /// Adds an entry at the end of the queue of a name.
-    pub(super) async fn enqueue(&self, name: &Name, place: QueueEntry) -> Result<bool, Failure> {
-        self.on_row(name, |reply| OnRow::Enqueue(place, reply)).await
+    pub(super) async fn enqueue(&self, name: &Name, entry: QueueEntry) -> Result<bool, Failure> {
+        self.on_row(name, |reply| OnRow::Enqueue(entry, reply)).await
     }
 
     /// Writes the queue of a name, unless it has changed since it was read.

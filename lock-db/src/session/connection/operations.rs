@@ -8,9 +8,9 @@ use sqlx::Connection as _;
 use super::life::SILENCE;
 use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
-use crate::database::StepError;
 use crate::database::{
     Claim, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim, Server,
+    StepError,
 };
 use crate::name::Name;
 
@@ -81,9 +81,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     async fn release(&mut self, lease: &ReleaseClaim, reply: Reply<LeaseStatus>) {
         let answer =
             self.on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, lease).await).await;
-        let call = answer.as_ref().ok().and_then(|released| released.call);
+        let notification = answer.as_ref().ok().and_then(|released| released.notification);
         let _ = reply.send(answer.map(|released| released.status));
-        self.call(call.as_slice()).await;
+        self.call(notification.as_slice()).await;
     }
 
     async fn migrate(&mut self, reply: Reply<()>) {
@@ -138,8 +138,8 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             OnRow::Probe(reply) => {
                 self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
             }
-            OnRow::Enqueue(place, reply) => {
-                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &place).await).await;
+            OnRow::Enqueue(entry, reply) => {
+                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &entry).await).await;
             }
             OnRow::SetWaiters(before, after, reply) => {
                 self.answer(reply, async |c, server| DB::set_waiters(c, server, name, &before, &after).await)
@@ -228,7 +228,7 @@ async fn acquire_all<DB: LockDatabase>(
     for (grant, Claim { name, secret, .. }) in grants.into_iter().zip(claims) {
         if let Some(grant) = grant {
             all.push(grant);
-            undone.push(ReleaseClaim { name: name.clone(), secret: secret.clone(), place: None });
+            undone.push(ReleaseClaim { name: name.clone(), secret: secret.clone(), entry: None });
         }
     }
     if all.len() == claims.len() {

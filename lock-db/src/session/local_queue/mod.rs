@@ -35,7 +35,7 @@ pub(crate) struct LocalQueues {
     hand_off: HandOffLimits,
     reports: Reports,
     /// Identifies this process in the wait queues of all rows.
-    place: Secret,
+    queue_secret: Secret,
     secrets: SecretSource,
     /// Weak, so that the session ends when all other senders are gone.
     session: mpsc::WeakUnboundedSender<Request>,
@@ -97,12 +97,12 @@ impl LocalQueues {
     pub(super) fn new(
         session: mpsc::WeakUnboundedSender<Request>,
         hand_off: HandOffLimits,
-        place: Secret,
+        queue_secret: Secret,
         reports: Reports,
     ) -> Arc<Self> {
         let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
         let (secrets, sooner) = (SecretSource::default(), Notify::new());
-        Arc::new(Self { state, last_number, hand_off, reports, place, secrets, session, sooner })
+        Arc::new(Self { state, last_number, hand_off, reports, queue_secret, secrets, session, sooner })
     }
 
     pub(crate) fn hand_off(&self) -> HandOffLimits {
@@ -119,8 +119,8 @@ impl LocalQueues {
         self.secrets.draw()
     }
 
-    pub(super) fn place(&self) -> &Secret {
-        &self.place
+    pub(super) fn queue_secret(&self) -> &Secret {
+        &self.queue_secret
     }
 
     /// Draws the number that orders a caller in all of its queues.
@@ -201,7 +201,7 @@ impl LocalQueues {
         let state = self.state();
         let mut waiting = state.names.get(name).into_iter().flat_map(|line| line.waiting.values());
         let next = waiting.find(|waiting| !waiting.answer.is_closed());
-        next.is_some_and(|next| matches!(&*next.claims, [claim] if claim.place.is_some()))
+        next.is_some_and(|next| matches!(&*next.claims, [claim] if claim.entry.is_some()))
     }
 
     /// Whether a caller has the permit for a name.

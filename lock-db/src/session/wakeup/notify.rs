@@ -16,7 +16,7 @@ pub(in crate::session) struct Notifications {
     /// The listener id, by which a release in another process names this session.
     number: u32,
     /// The rows in whose queues this process probably has an entry, and what to notify.
-    waiters: RefCell<HashMap<Name, Waiter>>,
+    waiters: RefCell<HashMap<Name, QueueSignal>>,
     listens: Cell<bool>,
     is_asked: Cell<bool>,
     /// The connection belongs to a pooler, which shares it with other clients.
@@ -80,7 +80,7 @@ impl Notifications {
             Some(signal) if signal.id == id => Rc::clone(&signal.notify),
             _ => {
                 let notify = Rc::new(Notify::new());
-                waiters.insert(name.clone(), Waiter { id, notify: Rc::clone(&notify) });
+                waiters.insert(name.clone(), QueueSignal { id, notify: Rc::clone(&notify) });
                 notify
             }
         }
@@ -111,7 +111,7 @@ impl Notifications {
 
 /// The signal that the lock of a row is free and this process is next.
 #[derive(Debug)]
-struct Waiter {
+struct QueueSignal {
     id: i64,
     notify: Rc<Notify>,
 }

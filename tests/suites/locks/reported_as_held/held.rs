@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lock_db::{Kind, Locks};
-use lock_tests::{Backend, TestDatabase, eventually};
+use lock_tests::{Backend, TestDatabase, eventually, queue_of};
 use sqlx::Pool;
 use tokio::task::JoinSet;
 
@@ -165,10 +165,9 @@ async fn a_free_lock_with_earlier_waiters_is_held<T: TestDatabase>(database: &T)
     let held = other.insert_lock(NAME).ttl(LONG).acquire().await.unwrap();
     let mut waiting = JoinSet::new();
     waiting.spawn(other.insert_lock(NAME).ttl(LONG).wait(PATIENCE).acquire());
-    let stands = "SELECT LENGTH(waiters) FROM distributed_lock WHERE lock_name = 'held'";
     let third = labelled(database, "third").await.0;
     waiting.spawn(third.insert_lock(NAME).ttl(LONG).wait(PATIENCE).acquire());
-    eventually(PATIENCE, async || database.find_number(stands).await.unwrap_or_default() > 0).await;
+    eventually(PATIENCE, async || !queue_of(database, NAME).await.is_empty()).await;
     let wrong = ask_for_held(&locks, &pool, Kind::Insert, |_| None, "behind others").await;
     held.release().await.unwrap();
     while let Some(next) = waiting.join_next().await {

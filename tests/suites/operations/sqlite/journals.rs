@@ -5,7 +5,7 @@ use std::time::Duration;
 use lock_db::{Error, Locks};
 use lock_tests::{SqliteFile, TestDatabase, eventually, migrated};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
-use sqlx::{Executor, SqlitePool, SqliteTransaction};
+use sqlx::{Connection, Executor, SqlitePool, SqliteTransaction};
 use tokio::time::timeout;
 
 lock_tests::cases! {
@@ -13,6 +13,7 @@ lock_tests::cases! {
     check_recommends_the_write_ahead_log,
     a_reader_delays_a_lock_only_while_it_reads,
     a_transaction_that_reads_lets_the_holder_commit,
+    a_commit_that_a_reader_prevents_is_retryable,
     a_write_since_the_first_read_is_reported_immediately,
     a_write_since_the_first_read_is_reported_by_guards,
     waiting_after_a_read_does_not_spin,
@@ -119,6 +120,45 @@ async fn a_transaction_that_reads_lets_the_holder_commit(database: &SqliteFile) 
         again.commit().await.unwrap();
         locks.close().await;
     }
+}
+
+/// With a rollback journal, a COMMIT can't write beside a reader. Nothing is stored then.
+async fn a_commit_that_a_reader_prevents_is_retryable(database: &SqliteFile) {
+    let options: SqliteConnectOptions = database.url().parse().unwrap();
+    let options = options.journal_mode(SqliteJournalMode::Delete).busy_timeout(Duration::from_millis(50));
+    let pool = SqlitePoolOptions::new().max_connections(4).connect_with(options).await.unwrap();
+    pool.execute("CREATE TABLE business (n)").await.unwrap();
+    let locks = migrated(Locks::new(pool.clone())).await;
+    let lease = locks.insert_lock("lease").ttl(LONG).acquire().await.unwrap();
+    for is_row_lock in [false, true] {
+        let mut reader = pool.acquire().await.unwrap();
+        let commit = async |beside_reader: &mut Option<SqliteTransaction<'_>>| {
+            if is_row_lock {
+                let mut guard = locks.row_lock("row").wait(PATIENCE).acquire().await?;
+                write(&mut guard).await;
+                if let Some(reader) = beside_reader {
+                    read(reader).await;
+                }
+                guard.commit().await
+            } else {
+                let mut transaction = lease.begin().await?;
+                write(&mut transaction).await;
+                if let Some(reader) = beside_reader {
+                    read(reader).await;
+                }
+                transaction.commit().await
+            }
+        };
+        let before = database.number("SELECT COUNT(*) FROM business").await;
+        let mut reading = Some(reader.begin().await.unwrap());
+        let error = commit(&mut reading).await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }) && error.is_retryable(), "{error:?}");
+        reading.unwrap().rollback().await.unwrap();
+        assert_eq!(database.number("SELECT COUNT(*) FROM business").await, before);
+        commit(&mut None).await.unwrap();
+        assert_eq!(database.number("SELECT COUNT(*) FROM business").await, before + 1);
+    }
+    lease.release().await.unwrap();
 }
 
 /// A rollback journal lets nobody commit beside a reader, so this is of the write-ahead log.

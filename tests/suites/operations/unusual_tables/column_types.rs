@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use lock_db::{Locks, schema};
-use lock_tests::{SqliteFile, TestDatabase, TestServer, eventually, migrated};
+use lock_tests::{LONGEST_QUEUE, SqliteFile, TestDatabase, TestServer, eventually, migrated};
 
 use super::requests::{all_are_granted, ask, is_unsupported};
 
@@ -109,11 +109,12 @@ async fn columns_that_hold_less_are_refused<T: TestServer>(database: &T) {
 }
 
 async fn columns_that_hold_as_much_work<T: TestServer>(database: &T) {
+    let longest_queue = format!("VARCHAR({LONGEST_QUEUE})");
     let columns: &[(&str, &str)] = match T::NAME {
         "postgres" => &[
             ("secret_key", "VARCHAR(32)"),
             ("owner", "VARCHAR(255)"),
-            ("waiters", "VARCHAR(3584)"),
+            ("waiters", &longest_queue),
             ("lock_kind", "VARCHAR"),
             ("create_time", "TIMESTAMPTZ"),
             ("acquire_time", "TIMESTAMPTZ"),

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Locks, Loss};
-use lock_tests::{Backend, TestDatabase, TestServer, eventually};
+use lock_tests::{Backend, Queued, TestDatabase, TestServer, eventually, foreign_entry};
 use sqlx::Pool;
 
 use super::requests::{Answer, all_are_granted, ask, nothing_is_called_held};
@@ -205,7 +205,13 @@ async fn rows_of_an_older_dump<T: TestDatabase>(database: &T) {
     };
     let secret = "0123456789abcdef0123456789abcdef";
     // A place that lasted until a moment in the future, one that is over, and what is no place.
-    let waiters = format!("{secret}9999999999999999{:08x}{secret}0000000000000001{:08x}nonsense", 7, 7);
+    let entry = Queued { secret: secret.into(), ..Queued::abandoned(0) };
+    let waiters: String = [
+        Queued { until: 9_999_999_999_999, listener: 7, ..entry.clone() }.text(),
+        Queued { until: 1, listener: 7, ..entry }.text(),
+        foreign_entry(),
+    ]
+    .concat();
     for (name, expires, ttl) in [
         ("ago", ago, 30_000_000),
         ("ahead", ahead, 1_000_000),

@@ -32,6 +32,12 @@ lock_tests::cases! {
     a_commit_does_not_wait_forever,
     no_transaction_begins_after_a_commit_without_an_answer;
 
+    on mysql:
+    a_commit_that_was_answered_is_reported_although_the_connection_breaks;
+
+    on mariadb:
+    a_commit_that_was_answered_is_reported_although_the_connection_breaks;
+
     in modules: on_postgres, releases
 }
 
@@ -495,6 +501,29 @@ async fn a_late_copy_of_the_request_revives_no_lease<T: TestDatabase>(database: 
         locks.insert_lock("a").ttl(Duration::from_millis(900)).wait(PATIENCE).acquire().await.unwrap();
     assert_eq!(database.run(others_had_it).await, 1);
     lease.lost().await;
+}
+
+/// Statements that restore the connection follow the COMMIT in the same message.
+async fn a_commit_that_was_answered_is_reported_although_the_connection_breaks<T: TestServer>(database: &T) {
+    counter(database).await;
+    drop(database.locks().await);
+    let proxy = database.proxy();
+    let locks = Locks::new(lock_tests::pool::<T::Database>(&database.url_by(proxy.address()), 2).await);
+    let lease = lease::<T>(&locks).await;
+    for commits in 1..=2 {
+        let mut transaction = lease.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        // The name of the column, and the row with the text "1".
+        proxy.end_after(Direction::ToClient, &[b"lock_db_committed", b"\x011"]);
+        timeout(PATIENCE, transaction.commit()).await.unwrap().unwrap();
+        assert_eq!(count(database).await, commits);
+    }
+    let mut guard = locks.row_lock("b").wait(PATIENCE).acquire().await.unwrap();
+    increment::<T::Database>(&mut guard).await;
+    proxy.end_after(Direction::ToClient, &[b"lock_db_committed", b"\x011"]);
+    timeout(PATIENCE, guard.commit()).await.unwrap().unwrap();
+    assert_eq!(count(database).await, 3);
+    lease.release().await.unwrap();
 }
 
 /// It may be carried out after the other transaction has read, whose guard would find the same

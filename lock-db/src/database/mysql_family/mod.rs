@@ -1,15 +1,31 @@
-//! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB.
+//! MySQL 8.0 and later, MariaDB 10.6 and later, both on InnoDB: what they share. Statements that
+//! differ are in `mysql` and `mariadb`.
 //!
 //! On private connections, `innodb_lock_wait_timeout` bounds every statement that may wait for a
 //! row, and `lock_wait_timeout` every statement that may wait for a table. Both are set once per
 //! connection.
 
-mod batch;
+/// Calls the function of this name in the module of the server's dialect. sqlx has one driver for
+/// both servers, so the dialect is chosen here, and only here.
+macro_rules! in_dialect {
+    ($server:expr, $function:ident($($argument:expr),*)) => {
+        if $server.is_mariadb {
+            crate::database::mariadb::$function($($argument),*).await
+        } else {
+            crate::database::mysql::$function($($argument),*).await
+        }
+    };
+}
+
+#[macro_use]
+mod queue;
+
+pub(super) mod batch;
 mod check;
-mod errors;
-mod lease;
-mod mariadb;
+pub(super) mod errors;
+pub(super) mod lease;
 mod migrate;
+mod row_lock;
 mod schema;
 mod session;
 mod several;
@@ -31,7 +47,7 @@ use super::driver::{
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
     PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, hexadecimal,
+    Server, hexadecimal, names_as_json,
 };
 use crate::Kind;
 use crate::database::StepError;
@@ -127,7 +143,7 @@ impl WakeUpDriver for MySql {
         server: &Server,
         row: i64,
     ) -> driver::Result<bool> {
-        user_lock::take(connection, server, row).await
+        user_lock::acquire(connection, server, row).await
     }
 
     async fn release_user_lock(
@@ -135,7 +151,7 @@ impl WakeUpDriver for MySql {
         server: &Server,
         row: i64,
     ) -> driver::Result<()> {
-        user_lock::give(connection, server, row).await
+        user_lock::release(connection, server, row).await
     }
 }
 
@@ -162,10 +178,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         claim: &Claim,
     ) -> driver::Result<Option<Grant>> {
-        if server.is_mariadb {
-            return mariadb::acquire(connection, server, claim).await;
-        }
-        lease::acquire(connection, server, claim).await
+        in_dialect!(server, acquire(connection, server, claim))
     }
 
     async fn read_all(
@@ -208,13 +221,13 @@ impl LeaseDriver for MySql {
     ) -> driver::Result<u64> {
         let mut given = 0;
         for part in parts(names, server, several::in_json) {
-            given += lease::give_notice(connection, server, part).await?;
+            given += in_dialect!(server, give_notice(connection, server, &names_as_json(part)))?;
         }
         Ok(given)
     }
 
     async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> driver::Result<bool> {
-        lease::settle(connection, server, name).await
+        in_dialect!(server, settle(connection, server, name))
     }
 
     async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
@@ -266,9 +279,9 @@ impl QueueDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         name: &str,
-        place: &QueueEntry,
+        entry: &QueueEntry,
     ) -> driver::Result<bool> {
-        lease::enqueue(connection, server, name, place).await
+        in_dialect!(server, enqueue(connection, server, name, entry))
     }
 
     async fn set_waiters(
@@ -278,7 +291,7 @@ impl QueueDriver for MySql {
         before: &str,
         after: &str,
     ) -> driver::Result<bool> {
-        lease::set_waiters(connection, server, name, before, after).await
+        in_dialect!(server, set_waiters(connection, server, name, before, after))
     }
 
     async fn dequeue(
@@ -287,7 +300,7 @@ impl QueueDriver for MySql {
         name: &str,
         secret: &Secret,
     ) -> driver::Result<()> {
-        lease::dequeue(connection, server, name, secret).await
+        in_dialect!(server, dequeue(connection, server, name, secret))
     }
 }
 
@@ -295,7 +308,7 @@ impl RowLockDriver for MySql {
     const ROW_IS_MADE_IN_TRANSACTION: bool = false;
 
     async fn has_used_table(connection: &mut MySqlConnection) -> driver::Result<bool> {
-        transaction::has_used_table(connection).await
+        row_lock::has_used_table(connection).await
     }
 
     async fn find_row(
@@ -303,7 +316,7 @@ impl RowLockDriver for MySql {
         server: &Server,
         name: &str,
     ) -> driver::Result<Option<LockRow>> {
-        transaction::find_row(connection, server, name).await
+        row_lock::find_row(connection, server, name).await
     }
 
     async fn lock_row(
@@ -314,14 +327,14 @@ impl RowLockDriver for MySql {
     ) -> driver::Result<RowAttempt> {
         let owner = server.storable(&claim.owner);
         if *owner == *claim.owner {
-            return transaction::lock_row(connection, server, claim, slice).await;
+            return row_lock::lock_row(connection, server, claim, slice).await;
         }
         let claim = RowClaim { owner: owner.into(), ..claim.clone() };
-        transaction::lock_row(connection, server, &claim, slice).await
+        row_lock::lock_row(connection, server, &claim, slice).await
     }
 
     async fn was_its_own(connection: &mut MySqlConnection, before: &str) -> driver::Result<Option<bool>> {
-        let may_be = transaction::may_be_its_own(connection, before).await?;
+        let may_be = row_lock::may_be_its_own(connection, before).await?;
         Ok(if may_be { None } else { Some(false) })
     }
 }
@@ -398,7 +411,7 @@ fn is_temporary(shown: &MySqlRow) -> bool {
 }
 
 /// Encodes text as a literal of hexadecimal digits, which is a binary string to the server.
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     format!("x'{}'", hexadecimal(text))
 }
 

@@ -8,6 +8,7 @@ use super::schema::{digest, find};
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::SchemaDriver;
+use crate::database::migration::{LEDGER, Migration, apply_missing, if_newer};
 use crate::database::{Fault, Found};
 use crate::schema;
 
@@ -33,9 +34,8 @@ const APPLIED: &str = "SELECT version FROM {ledger}";
 const NOTE_APPLIED: &str = "INSERT INTO {ledger} (version) VALUES (?)";
 const MIGRATIONS: [(i64, &str); 1] = [(1, schema::MYSQL)];
 
-/// If everything is applied this only reads, so an account without the privilege to create anything
-/// may call it. If the table is as this version needs it, the account may also lack access to the
-/// ledger, or the ledger may be missing.
+/// If the table is as this version needs it, the account may lack access to the ledger, or the
+/// ledger may be missing.
 pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&str>) -> driver::Result<()> {
     let schema = if let Some(schema) = schema {
         schema.to_owned()
@@ -83,47 +83,66 @@ pub(super) async fn newer(connection: &mut MySqlConnection, schema: &str) -> dri
     // The ledger may be missing, or this account may not read it.
     let newest = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(connection).await;
     let newest: Option<i64> = newest.ok().flatten();
-    Ok(newest.filter(|newest| MIGRATIONS.iter().all(|(known, _)| known < newest)))
+    Ok(if_newer(newest, &MIGRATIONS))
 }
 
 async fn apply(connection: &mut MySqlConnection, schema: &str) -> driver::Result<()> {
     let quoted = format!("`{}`", schema.replace('`', "``"));
-    let ledger = format!("{quoted}._lock_db_migrations");
-    let in_ledger = |sql: &str| AssertSqlSafe(sql.replace("{ledger}", &ledger));
     let has_database: i64 =
         sqlx::query_scalar(HAS_DATABASE).bind(schema).bind(schema).fetch_one(&mut *connection).await?;
     if has_database == 0 {
         let sql = AssertSqlSafe(format!("CREATE DATABASE IF NOT EXISTS {quoted}"));
         sqlx::raw_sql(sql).execute(&mut *connection).await?;
     }
-    let applied: Vec<i64> = if has_table(connection, schema, "_lock_db_migrations").await? {
-        sqlx::query_scalar(in_ledger(APPLIED)).fetch_all(&mut *connection).await?
-    } else {
-        sqlx::raw_sql(in_ledger(CREATE_LEDGER)).execute(&mut *connection).await?;
-        Vec::new()
-    };
-    // The table may have been dropped without the ledger.
-    let is_gone = !has_table(connection, schema, "distributed_lock").await?;
-    for (version, sql) in MIGRATIONS {
-        if !is_gone && applied.contains(&version) {
-            continue;
-        }
-        let sql = sql.replace("EXISTS distributed_lock (", &format!("EXISTS {quoted}.distributed_lock ("));
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
-        let noted = sqlx::query(in_ledger(NOTE_APPLIED)).bind(version).execute(&mut *connection).await;
-        // The version was already recorded. Or another node recorded it at the same time, because
-        // the lock above covers only one node.
-        if let Err(error) = noted
-            && !matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK))
-        {
-            return Err(error.into());
-        }
-    }
-    Ok(())
+    apply_missing(&mut UnderUserLock { connection, schema, quoted }).await
 }
 
-async fn has_table(connection: &mut MySqlConnection, schema: &str, table: &str) -> driver::Result<bool> {
-    let tables: i64 =
-        sqlx::query_scalar(HAS_TABLE).bind(schema).bind(table).bind(schema).fetch_one(connection).await?;
-    Ok(tables > 0)
+/// The connection has the user lock. InnoDB commits each `CREATE TABLE` by itself.
+struct UnderUserLock<'c> {
+    connection: &'c mut MySqlConnection,
+    schema: &'c str,
+    quoted: String,
+}
+
+impl UnderUserLock<'_> {
+    fn in_ledger(&self, sql: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(sql.replace("{ledger}", &format!("{}.{LEDGER}", self.quoted)))
+    }
+}
+
+impl Migration for UnderUserLock<'_> {
+    const ALL: &'static [(i64, &'static str)] = &MIGRATIONS;
+
+    async fn has_table(&mut self, table: &str) -> driver::Result<bool> {
+        let query = sqlx::query_scalar(HAS_TABLE).bind(self.schema).bind(table).bind(self.schema);
+        let tables: i64 = query.fetch_one(&mut *self.connection).await?;
+        Ok(tables > 0)
+    }
+
+    async fn create_ledger(&mut self) -> driver::Result<()> {
+        sqlx::raw_sql(self.in_ledger(CREATE_LEDGER)).execute(&mut *self.connection).await?;
+        Ok(())
+    }
+
+    async fn applied(&mut self) -> driver::Result<Vec<i64>> {
+        Ok(sqlx::query_scalar(self.in_ledger(APPLIED)).fetch_all(&mut *self.connection).await?)
+    }
+
+    async fn apply(&mut self, sql: &'static str) -> driver::Result<()> {
+        let in_schema = format!("EXISTS {}.distributed_lock (", self.quoted);
+        let sql = AssertSqlSafe(sql.replace("EXISTS distributed_lock (", &in_schema));
+        sqlx::raw_sql(sql).execute(&mut *self.connection).await?;
+        Ok(())
+    }
+
+    /// The version was recorded already if the table was dropped without the ledger. Or another
+    /// node records it at the same time, because the user lock covers only one node.
+    async fn note_applied(&mut self, version: i64) -> driver::Result<()> {
+        let query = sqlx::query(self.in_ledger(NOTE_APPLIED)).bind(version);
+        match query.execute(&mut *self.connection).await {
+            Err(error) if matches!(number(&error), Some(DUPLICATE_KEY | DEADLOCK)) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(_) => Ok(()),
+        }
+    }
 }

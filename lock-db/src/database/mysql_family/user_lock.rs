@@ -10,21 +10,25 @@ use crate::database::Server;
 use crate::database::driver;
 
 /// MySQL supports only whole seconds.
-const TAKE: &str = "SELECT COALESCE(GET_LOCK(?, 1), 0)";
+const ACQUIRE: &str = "SELECT COALESCE(GET_LOCK(?, 1), 0)";
 
-const GIVE: &str = "DO RELEASE_LOCK(?)";
+const RELEASE: &str = "DO RELEASE_LOCK(?)";
 
-pub(super) async fn take(
+pub(super) async fn acquire(
     connection: &mut MySqlConnection,
     server: &Server,
     row: i64,
 ) -> driver::Result<bool> {
-    let taken: i64 = sqlx::query_scalar(TAKE).bind(name(server, row)).fetch_one(connection).await?;
+    let taken: i64 = sqlx::query_scalar(ACQUIRE).bind(name(server, row)).fetch_one(connection).await?;
     Ok(taken == 1)
 }
 
-pub(super) async fn give(connection: &mut MySqlConnection, server: &Server, row: i64) -> driver::Result<()> {
-    sqlx::query(GIVE).bind(name(server, row)).execute(connection).await?;
+pub(super) async fn release(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    row: i64,
+) -> driver::Result<()> {
+    sqlx::query(RELEASE).bind(name(server, row)).execute(connection).await?;
     Ok(())
 }
 

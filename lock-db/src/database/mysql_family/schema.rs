@@ -11,7 +11,7 @@ use crate::database::StepError;
 use crate::database::columns::{COLUMNS, Compared, Content, Declared, UnlessNamed, compare, length_of};
 use crate::database::driver;
 use crate::database::server::{Table, by_newer};
-use crate::database::{Cluster, Found, Server};
+use crate::database::{Cluster, Found, Server, hexadecimal};
 use crate::name::MAX_BYTES;
 
 /// Settings that the statements rely on, whatever the server's defaults and the pool's hooks set.
@@ -233,12 +233,7 @@ fn longest_message(max_allowed_packet: i64) -> usize {
 
 /// For the names of user locks, which have at most 64 characters.
 pub(super) fn digest(schema: &str) -> String {
-    use std::fmt::Write as _;
-
-    sha2::Sha224::digest(schema).iter().fold(String::with_capacity(56), |mut digits, byte| {
-        let _infallible = write!(digits, "{byte:02x}");
-        digits
-    })
+    hexadecimal(sha2::Sha224::digest(schema))
 }
 
 #[cfg(test)]

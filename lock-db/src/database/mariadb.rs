@@ -7,7 +7,7 @@
 //! MariaDB 10.11 crashes when such a statement is prepared while the table is altered online:
 //! docs/reports/mariadb-prepare-multi-update.md.)
 //!
-//! `VALUES` are the requested values; for `waiters`, the secret of a queue entry or the whole
+//! `VALUES` are the requested values; for `waiters`, the key of a queue entry or the whole
 //! queue. No assignment reads a column that an earlier one has written. So the result is the same
 //! whether assignments are made in turn or, with `SIMULTANEOUS_ASSIGNMENT`, at once.
 //!
@@ -24,10 +24,11 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
-use super::batch::still_ours;
-use super::lease::granted;
+use super::mysql_family::batch::{batch_as_json, still_ours};
+use super::mysql_family::lease::granted;
 use crate::database::StepError;
 use crate::database::driver;
+use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
 };
@@ -43,13 +44,13 @@ BEGIN NOT ATOMIC
     COMMIT;
 END";
 
-const ACQUIRE: &str = "
+const ACQUIRE: &str = concat!("
 INSERT INTO {table} (id, lock_name, secret_key, owner, expire_time, ttl_micros, waiters)
 SELECT id, lock_name, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)), ?, ?
 FROM {table} AS free FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND lock_kind = 'insert' AND (secret_key = ?
     OR (expire_time <= UTC_TIMESTAMP(6) AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-        AND (waiters = '' OR ? OR LEFT(waiters, 32) = ?)))
+        AND (waiters = '' OR ? OR ", is_first!("waiters", "?"), ")))
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
@@ -59,29 +60,28 @@ ON DUPLICATE KEY UPDATE
         distributed_lock.fencing_token + 1, TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))),
     acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
-    waiters = IF(distributed_lock.waiters <> '' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters),
-        SUBSTR(distributed_lock.waiters, 57), distributed_lock.waiters),
+    waiters = ", without_own_first!("distributed_lock.waiters", "VALUES(waiters)"), ",
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     owner = VALUES(owner),
     secret_key = VALUES(secret_key)
-RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token, secret_key";
+RETURNING fencing_token, id, waiters <> '', fencing_token - previous_token, secret_key");
 
-const RELEASE: &str = "
+const RELEASE: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS held FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND secret_key = ?
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
-    waiters = IF(
-        VALUES(waiters) <> '' AND distributed_lock.waiters <> '' AND LENGTH(distributed_lock.waiters) < 3584
-            AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0,
-        CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?),
-        distributed_lock.waiters),
+    waiters = ",
+    behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"),
+    ",
     expire_time = '1970-01-01 00:00:00',
     ttl_micros = 0
-RETURNING id";
+RETURNING id"
+);
 
 const RELEASE_LATER: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
@@ -97,7 +97,7 @@ ON DUPLICATE KEY UPDATE
     expire_time = IF(VALUES(expire_time) > UTC_TIMESTAMP(6), VALUES(expire_time), '1970-01-01 00:00:00')
 RETURNING id";
 
-/// See `lease::GIVE_NOTICE`.
+/// See `mysql::GIVE_NOTICE`.
 const GIVE_NOTICE: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT id, lock_name,
@@ -125,15 +125,20 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''
 RETURNING id";
 
-const STAND: &str = "
+const ENQUEUE: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
 SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND LENGTH(waiters) < 3584 AND INSTR(waiters, ?) = 0
+WHERE lock_name = ? AND lock_kind = 'insert' AND ",
+    has_room!("waiters", "?"),
+    "
 LIMIT 1
 FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = CONCAT(distributed_lock.waiters, VALUES(waiters),
-    LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
-RETURNING id";
+ON DUPLICATE KEY UPDATE waiters = ",
+    with_entry!("distributed_lock.waiters", "VALUES(waiters)", "?"),
+    "
+RETURNING id"
+);
 
 /// Replaces the queue only if it is still what was read before.
 const SET_WAITERS: &str = "
@@ -145,17 +150,21 @@ FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING id";
 
-const REMOVE_WAITER: &str = "
+const DEQUEUE: &str = concat!(
+    "
 INSERT INTO {table} (id, lock_name, waiters)
-SELECT id, lock_name, INSERT(waiters, INSTR(waiters, ?), 56, '')
+SELECT id, lock_name, ",
+    without!("waiters", "INSTR(waiters, ?)"),
+    "
 FROM {table} AS queue FORCE INDEX (distributed_lock_name)
 WHERE lock_name = ? AND INSTR(waiters, ?) > 0
 LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
-RETURNING id";
+RETURNING id"
+);
 
-/// See `batch::RENEW`.
+/// See `mysql::RENEW`.
 const RENEW: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
 SELECT lease.id, lease.lock_name, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), asked.ttl
@@ -175,22 +184,22 @@ RETURNING secret_key";
 /// `RELEASE` (entries without a `ttl`, which get the deadline of a free lock) and `ACQUIRE` for
 /// many leases at once. The comments save conversions on versions of MariaDB that are known to read
 /// a character set there.
-const BATCH: &str = "
+const BATCH: &str = concat!("
 INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
-    asked.ttl, asked.place
+    asked.ttl, asked.queue_key
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
         lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
         secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
-        place VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
+        queue_key VARCHAR(", layout!(key), ") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
     ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE lease.lock_kind = 'insert'
     AND (lease.secret_key = asked.secret_key
         OR (asked.ttl > 0 AND lease.expire_time <= UTC_TIMESTAMP(6)
             AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00')
-            AND (lease.waiters = '' OR asked.place = '' OR LEFT(lease.waiters, 32) = asked.place)))
+            AND (lease.waiters = '' OR asked.queue_key = '' OR ", is_first!("lease.waiters", "asked.queue_key"), ")))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE
     previous_token = IF(distributed_lock.secret_key = VALUES(secret_key),
@@ -200,17 +209,13 @@ ON DUPLICATE KEY UPDATE
     acquire_time = IF(distributed_lock.secret_key = VALUES(secret_key),
         distributed_lock.acquire_time, UTC_TIMESTAMP(6)),
     owner = IF(VALUES(expire_time) = '1970-01-01 00:00:00', distributed_lock.owner, ?),
-    waiters = CASE WHEN distributed_lock.waiters = '' THEN ''
-        WHEN VALUES(expire_time) > '1970-01-01 00:00:00' AND LEFT(distributed_lock.waiters, 32) = VALUES(waiters)
-            THEN SUBSTR(distributed_lock.waiters, 57)
-        WHEN VALUES(expire_time) = '1970-01-01 00:00:00' AND VALUES(waiters) <> ''
-                AND LENGTH(distributed_lock.waiters) < 3584 AND INSTR(distributed_lock.waiters, VALUES(waiters)) = 0
-            THEN CONCAT(distributed_lock.waiters, VALUES(waiters), LPAD(TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + 2000000, 16, '0'), ?)
-        ELSE distributed_lock.waiters END,
+    waiters = IF(VALUES(expire_time) = '1970-01-01 00:00:00',
+        ", behind_others!("distributed_lock.waiters", "VALUES(waiters)", "?"), ",
+        ", without_own_first!("distributed_lock.waiters", "VALUES(waiters)"), "),
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     secret_key = VALUES(secret_key)
-RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token";
+RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token");
 
 /// `ACQUIRE` for several names, which have no queue entries: takes those that are free.
 macro_rules! acquire_all {
@@ -307,10 +312,10 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> driver::Result<Option<Grant>> {
-    let (secret, place) = (claim.secret.as_str(), claim.place.as_ref().map_or("", Secret::as_str));
+    let (secret, key) = (claim.secret.as_str(), claim.entry.as_ref().map(key).unwrap_or_default());
     let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
     let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
-    let query = query.bind(place).bind(name).bind(secret).bind(place.is_empty()).bind(place);
+    let query = query.bind(&key).bind(name).bind(secret).bind(key.is_empty()).bind(&key);
     // Reads the result to its end, as `wrote` does.
     let rows = query.fetch_all(connection).await?;
     // A trigger may have changed the row.
@@ -323,9 +328,9 @@ pub(super) async fn release(
     server: &Server,
     lease: &ReleaseClaim,
 ) -> driver::Result<bool> {
-    let (place, listener) = QueueEntry::parts(lease.place.as_ref());
-    let query = insert(server, RELEASE).bind(place).bind(lease.name.as_bytes());
-    wrote(connection, query.bind(lease.secret.as_str()).bind(listener)).await
+    let (key, rest) = QueueEntry::parts(lease.entry.as_ref());
+    let query = insert(server, RELEASE).bind(key).bind(lease.name.as_bytes());
+    wrote(connection, query.bind(lease.secret.as_str()).bind(rest)).await
 }
 
 pub(super) async fn release_later(
@@ -361,11 +366,11 @@ pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
-    place: &QueueEntry,
+    entry: &QueueEntry,
 ) -> driver::Result<bool> {
-    let (secret, listener) = QueueEntry::parts(Some(place));
-    let query = insert(server, STAND).bind(secret).bind(name.as_bytes());
-    wrote(connection, query.bind(secret).bind(listener)).await
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let query = insert(server, ENQUEUE).bind(&key).bind(name.as_bytes());
+    wrote(connection, query.bind(&key).bind(rest)).await
 }
 
 pub(super) async fn set_waiters(
@@ -385,8 +390,8 @@ pub(super) async fn dequeue(
     name: &str,
     secret: &Secret,
 ) -> driver::Result<()> {
-    let secret = secret.as_str();
-    let query = insert(server, REMOVE_WAITER).bind(secret).bind(name.as_bytes()).bind(secret);
+    let key = key(secret);
+    let query = insert(server, DEQUEUE).bind(&key).bind(name.as_bytes()).bind(&key);
     wrote(connection, query).await.map(drop)
 }
 
@@ -419,10 +424,10 @@ pub(super) async fn batch(
     server: &Server,
     asked: &str,
     owner: &str,
-    listener: &str,
+    rest: &str,
     releases: &[ReleaseClaim],
 ) -> driver::Result<Vec<MySqlRow>> {
-    let query = insert(server, BATCH).bind(asked).bind(owner).bind(listener);
+    let query = insert(server, BATCH).bind(asked).bind(owner).bind(rest);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {
@@ -436,25 +441,29 @@ pub(super) async fn batch(
     Ok(rows)
 }
 
-/// Takes those of several claims that are free. With `all`, which is the number of claims, takes
-/// all or none. The secret is the first column.
+/// Takes several leases, which have no queue entries, all or none. `None`: not all of them are free.
+/// Unless they are the whole request, those that are free are taken all the same, and the caller
+/// rolls back.
 pub(super) async fn acquire_all(
     connection: &mut MySqlConnection,
     server: &Server,
-    asked: &str,
-    owner: &str,
-    all: Option<i64>,
-) -> driver::Result<Vec<MySqlRow>> {
-    let query = match all {
-        Some(all) => {
-            // Inside it, `asked` is a variable.
-            sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
-        }
-        None => sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked),
+    claims: &[Claim],
+    is_whole: bool,
+) -> driver::Result<Option<Vec<MySqlRow>>> {
+    let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
+    let query = if is_whole {
+        // Inside it, `asked` is a variable.
+        sqlx::query(server.table.sql_in(ALL_OR_NONE, ACQUIRE_ASKED)).bind(asked).bind(all)
+    } else {
+        sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(asked)
     };
-    Ok(query.bind(owner).fetch_all(connection).await?)
+    let rows = query.bind(owner.as_ref()).fetch_all(connection).await?;
+    let is_some = if is_whole { !rows.is_empty() } else { rows.len() == claims.len() };
+    Ok(is_some.then_some(rows))
 }
 
+/// Which of the names, as `names_as_json` writes them, have rows that are not locked.
 pub(super) async fn unlocked(
     connection: &mut MySqlConnection,
     server: &Server,

@@ -6,53 +6,53 @@ use sqlx::mysql::MySqlDatabaseError;
 
 use crate::database::Fault;
 
-pub(super) const DUPLICATE_KEY: u16 = 1062;
+pub(in crate::database) const DUPLICATE_KEY: u16 = 1062;
 
 /// A wait for a row ended, by `innodb_lock_wait_timeout` or MariaDB's NOWAIT, or a wait for a
 /// table, by `lock_wait_timeout`.
-pub(super) const LOCK_WAIT_TIMEOUT: u16 = 1205;
+pub(in crate::database) const LOCK_WAIT_TIMEOUT: u16 = 1205;
 
 /// MySQL's NOWAIT, only for a row.
-pub(super) const ROW_IS_LOCKED: u16 = 3572;
+pub(in crate::database) const ROW_IS_LOCKED: u16 = 3572;
 
 /// `max_statement_time` of MariaDB, `MAX_EXECUTION_TIME` of MySQL.
-pub(super) const TOOK_TOO_LONG: [u16; 2] = [1969, 3024];
+pub(in crate::database) const TOOK_TOO_LONG: [u16; 2] = [1969, 3024];
 
-pub(super) const DEADLOCK: u16 = 1213;
+pub(in crate::database) const DEADLOCK: u16 = 1213;
 
 /// Returned by KILL.
-pub(super) const NO_SUCH_SESSION: u16 = 1094;
+pub(in crate::database) const NO_SUCH_SESSION: u16 = 1094;
 
-pub(super) const COMMIT_FAILED: u16 = 1180;
+pub(in crate::database) const COMMIT_FAILED: u16 = 1180;
 
 /// `EXECUTE` of a statement that was not prepared on this connection.
-pub(super) const UNKNOWN_STATEMENT: u16 = 1243;
+pub(in crate::database) const UNKNOWN_STATEMENT: u16 = 1243;
 
-pub(super) const NO_SUCH_SAVEPOINT: u16 = 1305;
+pub(in crate::database) const NO_SUCH_SAVEPOINT: u16 = 1305;
 
 /// A number that does not fit into its column, on MariaDB. For an id, the ids are used up.
-pub(super) const TOO_LARGE: u16 = 167;
+pub(in crate::database) const TOO_LARGE: u16 = 167;
 
 /// The server is `read_only`, as a demoted primary is.
-pub(super) const READ_ONLY: u16 = 1290;
+pub(in crate::database) const READ_ONLY: u16 = 1290;
 
-pub(super) const OUT_OF_RANGE: u16 = 1690;
+pub(in crate::database) const OUT_OF_RANGE: u16 = 1690;
 
 /// The account lacks a privilege.
-pub(super) const ACCESS_DENIED: u16 = 1227;
+pub(in crate::database) const ACCESS_DENIED: u16 = 1227;
 
 /// The number of an error of sqlx, or of the one behind a [`StepError`](crate::database::StepError).
-pub(super) fn number<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> Option<u16> {
+pub(in crate::database) fn number<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> Option<u16> {
     let error = error.into()?.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
     Some(error.number())
 }
 
-pub(super) fn says<'e>(error: impl Into<Option<&'e sqlx::Error>>, text: &str) -> bool {
+pub(in crate::database) fn says<'e>(error: impl Into<Option<&'e sqlx::Error>>, text: &str) -> bool {
     let error = error.into().and_then(sqlx::Error::as_database_error);
     error.is_some_and(|error| error.message().contains(text))
 }
 
-pub(super) fn classify(error: &sqlx::Error) -> Fault {
+pub(in crate::database) fn classify(error: &sqlx::Error) -> Fault {
     if let Some(fault) = Fault::of_sqlx(error) {
         return fault;
     }

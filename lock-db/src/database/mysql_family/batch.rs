@@ -1,0 +1,155 @@
+//! Statements for many leases at once, on private connections: what MySQL and MariaDB share.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use std::time::Instant;
+
+use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::{Connection, MySql, Row};
+
+use super::parts;
+use super::several::in_json;
+use crate::database::StepError;
+use crate::database::driver;
+use crate::database::wait_queue::key;
+use crate::database::{
+    BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
+    hexadecimal,
+};
+use crate::options::micros;
+
+/// Which leases are ours, whether they were renewed a moment ago (their deadline is later than what
+/// the holder will rely on), and whether a takeover has given notice.
+const STILL_OURS: &str = "
+SELECT lease.secret_key,
+    TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease.expire_time) >= asked.ttl DIV 12 * 11, lease.ttl_micros <= 0
+FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        id BIGINT PATH '$[0]', secret_key VARCHAR(32) CHARACTER SET ascii PATH '$[1]', ttl BIGINT PATH '$[2]',
+        fencing_token BIGINT PATH '$[3]')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+WHERE lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
+    AND lease.expire_time > '1970-01-01 00:00:00'";
+
+/// In bytes, as `as_json` writes it.
+const LONGEST_RENEWAL: usize = 128;
+
+/// Uses as few messages as the server allows.
+pub(super) async fn renew(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    leases: &[Renewal],
+) -> driver::Result<Renewed> {
+    let mut all = Renewed { statuses: Vec::with_capacity(leases.len()), read_at: None };
+    for part in parts(leases, server, |_| LONGEST_RENEWAL) {
+        let Renewed { statuses, read_at } = in_dialect!(server, renew(connection, server, part))?;
+        all.statuses.extend(statuses);
+        // The earliest time, which is valid for all parts.
+        all.read_at = all.read_at.or(read_at);
+    }
+    Ok(all)
+}
+
+/// Runs in a transaction of its own. Otherwise a proxy that spreads reads over replicas could
+/// answer it with an old row. Also returns when it read.
+pub(in crate::database) async fn still_ours(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    json: &str,
+) -> driver::Result<(Vec<(String, LeaseStatus)>, Instant)> {
+    let mut transaction = connection.begin().await?;
+    let read_at = Instant::now();
+    let rows = sqlx::query(server.table.sql(STILL_OURS)).bind(json).fetch_all(&mut *transaction).await?;
+    transaction.commit().await?;
+    let status = |row: &MySqlRow| {
+        let status = match (row.try_get(1)?, row.try_get(2)?) {
+            (true, _) => LeaseStatus::StillOurs,
+            (false, true) => LeaseStatus::Challenged,
+            (false, false) => LeaseStatus::Busy,
+        };
+        Ok((row.try_get(0)?, status))
+    };
+    Ok((rows.iter().map(status).collect::<driver::Result<_>>()?, read_at))
+}
+
+/// Uses as few messages as the server allows.
+pub(super) async fn batch(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    releases: &[ReleaseClaim],
+    claims: &[Claim],
+) -> driver::Result<BatchOutcome> {
+    let names = releases.iter().map(|one| &one.name).chain(claims.iter().map(|claim| &claim.name));
+    if names.map(in_json).sum::<usize>() <= server.longest_message {
+        return batch_part(connection, server, releases, claims).await;
+    }
+    let releases = parts(releases, server, |one| in_json(&one.name)).into_iter().map(|part| (part, &[][..]));
+    let claims = parts(claims, server, |claim| in_json(&claim.name)).into_iter().map(|part| (&[][..], part));
+    let mut all = BatchOutcome { releases: Vec::new(), grants: Vec::new(), notifications: Vec::new() };
+    for (releases, claims) in releases.chain(claims) {
+        let is_first = all.releases.is_empty() && all.grants.is_empty();
+        let part = batch_part(connection, server, releases, claims).await;
+        // The earlier parts are already committed.
+        let part = if is_first { part? } else { part.map_err(StepError::outcome_unknown)? };
+        all.releases.extend(part.releases);
+        all.grants.extend(part.grants);
+    }
+    Ok(all)
+}
+
+async fn batch_part(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    releases: &[ReleaseClaim],
+    claims: &[Claim],
+) -> driver::Result<BatchOutcome> {
+    let asked = batch_as_json(releases, claims);
+    let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
+    // All entries are of this process, so they differ only in their times.
+    let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
+    let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases));
+    let rows = match rows {
+        // Callers then ask one by one, and the error goes to those that cause it.
+        Err(error) if error.fault::<MySql>() == Fault::Deadlock => {
+            return Ok(BatchOutcome::nothing(releases, claims));
+        }
+        rows => rows?,
+    };
+    let mut found = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let (fencing_token, id) = (row.try_get(1)?, row.try_get(2)?);
+        let grant = Grant { id, fencing_token, others_wait: row.try_get(4)?, tokens: row.try_get(5)? };
+        let found = found.entry(row.try_get::<String, _>(0)?).or_insert((grant, false));
+        // What was done counts, whatever has happened to the lease since.
+        found.1 |= row.try_get::<bool, _>(3)?;
+    }
+    let status = |one: &ReleaseClaim| match found.get(one.secret.as_str()) {
+        Some((_, true)) => LeaseStatus::Ours,
+        Some((_, false)) => LeaseStatus::Busy,
+        None => LeaseStatus::NotOurs,
+    };
+    let grant =
+        |claim: &Claim| found.get(claim.secret.as_str()).and_then(|(grant, done)| done.then_some(*grant));
+    Ok(BatchOutcome {
+        releases: releases.iter().map(status).collect(),
+        grants: claims.iter().map(grant).collect(),
+        notifications: Vec::new(),
+    })
+}
+
+/// Encodes a batch as `[["6e616d65", "secret", 30000000, "key of the queue entry"], …]`. A release has a `ttl` of
+/// zero.
+pub(in crate::database) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> String {
+    let releases =
+        releases.iter().map(|one| (&one.name, &one.secret, 0, one.entry.as_ref().map(|entry| &entry.secret)));
+    let claims =
+        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.entry.as_ref()));
+    let mut json = String::from("[");
+    for (position, (name, secret, ttl, entry)) in releases.chain(claims).enumerate() {
+        let (comma, key) = (if position > 0 { "," } else { "" }, entry.map(key).unwrap_or_default());
+        let (name, secret) = (hexadecimal(name.as_bytes()), secret.as_str());
+        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{key}\"]");
+    }
+    json.push(']');
+    json
+}
