@@ -18,11 +18,11 @@ pub(crate) const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 /// The default limits for handing on a lease within a process.
 pub(crate) const DEFAULT_HAND_OFF: HandOffLimits =
-    HandOffLimits { turns: 64, time: Duration::from_millis(50) };
+    HandOffLimits { holders: 64, time: Duration::from_millis(50) };
 /// Each holder takes a fencing token, and there is one token for each microsecond. The tokens of a
 /// grant, four times this number, have to lie within less time than a failover takes, because the
 /// failover may have lost the grant.
-pub(crate) const MOST_TURNS: u32 = 4096;
+pub(crate) const MOST_HOLDERS: u32 = 4096;
 
 /// How many locks may be taken together. All of them are written in one transaction, which blocks
 /// others.
@@ -38,13 +38,13 @@ const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 impl HandOffLimits {
     pub(crate) fn check(self) -> Result<(), Error> {
-        if (1..=MOST_TURNS).contains(&self.turns) {
+        if (1..=MOST_HOLDERS).contains(&self.holders) {
             return Ok(());
         }
         Err(Error::InvalidOption {
             option: "hand_off",
-            value: format!("{} turns", self.turns),
-            reason: "1 to 4096 turns are possible",
+            value: format!("{} holders", self.holders),
+            reason: "1 to 4096 holders are possible",
         })
     }
 }
@@ -139,15 +139,15 @@ impl Default for Settings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HandOffLimits {
     /// How many holders in a row may have it, including the first one, while other processes wait.
-    pub(crate) turns: u32,
+    pub(crate) holders: u32,
     /// How long after the grant it may be handed on.
     pub(crate) time: Duration,
 }
 
 impl HandOffLimits {
     /// The limit for a lease if no other process waited at the time of the grant.
-    pub(crate) fn most_turns(self) -> u32 {
-        self.turns.saturating_mul(if self.turns > 1 { 4 } else { 1 })
+    pub(crate) fn most_holders(self) -> u32 {
+        self.holders.saturating_mul(if self.holders > 1 { 4 } else { 1 })
     }
 }
 

@@ -230,7 +230,7 @@ impl Failure {
         }
         let reason = if is_free {
             format!(
-                "nobody holds `{name}`, but another transaction, perhaps your own, is writing to this SQLite database"
+                "no process holds `{name}`, but another transaction, perhaps your own, is writing to this SQLite database"
             )
         } else {
             format!(

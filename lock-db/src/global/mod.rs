@@ -232,7 +232,7 @@ impl<DB: LockDatabase> Locks<DB> {
             return Ok(entered);
         }
         let handle = self.context().take_lease(&ask.name, &options, wait).await?;
-        // Whoever waits is answered with a lease or an error; nothing comes of a session that ends.
+        // A request that waits gets a lease or an error, unless the session ends.
         let none = || if wait.is_try() { ask.taken_elsewhere() } else { Error::Closed };
         Ok(taken(lock, handle.ok_or_else(none)?, ask))
     }

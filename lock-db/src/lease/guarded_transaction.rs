@@ -192,10 +192,10 @@ impl<DB: LockDatabase> GuardedTransaction<DB> {
         let committed_under = handles.clone();
         let ended = move |ended: &Result<Option<Notification>, Error>| {
             match ended {
-                Ok(call) => {
+                Ok(notification) => {
                     under_way.into_iter().for_each(CommitUnderWay::mark_carried_out);
                     if release {
-                        committed_under[0].mark_released(*call);
+                        committed_under[0].mark_released(*notification);
                     }
                 }
                 Err(Error::Lost { reason: Loss::TakenOver, name, .. }) => {

@@ -113,17 +113,17 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
     /// this process wait for it.
     ///
     /// The lock is handed from one caller to the next in memory, without asking the database. This
-    /// ends after `turns` holders, or when `time` has passed since the database granted the lock.
+    /// ends after `holders` holders, or when `time` has passed since the database granted the lock.
     /// Then the lock is released, and the request that has waited longest gets it, in whichever
     /// process it is. If no other process was waiting at the time of the grant, there are four
-    /// times as many turns.
+    /// times as many holders.
     ///
-    /// Larger values cost less and let other processes wait longer. With one turn each holder asks
-    /// the database. Between 1 and 4096 turns are possible.
+    /// Larger values cost less and let other processes wait longer. With one holder each request asks
+    /// the database. Between 1 and 4096 holders are possible.
     ///
-    /// Default: 64 turns, 50 ms.
-    pub fn hand_off(mut self, turns: u32, time: Duration) -> Self {
-        self.settings.hand_off = HandOffLimits { turns, time };
+    /// Default: 64 holders, 50 ms.
+    pub fn hand_off(mut self, holders: u32, time: Duration) -> Self {
+        self.settings.hand_off = HandOffLimits { holders, time };
         self
     }
 

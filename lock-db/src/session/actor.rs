@@ -116,13 +116,13 @@ impl Actor {
         permit: Permit,
     ) -> Option<LeaseHandle> {
         let requests = self.requests.upgrade()?;
-        let Granted { key, tokens, turns, others_wait, ttl, sent } = granted;
+        let Granted { key, tokens, holders, others_wait, ttl, sent } = granted;
         self.snapshot_watch.granted();
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let deadline = deadline(sent, ttl);
         let (state, lost) =
-            LeaseState::new(number, key, (tokens, turns), ttl, at_most, deadline, Some(permit));
+            LeaseState::new(number, key, (tokens, holders), ttl, at_most, deadline, Some(permit));
         let held = HeldLease {
             state: Arc::clone(&state),
             ttl,

@@ -25,7 +25,7 @@ pub(super) struct Granted {
     /// The size of the token range: how many fencing tokens its holders have.
     pub(super) tokens: u32,
     /// How many holders may have it, `tokens` at most.
-    pub(super) turns: u32,
+    pub(super) holders: u32,
     pub(super) others_wait: bool,
     pub(super) ttl: Duration,
     /// When the request for it was sent.

@@ -265,12 +265,12 @@ impl LeaseHandle {
     }
 
     /// A transaction that has committed released it.
-    pub(crate) fn mark_released(&self, call: Option<Notification>) {
+    pub(crate) fn mark_released(&self, notification: Option<Notification>) {
         self.released.store(true, Ordering::SeqCst);
         // The order matters: the next caller's request has to reach the session after the end of
         // this lease.
         let _session_may_be_gone =
-            self.session.send(Request::Released { lease: Arc::clone(&self.lease), call });
+            self.session.send(Request::Released { lease: Arc::clone(&self.lease), notification });
         self.lease.pass_permit();
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct LeaseState {
     tokens: u32,
     tokens_used: AtomicU32,
     /// How many holders may have it one after the other.
-    turns: u32,
+    holders: u32,
     /// Transactions of former holders that may still commit under this lease.
     open_commits: AtomicUsize,
     /// Whether one of them has an outcome that will never be known.
@@ -56,7 +56,7 @@ impl LeaseState {
     pub(super) fn new(
         number: u64,
         key: LeaseKey,
-        (tokens, turns): (u32, u32),
+        (tokens, holders): (u32, u32),
         ttl: Duration,
         at_most: Option<Duration>,
         deadline: Instant,
@@ -69,7 +69,7 @@ impl LeaseState {
             ttl,
             tokens,
             tokens_used: AtomicU32::new(1),
-            turns,
+            holders,
             open_commits: AtomicUsize::new(0),
             unknown_commit: AtomicBool::new(false),
             commits_under_way: watch::Sender::new(0),
@@ -138,7 +138,7 @@ impl LeaseState {
     pub(crate) fn may_be_handed_on(&self, now: Instant, time: Duration) -> bool {
         // On another node the next holder might not see yet what this one has committed.
         self.key.server.cluster == Cluster::SinglePrimary
-            && self.tokens_used.load(Ordering::Acquire) < self.turns
+            && self.tokens_used.load(Ordering::Acquire) < self.holders
             && now.saturating_duration_since(self.hold_time.granted()) < time
             && self.open_commits.load(Ordering::Acquire) == 0
             && self.at_least().is_zero()

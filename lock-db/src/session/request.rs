@@ -32,7 +32,7 @@ pub(crate) enum Request {
     /// A transaction that has committed released it.
     Released {
         lease: Arc<LeaseState>,
-        call: Option<Notification>,
+        notification: Option<Notification>,
     },
     /// The database has refused a commit under this lease.
     Lost {

@@ -107,9 +107,9 @@ impl Actor {
         drop(spawn_local(async move {
             if let Ok(Some(row)) = actor.worker.read(&name).await
                 && row.is_free()
-                && let Some(call) = row.first_waiter()
+                && let Some(notification) = row.first_waiter()
             {
-                actor.worker.call(call);
+                actor.worker.notify(notification);
             }
         }));
     }

@@ -107,10 +107,10 @@ fn dispatch(actor: Rc<Actor>, request: Request) -> Option<watch::Sender<()>> {
         }
         Request::Release { lease, answer } => release::release_in_task(actor, lease, answer),
         Request::ReleasedIn { lease } => actor.read_after(lease.number),
-        Request::Released { lease, call } => {
+        Request::Released { lease, notification } => {
             actor.lose(lease.number, Loss::Released);
-            if let Some(call) = call {
-                actor.worker.call(call);
+            if let Some(notification) = notification {
+                actor.worker.notify(notification);
             }
         }
         Request::Lost { lease } => actor.report_takeover(&lease),

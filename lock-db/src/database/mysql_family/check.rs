@@ -83,7 +83,7 @@ async fn warnings(connection: &mut MySqlConnection) -> driver::Result<Vec<String
         match (setting, value) {
             ("read_only", "ON" | "NO_LOCK" | "NO_LOCK_NO_ADMIN") => warnings.push(format!(
                 "the server is `read_only` ({value}), as a replica is, and this account writes there all the same: locks on a \
-                 replica exclude nobody who uses the primary; take an account without SUPER and READ ONLY ADMIN"
+                 replica do not exclude users of the primary; take an account without SUPER and READ ONLY ADMIN"
             )),
             ("innodb_flush_log_at_trx_commit", "0" | "2") => warnings.push(format!(
                 "`innodb_flush_log_at_trx_commit` is {value}: a crash of the server's host{} forgets the newest grants, and then a \

@@ -138,12 +138,12 @@ impl AcquireAttempt {
             // range.
             let is_new_row = tokens == fencing_token;
             let may_hand_on = !is_new_row && self.actor.queues.has_waiters(&name);
-            let most = if may_hand_on { hand_off.most_turns() } else { 1 };
+            let most = if may_hand_on { hand_off.most_holders() } else { 1 };
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX).clamp(1, most);
             let server = server.clone();
             let key = LeaseKey { row: RowKey { name, id }, secret, fencing_token, mark: 0, ttl, server };
-            let turns = if others_wait { tokens.min(hand_off.turns) } else { tokens };
-            Granted { key, tokens, turns, others_wait, ttl, sent }
+            let holders = if others_wait { tokens.min(hand_off.holders) } else { tokens };
+            Granted { key, tokens, holders, others_wait, ttl, sent }
         });
         Ok(Some(AttemptOutcome::Granted(granted.collect())))
     }

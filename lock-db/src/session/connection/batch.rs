@@ -80,7 +80,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                             granted.next_if(|(asked, _)| *asked == number).and_then(|(_, grant)| grant);
                         let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
                     }
-                    self.call(&outcome.notifications).await;
+                    self.notify(&outcome.notifications).await;
                     return;
                 }
                 // Sent one by one, all of them would fail the same way.

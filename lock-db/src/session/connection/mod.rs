@@ -303,8 +303,8 @@ impl Worker {
 
     /// Wakes up a process that waits for a row. The result is not awaited: without the notification
     /// the process polls.
-    pub(super) fn call(&self, call: Notification) {
-        let _worker_may_be_gone = self.operations.send(Operation::Notification(call));
+    pub(super) fn notify(&self, notification: Notification) {
+        let _worker_may_be_gone = self.operations.send(Operation::Notification(notification));
     }
 
     /// The cluster of the server that answered last.

@@ -34,7 +34,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
             Operation::Listen(reply) => self.listen_in_time(reply).await,
-            Operation::Notification(call) => self.call(&[call]).await,
+            Operation::Notification(notification) => self.notify(&[notification]).await,
             Operation::TakeUserLock(row, reply) => self.take_user_lock(row, reply).await,
             Operation::ReleaseUserLock(row) => self.release_user_lock(row).await,
             Operation::Renew(leases, limit, reply) => {
@@ -83,7 +83,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             self.on_connection(STATEMENT_LIMIT, async |c, server| DB::release(c, server, lease).await).await;
         let notification = answer.as_ref().ok().and_then(|released| released.notification);
         let _ = reply.send(answer.map(|released| released.status));
-        self.call(notification.as_slice()).await;
+        self.notify(notification.as_slice()).await;
     }
 
     async fn migrate(&mut self, reply: Reply<()>) {
@@ -179,7 +179,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     }
 
     /// Sends notifications after the rows were freed. Nothing depends on their success.
-    pub(super) async fn call(&mut self, notifications: &[Notification]) {
+    pub(super) async fn notify(&mut self, notifications: &[Notification]) {
         if notifications.is_empty() || self.connection.is_none() {
             return;
         }

@@ -20,16 +20,16 @@ pub(super) struct Inside {
 }
 
 impl Holders {
-    pub(super) fn may_have(&self, lease: &LeaseState, tokens: u32, turns: u32) {
+    pub(super) fn may_have(&self, lease: &LeaseState, tokens: u32, holders: u32) {
         let last = lease.key.fencing_token;
         let of_the_grant = last - i64::from(tokens) + 1..=last;
         let mut names = self.names.lock().unwrap();
         let inside = names.entry(lease.key.row.name.clone()).or_default();
-        inside.left.insert(lease.number, (turns, of_the_grant));
+        inside.left.insert(lease.number, (holders, of_the_grant));
     }
 
     pub(super) fn enter(&self, handle: &LeaseHandle) {
-        let (before, last, turns) = {
+        let (before, last, holders) = {
             let mut names = self.names.lock().unwrap();
             let inside = names.get_mut(handle.name()).unwrap();
             let before = inside.now.clone();
@@ -39,11 +39,11 @@ impl Holders {
             let (left, of_the_grant) = inside.left.get_mut(&handle.lease.number).unwrap();
             assert!(of_the_grant.contains(&handle.fencing_token), "a fencing token of another grant");
             assert!(!inside.over.contains(&handle.lease.number), "lost, or a former holder may still commit");
-            let turns = left.checked_sub(1);
+            let holders = left.checked_sub(1);
             *left = left.saturating_sub(1);
-            (before, last, turns)
+            (before, last, holders)
         };
-        assert!(turns.is_some(), "the lease went too far");
+        assert!(holders.is_some(), "the lease went too far");
         // A loss is final, so a loss from before this point is still visible now.
         for (other, _) in before {
             let same = Arc::ptr_eq(&other, &handle.lease);

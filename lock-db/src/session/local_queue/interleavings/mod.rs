@@ -74,7 +74,7 @@ const QUIET: Plan = Plan {
     callers: 3,
     rounds: 2,
     names: 1,
-    hand_off: HandOffLimits { turns: 64, time: LONG },
+    hand_off: HandOffLimits { holders: 64, time: LONG },
     others_wait: false,
     losses: 0,
     tries: 0,
@@ -320,9 +320,9 @@ macro_rules! plans {
 
 plans! {
     leases_are_handed_on: { callers: 4 }
-    leases_are_not_handed_on: { hand_off: HandOffLimits { turns: 1, time: LONG } }
-    the_time_of_the_hand_off_is_over: { hand_off: HandOffLimits { turns: 64, time: OVER } }
-    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { turns: 2, time: LONG }, others_wait: true }
+    leases_are_not_handed_on: { hand_off: HandOffLimits { holders: 1, time: LONG } }
+    the_time_of_the_hand_off_is_over: { hand_off: HandOffLimits { holders: 64, time: OVER } }
+    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { holders: 2, time: LONG }, others_wait: true }
     waiters_leave: { callers: 5, rounds: 1, leave: 60 }
     waiters_ask_for_other_leases: { callers: 4, rounds: 1, names: 2, other_ttl: 40, several: 30, leave: 30 }
     several_at_once: { names: 3, several: 70 }
@@ -336,7 +336,7 @@ plans! {
     all_at_once: {
         callers: 4,
         names: 2,
-        hand_off: HandOffLimits { turns: 3, time: LONG },
+        hand_off: HandOffLimits { holders: 3, time: LONG },
         losses: 1,
         tries: 10,
         waits_that_are_over: 10,

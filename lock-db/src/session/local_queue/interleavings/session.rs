@@ -131,9 +131,9 @@ impl Actor {
         let requests = self.requests.upgrade()?;
         let hand_off = self.queues.hand_off();
         let may_hand_on = tokens != fencing_token && self.queues.has_waiters(&claim.name);
-        let most = if may_hand_on { hand_off.most_turns() } else { 1 };
+        let most = if may_hand_on { hand_off.most_holders() } else { 1 };
         let tokens = u32::try_from(tokens).unwrap().clamp(1, most);
-        let turns = if self.plan.others_wait { tokens.min(hand_off.turns) } else { tokens };
+        let holders = if self.plan.others_wait { tokens.min(hand_off.holders) } else { tokens };
         let number = self.last_number.get() + 1;
         self.last_number.set(number);
         let key = LeaseKey {
@@ -147,13 +147,13 @@ impl Actor {
         let (state, lost) = LeaseState::new(
             number,
             key,
-            (tokens, turns),
+            (tokens, holders),
             claim.ttl,
             None,
             Instant::now() + claim.ttl,
             Some(permit),
         );
-        self.holders.may_have(&state, tokens, turns);
+        self.holders.may_have(&state, tokens, holders);
         self.leases.borrow_mut().insert(number, Held { state: Arc::clone(&state), lost });
         self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
