@@ -547,7 +547,7 @@ async fn every_function_without_its_lock_is_in_the_log() {
     let warnings = log.warnings();
     assert_eq!(warnings.len(), 4, "{warnings:?}");
     assert!(
-        warnings[0].contains("testing.rs:") && warnings[0].contains("WITHOUT"),
+        warnings[0].contains("testing/main.rs:") && warnings[0].contains("WITHOUT"),
         "{warnings:?} near {line}"
     );
     for (warning, lock) in warnings[1..].iter().zip(["ambient:a", "ambient:b", "row"]) {
