@@ -366,6 +366,7 @@ fn of_network(database: &str, error: &io::Error) -> String {
         | io::ErrorKind::ConnectionAborted
         | io::ErrorKind::BrokenPipe
         | io::ErrorKind::UnexpectedEof => format!("the connection to {database} broke"),
-        _ => format!("{database} can't be reached"),
+        io::ErrorKind::Other => format!("{database} can't be reached"),
+        kind => format!("{database} can't be reached ({kind})"),
     }
 }

@@ -69,8 +69,8 @@ pub(super) async fn migrate(connection: &mut MySqlConnection, schema: Option<&st
 fn may_not(error: StepError) -> StepError {
     match error {
         StepError::Sqlx(error) if MySql::classify(&error) == Fault::Refused => {
-            let text = "`migrate()` has to be called once by an account that may create tables there; accounts that only use \
-                        the table need SELECT, INSERT and UPDATE on it";
+            let text = "permission denied: `migrate()` has to be called once by an account that may create tables there; \
+                        accounts that only use the table need SELECT, INSERT and UPDATE on it";
             StepError::Explained(Fault::Refused, text.to_owned(), error)
         }
         error => error,

@@ -40,8 +40,8 @@ pub(super) async fn migrate(connection: &mut PgConnection, schema: Option<&str>)
     if let Found::Table(_) = find(connection, schema).await? {
         return Ok(());
     }
-    let text = "`migrate()` has to be called once by a role that may create tables there; roles that only use the table need \
-                SELECT, INSERT and UPDATE on it";
+    let text = "permission denied: `migrate()` has to be called once by a role that may create tables there; roles \
+                that only use the table need SELECT, INSERT and UPDATE on it";
     Err(StepError::Explained(Fault::Refused, text.to_owned(), error))
 }
 
