@@ -42,27 +42,27 @@ pub(crate) trait Database: LockDatabase {
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// For the row with an expiry: creates it, expired, unless it exists.
-    fn make_row(
+    fn create_row(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// For the row with an expiry: returns whether it was free.
-    fn take_row(
+    fn acquire_row(
         connection: &mut Self::Connection,
         owner: &str,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
     /// For the row with an expiry: returns whether it was the owner's.
-    fn give_row(
+    fn release_row(
         connection: &mut Self::Connection,
         owner: &str,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 }
 
-/// A pool with sqlx's defaults, except for its size and a timeout that is longer than any scene.
+/// A pool with sqlx's defaults, except for its size and a timeout that is longer than any scenario.
 pub(crate) async fn pool<DB: Database>(url: &str, connections: u32) -> sqlx::Result<Pool<DB>> {
     pool_options(connections).connect_with(DB::options(url)?).await
 }
@@ -149,8 +149,8 @@ macro_rules! database {
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn make_row(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
-                const MAKE: &str = concat!(
+            async fn create_row(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
+                const CREATE: &str = concat!(
                     $insert,
                     " INTO lock_bench_poll VALUES (",
                     $first,
@@ -159,16 +159,16 @@ macro_rules! database {
                     ")",
                     $conflict
                 );
-                let done = sqlx::query(MAKE).bind(name).execute(connection).await?;
+                let done = sqlx::query(CREATE).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn take_row(
+            async fn acquire_row(
                 connection: &mut Self::Connection,
                 owner: &str,
                 name: &str,
             ) -> sqlx::Result<bool> {
-                const TAKE: &str = concat!(
+                const ACQUIRE: &str = concat!(
                     "UPDATE lock_bench_poll SET owner = ",
                     $first,
                     ", expires_at = ",
@@ -178,16 +178,16 @@ macro_rules! database {
                     " AND expires_at <= ",
                     $now
                 );
-                let done = sqlx::query(TAKE).bind(owner).bind(name).execute(connection).await?;
+                let done = sqlx::query(ACQUIRE).bind(owner).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn give_row(
+            async fn release_row(
                 connection: &mut Self::Connection,
                 owner: &str,
                 name: &str,
             ) -> sqlx::Result<bool> {
-                const GIVE: &str = concat!(
+                const RELEASE: &str = concat!(
                     "UPDATE lock_bench_poll SET expires_at = ",
                     $past,
                     " WHERE owner = ",
@@ -195,7 +195,7 @@ macro_rules! database {
                     " AND lock_name = ",
                     $second
                 );
-                let done = sqlx::query(GIVE).bind(owner).bind(name).execute(connection).await?;
+                let done = sqlx::query(RELEASE).bind(owner).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
         }

@@ -43,7 +43,7 @@ impl Etcd {
     /// Also deletes the keys of the lease.
     pub(crate) async fn revoke_lease(&self, lease: i64) -> anyhow::Result<()> {
         let request = LeaseRequest { lease };
-        let _revoked: Nothing = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
+        let _revoked: Empty = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
         Ok(())
     }
 
@@ -53,7 +53,7 @@ impl Etcd {
         let path = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
         let mut channel = self.channel.clone();
         channel.ready().await?;
-        let codec = ProstCodec::<LeaseRequest, Nothing>::default();
+        let codec = ProstCodec::<LeaseRequest, Empty>::default();
         let mut answers = channel.streaming(requests, path, codec).await?.into_inner();
         while answers.message().await?.is_some() {}
         Ok(())
@@ -68,7 +68,7 @@ impl Etcd {
     }
 
     pub(crate) async fn unlock(&self, key: Vec<u8>) -> anyhow::Result<()> {
-        let _unlocked: Nothing = self.call("/v3lockpb.Lock/Unlock", UnlockRequest { key }).await?;
+        let _unlocked: Empty = self.call("/v3lockpb.Lock/Unlock", UnlockRequest { key }).await?;
         Ok(())
     }
 
@@ -92,7 +92,7 @@ impl Etcd {
 // skip unknown fields.
 
 #[derive(Clone, PartialEq, Message)]
-struct Nothing {}
+struct Empty {}
 
 #[derive(Clone, PartialEq, Message)]
 struct Header {

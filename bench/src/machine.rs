@@ -37,7 +37,7 @@ impl Machine {
         }
     }
 
-    pub(crate) fn look_again(&mut self) {
+    pub(crate) fn read_after(&mut self) {
         self.load_after = load();
         let now = ticks().unwrap_or_default();
         let all = now.all - self.ticks_before.all;

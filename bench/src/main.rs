@@ -1,23 +1,23 @@
-//! The benchmark of lock-db, side by side with its peers. `bench/README.md` describes the scenes;
+//! The benchmark of lock-db, side by side with its peers. `bench/README.md` describes the scenarios;
 //! `bench/run` starts the servers.
 
 mod child;
 mod clock;
 mod contender;
+mod cost_report;
 mod database;
-mod drive;
 mod etcd;
 mod machine;
-mod meter;
-mod play;
 mod plots;
 mod proxy;
 mod record;
 mod report;
-mod scene;
+mod runner;
+mod scenario;
 mod server;
-mod study;
+mod statistics;
 mod summary;
+mod workload;
 mod zookeeper;
 
 use std::path::PathBuf;
@@ -29,18 +29,18 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::contender::{Contender, Job, System};
+use crate::cost_report::{CostReport, Sizes};
 use crate::machine::Machine;
-use crate::play::{Times, play};
-use crate::report::{Entry, Report, UNEQUAL, are_unequal, middle};
-use crate::scene::{Kind, Scene};
+use crate::report::{Entry, Report, UNEQUAL, are_unequal, median_round};
+use crate::runner::{Times, run_scenario};
+use crate::scenario::{Kind, Scenario};
 use crate::server::{Facts, Server};
-use crate::study::{Findings, Sizes};
 
 /// How fast and how fair the locks of lock-db are, side by side with their peers.
 ///
 /// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`,
 /// which are removed at the end. Use a database without other load. The exit status is 1 when two
-/// holders overlapped, a fencing token did not grow, or a scene could not be played.
+/// holders overlapped, a fencing token did not grow, or a scenario could not be played.
 #[derive(Parser)]
 #[command(version)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of the command line")]
@@ -74,27 +74,27 @@ struct Arguments {
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
-    /// Which scenes to play [default: A to D]
+    /// Which scenarios to play [default: A to D]
     #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
-    scenes: Vec<Kind>,
+    scenarios: Vec<Kind>,
 
-    /// Scene E: how many leases
+    /// Scenario E: how many leases
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     leases: u32,
 
-    /// Scene E: how long they are held
+    /// Scenario E: how long they are held
     #[arg(long, default_value_t = 45.0, value_parser = seconds, value_name = "SECONDS")]
     hold_leases: f64,
 
-    /// Scene F: how long names are acquired and released, for each of the two runs
+    /// Scenario F: how long names are acquired and released, for each of the two runs
     #[arg(long, default_value_t = 60.0, value_parser = seconds, value_name = "SECONDS")]
     churn: f64,
 
-    /// Scene G: how often each operation is done
+    /// Scenario G: how often each operation is done
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(50..=100_000))]
     repeats: u32,
 
-    /// Of these scenes only some, as the tables name them: A64,B512 [default: all]
+    /// Of these scenarios only some, as the tables name them: A64,B512 [default: all]
     #[arg(long, value_delimiter = ',', value_name = "LABELS")]
     labels: Vec<String>,
 
@@ -106,7 +106,7 @@ struct Arguments {
     #[arg(long)]
     without_peers: bool,
 
-    /// How long to measure each contender in each scene
+    /// How long to measure each contender in each scenario
     #[arg(long, default_value_t = 5.0, value_parser = seconds)]
     seconds: f64,
 
@@ -158,7 +158,7 @@ async fn main() -> ExitCode {
     let exit = if arguments.child {
         child::main().await.map(|()| ExitCode::SUCCESS)
     } else {
-        start(&arguments).await
+        measure(&arguments).await
     };
     exit.unwrap_or_else(|error| {
         eprintln!("Error: {error:#}");
@@ -166,7 +166,7 @@ async fn main() -> ExitCode {
     })
 }
 
-async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+async fn measure(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let folder = match &arguments.sqlite_folder {
         Some(folder) => tempfile::tempdir_in(folder),
         None => tempfile::tempdir(),
@@ -195,14 +195,14 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         facts.push(server.prepare().await?);
     }
     let report = tokio::select! {
-        report = run(arguments, &servers, facts) => report,
+        report = run_all(arguments, &servers, facts) => report,
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             Err(anyhow::anyhow!("interrupted"))
         }
     };
     for server in &servers {
-        if let Err(error) = server.tidy_up().await {
+        if let Err(error) = server.clean_up().await {
             eprintln!("Error: {error:#}");
         }
     }
@@ -210,7 +210,7 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     publish(arguments, &report?)
 }
 
-async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> anyhow::Result<Report> {
+async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> anyhow::Result<Report> {
     if are_unequal(&facts) && !arguments.allow_unequal_durability {
         for Facts { name, durable, settings, .. } in &facts {
             eprintln!("{name}: durable: {durable} {settings:?}");
@@ -219,40 +219,40 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
         bail!("make the settings alike, or say --allow-unequal-durability");
     }
     let mut machine = Machine::before();
-    let parts = parts(arguments, servers);
+    let combinations = combinations(arguments, servers);
     let times = Times {
         warm_up: Duration::from_secs_f64(arguments.warm_up),
         measured: Duration::from_secs_f64(arguments.seconds),
     };
-    let bar = ProgressBar::new(parts.len() as u64 * u64::from(arguments.rounds));
+    let bar = ProgressBar::new(combinations.len() as u64 * u64::from(arguments.rounds));
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {eta:>5} left  {msg}")?);
     // Rarely, because drawing takes time from what is measured.
     bar.enable_steady_tick(Duration::from_secs(1));
-    let mut summaries: Vec<Vec<_>> = parts.iter().map(|_part| Vec::new()).collect();
-    let mut failures: Vec<Option<String>> = vec![None; parts.len()];
+    let mut summaries: Vec<Vec<_>> = combinations.iter().map(|_combination| Vec::new()).collect();
+    let mut failures: Vec<Option<String>> = vec![None; combinations.len()];
     for round in 0..arguments.rounds {
-        for (number, (scene, server, contender)) in parts.iter().enumerate() {
-            bar.set_message(format!("{} {:?} {}", scene.label(), server.system, contender.title()));
-            let job = job(arguments, *scene, server, *contender, &format!("{round}-{number}"));
-            match play(*scene, &job, times).await {
+        for (number, (scenario, server, contender)) in combinations.iter().enumerate() {
+            bar.set_message(format!("{} {:?} {}", scenario.label(), server.system, contender.title()));
+            let job = job(arguments, *scenario, server, *contender, &format!("{round}-{number}"));
+            match run_scenario(*scenario, &job, times).await {
                 Ok(summary) => summaries[number].push(summary),
                 Err(error) => failures[number] = Some(format!("{error:#}")),
             }
             bar.inc(1);
         }
     }
-    let findings = look(arguments, servers, &bar).await;
+    let costs = measure_costs(arguments, servers, &bar).await;
     bar.finish_and_clear();
-    machine.look_again();
-    let results = parts.into_iter().zip(summaries).zip(failures);
-    let results = results.map(|(((scene, server, contender), summaries), failure)| {
-        let (rounds, summary) = middle(scene, summaries);
-        let (label, system) = (scene.label(), server.system);
-        Entry { scene, label, system, contender, rounds, summary, failure }
+    machine.read_after();
+    let results = combinations.into_iter().zip(summaries).zip(failures);
+    let results = results.map(|(((scenario, server, contender), summaries), failure)| {
+        let (rounds, summary) = median_round(scenario, summaries);
+        let (label, system) = (scenario.label(), server.system);
+        Entry { scenario, label, system, contender, rounds, summary, failure }
     });
     Ok(Report {
         results: results.collect(),
-        findings,
+        costs,
         machine,
         servers: facts,
         seconds: arguments.seconds,
@@ -263,63 +263,63 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
 }
 
 /// Runs the studies.
-async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> Findings {
+async fn measure_costs(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> CostReport {
     let sizes = Sizes {
         leases: arguments.leases,
         hold: Duration::from_secs_f64(arguments.hold_leases),
         churn: Duration::from_secs_f64(arguments.churn),
         repeats: arguments.repeats,
     };
-    let mut findings = Findings::default();
-    for kind in arguments.scenes.iter().copied().filter(|kind| kind.is_study()) {
+    let mut cost_report = CostReport::default();
+    for kind in arguments.scenarios.iter().copied().filter(|kind| kind.is_cost_report()) {
         for server in servers.iter().filter(|server| server.system.is_database()) {
             bar.set_message(format!("{kind:?} {:?}", server.system));
-            findings.add(kind, server.system, &server.url, sizes).await;
+            cost_report.add(kind, server.system, &server.url, sizes).await;
         }
     }
-    findings
+    cost_report
 }
 
-/// Contenders of one scene follow each other, so that the machine is in the same state for them.
-fn parts<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scene, &'a Server, Contender)> {
-    let mut parts = Vec::new();
-    let is_named = |contender: &Contender| {
+/// Contenders of one scenario follow each other, so that the machine is in the same state for them.
+fn combinations<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scenario, &'a Server, Contender)> {
+    let mut combinations = Vec::new();
+    let is_selected = |contender: &Contender| {
         let texts = &arguments.contenders;
         texts.is_empty() || texts.iter().any(|text| contender.title().contains(text))
     };
-    for scene in scenes(arguments) {
+    for scenario in scenarios(arguments) {
         for server in servers {
             for contender in Contender::of(server.system) {
                 let is_ours = matches!(contender, Contender::InsertLock | Contender::RowLock);
-                let has_a_part = contender.is_a_lock() || !scene.is_contended();
-                if has_a_part && is_named(contender) && (is_ours || !arguments.without_peers) {
-                    parts.push((scene, server, *contender));
+                let takes_combination = contender.is_a_lock() || !scenario.is_contended();
+                if takes_combination && is_selected(contender) && (is_ours || !arguments.without_peers) {
+                    combinations.push((scenario, server, *contender));
                 }
             }
         }
     }
-    parts
+    combinations
 }
 
-fn scenes(arguments: &Arguments) -> Vec<Scene> {
-    let is_asked_for =
-        |scene: &Scene| arguments.labels.is_empty() || arguments.labels.contains(&scene.label());
-    Scene::of(&arguments.scenes).into_iter().filter(is_asked_for).collect()
+fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
+    let is_selected =
+        |scenario: &Scenario| arguments.labels.is_empty() || arguments.labels.contains(&scenario.label());
+    Scenario::of(&arguments.scenarios).into_iter().filter(is_selected).collect()
 }
 
 fn hold(arguments: &Arguments) -> Duration {
     Duration::from_micros(arguments.hold)
 }
 
-fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contender, part: &str) -> Job {
+fn job(arguments: &Arguments, scenario: Scenario, server: &Server, contender: Contender, key: &str) -> Job {
     // A prefix for each part, so that rows of one part don't affect the next.
-    let prefix = format!("{}{part}", server::own_names());
-    let name = |caller| if scene.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
+    let prefix = format!("{}{key}", server::name_prefix());
+    let name = |caller| if scenario.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {
         system: server.system,
         contender,
         url: server.url.clone(),
-        names: (0..scene.callers).map(name).collect(),
+        names: (0..scenario.callers).map(name).collect(),
         connections: arguments.connections,
         process: 0,
         hold: hold(arguments),
@@ -327,8 +327,8 @@ fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contende
 }
 
 fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
-    let scenes = scenes(arguments);
-    let text = report.text(&scenes);
+    let scenarios = scenarios(arguments);
+    let text = report.text(&scenarios);
     print!("{text}");
     if let Some(file) = &arguments.text {
         std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
@@ -338,9 +338,9 @@ fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
         std::fs::write(file, json + "\n").with_context(|| format!("writing {}", file.display()))?;
     }
     if let Some(folder) = &arguments.plots {
-        plots::draw(report, &scenes, folder)?;
+        plots::draw(report, &scenarios, folder)?;
     }
-    if report.results.iter().all(Entry::is_right) && report.findings.are_right() {
+    if report.results.iter().all(Entry::is_correct) && report.costs.is_correct() {
         return Ok(ExitCode::SUCCESS);
     }
     eprintln!("Something is wrong: see the columns `overlaps`, `tokens` and `lost`, and what FAILED.");

@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use plotters::prelude::*;
 
 use crate::report::{Entry, Report};
-use crate::scene::{Kind, Scene};
+use crate::scenario::{Kind, Scenario};
 
 const SIZE: (i32, i32) = (1180, 600);
 /// The width of the column beside the lines.
@@ -30,8 +30,8 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// One plot for each database and scene. Systems that are not databases are in each of them.
-pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::Result<()> {
+/// One plot for each database and scenario. Systems that are not databases are in each of them.
+pub(crate) fn draw(report: &Report, scenarios: &[Scenario], folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let no_database = !report.servers.iter().any(|facts| facts.system.is_database());
     for facts in report.servers.iter().filter(|facts| no_database || facts.system.is_database()) {
@@ -48,10 +48,10 @@ pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::
             let file = folder.join(format!("throughput-{name}-{letter}.svg"));
             chart(&file, &title, ("callers", "per second"), &lines, |callers| format!("{callers:.0}"))?;
         }
-        for scene in scenes {
-            let lines = waits(report, &entries, *scene);
-            let title = format!("{}: the wait, {}{warning}", facts.name, scene.title());
-            let file = folder.join(format!("wait-{name}-{}.svg", scene.label()));
+        for scenario in scenarios {
+            let lines = waits(report, &entries, *scenario);
+            let title = format!("{}: the wait, {}{warning}", facts.name, scenario.title());
+            let file = folder.join(format!("wait-{name}-{}.svg", scenario.label()));
             chart(&file, &title, ("percentile", "microseconds"), &lines, percentile)?;
         }
     }
@@ -74,13 +74,13 @@ fn title(report: &Report, entry: &Entry) -> String {
 
 fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.scene.kind == kind) {
+    for entry in entries.iter().filter(|entry| entry.scenario.kind == kind) {
         let Some(summary) = &entry.summary else { continue };
         if summary.acquisitions == 0 {
             continue;
         }
         let title = title(report, entry);
-        let point = (f64::from(entry.scene.callers), summary.acquisitions_per_second);
+        let point = (f64::from(entry.scenario.callers), summary.acquisitions_per_second);
         match lines.iter_mut().find(|line| line.title == title) {
             Some(line) => line.points.push(point),
             None => lines.push(Line { title, points: vec![point] }),
@@ -90,9 +90,9 @@ fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
 }
 
 /// Over 1 / (1 - quantile), on a logarithmic scale.
-fn waits(report: &Report, entries: &[&Entry], scene: Scene) -> Vec<Line> {
+fn waits(report: &Report, entries: &[&Entry], scenario: Scenario) -> Vec<Line> {
     let mut lines = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.label == scene.label()) {
+    for entry in entries.iter().filter(|entry| entry.label == scenario.label()) {
         let Some(summary) = &entry.summary else { continue };
         let points = summary.wait.quantiles.iter().map(|(quantile, value)| (1.0 / (1.0 - quantile), *value));
         lines.push(Line { title: title(report, entry), points: points.collect() });

@@ -13,7 +13,7 @@ use crate::clock::Moment;
 pub(crate) struct Record {
     pub(crate) process: u32,
     pub(crate) caller: u32,
-    pub(crate) asked: Moment,
+    pub(crate) requested: Moment,
     pub(crate) granted: Moment,
     pub(crate) releasing: Moment,
     pub(crate) released: Moment,
@@ -24,15 +24,15 @@ pub(crate) struct Record {
 type Row = (u32, u32, Moment, Moment, Moment, Moment, Option<i64>);
 
 impl From<Row> for Record {
-    fn from((process, caller, asked, granted, releasing, released, fencing_token): Row) -> Self {
-        Self { process, caller, asked, granted, releasing, released, fencing_token }
+    fn from((process, caller, requested, granted, releasing, released, fencing_token): Row) -> Self {
+        Self { process, caller, requested, granted, releasing, released, fencing_token }
     }
 }
 
 impl From<Record> for Row {
     fn from(record: Record) -> Self {
-        let Record { process, caller, asked, granted, releasing, released, fencing_token } = record;
-        (process, caller, asked, granted, releasing, released, fencing_token)
+        let Record { process, caller, requested, granted, releasing, released, fencing_token } = record;
+        (process, caller, requested, granted, releasing, released, fencing_token)
     }
 }
 
@@ -40,7 +40,7 @@ impl From<Record> for Row {
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) records: Vec<Record>,
-    /// When those callers asked that had not got the lock when the time was over.
+    /// When those callers requested that had not got the lock when the time was over.
     pub(crate) unfinished: Vec<Moment>,
     /// The errors, and how often each occurred.
     pub(crate) errors: BTreeMap<String, u64>,

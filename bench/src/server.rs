@@ -19,7 +19,7 @@ pub(crate) struct Server {
 }
 
 /// The prefix of the names of all locks of this run.
-pub(crate) fn own_names() -> String {
+pub(crate) fn name_prefix() -> String {
     format!("lock-bench:{}:", std::process::id())
 }
 
@@ -58,7 +58,7 @@ impl Server {
         .with_context(|| format!("preparing {:?}", self.system))
     }
 
-    pub(crate) async fn tidy_up(&self) -> anyhow::Result<()> {
+    pub(crate) async fn clean_up(&self) -> anyhow::Result<()> {
         match self.system {
             System::Postgres => remove_tables::<Postgres>(&self.url).await,
             System::MySql => remove_tables::<MySql>(&self.url).await,
@@ -96,7 +96,7 @@ async fn remove_keys(url: &str) -> anyhow::Result<()> {
         let (next, keys): (u64, Vec<String>) = redis::cmd("SCAN")
             .arg(cursor)
             .arg("MATCH")
-            .arg(format!("{}*", own_names()))
+            .arg(format!("{}*", name_prefix()))
             .arg("COUNT")
             .arg(1000)
             .query_async(&mut connection)
@@ -200,9 +200,9 @@ async fn redis(url: &str) -> anyhow::Result<Facts> {
 
 /// ZooKeeper does not report `forceSync`. But it counts its log syncs, and a new session is logged.
 async fn zookeeper(address: &str) -> anyhow::Result<Facts> {
-    let before = ask(address, "mntr").await?;
+    let before = send_command(address, "mntr").await?;
     drop(zookeeper::connect(address).await?);
-    let after = ask(address, "mntr").await?;
+    let after = send_command(address, "mntr").await?;
     let synced = has_grown("zk_cnt_fsynctime", &before, &after)
         .context("it must answer `mntr`: 4lw.commands.whitelist=srvr,mntr")?;
     let version = line_of(&after, "zk_version").unwrap_or("of unknown version");
@@ -218,10 +218,10 @@ async fn etcd(url: &str) -> anyhow::Result<Facts> {
     let metrics = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
     let etcd = Etcd::connect(url).await?;
     let version = etcd.version().await?;
-    let before = ask(address, &metrics).await?;
+    let before = send_command(address, &metrics).await?;
     let lease = etcd.grant_lease(60).await?;
     etcd.revoke_lease(lease).await?;
-    let after = ask(address, &metrics).await?;
+    let after = send_command(address, &metrics).await?;
     let synced = has_grown("etcd_disk_wal_fsync_duration_seconds_count", &before, &after)
         .context("it must show its /metrics")?;
     let settings = vec![("unsafe-no-fsync".to_owned(), (!synced).to_string())];
@@ -229,9 +229,9 @@ async fn etcd(url: &str) -> anyhow::Result<Facts> {
 }
 
 /// Sends a command and reads until the server closes the connection.
-async fn ask(address: &str, words: &str) -> anyhow::Result<String> {
+async fn send_command(address: &str, command: &str) -> anyhow::Result<String> {
     let mut connection = TcpStream::connect(address).await?;
-    connection.write_all(words.as_bytes()).await?;
+    connection.write_all(command.as_bytes()).await?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await?;
     Ok(answer)

@@ -7,7 +7,7 @@ use anyhow::Context;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{Boxed, Caller, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Job};
 use crate::etcd::Etcd;
 
 const TTL_SECONDS: i64 = 30;
@@ -44,7 +44,7 @@ async fn keep_alive(etcd: Etcd, leases: Vec<i64>) {
     }
 }
 
-pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     let etcd = Etcd::connect(&job.url).await?;
     let mut leases = Vec::new();
     let mut callers: Vec<Box<dyn Caller>> = Vec::new();
@@ -64,5 +64,5 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
         let mut revocations: JoinSet<_> = leases.into_iter().map(revoke).collect();
         while revocations.join_next().await.is_some() {}
     });
-    Ok(Team { callers, end })
+    Ok(CallerGroup { callers, end })
 }

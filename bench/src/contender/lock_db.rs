@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use lock_db::{Lease, LockDatabase, Locks, RowGuard};
 
-use super::{Boxed, Caller, Contender, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Contender, Job};
 use crate::database::{self, Database};
 
 const WAIT: Duration = Duration::from_mins(5);
@@ -52,7 +52,7 @@ impl<DB: Database> Caller for RowLock<DB> {
     }
 }
 
-pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect<DB: Database>(job: &Job) -> anyhow::Result<CallerGroup> {
     let pool = database::pool::<DB>(&job.url, job.connections).await?;
     let locks = Locks::new(pool.clone());
     locks.check().await?;
@@ -69,5 +69,5 @@ pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
         locks.close().await;
         pool.close().await;
     });
-    Ok(Team { callers, end })
+    Ok(CallerGroup { callers, end })
 }

@@ -3,8 +3,8 @@
 mod etcd;
 mod lock_db;
 mod redis;
+mod session_locks;
 mod sql;
-mod waiting_on_server;
 mod zookeeper;
 
 use std::pin::Pin;
@@ -101,7 +101,7 @@ impl Contender {
     /// not be dropped while they wait: the server would go on waiting for them. etcd with many such
     /// callers would even lock up for good (etcd-io/etcd#13336). The others are dropped
     /// immediately.
-    pub(crate) fn patience(self) -> Duration {
+    pub(crate) fn finish_limit(self) -> Duration {
         match self {
             Self::AdvisoryLock | Self::GetLock => Duration::from_secs(5),
             Self::LockApi => Duration::from_mins(1),
@@ -123,7 +123,7 @@ pub(crate) trait Caller: Send {
 }
 
 /// The callers of one process, and what they share.
-pub(crate) struct Team {
+pub(crate) struct CallerGroup {
     pub(crate) callers: Vec<Box<dyn Caller>>,
     pub(crate) end: Boxed<'static, ()>,
 }
@@ -142,23 +142,23 @@ pub(crate) struct Job {
     pub(crate) hold: Duration,
 }
 
-pub(crate) async fn team(job: &Job) -> anyhow::Result<Team> {
+pub(crate) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     match job.contender {
-        Contender::AdvisoryLock => waiting_on_server::team::<Postgres>(job).await,
-        Contender::GetLock => waiting_on_server::team::<MySql>(job).await,
-        Contender::Rslock | Contender::Token => redis::team(job).await,
-        Contender::Recipe => zookeeper::team(job).await,
-        Contender::LockApi => etcd::team(job).await,
+        Contender::AdvisoryLock => session_locks::connect::<Postgres>(job).await,
+        Contender::GetLock => session_locks::connect::<MySql>(job).await,
+        Contender::Rslock | Contender::Token => redis::connect(job).await,
+        Contender::Recipe => zookeeper::connect(job).await,
+        Contender::LockApi => etcd::connect(job).await,
         Contender::InsertLock | Contender::RowLock => match job.system {
-            System::Postgres => lock_db::team::<Postgres>(job).await,
-            System::MySql => lock_db::team::<MySql>(job).await,
-            System::Sqlite => lock_db::team::<Sqlite>(job).await,
+            System::Postgres => lock_db::connect::<Postgres>(job).await,
+            System::MySql => lock_db::connect::<MySql>(job).await,
+            System::Sqlite => lock_db::connect::<Sqlite>(job).await,
             other => anyhow::bail!("lock-db does not lock in {other:?}"),
         },
         Contender::Floor | Contender::Naive | Contender::Poll => match job.system {
-            System::Postgres => sql::team::<Postgres>(job).await,
-            System::MySql => sql::team::<MySql>(job).await,
-            System::Sqlite => sql::team::<Sqlite>(job).await,
+            System::Postgres => sql::connect::<Postgres>(job).await,
+            System::MySql => sql::connect::<MySql>(job).await,
+            System::Sqlite => sql::connect::<Sqlite>(job).await,
             other => anyhow::bail!("there is no SQL in {other:?}"),
         },
     }

@@ -11,7 +11,7 @@ use redis::{AsyncConnectionConfig, Script};
 use rslock::{Lock, LockManager};
 use tokio::time::sleep;
 
-use super::{Boxed, Caller, Contender, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Contender, Job};
 
 const TTL: Duration = Duration::from_secs(30);
 
@@ -94,7 +94,7 @@ impl Caller for TokenLock {
     }
 }
 
-pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     // An answer after a timeout would be a lock without a known holder.
     let config = AsyncConnectionConfig::new().set_response_timeout(None);
     // Also for rslock, which reports nothing when it can't connect and retries forever.
@@ -119,5 +119,5 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
         };
         job.names.iter().map(caller).collect()
     };
-    Ok(Team { callers, end: Box::pin(async {}) })
+    Ok(CallerGroup { callers, end: Box::pin(async {}) })
 }

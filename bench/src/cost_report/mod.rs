@@ -1,9 +1,9 @@
-//! Studies: measurements that take longer than a scene, or count instead of time. They run lock-db
+//! Studies: measurements that take longer than a scenario, or count instead of time. They run lock-db
 //! alone, in a process of its own.
 
 mod churn;
-mod costs;
-mod leases;
+mod holding;
+mod operations;
 mod report;
 
 use std::time::Duration;
@@ -15,21 +15,21 @@ use sqlx::{MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
 pub(crate) use self::churn::Churn;
-pub(crate) use self::costs::Cost;
-pub(crate) use self::leases::Held;
-use crate::child::{Task, answer};
+pub(crate) use self::holding::HeldLeases;
+pub(crate) use self::operations::OperationCost;
+use crate::child::{Task, reply};
 use crate::contender::System;
 use crate::database::{Database, Options, pool_options};
-use crate::meter::Metered;
-use crate::play::Process;
 use crate::proxy::Proxy;
-use crate::scene::Kind;
+use crate::runner::Process;
+use crate::scenario::Kind;
+use crate::statistics::DatabaseStatistics;
 
-/// For what a process does before and after the study itself.
+/// For what a process does before and after the measurement itself.
 const SPARE: Duration = Duration::from_mins(5);
 /// The size of a pool by sqlx's default.
 const CONNECTIONS: u32 = 10;
-/// Longer than any study, so nothing is renewed in between.
+/// Longer than any measurement, so nothing is renewed in between.
 const LONG: Duration = Duration::from_hours(1);
 
 /// The sizes of the studies.
@@ -41,9 +41,9 @@ pub(crate) struct Sizes {
     pub(crate) repeats: u32,
 }
 
-/// A study for one process.
+/// A measurement for one process.
 #[derive(Serialize, Deserialize)]
-pub(crate) struct Study {
+pub(crate) struct CostMeasurement {
     kind: Kind,
     system: System,
     url: String,
@@ -56,42 +56,42 @@ pub(crate) struct Study {
 
 /// The results, one for each database.
 #[derive(Default, Serialize)]
-pub(crate) struct Findings {
+pub(crate) struct CostReport {
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) leases: Vec<(System, Held)>,
+    pub(crate) leases: Vec<(System, HeldLeases)>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) churn: Vec<(System, Churn)>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) costs: Vec<(System, Cost)>,
+    pub(crate) costs: Vec<(System, OperationCost)>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) failures: Vec<String>,
 }
 
-impl Findings {
+impl CostReport {
     /// Whether nothing failed and no lease was lost.
-    pub(crate) fn are_right(&self) -> bool {
+    pub(crate) fn is_correct(&self) -> bool {
         self.failures.is_empty() && self.leases.iter().all(|(_, held)| held.lost == 0)
     }
 
-    /// Runs a study on one database.
+    /// Runs a measurement on one database.
     pub(crate) async fn add(&mut self, kind: Kind, system: System, url: &str, sizes: Sizes) {
         let prefix = format!("lock-bench:{}:{kind:?}", std::process::id());
-        let study = Study { kind, system, url: url.to_owned(), port: None, prefix, sizes };
-        if let Err(error) = self.try_add(study).await {
+        let measurement = CostMeasurement { kind, system, url: url.to_owned(), port: None, prefix, sizes };
+        if let Err(error) = self.try_add(measurement).await {
             self.failures.push(format!("{kind:?} {system:?}: {error:#}"));
         }
     }
 
-    async fn try_add(&mut self, mut study: Study) -> anyhow::Result<()> {
-        let (system, sizes) = (study.system, study.sizes);
-        match study.kind {
+    async fn try_add(&mut self, mut measurement: CostMeasurement) -> anyhow::Result<()> {
+        let (system, sizes) = (measurement.system, measurement.sizes);
+        match measurement.kind {
             Kind::E => {
-                let proxy = study.proxy().await?;
-                study.port = proxy.as_ref().map(|proxy| proxy.port);
-                let mut process = Process::start(&Task::Study(study)).await?;
-                let _holding: String = process.hear(SPARE).await?;
+                let proxy = measurement.proxy().await?;
+                measurement.port = proxy.as_ref().map(|proxy| proxy.port);
+                let mut process = Process::start(&Task::Cost(measurement)).await?;
+                let _holding: String = process.receive(SPARE).await?;
                 let before = proxy.as_ref().map(Proxy::round_trips);
-                let mut held: Held = process.hear(sizes.hold + SPARE).await?;
+                let mut held: HeldLeases = process.receive(sizes.hold + SPARE).await?;
                 let after = proxy.as_ref().map(Proxy::round_trips);
                 held.round_trips = after.zip(before).map(|(after, before)| after - before);
                 held.connections = proxy.as_ref().map(Proxy::connections);
@@ -99,11 +99,11 @@ impl Findings {
                 self.leases.push((system, held));
             }
             Kind::F => {
-                let churn: Vec<Churn> = look(study, 2 * sizes.churn).await?;
+                let churn: Vec<Churn> = measure(measurement, 2 * sizes.churn).await?;
                 self.churn.extend(churn.into_iter().map(|churn| (system, churn)));
             }
             _ => {
-                let costs: Vec<Cost> = look(study, SPARE).await?;
+                let costs: Vec<OperationCost> = measure(measurement, SPARE).await?;
                 self.costs.extend(costs.into_iter().map(|cost| (system, cost)));
             }
         }
@@ -111,30 +111,33 @@ impl Findings {
     }
 }
 
-async fn look<T: serde::de::DeserializeOwned>(study: Study, takes: Duration) -> anyhow::Result<T> {
-    let mut process = Process::start(&Task::Study(study)).await?;
-    let found = process.hear(takes + SPARE).await?;
+async fn measure<T: serde::de::DeserializeOwned>(
+    measurement: CostMeasurement,
+    takes: Duration,
+) -> anyhow::Result<T> {
+    let mut process = Process::start(&Task::Cost(measurement)).await?;
+    let found = process.receive(takes + SPARE).await?;
     process.end().await?;
     Ok(found)
 }
 
-impl Study {
-    /// Runs the study in this process.
-    pub(crate) async fn carry_out(self) -> anyhow::Result<()> {
+impl CostMeasurement {
+    /// Runs the measurement in this process.
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         match self.system {
-            System::Postgres => Box::pin(self.on::<Postgres>()).await,
-            System::MySql => Box::pin(self.on::<MySql>()).await,
-            System::Sqlite => Box::pin(self.on::<Sqlite>()).await,
+            System::Postgres => Box::pin(self.run_on::<Postgres>()).await,
+            System::MySql => Box::pin(self.run_on::<MySql>()).await,
+            System::Sqlite => Box::pin(self.run_on::<Sqlite>()).await,
             other => anyhow::bail!("lock-db does not lock in {other:?}"),
         }
     }
 
-    async fn on<DB: Metered>(self) -> anyhow::Result<()> {
-        answer(&"ready")?;
+    async fn run_on<DB: DatabaseStatistics>(self) -> anyhow::Result<()> {
+        reply(&"ready")?;
         match self.kind {
-            Kind::E => leases::hold::<DB>(&self).await,
-            Kind::F => answer(&churn::churn::<DB>(&self).await?),
-            _ => answer(&costs::count::<DB>(&self).await?),
+            Kind::E => holding::measure::<DB>(&self).await,
+            Kind::F => reply(&churn::measure::<DB>(&self).await?),
+            _ => reply(&operations::measure::<DB>(&self).await?),
         }
     }
 
@@ -148,7 +151,7 @@ impl Study {
 }
 
 /// A proxy in front of a server.
-async fn proxy<DB: Metered>(url: &str) -> anyhow::Result<Option<Proxy>> {
+async fn proxy<DB: DatabaseStatistics>(url: &str) -> anyhow::Result<Option<Proxy>> {
     match DB::address(&DB::options(url)?) {
         Some((host, port)) => Ok(Some(Proxy::start(host, port).await?)),
         None => Ok(None),
@@ -167,10 +170,4 @@ async fn locks<DB: Database>(options: Options<DB>) -> anyhow::Result<(Locks<DB>,
 async fn end<DB: Database>(locks: Locks<DB>, pool: sqlx::Pool<DB>) -> anyhow::Result<()> {
     locks.close().await;
     timeout(Duration::from_secs(10), pool.close()).await.context("a pool that does not close")
-}
-
-/// Without loss, for averages.
-#[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-fn real(number: u64) -> f64 {
-    number as f64
 }

@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{LONG, Study, end, locks, real};
+use super::{CostMeasurement, LONG, end, locks};
 use crate::clock::{after, nanoseconds, now};
-use crate::meter::{Meter, Metered, TableSize};
-use crate::summary::{Distribution, distribution};
+use crate::statistics::{DatabaseStatistics, StatisticsReader, TableSize};
+use crate::summary::{Distribution, distribution, to_f64};
 
 const MANY: u32 = 10_000;
 const PARTS: u64 = 6;
@@ -28,30 +28,36 @@ pub(crate) struct Churn {
     pub(crate) after: TableSize,
 }
 
-pub(super) async fn churn<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Churn>> {
-    Ok(vec![on_names::<DB>(study, 1).await?, on_names::<DB>(study, MANY).await?])
+pub(super) async fn measure<DB: DatabaseStatistics>(
+    measurement: &CostMeasurement,
+) -> anyhow::Result<Vec<Churn>> {
+    Ok(vec![on_names::<DB>(measurement, 1).await?, on_names::<DB>(measurement, MANY).await?])
 }
 
-async fn on_names<DB: Metered>(study: &Study, count: u32) -> anyhow::Result<Churn> {
-    let mut meter = Meter::<DB>::start(&study.url).await?;
-    let names: Vec<String> = (0..count).map(|number| format!("{}:{count}:{number}", study.prefix)).collect();
-    make_rows::<DB>(study, &names).await?;
+async fn on_names<DB: DatabaseStatistics>(
+    measurement: &CostMeasurement,
+    count: u32,
+) -> anyhow::Result<Churn> {
+    let mut statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
+    let names: Vec<String> =
+        (0..count).map(|number| format!("{}:{count}:{number}", measurement.prefix)).collect();
+    make_rows::<DB>(measurement, &names).await?;
     sleep(SETTLED).await;
-    let before = meter.table_size().await?;
+    let before = statistics.table_size().await?;
 
-    let (locks, pool) = locks::<DB>(DB::options(&study.url)?).await?;
-    let (begin, duration) = (now(), study.sizes.churn);
+    let (locks, pool) = locks::<DB>(DB::options(&measurement.url)?).await?;
+    let (begin, duration) = (now(), measurement.sizes.churn);
     let part = (nanoseconds(duration) / PARTS).max(1);
     let (mut first, mut last, mut pairs) = (Vec::new(), Vec::new(), 0);
     for name in names.iter().cycle() {
-        let asked = now();
-        if asked >= after(begin, duration) {
+        let requested = now();
+        if requested >= after(begin, duration) {
             break;
         }
         locks.insert_lock(name).ttl(LONG).acquire().await?.release().await?;
-        let took = now() - asked;
+        let took = now() - requested;
         pairs += 1;
-        match (asked - begin) / part {
+        match (requested - begin) / part {
             0 => first.push(took),
             number if number >= PARTS - 1 => last.push(took),
             _ => {}
@@ -59,16 +65,19 @@ async fn on_names<DB: Metered>(study: &Study, count: u32) -> anyhow::Result<Chur
     }
     end(locks, pool).await?;
     sleep(SETTLED).await;
-    let after = meter.table_size().await?;
+    let after = statistics.table_size().await?;
     let (first, last) = (distribution(first.into_iter())?, distribution(last.into_iter())?);
     Ok(Churn { names: count, pairs, first, last, before, after })
 }
 
-/// With many tasks at once: the first use of a name is not part of the study.
-async fn make_rows<DB: Metered>(study: &Study, names: &[String]) -> anyhow::Result<()> {
+/// With many tasks at once: the first use of a name is not part of the measurement.
+async fn make_rows<DB: DatabaseStatistics>(
+    measurement: &CostMeasurement,
+    names: &[String],
+) -> anyhow::Result<()> {
     const AT_ONCE: usize = 256;
 
-    let (locks, pool) = locks::<DB>(DB::options(&study.url)?).await?;
+    let (locks, pool) = locks::<DB>(DB::options(&measurement.url)?).await?;
     let mut tasks = JoinSet::new();
     for names in names.chunks(names.len().div_ceil(AT_ONCE)) {
         let (locks, names) = (locks.clone(), names.to_owned());
@@ -95,6 +104,6 @@ impl Churn {
     pub(crate) fn hot_percent(&self) -> Option<f64> {
         let updates = self.after.updates? - self.before.updates?;
         let hot = self.after.hot_updates? - self.before.hot_updates?;
-        (updates > 0).then(|| 100.0 * real(hot) / real(updates))
+        (updates > 0).then(|| 100.0 * to_f64(hot) / to_f64(updates))
     }
 }

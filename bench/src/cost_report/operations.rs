@@ -8,9 +8,10 @@ use sqlx::Pool;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{LONG, Study, end, locks, proxy, real};
-use crate::meter::{Meter, Metered, Written};
+use super::{CostMeasurement, LONG, end, locks, proxy};
 use crate::proxy::Proxy;
+use crate::statistics::{DatabaseStatistics, StatisticsReader, Written};
+use crate::summary::to_f64;
 
 const CALLERS: u32 = 64;
 const RENEWED: u32 = 500;
@@ -20,7 +21,7 @@ const RENEWAL_TICKS: u32 = 10;
 
 /// The average cost of one operation.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Cost {
+pub(crate) struct OperationCost {
     pub(crate) operation: String,
     pub(crate) times: u32,
     /// If there is a network.
@@ -30,24 +31,26 @@ pub(crate) struct Cost {
 }
 
 /// One process, and what counts its work.
-struct Counted<DB: Metered> {
-    meter: Meter<DB>,
+struct Counted<DB: DatabaseStatistics> {
+    statistics: StatisticsReader<DB>,
     proxy: Option<Proxy>,
     locks: Locks<DB>,
     pool: Pool<DB>,
     prefix: String,
-    costs: Vec<Cost>,
+    costs: Vec<OperationCost>,
 }
 
-pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost>> {
-    let meter = Meter::<DB>::start(&study.url).await?;
-    let proxy = proxy::<DB>(&study.url).await?;
-    let options = DB::for_measuring(DB::options(&study.url)?, proxy.as_ref().map(|proxy| proxy.port));
+pub(super) async fn measure<DB: DatabaseStatistics>(
+    measurement: &CostMeasurement,
+) -> anyhow::Result<Vec<OperationCost>> {
+    let statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
+    let proxy = proxy::<DB>(&measurement.url).await?;
+    let options = DB::for_measuring(DB::options(&measurement.url)?, proxy.as_ref().map(|proxy| proxy.port));
     let (locks, pool) = locks::<DB>(options).await?;
-    let prefix = study.prefix.clone();
-    let mut counted = Counted { meter, proxy, locks, pool, prefix, costs: Vec::new() };
+    let prefix = measurement.prefix.clone();
+    let mut counted = Counted { statistics, proxy, locks, pool, prefix, costs: Vec::new() };
     // The first round opens connections and prepares statements.
-    let repeats = study.sizes.repeats;
+    let repeats = measurement.sizes.repeats;
     for times in [20, repeats] {
         counted.costs.clear();
         counted.alone(times).await?;
@@ -61,10 +64,10 @@ pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost
     Ok(counted.costs)
 }
 
-impl<DB: Metered> Counted<DB> {
+impl<DB: DatabaseStatistics> Counted<DB> {
     async fn read(&mut self) -> anyhow::Result<(u64, Written)> {
         let round_trips = self.proxy.as_ref().map_or(0, Proxy::round_trips);
-        Ok((round_trips, self.meter.written().await?))
+        Ok((round_trips, self.statistics.written().await?))
     }
 
     async fn measure<T>(
@@ -76,8 +79,8 @@ impl<DB: Metered> Counted<DB> {
         let (round_trips, before) = self.read().await?;
         let done = work.await?;
         let (round_trips_after, after) = self.read().await?;
-        let each = |count: u64| real(count) / f64::from(times);
-        self.costs.push(Cost {
+        let each = |count: u64| to_f64(count) / f64::from(times);
+        self.costs.push(OperationCost {
             operation: operation.into(),
             times,
             round_trips: self.proxy.as_ref().map(|_proxy| each(round_trips_after - round_trips)),
@@ -161,18 +164,18 @@ impl<DB: Metered> Counted<DB> {
     }
 
     /// What queues and batches save.
-    async fn many_callers(&mut self, turns: u32) -> anyhow::Result<()> {
-        let turns = turns.max(1);
+    async fn many_callers(&mut self, rounds: u32) -> anyhow::Result<()> {
+        let rounds = rounds.max(1);
         let one = vec![format!("{}:one", self.prefix); CALLERS as usize];
         for (names, on) in [(one, "one name"), (self.names("own", CALLERS), "names of their own")] {
             let operation = format!("acquire, release; {CALLERS} callers on {on}");
             let locks = self.locks.clone();
-            self.measure(operation, CALLERS * turns, async move {
+            self.measure(operation, CALLERS * rounds, async move {
                 let mut tasks = JoinSet::new();
                 for name in names {
                     let locks = locks.clone();
                     tasks.spawn(async move {
-                        for _ in 0..turns {
+                        for _ in 0..rounds {
                             locks.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
                         }
                         Ok::<_, lock_db::Error>(())
@@ -221,7 +224,7 @@ impl<DB: Metered> Counted<DB> {
         };
         let name = format!("{}:between", self.prefix);
         others.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
-        let mut sum = Cost {
+        let mut sum = OperationCost {
             operation: format!("another process waits {} s, release, grant", wait.as_secs_f64()),
             times,
             round_trips: None,
@@ -254,7 +257,10 @@ impl<DB: Metered> Counted<DB> {
     }
 }
 
-async fn acquire<DB: Metered>(locks: &Locks<DB>, names: &[String]) -> anyhow::Result<Vec<Lease<DB>>> {
+async fn acquire<DB: DatabaseStatistics>(
+    locks: &Locks<DB>,
+    names: &[String],
+) -> anyhow::Result<Vec<Lease<DB>>> {
     let mut leases = Vec::with_capacity(names.len());
     for name in names {
         leases.push(locks.insert_lock(name).ttl(LONG).acquire().await?);
@@ -262,7 +268,7 @@ async fn acquire<DB: Metered>(locks: &Locks<DB>, names: &[String]) -> anyhow::Re
     Ok(leases)
 }
 
-async fn release<DB: Metered>(leases: Vec<Lease<DB>>) -> anyhow::Result<()> {
+async fn release<DB: DatabaseStatistics>(leases: Vec<Lease<DB>>) -> anyhow::Result<()> {
     for lease in leases {
         lease.release().await?;
     }

@@ -1,11 +1,11 @@
-//! The scenes that are played.
+//! The scenarios that are played.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::summary::Crowd;
+use crate::summary::Contention;
 
-/// The letter of a scene.
+/// The letter of a scenario.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum Kind {
     /// Uncontended: 1, 8 and 64 callers, each with a free name of its own
@@ -32,43 +32,43 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// A study is not played by contenders. It takes long, so it runs only on request.
-    pub(crate) fn is_study(self) -> bool {
+    /// A measurement is not played by contenders. It takes long, so it runs only on request.
+    pub(crate) fn is_cost_report(self) -> bool {
         matches!(self, Self::E | Self::F | Self::G)
     }
 }
 
-/// One scene with its number of callers.
+/// One scenario with its number of callers.
 #[derive(Clone, Copy, Serialize)]
-pub(crate) struct Scene {
+pub(crate) struct Scenario {
     pub(crate) kind: Kind,
     pub(crate) processes: u32,
     /// In each of the processes.
     pub(crate) callers: u32,
 }
 
-const SCENES: [Scene; 7] = [
-    Scene { kind: Kind::A, processes: 1, callers: 1 },
-    Scene { kind: Kind::A, processes: 1, callers: 8 },
-    Scene { kind: Kind::A, processes: 1, callers: 64 },
-    Scene { kind: Kind::B, processes: 1, callers: 64 },
-    Scene { kind: Kind::B, processes: 1, callers: 512 },
-    Scene { kind: Kind::C, processes: 4, callers: 16 },
-    Scene { kind: Kind::D, processes: 2, callers: 1 },
+const SCENARIOS: [Scenario; 7] = [
+    Scenario { kind: Kind::A, processes: 1, callers: 1 },
+    Scenario { kind: Kind::A, processes: 1, callers: 8 },
+    Scenario { kind: Kind::A, processes: 1, callers: 64 },
+    Scenario { kind: Kind::B, processes: 1, callers: 64 },
+    Scenario { kind: Kind::B, processes: 1, callers: 512 },
+    Scenario { kind: Kind::C, processes: 4, callers: 16 },
+    Scenario { kind: Kind::D, processes: 2, callers: 1 },
 ];
 
-impl Scene {
-    /// The scenes with these letters. Without letters, all scenes of the contenders.
+impl Scenario {
+    /// The scenarios with these letters. Without letters, all scenarios of the contenders.
     pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
-        SCENES.into_iter().filter(|scene| kinds.is_empty() || kinds.contains(&scene.kind)).collect()
+        SCENARIOS.into_iter().filter(|scenario| kinds.is_empty() || kinds.contains(&scenario.kind)).collect()
     }
 
     pub(crate) fn is_contended(self) -> bool {
         self.kind != Kind::A
     }
 
-    pub(crate) fn crowd(self) -> Crowd {
-        Crowd { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
+    pub(crate) fn contention(self) -> Contention {
+        Contention { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
     }
 
     /// Short, as in file names: `A8`, `C4x16`.

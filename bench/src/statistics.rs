@@ -29,7 +29,7 @@ pub(crate) struct TableSize {
 }
 
 /// A database that reports what a lock costs it.
-pub(crate) trait Metered: Database {
+pub(crate) trait DatabaseStatistics: Database {
     /// Its address. `None`: nothing is sent over a network.
     fn address(options: &Options<Self>) -> Option<(String, u16)>;
 
@@ -51,12 +51,12 @@ pub(crate) trait Metered: Database {
 }
 
 /// A connection that counts, and does not go through the proxy.
-pub(crate) struct Meter<DB: LockDatabase> {
+pub(crate) struct StatisticsReader<DB: LockDatabase> {
     connection: DB::Connection,
     options: Options<DB>,
 }
 
-impl<DB: Metered> Meter<DB> {
+impl<DB: DatabaseStatistics> StatisticsReader<DB> {
     pub(crate) async fn start(url: &str) -> anyhow::Result<Self> {
         let options = DB::for_measuring(DB::options(url)?, None);
         let mut connection = DB::Connection::connect_with(&options).await?;
@@ -77,7 +77,7 @@ fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or_default()
 }
 
-impl Metered for Postgres {
+impl DatabaseStatistics for Postgres {
     fn address(options: &Options<Self>) -> Option<(String, u16)> {
         Some((options.get_host().to_owned(), options.get_port()))
     }
@@ -118,7 +118,7 @@ impl Metered for Postgres {
     }
 }
 
-impl Metered for MySql {
+impl DatabaseStatistics for MySql {
     fn address(options: &Options<Self>) -> Option<(String, u16)> {
         Some((options.get_host().to_owned(), options.get_port()))
     }
@@ -169,7 +169,7 @@ async fn metric(connection: &mut sqlx::MySqlConnection, name: &str) -> sqlx::Res
     Ok(unsigned(sqlx::query_scalar(METRIC).bind(name).fetch_one(connection).await?))
 }
 
-impl Metered for Sqlite {
+impl DatabaseStatistics for Sqlite {
     fn address(_options: &Options<Self>) -> Option<(String, u16)> {
         None
     }

@@ -5,12 +5,13 @@ use std::fmt::Write;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 
-use super::{Churn, Cost, Findings, Held, real};
+use super::{Churn, CostReport, HeldLeases, OperationCost};
 use crate::contender::System;
-use crate::meter::TableSize;
 use crate::report::time;
+use crate::statistics::TableSize;
+use crate::summary::to_f64;
 
-impl Findings {
+impl CostReport {
     /// Adds a table for each kind. Each line begins with the name of the database.
     pub(crate) fn write<'a>(&self, text: &mut String, name: impl Fn(System) -> &'a str) {
         let mut write = |title: &str, head: &[&str], rows: Vec<(System, Vec<String>)>| {
@@ -80,15 +81,15 @@ fn table<'a>(head: &[&str], rows: Vec<(System, Vec<String>)>, name: &impl Fn(Sys
     table
 }
 
-fn row_of_leases(held: &Held) -> Vec<String> {
+fn row_of_leases(held: &HeldLeases) -> Vec<String> {
     let ticks = held.ticks();
     vec![
         held.leases.to_string(),
         format!("{:.1} s", held.acquired_in_seconds),
         format!("{:.0} s", held.seconds),
-        or_dash(held.round_trips.map(|trips| format!("{:.1}", real(trips) / ticks))),
-        format!("{:.1}", real(held.commits) / ticks),
-        format!("{:.0}", real(held.log_bytes) / held.seconds),
+        or_dash(held.round_trips.map(|trips| format!("{:.1}", to_f64(trips) / ticks))),
+        format!("{:.1}", to_f64(held.commits) / ticks),
+        format!("{:.0}", to_f64(held.log_bytes) / held.seconds),
         format!("{:.2} %", held.processor_percent),
         format!("{:.0} B", held.bytes_per_lease),
         or_dash(held.connections.map(|connections| connections.to_string())),
@@ -109,7 +110,7 @@ fn row_of_churn(churn: &Churn) -> Vec<String> {
     row
 }
 
-fn row_of_costs(cost: &Cost) -> Vec<String> {
+fn row_of_costs(cost: &OperationCost) -> Vec<String> {
     vec![
         cost.operation.clone(),
         cost.times.to_string(),
