@@ -1,5 +1,5 @@
-//! The process that is measured: this program in another role. It reads its orders from its input
-//! and ends with it.
+//! The measured process: a child process of the same program. It reads instructions from its
+//! standard input, and ends when the input ends.
 
 use std::io::Write;
 
@@ -17,25 +17,26 @@ use crate::workload;
 /// The first line from the parent process.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Task {
-    /// A part in a scenario.
+    /// Runs the callers of a scenario.
     Workload(Job),
+    /// Runs a measurement of the cost report.
     Cost(CostMeasurement),
 }
 
-/// The lines that follow to a process that plays.
+/// The following lines, for a process that runs a workload.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Instruction {
-    /// To all callers. Answered with the log.
+    /// All callers acquire and release. The answer is the log.
     Run { begin: Moment, end: Moment },
-    /// To the first caller. Answered when it has the lock.
+    /// The first caller acquires. The answer follows when it has the lock.
     Acquire,
-    /// To the first caller. Answered with the log of this one acquisition.
+    /// The first caller releases. The answer is the log of this acquisition.
     Release,
 }
 
 pub(crate) async fn main() -> anyhow::Result<()> {
     let mut input = BufReader::new(tokio::io::stdin()).lines();
-    let line = input.next_line().await?.context("there is no job")?;
+    let line = input.next_line().await?.context("there is no task")?;
     let job = match serde_json::from_str(&line)? {
         Task::Workload(job) => job,
         Task::Cost(measurement) => return measurement.run().await,
@@ -52,7 +53,7 @@ pub(crate) async fn main() -> anyhow::Result<()> {
     }
 }
 
-/// An acquisition has already been ordered.
+/// The workload of scenario D. The first `Acquire` has already been read.
 async fn run_handovers(
     group: contender::CallerGroup,
     job: &Job,
@@ -89,7 +90,7 @@ async fn run_handovers(
         reply(&log)?;
         let Some(Instruction::Acquire) = next_instruction(input).await? else { break };
     }
-    // As at the end of `drive`: a session may end with its last caller.
+    // The callers first: a session may end with its last caller.
     drop(callers);
     group.end.await;
     Ok(())

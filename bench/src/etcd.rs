@@ -1,4 +1,4 @@
-//! The few calls of etcd that are needed, over gRPC. All calls of a process use one connection.
+//! A minimal etcd client over gRPC. All requests of a process use one connection.
 
 use prost::Message;
 use tonic::client::Grpc;
@@ -7,7 +7,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 
-/// A connection; clones share it.
+/// A client. Clones share one connection.
 #[derive(Clone)]
 pub(crate) struct Etcd {
     channel: Grpc<Channel>,
@@ -15,10 +15,10 @@ pub(crate) struct Etcd {
 
 /// The result of a granted lock.
 pub(crate) struct Ownership {
-    /// Exists as long as the lock is held.
+    /// The key that exists as long as the lock is held.
     pub(crate) key: Vec<u8>,
-    /// Of the whole store, when the ownership was seen. The previous holder's key was deleted by
-    /// then, and every change has its own revision. So the revision grows from holder to holder.
+    /// The revision of the store at the grant. The key of the previous holder was deleted before,
+    /// and each change has a revision of its own. So it grows from holder to holder.
     pub(crate) revision: i64,
 }
 
@@ -59,7 +59,7 @@ impl Etcd {
         Ok(())
     }
 
-    /// Waits for the lock. One lease is one owner: a second lock with the same lease is granted
+    /// Waits for the lock. The owner is the lease: a second request with the same lease is granted
     /// immediately.
     pub(crate) async fn lock(&self, name: &[u8], lease: i64) -> anyhow::Result<Ownership> {
         let request = LockRequest { name: name.to_vec(), lease };
@@ -81,15 +81,15 @@ impl Etcd {
         channel.ready().await?;
         let path = PathAndQuery::from_static(path);
         let answer = channel.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
-        // The full form of a status contains all headers.
+        // The display form of a status would include all headers.
         Ok(answer
             .map_err(|status: Status| anyhow::anyhow!("{}: {}", status.code(), status.message()))?
             .into_inner())
     }
 }
 
-// From `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not needed. Decoders
-// skip unknown fields.
+// The messages of `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not used.
+// Decoders skip unknown fields.
 
 #[derive(Clone, PartialEq, Message)]
 struct Empty {}

@@ -1,4 +1,4 @@
-//! The benchmark of lock-db, side by side with its peers. `bench/README.md` describes the scenarios;
+//! The benchmark: lock-db beside other ways to lock. `bench/README.md` describes the scenarios.
 //! `bench/run` starts the servers.
 
 mod child;
@@ -36,20 +36,20 @@ use crate::runner::{Times, run_scenario};
 use crate::scenario::{Kind, Scenario};
 use crate::server::{Facts, Server};
 
-/// How fast and how fair the locks of lock-db are, side by side with their peers.
+/// Measures how fast and how fair the locks of lock-db are, beside other ways to lock.
 ///
-/// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`,
-/// which are removed at the end. Use a database without other load. The exit status is 1 when two
-/// holders overlapped, a fencing token did not grow, or a scenario could not be played.
+/// Creates the table `distributed_lock` in each database, and tables named `lock_bench_*`. Removes
+/// the latter at the end. Use a database without other load. The exit status is 1 if two holders
+/// overlapped, a fencing token did not grow, or a scenario failed.
 #[derive(Parser)]
 #[command(version)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of the command line")]
 struct Arguments {
-    /// postgres://…, with a user who may create tables
+    /// postgres://…; the user needs the right to create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_POSTGRES_URL", hide_env_values = true)]
     postgres: Option<String>,
 
-    /// mysql://… (also MariaDB), with a user who may create tables
+    /// mysql://… (also MariaDB); the user needs the right to create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_MYSQL_URL", hide_env_values = true)]
     mysql: Option<String>,
 
@@ -61,48 +61,48 @@ struct Arguments {
     #[arg(long, value_name = "ADDRESS", env = "LOCK_BENCH_ZOOKEEPER_ADDRESS")]
     zookeeper: Option<String>,
 
-    /// http://…, version 3.4 or later
+    /// http://…; version 3.4 or later
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_ETCD_URL")]
     etcd: Option<String>,
 
-    /// SQLite, on a temporary file
+    /// Measure SQLite, on a temporary file
     #[arg(long)]
     sqlite: bool,
 
-    /// Where to create the SQLite file, preferably on a disk [default: the folder for temporary
+    /// The folder for the SQLite file, preferably on a disk [default: the folder for temporary
     /// files]
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
-    /// Which scenarios to play [default: A to D]
+    /// The scenarios to run [default: A to D]
     #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
     scenarios: Vec<Kind>,
 
-    /// Scenario E: how many leases
+    /// Scenario E: the number of leases
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     leases: u32,
 
-    /// Scenario E: how long they are held
+    /// Scenario E: how long the leases are held
     #[arg(long, default_value_t = 45.0, value_parser = seconds, value_name = "SECONDS")]
     hold_leases: f64,
 
-    /// Scenario F: how long names are acquired and released, for each of the two runs
+    /// Scenario F: the length of each of the two runs
     #[arg(long, default_value_t = 60.0, value_parser = seconds, value_name = "SECONDS")]
     churn: f64,
 
-    /// Scenario G: how often each operation is done
+    /// Scenario G: how often each operation runs
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(50..=100_000))]
     repeats: u32,
 
-    /// Of these scenarios only some, as the tables name them: A64,B512 [default: all]
+    /// Only the scenarios with these labels, as in the tables: A64,B512 [default: all]
     #[arg(long, value_delimiter = ',', value_name = "LABELS")]
     labels: Vec<String>,
 
-    /// Only contenders whose title has one of these in it: insert,INCR [default: all]
+    /// Only contenders whose title contains one of these texts: insert,INCR [default: all]
     #[arg(long, value_delimiter = ',', value_name = "TEXTS")]
     contenders: Vec<String>,
 
-    /// Only lock-db, without the peers
+    /// Measure lock-db only
     #[arg(long)]
     without_peers: bool,
 
@@ -114,7 +114,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     warm_up: f64,
 
-    /// How often to play everything; the figures are those of the median round
+    /// How often to run each scenario; the table shows the median round
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
 
@@ -122,27 +122,27 @@ struct Arguments {
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     hold: u64,
 
-    /// The largest size of a process's pool; sqlx's default is 10
+    /// The maximum size of the pool of each process; 10 is sqlx's default
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: u32,
 
-    /// Play even if some systems have a commit on disk when they answer and others do not
+    /// Run even if some systems answer before a commit is on disk and others do not
     #[arg(long)]
     allow_unequal_durability: bool,
 
-    /// Where to write all figures
+    /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Where to write the table, besides to the output
+    /// Write the tables to this file, in addition to the standard output
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
-    /// Where to write the plots
+    /// Write the plots to this folder
     #[arg(long, value_name = "FOLDER")]
     plots: Option<PathBuf>,
 
-    /// For the processes that this one starts
+    /// Set for child processes
     #[arg(long, hide = true)]
     child: bool,
 }
@@ -171,7 +171,7 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Some(folder) => tempfile::tempdir_in(folder),
         None => tempfile::tempdir(),
     };
-    let folder = folder.context("making a temporary folder")?;
+    let folder = folder.context("creating a temporary folder")?;
     let mut servers = Vec::new();
     let mut add = |system, url: &Option<String>| {
         if let Some(url) = url.clone().filter(|url| !url.is_empty()) {
@@ -187,7 +187,7 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     add(System::Etcd, &arguments.etcd);
     if servers.is_empty() {
         bail!(
-            "nothing to measure: give --postgres, --mysql, --sqlite, --redis, --zookeeper or --etcd, or let bench/run start servers"
+            "nothing to measure: pass --postgres, --mysql, --sqlite, --redis, --zookeeper or --etcd, or use bench/run"
         );
     }
     let mut facts = Vec::new();
@@ -216,7 +216,7 @@ async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -
             eprintln!("{name}: durable: {durable} {settings:?}");
         }
         eprint!("{UNEQUAL}");
-        bail!("make the settings alike, or say --allow-unequal-durability");
+        bail!("make the settings equal, or pass --allow-unequal-durability");
     }
     let mut machine = Machine::before();
     let combinations = combinations(arguments, servers);
@@ -226,7 +226,7 @@ async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -
     };
     let bar = ProgressBar::new(combinations.len() as u64 * u64::from(arguments.rounds));
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {eta:>5} left  {msg}")?);
-    // Rarely, because drawing takes time from what is measured.
+    // At a low rate, because drawing uses processor time.
     bar.enable_steady_tick(Duration::from_secs(1));
     let mut summaries: Vec<Vec<_>> = combinations.iter().map(|_combination| Vec::new()).collect();
     let mut failures: Vec<Option<String>> = vec![None; combinations.len()];
@@ -262,7 +262,7 @@ async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -
     })
 }
 
-/// Runs the studies.
+/// Runs the scenarios of the cost report that were requested.
 async fn measure_costs(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> CostReport {
     let sizes = Sizes {
         leases: arguments.leases,
@@ -280,7 +280,8 @@ async fn measure_costs(arguments: &Arguments, servers: &[Server], bar: &Progress
     cost_report
 }
 
-/// Contenders of one scenario follow each other, so that the machine is in the same state for them.
+/// All contenders of one scenario run one after the other, so that they find the machine in a
+/// similar state.
 fn combinations<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scenario, &'a Server, Contender)> {
     let mut combinations = Vec::new();
     let is_selected = |contender: &Contender| {
@@ -290,9 +291,9 @@ fn combinations<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scenar
     for scenario in scenarios(arguments) {
         for server in servers {
             for contender in Contender::of(server.system) {
-                let is_ours = matches!(contender, Contender::InsertLock | Contender::RowLock);
-                let takes_combination = contender.is_a_lock() || !scenario.is_contended();
-                if takes_combination && is_selected(contender) && (is_ours || !arguments.without_peers) {
+                let is_lock_db = matches!(contender, Contender::InsertLock | Contender::RowLock);
+                let takes_part = contender.is_a_lock() || !scenario.is_contended();
+                if takes_part && is_selected(contender) && (is_lock_db || !arguments.without_peers) {
                     combinations.push((scenario, server, *contender));
                 }
             }
@@ -312,7 +313,7 @@ fn hold(arguments: &Arguments) -> Duration {
 }
 
 fn job(arguments: &Arguments, scenario: Scenario, server: &Server, contender: Contender, key: &str) -> Job {
-    // A prefix for each part, so that rows of one part don't affect the next.
+    // Each run has a prefix of its own, so that the rows of one run do not affect the next.
     let prefix = format!("{}{key}", server::name_prefix());
     let name = |caller| if scenario.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {
@@ -343,6 +344,6 @@ fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
     if report.results.iter().all(Entry::is_correct) && report.costs.is_correct() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("Something is wrong: see the columns `overlaps`, `tokens` and `lost`, and what FAILED.");
+    eprintln!("The run failed: see the columns `overlaps`, `tokens` and `lost`, and lines with FAILED.");
     Ok(ExitCode::FAILURE)
 }

@@ -1,4 +1,4 @@
-//! Plots: throughput by callers, and the distribution of the wait.
+//! Plots: throughput by number of callers, and the distribution of the waits.
 
 use std::ops::Range;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::report::{Entry, Report};
 use crate::scenario::{Kind, Scenario};
 
 const SIZE: (i32, i32) = (1180, 600);
-/// The width of the column beside the lines.
+/// The width of the legend to the right of the chart.
 const LEGEND: i32 = 260;
 const COLOURS: [RGBColor; 10] = [
     RGBColor(213, 94, 0),
@@ -30,7 +30,8 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// One plot for each database and scenario. Systems that are not databases are in each of them.
+/// Draws one plot per database and scenario. Every plot also shows the systems that are not
+/// databases.
 pub(crate) fn draw(report: &Report, scenarios: &[Scenario], folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let no_database = !report.servers.iter().any(|facts| facts.system.is_database());
@@ -50,7 +51,7 @@ pub(crate) fn draw(report: &Report, scenarios: &[Scenario], folder: &Path) -> an
         }
         for scenario in scenarios {
             let lines = waits(report, &entries, *scenario);
-            let title = format!("{}: the wait, {}{warning}", facts.name, scenario.title());
+            let title = format!("{}: wait, {}{warning}", facts.name, scenario.title());
             let file = folder.join(format!("wait-{name}-{}.svg", scenario.label()));
             chart(&file, &title, ("percentile", "microseconds"), &lines, percentile)?;
         }
@@ -89,7 +90,7 @@ fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
     lines
 }
 
-/// Over 1 / (1 - quantile), on a logarithmic scale.
+/// Waits over `1 / (1 - quantile)`. The scale of the chart is logarithmic.
 fn waits(report: &Report, entries: &[&Entry], scenario: Scenario) -> Vec<Line> {
     let mut lines = Vec::new();
     for entry in entries.iter().filter(|entry| entry.label == scenario.label()) {
@@ -147,7 +148,7 @@ fn chart(
         let style = colour.stroke_width(2);
         let points = line.points.iter().copied().filter(|point| point.1 > 0.0);
         chart.draw_series(LineSeries::new(points, style).point_size(2)).map_err(|error| wrong(&error))?;
-        // Beside the lines. plotters' own legend would cover them.
+        // To the right of the chart. The legend of plotters would cover the lines.
         let (left, middle) = (SIZE.0 - LEGEND + 12, 60 + 22 * number);
         let sample = PathElement::new([(left, middle), (left + 18, middle)], style);
         area.draw(&sample).map_err(|error| wrong(&error))?;

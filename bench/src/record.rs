@@ -1,4 +1,4 @@
-//! What the measured processes record.
+//! The records of the measured processes.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Moment;
 
-/// One acquisition. The time between `granted` and `releasing` lies within the time that the lock
-/// is held. So two overlapping records for one name mean two holders at once.
+/// One acquisition. The lock is held at least from `granted` to `releasing`. So if two records of
+/// one name overlap, there were two holders at once.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(from = "Row", into = "Row")]
 pub(crate) struct Record {
@@ -20,7 +20,7 @@ pub(crate) struct Record {
     pub(crate) fencing_token: Option<i64>,
 }
 
-/// Short, because there are many.
+/// The serialized form. It is short, because there are many records.
 type Row = (u32, u32, Moment, Moment, Moment, Moment, Option<i64>);
 
 impl From<Row> for Record {
@@ -36,13 +36,13 @@ impl From<Record> for Row {
     }
 }
 
-/// All records of a process.
+/// The records of a process.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) records: Vec<Record>,
-    /// When those callers requested that had not got the lock when the time was over.
+    /// The request times of callers that did not have the lock at the end.
     pub(crate) unfinished: Vec<Moment>,
-    /// The errors, and how often each occurred.
+    /// The number of times that each error occurred.
     pub(crate) errors: BTreeMap<String, u64>,
 }
 
@@ -55,7 +55,8 @@ impl Log {
         }
     }
 
-    /// Names of locks differ from run to run. Without this one error would be counted as many.
+    /// Counts an error. The name of the lock is removed from its text, because names differ from
+    /// run to run, and the same error would be counted as many.
     pub(crate) fn add_error(&mut self, error: &anyhow::Error, name: &str) {
         let error = format!("{error:#}").replace(name, "…");
         let error = error.chars().take(200).collect();

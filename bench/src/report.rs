@@ -1,4 +1,4 @@
-//! The results, for people and for programs.
+//! The results, as text and as JSON.
 
 use std::fmt::Write;
 
@@ -27,14 +27,15 @@ pub(crate) struct Report {
     pub(crate) costs: CostReport,
 }
 
-/// A contender in a scenario.
+/// The result of one contender in one scenario.
 #[derive(Serialize)]
 pub(crate) struct Entry {
     pub(crate) scenario: Scenario,
     pub(crate) label: String,
     pub(crate) system: System,
     pub(crate) contender: Contender,
-    /// Of each round, in order. In scenario D the median of the wake-ups in microseconds.
+    /// Acquisitions per second of each round, in order. In scenario D the median of the wake-ups
+    /// in microseconds.
     pub(crate) rounds: Vec<f64>,
     /// The median round. `None`: all rounds failed.
     pub(crate) summary: Option<Summary>,
@@ -42,13 +43,13 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Whether the lock did its job, as far as that could be observed.
+    /// Whether the lock was exclusive and its tokens grew, as far as the records show.
     pub(crate) fn is_correct(&self) -> bool {
         !self.contender.is_a_lock() || self.summary.as_ref().is_some_and(Summary::is_correct)
     }
 }
 
-/// Picks the median round.
+/// Returns the figure of each round, and the median round.
 pub(crate) fn median_round(scenario: Scenario, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
     let figure = |summary: &Summary| match scenario.kind {
         Kind::D => summary.wait.p50,
@@ -80,7 +81,7 @@ impl Report {
         let Machine { cores, processor, kernel, load_before, load_after, stolen, .. } = &self.machine;
         let mut text = format!(
             "{cores} cores ({processor}), {kernel}; load {load_before} before, {load_after} after, {:.1} % stolen by other machines\n\
-             {} s a scenario after {} s of warm-up, the lock held for {} s, pools of {} connections\n",
+             {} s per scenario after {} s of warm-up, lock held for {} s, pools of {} connections\n",
             stolen * 100.0,
             self.seconds,
             self.warm_up_seconds,
@@ -99,7 +100,7 @@ impl Report {
         text
     }
 
-    /// Whether some systems keep commits that others may lose.
+    /// Whether only some of the systems have a commit on disk when they answer.
     pub(crate) fn is_unequal(&self) -> bool {
         are_unequal(&self.servers)
     }
@@ -210,7 +211,7 @@ impl Report {
 
 pub(crate) const UNEQUAL: &str = "\
     !!! NOT COMPARABLE: some of these systems have a commit on disk when they answer, and others may lose it.\n\
-    !!! The difference between them is that of their settings and not that of the locks.\n";
+    !!! The figures compare these settings, not the locks.\n";
 
 pub(crate) fn are_unequal(servers: &[Facts]) -> bool {
     servers.iter().any(|facts| facts.durable) && servers.iter().any(|facts| !facts.durable)
@@ -220,7 +221,7 @@ fn count(number: f64) -> String {
     if number < 100.0 { format!("{number:.1}") } else { format!("{number:.0}") }
 }
 
-/// Microseconds, in a readable unit.
+/// Formats microseconds in a readable unit.
 pub(crate) fn time(microseconds: f64) -> String {
     match microseconds {
         ..1_000.0 => format!("{microseconds:.0} us"),

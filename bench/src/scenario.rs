@@ -1,4 +1,4 @@
-//! The scenarios that are played.
+//! The scenarios.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -17,22 +17,23 @@ pub(crate) enum Kind {
     /// Contended between processes: 4 processes of 16 callers on one name
     #[value(name = "C")]
     C,
-    /// The wake-up: from the holder's release to the lock in a waiter of another process
+    /// Wake-up: from the holder's release to the grant in another process
     #[value(name = "D")]
     D,
-    /// lock-db alone: many leases that one process holds
+    /// lock-db alone: one process holds many leases
     #[value(name = "E")]
     E,
-    /// lock-db alone: the same names again and again
+    /// lock-db alone: acquire and release the same names repeatedly
     #[value(name = "F")]
     F,
-    /// lock-db alone: what each operation costs the database
+    /// lock-db alone: the cost of each operation in the database
     #[value(name = "G")]
     G,
 }
 
 impl Kind {
-    /// A measurement is not played by contenders. It takes long, so it runs only on request.
+    /// Whether the scenario belongs to the cost report. Such a scenario measures lock-db only. It
+    /// takes minutes, so it runs only on request.
     pub(crate) fn is_cost_report(self) -> bool {
         matches!(self, Self::E | Self::F | Self::G)
     }
@@ -43,7 +44,7 @@ impl Kind {
 pub(crate) struct Scenario {
     pub(crate) kind: Kind,
     pub(crate) processes: u32,
-    /// In each of the processes.
+    /// Per process.
     pub(crate) callers: u32,
 }
 
@@ -58,7 +59,7 @@ const SCENARIOS: [Scenario; 7] = [
 ];
 
 impl Scenario {
-    /// The scenarios with these letters. Without letters, all scenarios of the contenders.
+    /// The scenarios with these letters, without those of the cost report. No letters: all.
     pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
         SCENARIOS.into_iter().filter(|scenario| kinds.is_empty() || kinds.contains(&scenario.kind)).collect()
     }
@@ -71,7 +72,7 @@ impl Scenario {
         Contention { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
     }
 
-    /// Short, as in file names: `A8`, `C4x16`.
+    /// The short name, also used in file names: `A8`, `C4x16`.
     pub(crate) fn label(self) -> String {
         match self.kind {
             Kind::A => format!("A{}", self.callers),

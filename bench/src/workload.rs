@@ -1,4 +1,4 @@
-//! The work of the callers of one process.
+//! The workload of one process: its callers acquire and release locks.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use crate::contender::{Caller, CallerGroup, Job};
 use crate::record::{Log, Record};
 use crate::summary::Window;
 
-/// After an error.
+/// The pause after an error.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Each caller takes the lock, holds it, releases it and starts again, until the window is over.
+/// Each caller acquires the lock, holds it and releases it, repeatedly, until the window ends.
 pub(crate) async fn run(group: CallerGroup, job: &Job, window: Window) -> Log {
     let mut tasks = JoinSet::new();
     for (number, (caller, name)) in (0..).zip(group.callers.into_iter().zip(&job.names)) {
@@ -33,7 +33,7 @@ pub(crate) async fn run(group: CallerGroup, job: &Job, window: Window) -> Log {
             Err(error) => log.add_error(&error.into(), ""),
         }
     }
-    // A hang here does not affect the figures.
+    // A hang at the end does not affect the figures.
     let _ended_in_time = timeout(Duration::from_secs(5), group.end).await;
     log
 }

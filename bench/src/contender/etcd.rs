@@ -1,5 +1,5 @@
-//! etcd's own lock. Each caller has a lease, because one lease is one owner. All share the
-//! connection of the process.
+//! The lock API of etcd. Each caller has a lease of its own, because the lease is the owner. All
+//! callers share the connection of the process.
 
 use std::time::Duration;
 
@@ -39,7 +39,8 @@ async fn keep_alive(etcd: Etcd, leases: Vec<i64>) {
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        // The next attempt comes in time. If it does not, the leases end, and the overlaps show it.
+        // After an error the next attempt is early enough. If that fails too, the leases end, and
+        // the overlaps show it.
         let _kept = etcd.keep_alive(&leases).await;
     }
 }

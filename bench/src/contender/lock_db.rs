@@ -1,5 +1,4 @@
-//! lock-db, as a service would use it: one `Locks` and one pool with sqlx's defaults for the whole
-//! process.
+//! lock-db as a service uses it: one `Locks` and one pool with sqlx's defaults per process.
 
 use std::time::Duration;
 
@@ -47,7 +46,7 @@ impl<DB: Database> Caller for RowLock<DB> {
     }
 
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
-        // A service would commit what it wrote under the lock.
+        // A service commits what it wrote under the lock.
         Box::pin(async { Ok(self.guard.take().context("not held")?.commit().await?) })
     }
 }

@@ -1,5 +1,5 @@
-//! Locks of the server's sessions: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter
-//! has a connection, from a pool that does not test its connections before use. That favours these
+//! Session locks of the server: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter uses
+//! a connection of a pool. The pool does not test its connections before use, which favours these
 //! contenders.
 
 use anyhow::Context;
@@ -29,7 +29,7 @@ impl SessionLocks for Postgres {
     async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         const UNLOCK: &str = "SELECT pg_advisory_unlock(hashtextextended($1, 0))";
         let was_held: bool = sqlx::query_scalar(UNLOCK).bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(was_held, "it belonged to somebody else");
+        anyhow::ensure!(was_held, "the lock had another owner");
         Ok(())
     }
 }
@@ -38,14 +38,14 @@ impl SessionLocks for MySql {
     async fn lock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         let locked: Option<i64> =
             sqlx::query_scalar("SELECT GET_LOCK(?, 300)").bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(locked == Some(1), "the server said {locked:?}");
+        anyhow::ensure!(locked == Some(1), "the server answered {locked:?}");
         Ok(())
     }
 
     async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         let unlocked: Option<i64> =
             sqlx::query_scalar("SELECT RELEASE_LOCK(?)").bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(unlocked == Some(1), "it belonged to somebody else");
+        anyhow::ensure!(unlocked == Some(1), "the lock had another owner");
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Locks that are written by hand.
+//! Locks in plain SQL, as services write them by hand.
 
 use std::time::Duration;
 
@@ -8,9 +8,10 @@ use tokio::time::sleep;
 use super::{Boxed, Caller, CallerGroup, Contender, Job};
 use crate::database::{self, Database};
 
-/// Between two attempts to insert the row.
+/// The pause between two attempts to insert the row.
 const SHORT_PAUSE: Duration = Duration::from_millis(10);
-/// As `JdbcLockRegistry` of Spring Integration. `ShedLock` does not wait at all.
+/// The pause between two attempts to acquire the row, as in `JdbcLockRegistry` of Spring
+/// Integration. `ShedLock` does not wait.
 const LONG_PAUSE: Duration = Duration::from_millis(100);
 
 struct Floor<DB: Database> {
@@ -53,7 +54,7 @@ impl<DB: Database> Caller for Naive<DB> {
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
         Box::pin(async {
             let mut connection = self.pool.acquire().await?;
-            anyhow::ensure!(DB::delete(&mut connection, &self.name).await?, "the row was gone");
+            anyhow::ensure!(DB::delete(&mut connection, &self.name).await?, "the row does not exist");
             Ok(())
         })
     }
@@ -63,7 +64,7 @@ struct Poll<DB: Database> {
     pool: Pool<DB>,
     name: String,
     owner: String,
-    /// The row has been created. `ShedLock` remembers that, too.
+    /// Whether the row has been created. `ShedLock` also remembers this.
     has_row: bool,
 }
 
@@ -89,7 +90,7 @@ impl<DB: Database> Caller for Poll<DB> {
         Box::pin(async {
             let mut connection = self.pool.acquire().await?;
             let was_held = DB::release_row(&mut connection, &self.owner, &self.name).await?;
-            anyhow::ensure!(was_held, "it belonged to somebody else");
+            anyhow::ensure!(was_held, "the lock had another owner");
             Ok(())
         })
     }

@@ -1,4 +1,4 @@
-//! ZooKeeper, by its recipe for locks. Each caller queues with an ephemeral sequential node and
+//! ZooKeeper's lock recipe. Each caller creates an ephemeral sequential node in a queue, and
 //! watches only the node before its own. All callers share the session of the process.
 
 use anyhow::Context;
@@ -8,15 +8,15 @@ use super::{Boxed, Caller, CallerGroup, Job};
 use crate::zookeeper;
 
 const ENTRY: CreateOptions<'static> = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
-/// ZooKeeper removes these itself, some time after they became empty.
+/// ZooKeeper removes a container some time after it became empty.
 const QUEUE: CreateOptions<'static> = CreateMode::Container.with_acls(Acls::anyone_all());
 
-/// A node in the queue.
+/// A node in the queue of a name.
 struct QueueEntry {
     node: String,
-    /// When the node was created, in the order of all changes to all nodes. The queue has the same
-    /// order, so this grows from holder to holder. It continues to grow when the queue was removed
-    /// and created again.
+    /// The transaction id of the node's creation. Ids grow with each change on the server, and the
+    /// queue has the order of creation. So this grows from holder to holder, also after the queue
+    /// was removed and created again.
     zxid: i64,
 }
 
@@ -26,8 +26,8 @@ struct RecipeLock {
     /// The prefix of this caller's nodes.
     prefix: String,
     held: Option<QueueEntry>,
-    /// Whether there may be a node, including one whose creation was not confirmed because the
-    /// connection broke.
+    /// Whether a node of this caller may exist. This includes a node whose creation was not
+    /// confirmed because the connection broke.
     may_have_node: bool,
 }
 
@@ -75,7 +75,7 @@ impl RecipeLock {
         let own_number = number(&entry.node);
         loop {
             let nodes = self.client.list_children(&self.queue).await?;
-            anyhow::ensure!(nodes.contains(&entry.node), "the entry in the queue was lost");
+            anyhow::ensure!(nodes.contains(&entry.node), "the queue entry was lost");
             let before =
                 nodes.iter().filter(|node| number(node) < own_number).max_by_key(|node| number(node));
             let Some(before) = before else { return Ok(()) };
@@ -90,13 +90,14 @@ impl RecipeLock {
     }
 }
 
-/// The server's number at the end of a node's name.
+/// The sequence number that the server appended to the name of a node.
 fn number(node: &str) -> Option<u64> {
     node.rsplit('-').next()?.parse().ok()
 }
 
 impl Caller for RecipeLock {
-    /// When this is dropped, the node stays until the session ends, which comes next.
+    /// If the future is dropped, the node stays until the session ends. Callers are only dropped at
+    /// the end of the measurement, immediately before the session ends.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             let entry = self.enqueue().await?;
@@ -114,7 +115,7 @@ impl Caller for RecipeLock {
             loop {
                 match self.client.delete(&path, None).await {
                     Err(Error::ConnectionLoss) => {}
-                    // An earlier, unconfirmed attempt may have deleted it.
+                    // `NoNode`: an earlier attempt deleted it without a confirmation.
                     Ok(()) | Err(Error::NoNode) => break,
                     Err(error) => return Err(error.into()),
                 }
@@ -140,7 +141,7 @@ pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     let callers = job.names.iter().enumerate().map(caller).collect();
     let end = Box::pin(async move {
         let mut states = client.state_watcher();
-        // The last client closes the session, and the server removes its nodes.
+        // The session ends with its last client, and the server removes its nodes.
         drop(client);
         while !states.changed().await.is_terminated() {}
     });

@@ -1,4 +1,4 @@
-//! F: the same names again and again, to see whether anything grows.
+//! F: acquires and releases the same names repeatedly, to see whether anything grows.
 
 use std::time::Duration;
 
@@ -6,23 +6,24 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{CostMeasurement, LONG, end, locks};
+use super::{CostMeasurement, LONG_TTL, end, locks};
 use crate::clock::{after, nanoseconds, now};
 use crate::statistics::{DatabaseStatistics, StatisticsReader, TableSize};
 use crate::summary::{Distribution, distribution, to_f64};
 
-const MANY: u32 = 10_000;
+const MANY_NAMES: u32 = 10_000;
 const PARTS: u64 = 6;
-/// For statistics, which appear shortly after the connections that caused them have ended.
+/// The statistics of a connection are visible shortly after it has ended.
 const SETTLED: Duration = Duration::from_millis(1500);
 
-/// A period of acquiring and releasing, one after the other.
+/// The result of acquiring and releasing for a while, one pair after the other.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Churn {
     pub(crate) names: u32,
     pub(crate) pairs: u64,
-    /// Acquire and release, of the first and of the last sixth.
+    /// The time of a pair of acquire and release in the first sixth.
     pub(crate) first: Distribution,
+    /// The same in the last sixth.
     pub(crate) last: Distribution,
     pub(crate) before: TableSize,
     pub(crate) after: TableSize,
@@ -31,7 +32,7 @@ pub(crate) struct Churn {
 pub(super) async fn measure<DB: DatabaseStatistics>(
     measurement: &CostMeasurement,
 ) -> anyhow::Result<Vec<Churn>> {
-    Ok(vec![on_names::<DB>(measurement, 1).await?, on_names::<DB>(measurement, MANY).await?])
+    Ok(vec![on_names::<DB>(measurement, 1).await?, on_names::<DB>(measurement, MANY_NAMES).await?])
 }
 
 async fn on_names<DB: DatabaseStatistics>(
@@ -54,7 +55,7 @@ async fn on_names<DB: DatabaseStatistics>(
         if requested >= after(begin, duration) {
             break;
         }
-        locks.insert_lock(name).ttl(LONG).acquire().await?.release().await?;
+        locks.insert_lock(name).ttl(LONG_TTL).acquire().await?.release().await?;
         let took = now() - requested;
         pairs += 1;
         match (requested - begin) / part {
@@ -70,7 +71,7 @@ async fn on_names<DB: DatabaseStatistics>(
     Ok(Churn { names: count, pairs, first, last, before, after })
 }
 
-/// With many tasks at once: the first use of a name is not part of the measurement.
+/// Creates the rows with many tasks at once. The first use of a name is not measured.
 async fn make_rows<DB: DatabaseStatistics>(
     measurement: &CostMeasurement,
     names: &[String],
@@ -95,12 +96,12 @@ async fn make_rows<DB: DatabaseStatistics>(
 }
 
 impl Churn {
-    /// How much slower the last sixth was; 1 means no slower.
+    /// The median of the last sixth divided by the median of the first sixth.
     pub(crate) fn growth(&self) -> f64 {
         if self.first.p50 > 0.0 { self.last.p50 / self.first.p50 } else { 0.0 }
     }
 
-    /// The share of the updates that did not change the indexes, in percent.
+    /// The share of updates that did not change the indexes, in percent.
     pub(crate) fn hot_percent(&self) -> Option<f64> {
         let updates = self.after.updates? - self.before.updates?;
         let hot = self.after.hot_updates? - self.before.hot_updates?;

@@ -1,4 +1,4 @@
-//! E: many leases that one process only holds.
+//! E: the cost of holding many leases in one process.
 
 use std::time::Duration;
 
@@ -16,32 +16,32 @@ use crate::database::Database;
 use crate::statistics::{DatabaseStatistics, StatisticsReader};
 use crate::summary::to_f64;
 
-/// lock-db's default.
+/// The default of lock-db.
 const TTL: Duration = Duration::from_secs(30);
 const TASKS: u32 = 256;
 
-/// What it costs to hold them.
+/// The cost of holding leases.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct HeldLeases {
     pub(crate) leases: u32,
     pub(crate) ttl_seconds: f64,
     pub(crate) acquired_in_seconds: f64,
     pub(crate) seconds: f64,
-    /// Of one core, by the process that holds them.
+    /// Processor time of the process that holds the leases, in percent of one core.
     pub(crate) processor_percent: f64,
     pub(crate) bytes_per_lease: f64,
-    /// While they were held, if there is a network.
+    /// Round trips while the leases were held. `None`: there is no network.
     pub(crate) round_trips: Option<u64>,
     pub(crate) commits: u64,
     pub(crate) log_bytes: u64,
-    /// All connections that were opened, including the pool's.
+    /// All connections that were opened, including those of the pool.
     pub(crate) connections: Option<u64>,
-    /// Must be 0.
+    /// The number of leases that ended too early. Must be 0.
     pub(crate) lost: usize,
 }
 
 impl HeldLeases {
-    /// Each lease is renewed once in every third of its TTL.
+    /// The number of ticks. Each lease is renewed once per tick, which is a third of the TTL.
     pub(crate) fn ticks(&self) -> f64 {
         self.seconds / (self.ttl_seconds / 3.0)
     }
@@ -52,7 +52,7 @@ pub(super) async fn measure<DB: DatabaseStatistics>(measurement: &CostMeasuremen
     let mut statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
     let options = DB::for_measuring(DB::options(&measurement.url)?, measurement.port);
     let (locks, pool) = locks::<DB>(options).await?;
-    // So that the memory of connections, statements and tasks is not counted for the leases.
+    // Connections, statements and tasks use memory that must not be counted for the leases.
     drop(acquire(&locks, &format!("{}:before", measurement.prefix), TASKS * 4).await?);
     sleep(Duration::from_secs(1)).await;
     let memory_before = resident_bytes()?;
@@ -83,7 +83,7 @@ pub(super) async fn measure<DB: DatabaseStatistics>(measurement: &CostMeasuremen
     end(locks, pool).await
 }
 
-/// Acquires with many tasks at once.
+/// Acquires the leases with many tasks at once.
 async fn acquire<DB: Database>(
     locks: &Locks<DB>,
     prefix: &str,
@@ -116,5 +116,5 @@ fn resident_bytes() -> anyhow::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    Ok(kibibytes.context("the system does not tell the memory of a process")?.parse::<u64>()? * 1024)
+    Ok(kibibytes.context("the system does not report the memory of a process")?.parse::<u64>()? * 1024)
 }

@@ -1,5 +1,5 @@
-//! Studies: measurements that take longer than a scenario, or count instead of time. They run lock-db
-//! alone, in a process of its own.
+//! The cost report: scenarios E, F and G. They measure lock-db only, in a process of its own. They
+//! take longer than the other scenarios, or count instead of measuring time.
 
 mod churn;
 mod holding;
@@ -25,14 +25,14 @@ use crate::runner::Process;
 use crate::scenario::Kind;
 use crate::statistics::DatabaseStatistics;
 
-/// For what a process does before and after the measurement itself.
-const SPARE: Duration = Duration::from_mins(5);
-/// The size of a pool by sqlx's default.
+/// Time for the work of a process before and after the measurement itself.
+const MARGIN: Duration = Duration::from_mins(5);
+/// The maximum size of a pool, as in sqlx's defaults.
 const CONNECTIONS: u32 = 10;
-/// Longer than any measurement, so nothing is renewed in between.
-const LONG: Duration = Duration::from_hours(1);
+/// A TTL for leases that are not renewed during the measurement.
+const LONG_TTL: Duration = Duration::from_hours(1);
 
-/// The sizes of the studies.
+/// The sizes of the measurements.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Sizes {
     pub(crate) leases: u32,
@@ -41,20 +41,20 @@ pub(crate) struct Sizes {
     pub(crate) repeats: u32,
 }
 
-/// A measurement for one process.
+/// A measurement in one process.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct CostMeasurement {
     kind: Kind,
     system: System,
     url: String,
-    /// Of the proxy that counts.
+    /// The port of the proxy that counts, if there is one.
     port: Option<u16>,
-    /// Of all names.
+    /// The prefix of all lock names.
     prefix: String,
     sizes: Sizes,
 }
 
-/// The results, one for each database.
+/// The results of each database.
 #[derive(Default, Serialize)]
 pub(crate) struct CostReport {
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -73,7 +73,7 @@ impl CostReport {
         self.failures.is_empty() && self.leases.iter().all(|(_, held)| held.lost == 0)
     }
 
-    /// Runs a measurement on one database.
+    /// Runs a measurement on one database and adds its result.
     pub(crate) async fn add(&mut self, kind: Kind, system: System, url: &str, sizes: Sizes) {
         let prefix = format!("lock-bench:{}:{kind:?}", std::process::id());
         let measurement = CostMeasurement { kind, system, url: url.to_owned(), port: None, prefix, sizes };
@@ -89,9 +89,9 @@ impl CostReport {
                 let proxy = measurement.proxy().await?;
                 measurement.port = proxy.as_ref().map(|proxy| proxy.port);
                 let mut process = Process::start(&Task::Cost(measurement)).await?;
-                let _holding: String = process.receive(SPARE).await?;
+                let _holding: String = process.receive(MARGIN).await?;
                 let before = proxy.as_ref().map(Proxy::round_trips);
-                let mut held: HeldLeases = process.receive(sizes.hold + SPARE).await?;
+                let mut held: HeldLeases = process.receive(sizes.hold + MARGIN).await?;
                 let after = proxy.as_ref().map(Proxy::round_trips);
                 held.round_trips = after.zip(before).map(|(after, before)| after - before);
                 held.connections = proxy.as_ref().map(Proxy::connections);
@@ -103,7 +103,7 @@ impl CostReport {
                 self.churn.extend(churn.into_iter().map(|churn| (system, churn)));
             }
             _ => {
-                let costs: Vec<OperationCost> = measure(measurement, SPARE).await?;
+                let costs: Vec<OperationCost> = measure(measurement, MARGIN).await?;
                 self.costs.extend(costs.into_iter().map(|cost| (system, cost)));
             }
         }
@@ -111,12 +111,13 @@ impl CostReport {
     }
 }
 
+/// Runs a measurement that is expected to take the time `takes`.
 async fn measure<T: serde::de::DeserializeOwned>(
     measurement: CostMeasurement,
     takes: Duration,
 ) -> anyhow::Result<T> {
     let mut process = Process::start(&Task::Cost(measurement)).await?;
-    let found = process.receive(takes + SPARE).await?;
+    let found = process.receive(takes + MARGIN).await?;
     process.end().await?;
     Ok(found)
 }
@@ -150,7 +151,7 @@ impl CostMeasurement {
     }
 }
 
-/// A proxy in front of a server.
+/// Starts a proxy in front of the server. `None`: there is no network.
 async fn proxy<DB: DatabaseStatistics>(url: &str) -> anyhow::Result<Option<Proxy>> {
     match DB::address(&DB::options(url)?) {
         Some((host, port)) => Ok(Some(Proxy::start(host, port).await?)),
@@ -158,8 +159,8 @@ async fn proxy<DB: DatabaseStatistics>(url: &str) -> anyhow::Result<Option<Proxy
     }
 }
 
-/// The pool of a service, but without the ping of sqlx's pools before each use, which is no cost of
-/// a lock. The ping after each use can't be switched off.
+/// A `Locks` and a pool as in a service. But the pool does not ping before each use, because that
+/// is no cost of a lock. The ping after each use can't be disabled.
 async fn locks<DB: Database>(options: Options<DB>) -> anyhow::Result<(Locks<DB>, sqlx::Pool<DB>)> {
     let pool = pool_options(CONNECTIONS).test_before_acquire(false).connect_with(options).await?;
     let locks = Locks::new(pool.clone());
@@ -169,5 +170,5 @@ async fn locks<DB: Database>(options: Options<DB>) -> anyhow::Result<(Locks<DB>,
 
 async fn end<DB: Database>(locks: Locks<DB>, pool: sqlx::Pool<DB>) -> anyhow::Result<()> {
     locks.close().await;
-    timeout(Duration::from_secs(10), pool.close()).await.context("a pool that does not close")
+    timeout(Duration::from_secs(10), pool.close()).await.context("a pool does not close")
 }

@@ -1,4 +1,4 @@
-//! G: what each operation costs the database, counted and not timed.
+//! G: the cost of each operation in the database. It is counted, not timed.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use sqlx::Pool;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{CostMeasurement, LONG, end, locks, proxy};
+use super::{CostMeasurement, LONG_TTL, end, locks, proxy};
 use crate::proxy::Proxy;
 use crate::statistics::{DatabaseStatistics, StatisticsReader, Written};
 use crate::summary::to_f64;
 
 const CALLERS: u32 = 64;
 const RENEWED: u32 = 500;
-/// Renewed every second.
+/// A lease with this TTL is renewed every second.
 const SHORT_TTL: Duration = Duration::from_secs(3);
 const RENEWAL_TICKS: u32 = 10;
 
@@ -24,13 +24,13 @@ const RENEWAL_TICKS: u32 = 10;
 pub(crate) struct OperationCost {
     pub(crate) operation: String,
     pub(crate) times: u32,
-    /// If there is a network.
+    /// `None`: there is no network.
     pub(crate) round_trips: Option<f64>,
     pub(crate) commits: f64,
     pub(crate) log_bytes: f64,
 }
 
-/// One process, and what counts its work.
+/// The locks and pool of one process, and what counts their work.
 struct Counted<DB: DatabaseStatistics> {
     statistics: StatisticsReader<DB>,
     proxy: Option<Proxy>,
@@ -49,11 +49,11 @@ pub(super) async fn measure<DB: DatabaseStatistics>(
     let (locks, pool) = locks::<DB>(options).await?;
     let prefix = measurement.prefix.clone();
     let mut counted = Counted { statistics, proxy, locks, pool, prefix, costs: Vec::new() };
-    // The first round opens connections and prepares statements.
+    // The first round only opens connections and prepares statements.
     let repeats = measurement.sizes.repeats;
     for times in [20, repeats] {
         counted.costs.clear();
-        counted.alone(times).await?;
+        counted.one_caller(times).await?;
         counted.in_transactions(times).await?;
     }
     counted.many_callers(repeats / 10).await?;
@@ -95,7 +95,7 @@ impl<DB: DatabaseStatistics> Counted<DB> {
     }
 
     /// One caller, free names.
-    async fn alone(&mut self, times: u32) -> anyhow::Result<()> {
+    async fn one_caller(&mut self, times: u32) -> anyhow::Result<()> {
         let (locks, names) = (self.locks.clone(), self.names("lease", times));
         let leases = self.measure("acquire, first use of the name", times, acquire(&locks, &names)).await?;
         release(leases).await?;
@@ -163,7 +163,7 @@ impl<DB: DatabaseStatistics> Counted<DB> {
         self.measure("the same with insert_lock.acquire_in", times, with_lease).await
     }
 
-    /// What queues and batches save.
+    /// Many callers at once, which share statements and hand leases to each other.
     async fn many_callers(&mut self, rounds: u32) -> anyhow::Result<()> {
         let rounds = rounds.max(1);
         let one = vec![format!("{}:one", self.prefix); CALLERS as usize];
@@ -176,7 +176,7 @@ impl<DB: DatabaseStatistics> Counted<DB> {
                     let locks = locks.clone();
                     tasks.spawn(async move {
                         for _ in 0..rounds {
-                            locks.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
+                            locks.insert_lock(&name).ttl(LONG_TTL).acquire().await?.release().await?;
                         }
                         Ok::<_, lock_db::Error>(())
                     });
@@ -203,7 +203,7 @@ impl<DB: DatabaseStatistics> Counted<DB> {
         while let Some(ended) = tasks.join_next().await {
             leases.push(ended??);
         }
-        // Until they are renewed together.
+        // Until the leases are renewed together.
         sleep(SHORT_TTL).await;
         let operation = format!("renewal of {RENEWED} leases");
         let work = async {
@@ -214,16 +214,16 @@ impl<DB: DatabaseStatistics> Counted<DB> {
         release(leases).await
     }
 
-    /// From a waiter's first attempt to its grant, the holder's release included.
+    /// From the first attempt of a waiter to its grant, including the release of the holder.
     async fn between_processes(&mut self, wait: Duration, times: u32) -> anyhow::Result<()> {
-        // For the database this is another process.
+        // Another `Locks`. For the database this is another process.
         let (others, pool) = {
             let port = self.proxy.as_ref().map(|proxy| proxy.port);
             let options = (*self.pool.connect_options()).clone();
             locks::<DB>(DB::for_measuring(options, port)).await?
         };
         let name = format!("{}:between", self.prefix);
-        others.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
+        others.insert_lock(&name).ttl(LONG_TTL).acquire().await?.release().await?;
         let mut sum = OperationCost {
             operation: format!("another process waits {} s, release, grant", wait.as_secs_f64()),
             times,
@@ -233,8 +233,8 @@ impl<DB: DatabaseStatistics> Counted<DB> {
         };
         // The first round only prepares the statements.
         for number in 0..=times {
-            let lease = self.locks.insert_lock(&name).ttl(LONG).acquire().await?;
-            let waiting = others.insert_lock(&name).ttl(LONG).acquire();
+            let lease = self.locks.insert_lock(&name).ttl(LONG_TTL).acquire().await?;
+            let waiting = others.insert_lock(&name).ttl(LONG_TTL).acquire();
             let granted = self
                 .measure("", times, async {
                     let (granted, released) = tokio::join!(waiting, async {
@@ -263,7 +263,7 @@ async fn acquire<DB: DatabaseStatistics>(
 ) -> anyhow::Result<Vec<Lease<DB>>> {
     let mut leases = Vec::with_capacity(names.len());
     for name in names {
-        leases.push(locks.insert_lock(name).ttl(LONG).acquire().await?);
+        leases.push(locks.insert_lock(name).ttl(LONG_TTL).acquire().await?);
     }
     Ok(leases)
 }

@@ -1,4 +1,4 @@
-//! The results, for people.
+//! The cost report as text.
 
 use std::fmt::Write;
 
@@ -12,7 +12,7 @@ use crate::statistics::TableSize;
 use crate::summary::to_f64;
 
 impl CostReport {
-    /// Adds a table for each kind. Each line begins with the name of the database.
+    /// Appends a table for each scenario. Each row begins with the name of the database.
     pub(crate) fn write<'a>(&self, text: &mut String, name: impl Fn(System) -> &'a str) {
         let mut write = |title: &str, head: &[&str], rows: Vec<(System, Vec<String>)>| {
             if !rows.is_empty() {
@@ -20,23 +20,23 @@ impl CostReport {
             }
         };
         write(
-            "E: leases that one process only holds",
+            "E: the cost of holding leases in one process",
             &[
                 "leases",
                 "acquired in",
                 "held for",
-                "round trips a tick",
-                "commits a tick",
+                "round trips/tick",
+                "commits/tick",
                 "log bytes/s",
                 "processor",
-                "memory a lease",
+                "memory/lease",
                 "connections",
                 "lost",
             ],
             self.leases.iter().map(|(system, held)| (*system, row_of_leases(held))).collect(),
         );
         write(
-            "F: acquire and release again and again",
+            "F: acquire and release the same names repeatedly",
             &[
                 "names",
                 "pairs",
@@ -56,7 +56,7 @@ impl CostReport {
             self.churn.iter().map(|(system, churn)| (*system, row_of_churn(churn))).collect(),
         );
         write(
-            "G: what each operation costs",
+            "G: the cost of each operation",
             &["operation", "times", "round trips", "commits", "log bytes"],
             self.costs.iter().map(|(system, cost)| (*system, row_of_costs(cost))).collect(),
         );
