@@ -55,8 +55,8 @@ impl Log {
         }
     }
 
-    /// Counts an error. The name of the lock is removed from its text, because names differ from
-    /// run to run, and the same error would be counted as many.
+    /// Counts an error. The text is stored without the name of the lock. Otherwise the same error
+    /// with different names would be counted as different errors.
     pub(crate) fn add_error(&mut self, error: &anyhow::Error, name: &str) {
         let error = format!("{error:#}").replace(name, "…");
         let error = error.chars().take(200).collect();

@@ -20,8 +20,7 @@ use crate::summary::{Summary, Window};
 const START_LIMIT: Duration = Duration::from_mins(1);
 /// Time for callers and pools to end, and to transfer many records.
 const END_LIMIT: Duration = Duration::from_secs(90);
-/// The time between an instruction and the first acquisition. All processes have received the
-/// instruction by then.
+/// Time for all processes to receive the instruction. It is added to the warm-up.
 const NOTICE: Duration = Duration::from_millis(50);
 
 /// How long a scenario runs.
@@ -31,7 +30,7 @@ pub(crate) struct Times {
     pub(crate) measured: Duration,
 }
 
-/// `job` is the job of the first process. The others differ only in their process number.
+/// Runs one scenario. `job` is the job of the first process. The others differ only in their process number.
 pub(crate) async fn run_scenario(scenario: Scenario, job: &Job, times: Times) -> anyhow::Result<Summary> {
     let mut processes = Vec::new();
     for process in 0..scenario.processes {

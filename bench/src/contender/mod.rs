@@ -110,7 +110,7 @@ impl Contender {
     }
 }
 
-/// A boxed future, so that callers of different types have one trait object.
+/// A boxed future, which makes [`Caller`] usable as a trait object.
 pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A caller that acquires and releases a lock.

@@ -52,7 +52,8 @@ pub(super) async fn measure<DB: DatabaseStatistics>(measurement: &CostMeasuremen
     let mut statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
     let options = DB::for_measuring(DB::options(&measurement.url)?, measurement.port);
     let (locks, pool) = locks::<DB>(options).await?;
-    // Connections, statements and tasks use memory that must not be counted for the leases.
+    // A first round allocates the memory of connections, statements and tasks. It is not counted
+    // for the leases.
     drop(acquire(&locks, &format!("{}:before", measurement.prefix), TASKS * 4).await?);
     sleep(Duration::from_secs(1)).await;
     let memory_before = resident_bytes()?;
