@@ -51,8 +51,9 @@ async fn increment<DB: Backend>(connection: &mut DB::Connection) {
 /// It has the permits of this process for all of its names while it waits for one of them.
 async fn requests_behind_one_for_several_end_in_time<T: TestServer>(database: &T) {
     let (locks, others) = (database.locks().await, database.locks().await);
-    for (held, free) in [("b", "a"), ("a", "b")] {
-        for holder in [&locks, &others] {
+    // In front of a holder of this process it has the permits of the earlier names alone.
+    for (held, free, holders) in [("b", "a", [&locks, &others]), ("a", "b", [&others, &others])] {
+        for holder in holders {
             let guard = holder.row_lock(held).wait(PATIENCE).acquire().await.unwrap();
             let several = tokio::spawn(locks.row_locks(["a", "b"]).wait(PATIENCE).acquire());
             let asked = Instant::now();
