@@ -1,5 +1,5 @@
-//! The process that is measured: this program in another role. It reads its orders from its input
-//! and ends with it.
+//! The measured process: a child process of the same program. It reads instructions from its
+//! standard input, and ends when the input ends.
 
 use std::io::Write;
 
@@ -9,60 +9,61 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
 
 use crate::clock::{Moment, now};
 use crate::contender::{self, Job};
-use crate::drive::drive;
+use crate::cost_report::CostMeasurement;
 use crate::record::{Log, Record};
-use crate::study::Study;
 use crate::summary::Window;
+use crate::workload;
 
 /// The first line from the parent process.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Task {
-    /// A part in a scene.
-    Play(Job),
-    Study(Study),
+    /// Runs the callers of a scenario.
+    Workload(Job),
+    /// Runs a measurement of the cost report.
+    Cost(CostMeasurement),
 }
 
-/// The lines that follow to a process that plays.
+/// The following lines, for a process that runs a workload.
 #[derive(Serialize, Deserialize)]
-pub(crate) enum Order {
-    /// To all callers. Answered with the log.
-    Drive { begin: Moment, end: Moment },
-    /// To the first caller. Answered when it has the lock.
+pub(crate) enum Instruction {
+    /// All callers acquire and release. The answer is the log.
+    Run { begin: Moment, end: Moment },
+    /// The first caller acquires. The answer follows when it has the lock.
     Acquire,
-    /// To the first caller. Answered with the log of this one acquisition.
+    /// The first caller releases. The answer is the log of this acquisition.
     Release,
 }
 
 pub(crate) async fn main() -> anyhow::Result<()> {
     let mut input = BufReader::new(tokio::io::stdin()).lines();
-    let line = input.next_line().await?.context("there is no job")?;
+    let line = input.next_line().await?.context("there is no task")?;
     let job = match serde_json::from_str(&line)? {
-        Task::Play(job) => job,
-        Task::Study(study) => return study.carry_out().await,
+        Task::Workload(job) => job,
+        Task::Cost(measurement) => return measurement.run().await,
     };
-    let team = contender::team(&job).await?;
-    answer(&"ready")?;
-    match order(&mut input).await? {
-        Some(Order::Drive { begin, end }) => {
-            let log = drive(team, &job, Window { begin, end }).await;
-            answer(&log)
+    let group = contender::connect(&job).await?;
+    reply(&"ready")?;
+    match next_instruction(&mut input).await? {
+        Some(Instruction::Run { begin, end }) => {
+            let log = workload::run(group, &job, Window { begin, end }).await;
+            reply(&log)
         }
-        Some(Order::Acquire) => one_by_one(team, &job, &mut input).await,
-        Some(Order::Release) | None => Ok(()),
+        Some(Instruction::Acquire) => run_handovers(group, &job, &mut input).await,
+        Some(Instruction::Release) | None => Ok(()),
     }
 }
 
-/// An acquisition has already been ordered.
-async fn one_by_one(
-    team: contender::Team,
+/// The workload of scenario D. The first `Acquire` has already been read.
+async fn run_handovers(
+    group: contender::CallerGroup,
     job: &Job,
     input: &mut Lines<BufReader<Stdin>>,
 ) -> anyhow::Result<()> {
-    let mut callers = team.callers;
+    let mut callers = group.callers;
     let caller = callers.first_mut().context("there is no caller")?;
     loop {
         let mut log = Log::default();
-        let asked = now();
+        let requested = now();
         let fencing_token = loop {
             match caller.acquire().await {
                 Ok(token) => break token,
@@ -70,31 +71,39 @@ async fn one_by_one(
             }
         };
         let granted = now();
-        answer(&"granted")?;
-        let Some(Order::Release) = order(input).await? else { break };
+        reply(&"granted")?;
+        let Some(Instruction::Release) = next_instruction(input).await? else { break };
         let releasing = now();
         if let Err(error) = caller.release().await {
             log.add_error(&error, &job.names[0]);
         }
         let (process, released) = (job.process, now());
-        log.records.push(Record { process, caller: 0, asked, granted, releasing, released, fencing_token });
-        answer(&log)?;
-        let Some(Order::Acquire) = order(input).await? else { break };
+        log.records.push(Record {
+            process,
+            caller: 0,
+            requested,
+            granted,
+            releasing,
+            released,
+            fencing_token,
+        });
+        reply(&log)?;
+        let Some(Instruction::Acquire) = next_instruction(input).await? else { break };
     }
-    // As at the end of `drive`: a session may end with its last caller.
+    // The callers first: a session may end with its last caller.
     drop(callers);
-    team.end.await;
+    group.end.await;
     Ok(())
 }
 
-async fn order(input: &mut Lines<BufReader<Stdin>>) -> anyhow::Result<Option<Order>> {
+async fn next_instruction(input: &mut Lines<BufReader<Stdin>>) -> anyhow::Result<Option<Instruction>> {
     let line = input.next_line().await?;
-    Ok(line.map(|line| serde_json::from_str::<Order>(&line)).transpose()?)
+    Ok(line.map(|line| serde_json::from_str::<Instruction>(&line)).transpose()?)
 }
 
-pub(crate) fn answer(answer: &impl Serialize) -> anyhow::Result<()> {
+pub(crate) fn reply(message: &impl Serialize) -> anyhow::Result<()> {
     let mut output = std::io::stdout().lock();
-    serde_json::to_writer(&mut output, answer)?;
+    serde_json::to_writer(&mut output, message)?;
     writeln!(output)?;
     Ok(output.flush()?)
 }

@@ -1,5 +1,5 @@
-//! The SQL of the peers. The databases differ in their placeholders and in how a row is created at
-//! most once.
+//! The SQL of the other ways to lock. The databases differ in their placeholders, their types, and
+//! in how they insert a row unless it exists.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -11,58 +11,60 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Connection, MySql, Pool, Postgres, Sqlite};
 
-/// The largest number of callers of the floor.
+/// One row per caller, for the maximum number of callers of the floor.
 const FLOOR_ROWS: i64 = 64;
 
 pub(crate) type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
 
-/// A database with the tables of the peers. Each statement commits by itself.
+/// A database with the tables of the contenders that are not lock-db. Each statement is a
+/// transaction of its own.
 pub(crate) trait Database: LockDatabase {
     fn options(url: &str) -> sqlx::Result<Options<Self>>;
 
-    /// Creates the tables anew.
+    /// Removes the tables and creates them again.
     fn create_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Removes the tables, and the names of this benchmark from `distributed_lock`.
+    /// Removes the tables, and the rows of this benchmark in `distributed_lock`.
     fn remove_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// For the floor: writes one row.
+    /// For the floor: updates one row.
     fn touch(connection: &mut Self::Connection, row: i64) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// For the naive lock: returns whether there was no such row.
+    /// For the naive lock: inserts the row. Returns whether it did not exist before.
     fn insert(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// For the naive lock: returns whether there was such a row.
+    /// For the naive lock: deletes the row. Returns whether it existed.
     fn delete(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// For the row with an expiry: creates it, expired, unless it exists.
-    fn make_row(
+    /// For the row with an expiry: creates an expired row unless one exists.
+    fn create_row(
         connection: &mut Self::Connection,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// For the row with an expiry: returns whether it was free.
-    fn take_row(
+    /// For the row with an expiry: acquires the row if it has expired. Returns whether it had.
+    fn acquire_row(
         connection: &mut Self::Connection,
         owner: &str,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 
-    /// For the row with an expiry: returns whether it was the owner's.
-    fn give_row(
+    /// For the row with an expiry: releases the row. Returns whether it belonged to `owner`.
+    fn release_row(
         connection: &mut Self::Connection,
         owner: &str,
         name: &str,
     ) -> impl Future<Output = sqlx::Result<bool>> + Send;
 }
 
-/// A pool with sqlx's defaults, except for its size and a timeout that is longer than any scene.
+/// A pool with sqlx's defaults, except for its size and its timeout. The timeout is longer than any
+/// scenario.
 pub(crate) async fn pool<DB: Database>(url: &str, connections: u32) -> sqlx::Result<Pool<DB>> {
     pool_options(connections).connect_with(DB::options(url)?).await
 }
@@ -73,8 +75,8 @@ pub(crate) fn pool_options<DB: Database>(connections: u32) -> PoolOptions<DB> {
 
 const NAMES: &str = "DELETE FROM distributed_lock WHERE lock_name LIKE 'lock-bench:%'";
 
-/// In the text the first placeholder may come after the second one. Where placeholders have no
-/// number, their order in the text counts.
+/// Implements [`Database`] from the parts in which the databases differ. The statements use the
+/// first placeholder before the second one, because the placeholders of MySQL have no number.
 macro_rules! database {
     (
         $database:ty, $options:path, $first:literal, $second:literal,
@@ -149,8 +151,8 @@ macro_rules! database {
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn make_row(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
-                const MAKE: &str = concat!(
+            async fn create_row(connection: &mut Self::Connection, name: &str) -> sqlx::Result<bool> {
+                const CREATE: &str = concat!(
                     $insert,
                     " INTO lock_bench_poll VALUES (",
                     $first,
@@ -159,16 +161,16 @@ macro_rules! database {
                     ")",
                     $conflict
                 );
-                let done = sqlx::query(MAKE).bind(name).execute(connection).await?;
+                let done = sqlx::query(CREATE).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn take_row(
+            async fn acquire_row(
                 connection: &mut Self::Connection,
                 owner: &str,
                 name: &str,
             ) -> sqlx::Result<bool> {
-                const TAKE: &str = concat!(
+                const ACQUIRE: &str = concat!(
                     "UPDATE lock_bench_poll SET owner = ",
                     $first,
                     ", expires_at = ",
@@ -178,16 +180,16 @@ macro_rules! database {
                     " AND expires_at <= ",
                     $now
                 );
-                let done = sqlx::query(TAKE).bind(owner).bind(name).execute(connection).await?;
+                let done = sqlx::query(ACQUIRE).bind(owner).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
 
-            async fn give_row(
+            async fn release_row(
                 connection: &mut Self::Connection,
                 owner: &str,
                 name: &str,
             ) -> sqlx::Result<bool> {
-                const GIVE: &str = concat!(
+                const RELEASE: &str = concat!(
                     "UPDATE lock_bench_poll SET expires_at = ",
                     $past,
                     " WHERE owner = ",
@@ -195,7 +197,7 @@ macro_rules! database {
                     " AND lock_name = ",
                     $second
                 );
-                let done = sqlx::query(GIVE).bind(owner).bind(name).execute(connection).await?;
+                let done = sqlx::query(RELEASE).bind(owner).bind(name).execute(connection).await?;
                 Ok(done.rows_affected() == 1)
             }
         }
@@ -219,8 +221,8 @@ database!(
     now: "unixepoch('subsec')", later: "unixepoch('subsec') + 30", past: "0", suffix: ""
 );
 
-/// As durable as the servers. With NORMAL the last commits could be lost; FULL is sqlx's default in
-/// this mode.
+/// FULL makes SQLite as durable as the servers: with NORMAL the last commits could be lost. It is
+/// also the default of sqlx in WAL mode.
 fn sqlite_options(url: &str) -> sqlx::Result<SqliteConnectOptions> {
     Ok(SqliteConnectOptions::from_str(url)?
         .create_if_missing(true)

@@ -1,4 +1,4 @@
-//! The few calls of etcd that are needed, over gRPC. All calls of a process use one connection.
+//! A minimal etcd client over gRPC. All requests of a process use one connection.
 
 use prost::Message;
 use tonic::client::Grpc;
@@ -7,7 +7,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 
-/// A connection; clones share it.
+/// A client. Clones share one connection.
 #[derive(Clone)]
 pub(crate) struct Etcd {
     channel: Grpc<Channel>,
@@ -15,10 +15,10 @@ pub(crate) struct Etcd {
 
 /// The result of a granted lock.
 pub(crate) struct Ownership {
-    /// Exists as long as the lock is held.
+    /// The key that exists as long as the lock is held.
     pub(crate) key: Vec<u8>,
-    /// Of the whole store, when the ownership was seen. The previous holder's key was deleted by
-    /// then, and every change has its own revision. So the revision grows from holder to holder.
+    /// The revision of the store at the grant. The key of the previous holder was deleted before,
+    /// and each change has a revision of its own. So it grows from holder to holder.
     pub(crate) revision: i64,
 }
 
@@ -43,7 +43,7 @@ impl Etcd {
     /// Also deletes the keys of the lease.
     pub(crate) async fn revoke_lease(&self, lease: i64) -> anyhow::Result<()> {
         let request = LeaseRequest { lease };
-        let _revoked: Nothing = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
+        let _revoked: Empty = self.call("/etcdserverpb.Lease/LeaseRevoke", request).await?;
         Ok(())
     }
 
@@ -53,13 +53,13 @@ impl Etcd {
         let path = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
         let mut channel = self.channel.clone();
         channel.ready().await?;
-        let codec = ProstCodec::<LeaseRequest, Nothing>::default();
+        let codec = ProstCodec::<LeaseRequest, Empty>::default();
         let mut answers = channel.streaming(requests, path, codec).await?.into_inner();
         while answers.message().await?.is_some() {}
         Ok(())
     }
 
-    /// Waits for the lock. One lease is one owner: a second lock with the same lease is granted
+    /// Waits for the lock. The owner is the lease: a second request with the same lease is granted
     /// immediately.
     pub(crate) async fn lock(&self, name: &[u8], lease: i64) -> anyhow::Result<Ownership> {
         let request = LockRequest { name: name.to_vec(), lease };
@@ -68,7 +68,7 @@ impl Etcd {
     }
 
     pub(crate) async fn unlock(&self, key: Vec<u8>) -> anyhow::Result<()> {
-        let _unlocked: Nothing = self.call("/v3lockpb.Lock/Unlock", UnlockRequest { key }).await?;
+        let _unlocked: Empty = self.call("/v3lockpb.Lock/Unlock", UnlockRequest { key }).await?;
         Ok(())
     }
 
@@ -81,18 +81,18 @@ impl Etcd {
         channel.ready().await?;
         let path = PathAndQuery::from_static(path);
         let answer = channel.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
-        // The full form of a status contains all headers.
+        // The display form of a status would include all headers.
         Ok(answer
             .map_err(|status: Status| anyhow::anyhow!("{}: {}", status.code(), status.message()))?
             .into_inner())
     }
 }
 
-// From `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not needed. Decoders
-// skip unknown fields.
+// The messages of `rpc.proto` and `v3lock.proto` of etcd, without the fields that are not used.
+// Decoders skip unknown fields.
 
 #[derive(Clone, PartialEq, Message)]
-struct Nothing {}
+struct Empty {}
 
 #[derive(Clone, PartialEq, Message)]
 struct Header {

@@ -1,4 +1,4 @@
-//! The machine, for readers of the figures.
+//! The machine, as shown with the figures.
 
 use serde::Serialize;
 
@@ -7,11 +7,10 @@ pub(crate) struct Machine {
     pub(crate) cores: usize,
     pub(crate) processor: String,
     pub(crate) kernel: String,
-    /// Of the last minute.
+    /// The load average of the last minute.
     pub(crate) load_before: f64,
     pub(crate) load_after: f64,
-    /// The share of time that the processors spent on other machines of the same host, or were
-    /// wanted for them ("steal").
+    /// The share of processor time that the host gave to other virtual machines ("steal").
     pub(crate) stolen: f64,
     #[serde(skip)]
     ticks_before: Ticks,
@@ -37,7 +36,7 @@ impl Machine {
         }
     }
 
-    pub(crate) fn look_again(&mut self) {
+    pub(crate) fn read_after(&mut self) {
         self.load_after = load();
         let now = ticks().unwrap_or_default();
         let all = now.all - self.ticks_before.all;

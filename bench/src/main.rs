@@ -1,23 +1,23 @@
-//! The benchmark of lock-db, side by side with its peers. `bench/README.md` describes the scenes;
+//! The benchmark: lock-db beside other ways to lock. `bench/README.md` describes the scenarios.
 //! `bench/run` starts the servers.
 
 mod child;
 mod clock;
 mod contender;
+mod cost_report;
 mod database;
-mod drive;
 mod etcd;
 mod machine;
-mod meter;
-mod play;
 mod plots;
 mod proxy;
 mod record;
 mod report;
-mod scene;
+mod runner;
+mod scenario;
 mod server;
-mod study;
+mod statistics;
 mod summary;
+mod workload;
 mod zookeeper;
 
 use std::path::PathBuf;
@@ -29,27 +29,27 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::contender::{Contender, Job, System};
+use crate::cost_report::{CostReport, Sizes};
 use crate::machine::Machine;
-use crate::play::{Times, play};
-use crate::report::{Entry, Report, UNEQUAL, are_unequal, middle};
-use crate::scene::{Kind, Scene};
+use crate::report::{Entry, Report, UNEQUAL, are_unequal, median_round};
+use crate::runner::{Times, run_scenario};
+use crate::scenario::{Kind, Scenario};
 use crate::server::{Facts, Server};
-use crate::study::{Findings, Sizes};
 
-/// How fast and how fair the locks of lock-db are, side by side with their peers.
+/// Measures how fast and how fair the locks of lock-db are, beside other ways to lock.
 ///
-/// Each database gets the table `distributed_lock`, which stays, and tables named `lock_bench_*`,
-/// which are removed at the end. Use a database without other load. The exit status is 1 when two
-/// holders overlapped, a fencing token did not grow, or a scene could not be played.
+/// Creates the table `distributed_lock` in each database, and tables named `lock_bench_*`. Removes
+/// the latter at the end. Use a database without other load. The exit status is 1 if two holders
+/// overlapped, a fencing token did not grow, or a scenario failed.
 #[derive(Parser)]
 #[command(version)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of the command line")]
 struct Arguments {
-    /// postgres://…, with a user who may create tables
+    /// postgres://…; the user needs the right to create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_POSTGRES_URL", hide_env_values = true)]
     postgres: Option<String>,
 
-    /// mysql://… (also MariaDB), with a user who may create tables
+    /// mysql://… (also MariaDB); the user needs the right to create tables
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_MYSQL_URL", hide_env_values = true)]
     mysql: Option<String>,
 
@@ -61,52 +61,52 @@ struct Arguments {
     #[arg(long, value_name = "ADDRESS", env = "LOCK_BENCH_ZOOKEEPER_ADDRESS")]
     zookeeper: Option<String>,
 
-    /// http://…, version 3.4 or later
+    /// http://…; version 3.4 or later
     #[arg(long, value_name = "URL", env = "LOCK_BENCH_ETCD_URL")]
     etcd: Option<String>,
 
-    /// SQLite, on a temporary file
+    /// Measure SQLite, on a temporary file
     #[arg(long)]
     sqlite: bool,
 
-    /// Where to create the SQLite file, preferably on a disk [default: the folder for temporary
+    /// The folder for the SQLite file, preferably on a disk [default: the folder for temporary
     /// files]
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
-    /// Which scenes to play [default: A to D]
+    /// The scenarios to run [default: A to D]
     #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
-    scenes: Vec<Kind>,
+    scenarios: Vec<Kind>,
 
-    /// Scene E: how many leases
+    /// Scenario E: the number of leases
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     leases: u32,
 
-    /// Scene E: how long they are held
+    /// Scenario E: how long the leases are held
     #[arg(long, default_value_t = 45.0, value_parser = seconds, value_name = "SECONDS")]
     hold_leases: f64,
 
-    /// Scene F: how long names are acquired and released, for each of the two runs
+    /// Scenario F: the length of each of the two runs
     #[arg(long, default_value_t = 60.0, value_parser = seconds, value_name = "SECONDS")]
     churn: f64,
 
-    /// Scene G: how often each operation is done
+    /// Scenario G: how often each operation runs
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(50..=100_000))]
     repeats: u32,
 
-    /// Of these scenes only some, as the tables name them: A64,B512 [default: all]
+    /// Only the scenarios with these labels, as in the tables: A64,B512 [default: all]
     #[arg(long, value_delimiter = ',', value_name = "LABELS")]
     labels: Vec<String>,
 
-    /// Only contenders whose title has one of these in it: insert,INCR [default: all]
+    /// Only contenders whose title contains one of these texts: insert,INCR [default: all]
     #[arg(long, value_delimiter = ',', value_name = "TEXTS")]
     contenders: Vec<String>,
 
-    /// Only lock-db, without the peers
+    /// Measure lock-db only
     #[arg(long)]
     without_peers: bool,
 
-    /// How long to measure each contender in each scene
+    /// How long to measure each contender in each scenario
     #[arg(long, default_value_t = 5.0, value_parser = seconds)]
     seconds: f64,
 
@@ -114,7 +114,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     warm_up: f64,
 
-    /// How often to play everything; the figures are those of the median round
+    /// How often to run each scenario; the table shows the median round
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
 
@@ -122,27 +122,27 @@ struct Arguments {
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     hold: u64,
 
-    /// The largest size of a process's pool; sqlx's default is 10
+    /// The maximum size of the pool of each process; 10 is sqlx's default
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: u32,
 
-    /// Play even if some systems have a commit on disk when they answer and others do not
+    /// Run even if some systems answer before a commit is on disk and others do not
     #[arg(long)]
     allow_unequal_durability: bool,
 
-    /// Where to write all figures
+    /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Where to write the table, besides to the output
+    /// Write the tables to this file, in addition to the standard output
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
-    /// Where to write the plots
+    /// Write the plots to this folder
     #[arg(long, value_name = "FOLDER")]
     plots: Option<PathBuf>,
 
-    /// For the processes that this one starts
+    /// Set for child processes
     #[arg(long, hide = true)]
     child: bool,
 }
@@ -158,7 +158,7 @@ async fn main() -> ExitCode {
     let exit = if arguments.child {
         child::main().await.map(|()| ExitCode::SUCCESS)
     } else {
-        start(&arguments).await
+        measure(&arguments).await
     };
     exit.unwrap_or_else(|error| {
         eprintln!("Error: {error:#}");
@@ -166,12 +166,12 @@ async fn main() -> ExitCode {
     })
 }
 
-async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+async fn measure(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let folder = match &arguments.sqlite_folder {
         Some(folder) => tempfile::tempdir_in(folder),
         None => tempfile::tempdir(),
     };
-    let folder = folder.context("making a temporary folder")?;
+    let folder = folder.context("creating a temporary folder")?;
     let mut servers = Vec::new();
     let mut add = |system, url: &Option<String>| {
         if let Some(url) = url.clone().filter(|url| !url.is_empty()) {
@@ -187,7 +187,7 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     add(System::Etcd, &arguments.etcd);
     if servers.is_empty() {
         bail!(
-            "nothing to measure: give --postgres, --mysql, --sqlite, --redis, --zookeeper or --etcd, or let bench/run start servers"
+            "nothing to measure: pass --postgres, --mysql, --sqlite, --redis, --zookeeper or --etcd, or use bench/run"
         );
     }
     let mut facts = Vec::new();
@@ -195,14 +195,14 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         facts.push(server.prepare().await?);
     }
     let report = tokio::select! {
-        report = run(arguments, &servers, facts) => report,
+        report = run_all(arguments, &servers, facts) => report,
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             Err(anyhow::anyhow!("interrupted"))
         }
     };
     for server in &servers {
-        if let Err(error) = server.tidy_up().await {
+        if let Err(error) = server.clean_up().await {
             eprintln!("Error: {error:#}");
         }
     }
@@ -210,49 +210,49 @@ async fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     publish(arguments, &report?)
 }
 
-async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> anyhow::Result<Report> {
+async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> anyhow::Result<Report> {
     if are_unequal(&facts) && !arguments.allow_unequal_durability {
         for Facts { name, durable, settings, .. } in &facts {
             eprintln!("{name}: durable: {durable} {settings:?}");
         }
         eprint!("{UNEQUAL}");
-        bail!("make the settings alike, or say --allow-unequal-durability");
+        bail!("make the settings equal, or pass --allow-unequal-durability");
     }
     let mut machine = Machine::before();
-    let parts = parts(arguments, servers);
+    let combinations = combinations(arguments, servers);
     let times = Times {
         warm_up: Duration::from_secs_f64(arguments.warm_up),
         measured: Duration::from_secs_f64(arguments.seconds),
     };
-    let bar = ProgressBar::new(parts.len() as u64 * u64::from(arguments.rounds));
+    let bar = ProgressBar::new(combinations.len() as u64 * u64::from(arguments.rounds));
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {eta:>5} left  {msg}")?);
-    // Rarely, because drawing takes time from what is measured.
+    // At a low rate, because drawing uses processor time.
     bar.enable_steady_tick(Duration::from_secs(1));
-    let mut summaries: Vec<Vec<_>> = parts.iter().map(|_part| Vec::new()).collect();
-    let mut failures: Vec<Option<String>> = vec![None; parts.len()];
+    let mut summaries: Vec<Vec<_>> = combinations.iter().map(|_combination| Vec::new()).collect();
+    let mut failures: Vec<Option<String>> = vec![None; combinations.len()];
     for round in 0..arguments.rounds {
-        for (number, (scene, server, contender)) in parts.iter().enumerate() {
-            bar.set_message(format!("{} {:?} {}", scene.label(), server.system, contender.title()));
-            let job = job(arguments, *scene, server, *contender, &format!("{round}-{number}"));
-            match play(*scene, &job, times).await {
+        for (number, (scenario, server, contender)) in combinations.iter().enumerate() {
+            bar.set_message(format!("{} {:?} {}", scenario.label(), server.system, contender.title()));
+            let job = job(arguments, *scenario, server, *contender, &format!("{round}-{number}"));
+            match run_scenario(*scenario, &job, times).await {
                 Ok(summary) => summaries[number].push(summary),
                 Err(error) => failures[number] = Some(format!("{error:#}")),
             }
             bar.inc(1);
         }
     }
-    let findings = look(arguments, servers, &bar).await;
+    let costs = measure_costs(arguments, servers, &bar).await;
     bar.finish_and_clear();
-    machine.look_again();
-    let results = parts.into_iter().zip(summaries).zip(failures);
-    let results = results.map(|(((scene, server, contender), summaries), failure)| {
-        let (rounds, summary) = middle(scene, summaries);
-        let (label, system) = (scene.label(), server.system);
-        Entry { scene, label, system, contender, rounds, summary, failure }
+    machine.read_after();
+    let results = combinations.into_iter().zip(summaries).zip(failures);
+    let results = results.map(|(((scenario, server, contender), summaries), failure)| {
+        let (rounds, summary) = median_round(scenario, summaries);
+        let (label, system) = (scenario.label(), server.system);
+        Entry { scenario, label, system, contender, rounds, summary, failure }
     });
     Ok(Report {
         results: results.collect(),
-        findings,
+        costs,
         machine,
         servers: facts,
         seconds: arguments.seconds,
@@ -262,64 +262,65 @@ async fn run(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -> an
     })
 }
 
-/// Runs the studies.
-async fn look(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> Findings {
+/// Runs the scenarios of the cost report that were requested.
+async fn measure_costs(arguments: &Arguments, servers: &[Server], bar: &ProgressBar) -> CostReport {
     let sizes = Sizes {
         leases: arguments.leases,
         hold: Duration::from_secs_f64(arguments.hold_leases),
         churn: Duration::from_secs_f64(arguments.churn),
         repeats: arguments.repeats,
     };
-    let mut findings = Findings::default();
-    for kind in arguments.scenes.iter().copied().filter(|kind| kind.is_study()) {
+    let mut cost_report = CostReport::default();
+    for kind in arguments.scenarios.iter().copied().filter(|kind| kind.is_cost_report()) {
         for server in servers.iter().filter(|server| server.system.is_database()) {
             bar.set_message(format!("{kind:?} {:?}", server.system));
-            findings.add(kind, server.system, &server.url, sizes).await;
+            cost_report.add(kind, server.system, &server.url, sizes).await;
         }
     }
-    findings
+    cost_report
 }
 
-/// Contenders of one scene follow each other, so that the machine is in the same state for them.
-fn parts<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scene, &'a Server, Contender)> {
-    let mut parts = Vec::new();
-    let is_named = |contender: &Contender| {
+/// All contenders of one scenario run one after the other, so that they find the machine in a
+/// similar state.
+fn combinations<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scenario, &'a Server, Contender)> {
+    let mut combinations = Vec::new();
+    let is_selected = |contender: &Contender| {
         let texts = &arguments.contenders;
         texts.is_empty() || texts.iter().any(|text| contender.title().contains(text))
     };
-    for scene in scenes(arguments) {
+    for scenario in scenarios(arguments) {
         for server in servers {
             for contender in Contender::of(server.system) {
-                let is_ours = matches!(contender, Contender::InsertLock | Contender::RowLock);
-                let has_a_part = contender.is_a_lock() || !scene.is_contended();
-                if has_a_part && is_named(contender) && (is_ours || !arguments.without_peers) {
-                    parts.push((scene, server, *contender));
+                let is_lock_db = matches!(contender, Contender::InsertLock | Contender::RowLock);
+                let takes_part = contender.is_a_lock() || !scenario.is_contended();
+                if takes_part && is_selected(contender) && (is_lock_db || !arguments.without_peers) {
+                    combinations.push((scenario, server, *contender));
                 }
             }
         }
     }
-    parts
+    combinations
 }
 
-fn scenes(arguments: &Arguments) -> Vec<Scene> {
-    let is_asked_for =
-        |scene: &Scene| arguments.labels.is_empty() || arguments.labels.contains(&scene.label());
-    Scene::of(&arguments.scenes).into_iter().filter(is_asked_for).collect()
+fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
+    let is_selected =
+        |scenario: &Scenario| arguments.labels.is_empty() || arguments.labels.contains(&scenario.label());
+    Scenario::of(&arguments.scenarios).into_iter().filter(is_selected).collect()
 }
 
 fn hold(arguments: &Arguments) -> Duration {
     Duration::from_micros(arguments.hold)
 }
 
-fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contender, part: &str) -> Job {
-    // A prefix for each part, so that rows of one part don't affect the next.
-    let prefix = format!("{}{part}", server::own_names());
-    let name = |caller| if scene.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
+fn job(arguments: &Arguments, scenario: Scenario, server: &Server, contender: Contender, key: &str) -> Job {
+    // Each run has a prefix of its own, so that the rows of one run do not affect the next.
+    let prefix = format!("{}{key}", server::name_prefix());
+    let name = |caller| if scenario.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {
         system: server.system,
         contender,
         url: server.url.clone(),
-        names: (0..scene.callers).map(name).collect(),
+        names: (0..scenario.callers).map(name).collect(),
         connections: arguments.connections,
         process: 0,
         hold: hold(arguments),
@@ -327,8 +328,8 @@ fn job(arguments: &Arguments, scene: Scene, server: &Server, contender: Contende
 }
 
 fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
-    let scenes = scenes(arguments);
-    let text = report.text(&scenes);
+    let scenarios = scenarios(arguments);
+    let text = report.text(&scenarios);
     print!("{text}");
     if let Some(file) = &arguments.text {
         std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
@@ -338,11 +339,11 @@ fn publish(arguments: &Arguments, report: &Report) -> anyhow::Result<ExitCode> {
         std::fs::write(file, json + "\n").with_context(|| format!("writing {}", file.display()))?;
     }
     if let Some(folder) = &arguments.plots {
-        plots::draw(report, &scenes, folder)?;
+        plots::draw(report, &scenarios, folder)?;
     }
-    if report.results.iter().all(Entry::is_right) && report.findings.are_right() {
+    if report.results.iter().all(Entry::is_correct) && report.costs.is_correct() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("Something is wrong: see the columns `overlaps`, `tokens` and `lost`, and what FAILED.");
+    eprintln!("The run failed: see the columns `overlaps`, `tokens` and `lost`, and lines with FAILED.");
     Ok(ExitCode::FAILURE)
 }

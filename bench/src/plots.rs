@@ -1,4 +1,4 @@
-//! Plots: throughput by callers, and the distribution of the wait.
+//! Plots: throughput by number of callers, and the distribution of the waits.
 
 use std::ops::Range;
 use std::path::Path;
@@ -7,10 +7,10 @@ use anyhow::anyhow;
 use plotters::prelude::*;
 
 use crate::report::{Entry, Report};
-use crate::scene::{Kind, Scene};
+use crate::scenario::{Kind, Scenario};
 
 const SIZE: (i32, i32) = (1180, 600);
-/// The width of the column beside the lines.
+/// The width of the legend to the right of the chart.
 const LEGEND: i32 = 260;
 const COLOURS: [RGBColor; 10] = [
     RGBColor(213, 94, 0),
@@ -30,8 +30,9 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// One plot for each database and scene. Systems that are not databases are in each of them.
-pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::Result<()> {
+/// Draws one plot per database and scenario. Every plot also shows the systems that are not
+/// databases.
+pub(crate) fn draw(report: &Report, scenarios: &[Scenario], folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let no_database = !report.servers.iter().any(|facts| facts.system.is_database());
     for facts in report.servers.iter().filter(|facts| no_database || facts.system.is_database()) {
@@ -48,10 +49,10 @@ pub(crate) fn draw(report: &Report, scenes: &[Scene], folder: &Path) -> anyhow::
             let file = folder.join(format!("throughput-{name}-{letter}.svg"));
             chart(&file, &title, ("callers", "per second"), &lines, |callers| format!("{callers:.0}"))?;
         }
-        for scene in scenes {
-            let lines = waits(report, &entries, *scene);
-            let title = format!("{}: the wait, {}{warning}", facts.name, scene.title());
-            let file = folder.join(format!("wait-{name}-{}.svg", scene.label()));
+        for scenario in scenarios {
+            let lines = waits(report, &entries, *scenario);
+            let title = format!("{}: wait, {}{warning}", facts.name, scenario.title());
+            let file = folder.join(format!("wait-{name}-{}.svg", scenario.label()));
             chart(&file, &title, ("percentile", "microseconds"), &lines, percentile)?;
         }
     }
@@ -74,13 +75,13 @@ fn title(report: &Report, entry: &Entry) -> String {
 
 fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.scene.kind == kind) {
+    for entry in entries.iter().filter(|entry| entry.scenario.kind == kind) {
         let Some(summary) = &entry.summary else { continue };
         if summary.acquisitions == 0 {
             continue;
         }
         let title = title(report, entry);
-        let point = (f64::from(entry.scene.callers), summary.acquisitions_per_second);
+        let point = (f64::from(entry.scenario.callers), summary.acquisitions_per_second);
         match lines.iter_mut().find(|line| line.title == title) {
             Some(line) => line.points.push(point),
             None => lines.push(Line { title, points: vec![point] }),
@@ -89,10 +90,10 @@ fn throughput(report: &Report, entries: &[&Entry], kind: Kind) -> Vec<Line> {
     lines
 }
 
-/// Over 1 / (1 - quantile), on a logarithmic scale.
-fn waits(report: &Report, entries: &[&Entry], scene: Scene) -> Vec<Line> {
+/// Waits over `1 / (1 - quantile)`. The scale of the chart is logarithmic.
+fn waits(report: &Report, entries: &[&Entry], scenario: Scenario) -> Vec<Line> {
     let mut lines = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.label == scene.label()) {
+    for entry in entries.iter().filter(|entry| entry.label == scenario.label()) {
         let Some(summary) = &entry.summary else { continue };
         let points = summary.wait.quantiles.iter().map(|(quantile, value)| (1.0 / (1.0 - quantile), *value));
         lines.push(Line { title: title(report, entry), points: points.collect() });
@@ -147,7 +148,7 @@ fn chart(
         let style = colour.stroke_width(2);
         let points = line.points.iter().copied().filter(|point| point.1 > 0.0);
         chart.draw_series(LineSeries::new(points, style).point_size(2)).map_err(|error| wrong(&error))?;
-        // Beside the lines. plotters' own legend would cover them.
+        // To the right of the chart. The legend of plotters would cover the lines.
         let (left, middle) = (SIZE.0 - LEGEND + 12, 60 + 22 * number);
         let sample = PathElement::new([(left, middle), (left + 18, middle)], style);
         area.draw(&sample).map_err(|error| wrong(&error))?;

@@ -1,4 +1,4 @@
-//! Counts the messages to and from a server.
+//! Counts the round trips and connections to a server.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -33,7 +33,7 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 shared.connections.fetch_add(1, Ordering::SeqCst);
                 let (host, counts) = (host.clone(), Arc::clone(&shared));
-                // An error ends the connection, which both sides notice.
+                // An error closes the connection, and both sides see that.
                 tokio::spawn(async move {
                     let _ended = pass(client, host, port, counts).await;
                 });
@@ -42,12 +42,12 @@ impl Proxy {
         Ok(Self { port: own_port, counts, task })
     }
 
-    /// How often a client has sent a request and been answered.
+    /// The number of round trips. Requests that a client sends before it has an answer count once.
     pub(crate) fn round_trips(&self) -> u64 {
         self.counts.round_trips.load(Ordering::SeqCst)
     }
 
-    /// How many connections there have been.
+    /// The number of connections that clients have opened.
     pub(crate) fn connections(&self) -> u64 {
         self.counts.connections.load(Ordering::SeqCst)
     }
@@ -65,7 +65,7 @@ async fn pass(client: TcpStream, host: String, port: u16, counts: Arc<Counts>) -
     server.set_nodelay(true)?;
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
-    // A message may arrive in pieces. The first piece after an answer begins a round trip.
+    // A message may arrive in several pieces. The first piece after an answer starts a round trip.
     let answered = AtomicBool::new(true);
     tokio::try_join!(
         pump(from_client, to_server, || {

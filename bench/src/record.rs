@@ -1,4 +1,4 @@
-//! What the measured processes record.
+//! The records of the measured processes.
 
 use std::collections::BTreeMap;
 
@@ -6,43 +6,43 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Moment;
 
-/// One acquisition. The time between `granted` and `releasing` lies within the time that the lock
-/// is held. So two overlapping records for one name mean two holders at once.
+/// One acquisition. The lock is held at least from `granted` to `releasing`. So if two records of
+/// one name overlap, there were two holders at once.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(from = "Row", into = "Row")]
 pub(crate) struct Record {
     pub(crate) process: u32,
     pub(crate) caller: u32,
-    pub(crate) asked: Moment,
+    pub(crate) requested: Moment,
     pub(crate) granted: Moment,
     pub(crate) releasing: Moment,
     pub(crate) released: Moment,
     pub(crate) fencing_token: Option<i64>,
 }
 
-/// Short, because there are many.
+/// The serialized form. It is short, because there are many records.
 type Row = (u32, u32, Moment, Moment, Moment, Moment, Option<i64>);
 
 impl From<Row> for Record {
-    fn from((process, caller, asked, granted, releasing, released, fencing_token): Row) -> Self {
-        Self { process, caller, asked, granted, releasing, released, fencing_token }
+    fn from((process, caller, requested, granted, releasing, released, fencing_token): Row) -> Self {
+        Self { process, caller, requested, granted, releasing, released, fencing_token }
     }
 }
 
 impl From<Record> for Row {
     fn from(record: Record) -> Self {
-        let Record { process, caller, asked, granted, releasing, released, fencing_token } = record;
-        (process, caller, asked, granted, releasing, released, fencing_token)
+        let Record { process, caller, requested, granted, releasing, released, fencing_token } = record;
+        (process, caller, requested, granted, releasing, released, fencing_token)
     }
 }
 
-/// All records of a process.
+/// The records of a process.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) records: Vec<Record>,
-    /// When those callers asked that had not got the lock when the time was over.
+    /// The request times of callers that did not have the lock at the end.
     pub(crate) unfinished: Vec<Moment>,
-    /// The errors, and how often each occurred.
+    /// The number of times that each error occurred.
     pub(crate) errors: BTreeMap<String, u64>,
 }
 
@@ -55,7 +55,8 @@ impl Log {
         }
     }
 
-    /// Names of locks differ from run to run. Without this one error would be counted as many.
+    /// Counts an error. The text is stored without the name of the lock. Otherwise the same error
+    /// with different names would be counted as different errors.
     pub(crate) fn add_error(&mut self, error: &anyhow::Error, name: &str) {
         let error = format!("{error:#}").replace(name, "…");
         let error = error.chars().take(200).collect();

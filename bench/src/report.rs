@@ -1,4 +1,4 @@
-//! The results, for people and for programs.
+//! The results, as text and as JSON.
 
 use std::fmt::Write;
 
@@ -7,10 +7,10 @@ use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 
 use crate::contender::{Contender, System};
+use crate::cost_report::CostReport;
 use crate::machine::Machine;
-use crate::scene::{Kind, Scene};
+use crate::scenario::{Kind, Scenario};
 use crate::server::Facts;
-use crate::study::Findings;
 use crate::summary::Summary;
 
 /// All results of a run.
@@ -24,17 +24,18 @@ pub(crate) struct Report {
     pub(crate) connections_per_process: u32,
     pub(crate) results: Vec<Entry>,
     #[serde(flatten)]
-    pub(crate) findings: Findings,
+    pub(crate) costs: CostReport,
 }
 
-/// A contender in a scene.
+/// The result of one contender in one scenario.
 #[derive(Serialize)]
 pub(crate) struct Entry {
-    pub(crate) scene: Scene,
+    pub(crate) scenario: Scenario,
     pub(crate) label: String,
     pub(crate) system: System,
     pub(crate) contender: Contender,
-    /// Of each round, in order. In scene D the median of the wake-ups in microseconds.
+    /// Acquisitions per second of each round, in order. In scenario D the median of the wake-ups
+    /// in microseconds.
     pub(crate) rounds: Vec<f64>,
     /// The median round. `None`: all rounds failed.
     pub(crate) summary: Option<Summary>,
@@ -42,15 +43,15 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Whether the lock did its job, as far as that could be observed.
-    pub(crate) fn is_right(&self) -> bool {
-        !self.contender.is_a_lock() || self.summary.as_ref().is_some_and(Summary::is_right)
+    /// Whether the lock was exclusive and its tokens grew, as far as the records show.
+    pub(crate) fn is_correct(&self) -> bool {
+        !self.contender.is_a_lock() || self.summary.as_ref().is_some_and(Summary::is_correct)
     }
 }
 
-/// Picks the median round.
-pub(crate) fn middle(scene: Scene, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
-    let figure = |summary: &Summary| match scene.kind {
+/// Returns the figure of each round, and the median round.
+pub(crate) fn median_round(scenario: Scenario, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
+    let figure = |summary: &Summary| match scenario.kind {
         Kind::D => summary.wait.p50,
         _ => summary.acquisitions_per_second,
     };
@@ -66,13 +67,13 @@ impl Report {
     }
 
     /// The report as text.
-    pub(crate) fn text(&self, scenes: &[Scene]) -> String {
+    pub(crate) fn text(&self, scenarios: &[Scenario]) -> String {
         let mut text = self.head();
-        for scene in scenes {
-            let _ = writeln!(text, "\n{}: {}\n{}", scene.label(), scene.title(), self.table(*scene));
-            self.write_errors(&mut text, *scene);
+        for scenario in scenarios {
+            let _ = writeln!(text, "\n{}: {}\n{}", scenario.label(), scenario.title(), self.table(*scenario));
+            self.write_errors(&mut text, *scenario);
         }
-        self.findings.write(&mut text, |system| self.facts(system).map_or("", |facts| &facts.name));
+        self.costs.write(&mut text, |system| self.facts(system).map_or("", |facts| &facts.name));
         text
     }
 
@@ -80,7 +81,7 @@ impl Report {
         let Machine { cores, processor, kernel, load_before, load_after, stolen, .. } = &self.machine;
         let mut text = format!(
             "{cores} cores ({processor}), {kernel}; load {load_before} before, {load_after} after, {:.1} % stolen by other machines\n\
-             {} s a scene after {} s of warm-up, the lock held for {} s, pools of {} connections\n",
+             {} s per scenario after {} s of warm-up, lock held for {} s, pools of {} connections\n",
             stolen * 100.0,
             self.seconds,
             self.warm_up_seconds,
@@ -99,7 +100,7 @@ impl Report {
         text
     }
 
-    /// Whether some systems keep commits that others may lose.
+    /// Whether only some of the systems have a commit on disk when they answer.
     pub(crate) fn is_unequal(&self) -> bool {
         are_unequal(&self.servers)
     }
@@ -113,10 +114,10 @@ impl Report {
         }
     }
 
-    fn table(&self, scene: Scene) -> Table {
+    fn table(&self, scenario: Scenario) -> Table {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED);
-        let head: &[&str] = match scene.kind {
+        let head: &[&str] = match scenario.kind {
             Kind::A => &["", "", "pairs/s", "acquire p50", "p99", "max", "pair p50", "p99"],
             Kind::D => &["", "", "handovers", "wake-up p50", "p99", "max"],
             _ => &[
@@ -136,8 +137,8 @@ impl Report {
         header.extend(["overlaps", "tokens", "errors", "durability"]);
         let columns = header.len();
         table.set_header(header);
-        for entry in self.results.iter().filter(|entry| entry.label == scene.label()) {
-            table.add_row(self.row(scene, entry, columns));
+        for entry in self.results.iter().filter(|entry| entry.label == scenario.label()) {
+            table.add_row(self.row(scenario, entry, columns));
         }
         for number in 2..columns {
             if let Some(column) = table.column_mut(number) {
@@ -147,7 +148,7 @@ impl Report {
         table
     }
 
-    fn row(&self, scene: Scene, entry: &Entry, columns: usize) -> Vec<String> {
+    fn row(&self, scenario: Scenario, entry: &Entry, columns: usize) -> Vec<String> {
         let system = self.facts(entry.system).map_or("", |facts| &facts.name);
         let mut row = vec![system.to_owned(), entry.contender.title().to_owned()];
         let Some(summary) = &entry.summary else {
@@ -156,7 +157,7 @@ impl Report {
             return row;
         };
         let wait = &summary.wait;
-        match scene.kind {
+        match scenario.kind {
             Kind::A => row.extend([
                 count(summary.acquisitions_per_second),
                 time(wait.p50),
@@ -195,8 +196,8 @@ impl Report {
         row
     }
 
-    fn write_errors(&self, text: &mut String, scene: Scene) {
-        for entry in self.results.iter().filter(|entry| entry.label == scene.label()) {
+    fn write_errors(&self, text: &mut String, scenario: Scenario) {
+        for entry in self.results.iter().filter(|entry| entry.label == scenario.label()) {
             let of = format!("{:?} {}", entry.system, entry.contender.title());
             if let Some(failure) = &entry.failure {
                 let _ = writeln!(text, "  {of} failed: {failure}");
@@ -210,7 +211,7 @@ impl Report {
 
 pub(crate) const UNEQUAL: &str = "\
     !!! NOT COMPARABLE: some of these systems have a commit on disk when they answer, and others may lose it.\n\
-    !!! The difference between them is that of their settings and not that of the locks.\n";
+    !!! The figures compare these settings, not the locks.\n";
 
 pub(crate) fn are_unequal(servers: &[Facts]) -> bool {
     servers.iter().any(|facts| facts.durable) && servers.iter().any(|facts| !facts.durable)
@@ -220,7 +221,7 @@ fn count(number: f64) -> String {
     if number < 100.0 { format!("{number:.1}") } else { format!("{number:.0}") }
 }
 
-/// Microseconds, in a readable unit.
+/// Formats microseconds in a readable unit.
 pub(crate) fn time(microseconds: f64) -> String {
     match microseconds {
         ..1_000.0 => format!("{microseconds:.0} us"),

@@ -1,4 +1,4 @@
-//! A system under measurement: its settings, and its tables before and after.
+//! The measured systems: their settings, and creation and removal of their tables.
 
 use anyhow::Context;
 use lock_db::Locks;
@@ -18,12 +18,12 @@ pub(crate) struct Server {
     pub(crate) url: String,
 }
 
-/// The prefix of the names of all locks of this run.
-pub(crate) fn own_names() -> String {
+/// The prefix of all lock names of this run.
+pub(crate) fn name_prefix() -> String {
     format!("lock-bench:{}:", std::process::id())
 }
 
-/// What a server reports about itself.
+/// The version and settings of a server.
 #[derive(Clone, Serialize)]
 pub(crate) struct Facts {
     pub(crate) system: System,
@@ -31,7 +31,7 @@ pub(crate) struct Facts {
     pub(crate) version: String,
     /// The settings that decide whether a confirmed commit is on disk.
     pub(crate) settings: Vec<(String, String)>,
-    /// Whether it is, by these settings.
+    /// Whether a confirmed commit is on disk, by these settings.
     pub(crate) durable: bool,
 }
 
@@ -58,16 +58,17 @@ impl Server {
         .with_context(|| format!("preparing {:?}", self.system))
     }
 
-    pub(crate) async fn tidy_up(&self) -> anyhow::Result<()> {
+    /// Removes the tables and the keys that do not expire.
+    pub(crate) async fn clean_up(&self) -> anyhow::Result<()> {
         match self.system {
             System::Postgres => remove_tables::<Postgres>(&self.url).await,
             System::MySql => remove_tables::<MySql>(&self.url).await,
             System::Redis => remove_keys(&self.url).await,
-            // SQLite's file is removed. On the others, the end of a session or lease removes what
-            // is left.
+            // The file of SQLite is removed with its folder. ZooKeeper and etcd remove everything at
+            // the end of a session or lease.
             System::Sqlite | System::ZooKeeper | System::Etcd => Ok(()),
         }
-        .with_context(|| format!("tidying up {:?}", self.system))
+        .with_context(|| format!("cleaning up {:?}", self.system))
     }
 }
 
@@ -88,7 +89,7 @@ async fn remove_tables<DB: Database>(url: &str) -> anyhow::Result<()> {
     Ok(connection.close().await?)
 }
 
-/// The token counters have no expiry.
+/// Removes all keys of this run. The token counters have no expiry.
 async fn remove_keys(url: &str) -> anyhow::Result<()> {
     let mut connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
     let mut cursor = 0_u64;
@@ -96,7 +97,7 @@ async fn remove_keys(url: &str) -> anyhow::Result<()> {
         let (next, keys): (u64, Vec<String>) = redis::cmd("SCAN")
             .arg(cursor)
             .arg("MATCH")
-            .arg(format!("{}*", own_names()))
+            .arg(format!("{}*", name_prefix()))
             .arg("COUNT")
             .arg(1000)
             .query_async(&mut connection)
@@ -198,40 +199,42 @@ async fn redis(url: &str) -> anyhow::Result<Facts> {
     Ok(Facts { system: System::Redis, name: "Redis".to_owned(), version, settings, durable })
 }
 
-/// ZooKeeper does not report `forceSync`. But it counts its log syncs, and a new session is logged.
+/// ZooKeeper does not report `forceSync`. It counts log syncs, and it logs each new session. So the
+/// counter shows whether it syncs.
 async fn zookeeper(address: &str) -> anyhow::Result<Facts> {
-    let before = ask(address, "mntr").await?;
+    let before = send_command(address, "mntr").await?;
     drop(zookeeper::connect(address).await?);
-    let after = ask(address, "mntr").await?;
+    let after = send_command(address, "mntr").await?;
     let synced = has_grown("zk_cnt_fsynctime", &before, &after)
-        .context("it must answer `mntr`: 4lw.commands.whitelist=srvr,mntr")?;
+        .context("the server does not answer `mntr`: set 4lw.commands.whitelist=srvr,mntr")?;
     let version = line_of(&after, "zk_version").unwrap_or("of unknown version");
     let version = version.split(['-', ',']).next().unwrap_or(version).to_owned();
     let settings = vec![("forceSync".to_owned(), if synced { "yes" } else { "no" }.to_owned())];
     Ok(Facts { system: System::ZooKeeper, name: "ZooKeeper".to_owned(), version, settings, durable: synced })
 }
 
-/// etcd does not report `unsafe-no-fsync`. But it counts its log syncs, too, and a lease is logged.
+/// etcd does not report `unsafe-no-fsync`. It counts log syncs, and it logs each new lease. So the
+/// counter shows whether it syncs.
 async fn etcd(url: &str) -> anyhow::Result<Facts> {
-    let address = url.strip_prefix("http://").context("an address with http:// is needed")?;
+    let address = url.strip_prefix("http://").context("the address must begin with http://")?;
     let address = address.trim_end_matches('/');
     let metrics = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
     let etcd = Etcd::connect(url).await?;
     let version = etcd.version().await?;
-    let before = ask(address, &metrics).await?;
+    let before = send_command(address, &metrics).await?;
     let lease = etcd.grant_lease(60).await?;
     etcd.revoke_lease(lease).await?;
-    let after = ask(address, &metrics).await?;
+    let after = send_command(address, &metrics).await?;
     let synced = has_grown("etcd_disk_wal_fsync_duration_seconds_count", &before, &after)
-        .context("it must show its /metrics")?;
+        .context("the server does not offer /metrics")?;
     let settings = vec![("unsafe-no-fsync".to_owned(), (!synced).to_string())];
     Ok(Facts { system: System::Etcd, name: "etcd".to_owned(), version, settings, durable: synced })
 }
 
 /// Sends a command and reads until the server closes the connection.
-async fn ask(address: &str, words: &str) -> anyhow::Result<String> {
+async fn send_command(address: &str, command: &str) -> anyhow::Result<String> {
     let mut connection = TcpStream::connect(address).await?;
-    connection.write_all(words.as_bytes()).await?;
+    connection.write_all(command.as_bytes()).await?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await?;
     Ok(answer)

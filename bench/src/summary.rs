@@ -9,76 +9,78 @@ use serde::{Deserialize, Serialize};
 use crate::clock::Moment;
 use crate::record::{Log, Record};
 
-/// The time that is measured.
+/// The measured period.
 #[derive(Clone, Copy)]
 pub(crate) struct Window {
     pub(crate) begin: Moment,
     pub(crate) end: Moment,
 }
 
-/// The figures of one contender in one scene. Times are in microseconds.
+/// The figures of one contender in one scenario. Times are in microseconds.
 #[derive(Clone, Serialize)]
 pub(crate) struct Summary {
     pub(crate) acquisitions: u64,
     pub(crate) acquisitions_per_second: f64,
-    /// From the request to the grant. In scene D from the holder's release to the waiter's grant.
+    /// From the request to the grant. In scenario D from the holder's release to the waiter's grant.
     pub(crate) wait: Distribution,
     /// From the request to the end of the release.
     pub(crate) pair: Distribution,
-    /// 1: all got it equally often; 1/n: one of them got it each time.
+    /// Jain's index: 1 if all callers got the lock equally often, 1/n if one caller always got it.
     pub(crate) jain_callers: f64,
     pub(crate) jain_processes: f64,
     /// Callers that never got the lock.
     pub(crate) starved: usize,
     /// How often the next holder was another caller.
     pub(crate) holder_changes_per_second: f64,
-    /// How often a caller had the lock before the last holder began to release it. Must be 0,
+    /// How often a caller had the lock before the previous holder began to release it. Must be 0,
     /// except for the floor.
     pub(crate) overlaps: u64,
-    /// How often a token was not larger than the one before. Must be 0. `None`: there are no
+    /// How often a token was not larger than the previous one. Must be 0. `None`: there are no
     /// tokens.
     pub(crate) tokens_not_grown: Option<u64>,
     pub(crate) errors: BTreeMap<String, u64>,
 }
 
-/// How long something took, in microseconds.
+/// Durations in microseconds.
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Distribution {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
     pub(crate) max: f64,
-    /// Quantile and value, for plots.
+    /// Pairs of quantile and value, for plots.
     pub(crate) quantiles: Vec<(f64, f64)>,
 }
 
-/// The callers that compete, and which of them share a name.
-pub(crate) struct Crowd {
+/// The callers of a scenario, and whether they share one name.
+pub(crate) struct Contention {
     pub(crate) processes: u32,
     pub(crate) callers: u32,
     pub(crate) one_name: bool,
 }
 
 impl Summary {
-    pub(crate) fn new(log: Log, crowd: &Crowd, window: Window) -> anyhow::Result<Self> {
+    pub(crate) fn new(log: Log, contention: &Contention, window: Window) -> anyhow::Result<Self> {
         let Log { mut records, unfinished, errors } = log;
         records.sort_unstable_by_key(|record| record.granted);
-        let (overlaps, tokens_not_grown) = check(&records, crowd.one_name);
+        let (overlaps, tokens_not_grown) = check(&records, contention.one_name);
         records.retain(|record| (window.begin..window.end).contains(&record.granted));
 
-        // A caller that waited in vain waited at least this long. Without these waits, a lock that
-        // starves callers would look fast.
-        let in_vain = unfinished.iter().map(|asked| window.end.saturating_sub(*asked));
-        let wait = distribution(records.iter().map(|record| record.granted - record.asked).chain(in_vain))?;
-        let pair = distribution(records.iter().map(|record| record.released - record.asked))?;
+        // Unfinished requests have waited at least this long. Without them a lock that starves
+        // callers would look fast.
+        let waits_of_unfinished = unfinished.iter().map(|requested| window.end.saturating_sub(*requested));
+        let wait = distribution(
+            records.iter().map(|record| record.granted - record.requested).chain(waits_of_unfinished),
+        )?;
+        let pair = distribution(records.iter().map(|record| record.released - record.requested))?;
 
-        let mut by_caller = vec![0_u32; crowd.processes as usize * crowd.callers as usize];
-        let mut by_process = vec![0_u32; crowd.processes as usize];
+        let mut by_caller = vec![0_u32; contention.processes as usize * contention.callers as usize];
+        let mut by_process = vec![0_u32; contention.processes as usize];
         for record in &records {
-            let caller = record.process as usize * crowd.callers as usize + record.caller as usize;
+            let caller = record.process as usize * contention.callers as usize + record.caller as usize;
             *by_caller.get_mut(caller).context("a caller that does not exist")? += 1;
             *by_process.get_mut(record.process as usize).context("a process that does not exist")? += 1;
         }
-        let changes = if crowd.one_name {
+        let changes = if contention.one_name {
             records
                 .windows(2)
                 .filter(|pair| (pair[0].process, pair[0].caller) != (pair[1].process, pair[1].caller))
@@ -86,23 +88,23 @@ impl Summary {
         } else {
             0
         };
-        let seconds = lossy(window.end - window.begin) / 1e9;
+        let seconds = to_f64(window.end - window.begin) / 1e9;
         Ok(Self {
             acquisitions: records.len() as u64,
-            acquisitions_per_second: lossy(records.len() as u64) / seconds,
+            acquisitions_per_second: to_f64(records.len() as u64) / seconds,
             wait,
             pair,
             jain_callers: jain(&by_caller),
             jain_processes: jain(&by_process),
             starved: by_caller.iter().filter(|count| **count == 0).count(),
-            holder_changes_per_second: lossy(changes as u64) / seconds,
+            holder_changes_per_second: to_f64(changes as u64) / seconds,
             overlaps,
             tokens_not_grown,
             errors,
         })
     }
 
-    /// For scene D: how long it took from the release in one process to the grant in the other.
+    /// For scenario D: the time from the release in one process to the grant in the other.
     pub(crate) fn of_handovers(log: Log, window: Window) -> anyhow::Result<Self> {
         let Log { mut records, errors, .. } = log;
         records.sort_unstable_by_key(|record| record.granted);
@@ -134,13 +136,13 @@ impl Summary {
     }
 
     /// Whether no two holders overlapped and all tokens grew.
-    pub(crate) fn is_right(&self) -> bool {
+    pub(crate) fn is_correct(&self) -> bool {
         self.overlaps == 0 && self.tokens_not_grown.unwrap_or_default() == 0
     }
 }
 
-/// Counts the overlaps, and the tokens that did not grow. The records are in the order of their
-/// grants.
+/// Counts overlaps, and tokens that did not grow. The records must be sorted by the time of their
+/// grant.
 fn check(records: &[Record], one_name: bool) -> (u64, Option<u64>) {
     let mut overlaps = 0;
     let mut not_grown = 0;
@@ -166,70 +168,70 @@ pub(crate) fn distribution(nanoseconds: impl Iterator<Item = u64>) -> anyhow::Re
     if histogram.is_empty() {
         return Ok(Distribution::default());
     }
-    let at = |quantile: f64| lossy(histogram.value_at_quantile(quantile)) / 1e3;
-    // Finer towards the slowest, as far as there are values.
+    let at = |quantile: f64| to_f64(histogram.value_at_quantile(quantile)) / 1e3;
+    // The steps get finer towards the slowest values, as long as there are values between them.
     let mut quantiles: Vec<(f64, f64)> = Vec::new();
     for step in 0_u32..200 {
         let quantile = 1.0 - 10_f64.powf(-f64::from(step) / 20.0);
         quantiles.push((quantile, at(quantile)));
-        if (1.0 - quantile) * lossy(histogram.len()) < 1.0 {
+        if (1.0 - quantile) * to_f64(histogram.len()) < 1.0 {
             break;
         }
     }
-    Ok(Distribution { p50: at(0.5), p99: at(0.99), max: lossy(histogram.max()) / 1e3, quantiles })
+    Ok(Distribution { p50: at(0.5), p99: at(0.99), max: to_f64(histogram.max()) / 1e3, quantiles })
 }
 
 /// Jain's index of fairness.
 fn jain(counts: &[u32]) -> f64 {
     let sum: f64 = counts.iter().copied().map(f64::from).sum();
     let squares: f64 = counts.iter().copied().map(|count| f64::from(count).powi(2)).sum();
-    let number = lossy(counts.len() as u64);
+    let number = to_f64(counts.len() as u64);
     if squares > 0.0 { sum * sum / (number * squares) } else { 0.0 }
 }
 
-/// No count here needs more than 52 bits.
+/// Exact, because no count here needs more than 52 bits.
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-pub(crate) fn lossy(number: u64) -> f64 {
+pub(crate) fn to_f64(number: u64) -> f64 {
     number as f64
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Crowd, Summary, Window, check, jain};
+    use super::{Contention, Summary, Window, check, jain};
     use crate::record::{Log, Record};
 
     fn record(caller: u32, granted: u64, releasing: u64, token: i64) -> Record {
         let released = releasing + 1;
-        Record { process: 0, caller, asked: 0, granted, releasing, released, fencing_token: Some(token) }
+        Record { process: 0, caller, requested: 0, granted, releasing, released, fencing_token: Some(token) }
     }
 
     #[test]
-    fn two_holders_at_once_are_found() {
+    fn finds_overlapping_holders() {
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 20, 30, 2)], true), (0, Some(0)));
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 19, 30, 2)], true), (1, Some(0)));
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 19, 30, 2)], false), (0, Some(0)));
-        // Also across one that came and went in between.
+        // Also if another holder came and went in between.
         let inside = [record(0, 10, 50, 1), record(1, 20, 30, 2), record(2, 40, 60, 3)];
         assert_eq!(check(&inside, true), (2, Some(0)));
     }
 
     #[test]
-    fn a_token_that_does_not_grow_is_found() {
+    fn finds_tokens_that_do_not_grow() {
         assert_eq!(check(&[record(0, 10, 20, 1), record(1, 20, 30, 1)], true), (0, Some(1)));
     }
 
     #[test]
-    fn fairness_is_between_one_of_n_and_one() {
+    fn fairness_ranges_from_one_nth_to_one() {
         assert!((jain(&[5, 5, 5]) - 1.0).abs() < 1e-9);
         assert!((jain(&[9, 0, 0]) - 1.0 / 3.0).abs() < 1e-9);
     }
 
     #[test]
-    fn who_waits_in_vain_is_counted() {
+    fn counts_unfinished_requests() {
         let log = Log { records: vec![record(0, 10, 20, 1)], unfinished: vec![1_000], ..Log::default() };
-        let crowd = Crowd { processes: 1, callers: 2, one_name: true };
-        let Ok(summary) = Summary::new(log, &crowd, Window { begin: 0, end: 1_001_000 }) else {
-            panic!("these are right")
+        let contention = Contention { processes: 1, callers: 2, one_name: true };
+        let Ok(summary) = Summary::new(log, &contention, Window { begin: 0, end: 1_001_000 }) else {
+            panic!("the records are valid")
         };
         assert_eq!(summary.starved, 1);
         assert!(summary.wait.max >= 999.0);

@@ -10,6 +10,7 @@ use sqlx::{SqlSafeStr, Transaction};
 use tokio::task::JoinError;
 
 use crate::Error;
+use crate::bounds::ANSWER_LIMIT;
 use crate::clock::timeout;
 use crate::database::{Failure, Fault, Guarded, LeaseKey, LockDatabase, Notification, Server, StepError};
 use crate::error::{Action, Loss, WaitingFor};
@@ -80,18 +81,19 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
         let Some(transaction) = transaction else { return Ok(()) };
         let (name, begun) = (condition.name().clone(), Arc::new(AtomicBool::new(false)));
         let (begins, runtime) = (Arc::clone(&begun), self.runtime.clone());
+        let limit = condition.commit_limit::<DB>();
         let task = self.runtime.spawn(async move {
             begins.store(true, Ordering::SeqCst);
             let name = condition.name().clone();
             let committing = commit(transaction, condition, runtime.clone());
-            let committed = bounded(COMMIT_LIMIT, &runtime, committing)
+            let committed = bounded(limit, &runtime, committing)
                 .await
                 .unwrap_or_else(|unfinished| Err(unfinished.commit_unknown(&name)));
             ended(&committed);
             drop(kept);
             committed.map(drop)
         });
-        match timeout(COMMIT_LIMIT + GRACE, task).await {
+        match timeout(limit + GRACE, task).await {
             Ok(Ok(committed)) => committed,
             // The runtime was shut down during the commit.
             Ok(Err(error)) if begun.load(Ordering::SeqCst) => {
@@ -99,7 +101,7 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
             }
             // The runtime was shut down before the commit began.
             Ok(Err(_shut_down)) => Err(runtime::ended(Action::Commit, &name)),
-            Err(_elapsed) => Err(Unfinished::Silent(COMMIT_LIMIT).commit_unknown(&name)),
+            Err(_elapsed) => Err(Unfinished::Silent(limit).commit_unknown(&name)),
         }
     }
 
@@ -121,6 +123,15 @@ impl<DB: LockDatabase, K: Send + 'static> ManagedTransaction<DB, K> {
 }
 
 impl Condition {
+    /// How long the commit may take. Each lease that has a check of its own adds to it.
+    fn commit_limit<DB: LockDatabase>(&self) -> Duration {
+        let checks = match self {
+            Self::Lease { others, .. } => u32::try_from(others.len()).unwrap_or(u32::MAX),
+            Self::Row { .. } => 0,
+        };
+        COMMIT_LIMIT.saturating_add(check_limit::<DB>().saturating_mul(checks))
+    }
+
     pub(crate) fn name(&self) -> &Name {
         match self {
             Self::Lease { key, .. } => &key.row.name,
@@ -166,7 +177,10 @@ impl Unfinished {
 
 impl From<Unfinished> for StepError {
     fn from(unfinished: Unfinished) -> Self {
-        Self::disconnected(unfinished.to_string())
+        match unfinished {
+            Unfinished::Silent(limit) => Self::Silent(limit),
+            Unfinished::Ended(_) => Self::disconnected(unfinished.to_string()),
+        }
     }
 }
 
@@ -224,6 +238,11 @@ async fn commit<DB: LockDatabase>(
     Err(error)
 }
 
+/// How long the check of one lease may take.
+fn check_limit<DB: LockDatabase>() -> Duration {
+    DB::GUARD_LIMIT + ANSWER_LIMIT
+}
+
 /// Checks leases, and keeps them until the transaction ends. Fails with the first one that is not
 /// ours, and why.
 async fn guard<'a, DB: LockDatabase>(
@@ -231,7 +250,8 @@ async fn guard<'a, DB: LockDatabase>(
     leases: &'a [LeaseKey],
 ) -> Result<(), (&'a Name, Result<Guarded, StepError>)> {
     for key in leases {
-        let guarded = match DB::guard(transaction, key, false).await {
+        let checked = timeout(check_limit::<DB>(), DB::guard_in_marked(transaction, key)).await;
+        let guarded = match checked.unwrap_or(Ok(Guarded::Ended)) {
             Ok(Guarded::Ours | Guarded::Committed { .. }) => continue,
             // The COMMIT was not sent.
             Err(error) if error.fault::<DB>() == Fault::Disconnected => Ok(Guarded::Ended),

@@ -1,5 +1,5 @@
-//! etcd's own lock. Each caller has a lease, because one lease is one owner. All share the
-//! connection of the process.
+//! The lock API of etcd. Each caller has a lease of its own, because the lease is the owner. All
+//! callers share the connection of the process.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use anyhow::Context;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{Boxed, Caller, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Job};
 use crate::etcd::Etcd;
 
 const TTL_SECONDS: i64 = 30;
@@ -39,12 +39,13 @@ async fn keep_alive(etcd: Etcd, leases: Vec<i64>) {
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        // The next attempt comes in time. If it does not, the leases end, and the overlaps show it.
+        // After an error the next attempt is early enough. If that fails too, the leases end, and
+        // the overlaps show it.
         let _kept = etcd.keep_alive(&leases).await;
     }
 }
 
-pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     let etcd = Etcd::connect(&job.url).await?;
     let mut leases = Vec::new();
     let mut callers: Vec<Box<dyn Caller>> = Vec::new();
@@ -64,5 +65,5 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
         let mut revocations: JoinSet<_> = leases.into_iter().map(revoke).collect();
         while revocations.join_next().await.is_some() {}
     });
-    Ok(Team { callers, end })
+    Ok(CallerGroup { callers, end })
 }

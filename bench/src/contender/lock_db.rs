@@ -1,12 +1,11 @@
-//! lock-db, as a service would use it: one `Locks` and one pool with sqlx's defaults for the whole
-//! process.
+//! lock-db as a service uses it: one `Locks` and one pool with sqlx's defaults per process.
 
 use std::time::Duration;
 
 use anyhow::Context;
 use lock_db::{Lease, LockDatabase, Locks, RowGuard};
 
-use super::{Boxed, Caller, Contender, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Contender, Job};
 use crate::database::{self, Database};
 
 const WAIT: Duration = Duration::from_mins(5);
@@ -47,12 +46,12 @@ impl<DB: Database> Caller for RowLock<DB> {
     }
 
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
-        // A service would commit what it wrote under the lock.
+        // A service commits what it wrote under the lock.
         Box::pin(async { Ok(self.guard.take().context("not held")?.commit().await?) })
     }
 }
 
-pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect<DB: Database>(job: &Job) -> anyhow::Result<CallerGroup> {
     let pool = database::pool::<DB>(&job.url, job.connections).await?;
     let locks = Locks::new(pool.clone());
     locks.check().await?;
@@ -69,5 +68,5 @@ pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
         locks.close().await;
         pool.close().await;
     });
-    Ok(Team { callers, end })
+    Ok(CallerGroup { callers, end })
 }

@@ -1,10 +1,10 @@
-//! The contenders.
+//! The contenders: the ways to lock that are compared.
 
 mod etcd;
 mod lock_db;
 mod redis;
+mod session_locks;
 mod sql;
-mod waiting_on_server;
 mod zookeeper;
 
 use std::pin::Pin;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sqlx::{MySql, Postgres, Sqlite};
 
-/// A system that keeps locks.
+/// A database or service that stores locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum System {
@@ -27,13 +27,13 @@ pub(crate) enum System {
 }
 
 impl System {
-    /// Whether lock-db supports it.
+    /// Whether it is a database that lock-db supports.
     pub(crate) fn is_database(self) -> bool {
         matches!(self, Self::Postgres | Self::MySql | Self::Sqlite)
     }
 }
 
-/// A way of locking.
+/// A way to lock.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Contender {
@@ -50,7 +50,7 @@ pub(crate) enum Contender {
     Rslock,
     /// `SET NX PX` and `INCR` in one script.
     Token,
-    /// ZooKeeper's recipe.
+    /// ZooKeeper's lock recipe.
     Recipe,
     /// etcd's `Lock` and `Unlock`.
     LockApi,
@@ -87,21 +87,21 @@ impl Contender {
         }
     }
 
-    /// Whether it writes anything that a crash could lose.
+    /// Whether it writes anything that can be lost in a crash.
     pub(crate) fn writes(self) -> bool {
         !matches!(self, Self::AdvisoryLock | Self::GetLock)
     }
 
-    /// Whether it is a lock at all.
+    /// Whether it is a lock. The floor is not.
     pub(crate) fn is_a_lock(self) -> bool {
         self != Self::Floor
     }
 
-    /// How long callers have to finish when the time is over. Callers that wait on the server must
-    /// not be dropped while they wait: the server would go on waiting for them. etcd with many such
-    /// callers would even lock up for good (etcd-io/etcd#13336). The others are dropped
+    /// How long callers may continue after the end of the measurement. Requests that wait on the
+    /// server must not be dropped: the server would keep them in its queue. With many dropped
+    /// requests etcd may never grant a lock again (etcd-io/etcd#13336). Other callers are dropped
     /// immediately.
-    pub(crate) fn patience(self) -> Duration {
+    pub(crate) fn finish_limit(self) -> Duration {
         match self {
             Self::AdvisoryLock | Self::GetLock => Duration::from_secs(5),
             Self::LockApi => Duration::from_mins(1),
@@ -110,55 +110,59 @@ impl Contender {
     }
 }
 
-/// A boxed future: the callers of a contender differ in type.
+/// A boxed future, which makes [`Caller`] usable as a trait object.
 pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// A caller that takes the lock.
+/// A caller that acquires and releases a lock.
 pub(crate) trait Caller: Send {
-    /// Waits until it has the lock. Returns the fencing token, if there is one.
+    /// Waits for the lock. Returns the fencing token, if the contender has one.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>>;
 
-    /// Releases the lock, and waits until that is done.
+    /// Releases the lock, and waits until it is released.
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>>;
 }
 
-/// The callers of one process, and what they share.
-pub(crate) struct Team {
+/// The callers of one process, and the end of what they share.
+pub(crate) struct CallerGroup {
     pub(crate) callers: Vec<Box<dyn Caller>>,
+    /// Closes pools and sessions. To be awaited after all callers are dropped.
     pub(crate) end: Boxed<'static, ()>,
 }
 
-/// What a process has to do.
+/// The workload of one process.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) system: System,
     pub(crate) contender: Contender,
     pub(crate) url: String,
-    /// One for each caller.
+    /// The lock name of each caller.
     pub(crate) names: Vec<String>,
-    /// The largest size of a process's pool.
+    /// The maximum size of the pool.
     pub(crate) connections: u32,
+    /// The number of this process in the scenario.
     pub(crate) process: u32,
+    /// How long a holder keeps the lock.
     pub(crate) hold: Duration,
 }
 
-pub(crate) async fn team(job: &Job) -> anyhow::Result<Team> {
+/// Connects to the system and creates the callers.
+pub(crate) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     match job.contender {
-        Contender::AdvisoryLock => waiting_on_server::team::<Postgres>(job).await,
-        Contender::GetLock => waiting_on_server::team::<MySql>(job).await,
-        Contender::Rslock | Contender::Token => redis::team(job).await,
-        Contender::Recipe => zookeeper::team(job).await,
-        Contender::LockApi => etcd::team(job).await,
+        Contender::AdvisoryLock => session_locks::connect::<Postgres>(job).await,
+        Contender::GetLock => session_locks::connect::<MySql>(job).await,
+        Contender::Rslock | Contender::Token => redis::connect(job).await,
+        Contender::Recipe => zookeeper::connect(job).await,
+        Contender::LockApi => etcd::connect(job).await,
         Contender::InsertLock | Contender::RowLock => match job.system {
-            System::Postgres => lock_db::team::<Postgres>(job).await,
-            System::MySql => lock_db::team::<MySql>(job).await,
-            System::Sqlite => lock_db::team::<Sqlite>(job).await,
+            System::Postgres => lock_db::connect::<Postgres>(job).await,
+            System::MySql => lock_db::connect::<MySql>(job).await,
+            System::Sqlite => lock_db::connect::<Sqlite>(job).await,
             other => anyhow::bail!("lock-db does not lock in {other:?}"),
         },
         Contender::Floor | Contender::Naive | Contender::Poll => match job.system {
-            System::Postgres => sql::team::<Postgres>(job).await,
-            System::MySql => sql::team::<MySql>(job).await,
-            System::Sqlite => sql::team::<Sqlite>(job).await,
+            System::Postgres => sql::connect::<Postgres>(job).await,
+            System::MySql => sql::connect::<MySql>(job).await,
+            System::Sqlite => sql::connect::<Sqlite>(job).await,
             other => anyhow::bail!("there is no SQL in {other:?}"),
         },
     }

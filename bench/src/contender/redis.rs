@@ -1,6 +1,6 @@
-//! Redis. One contender is the crate rslock with its defaults: a random retry within 200 ms, no
-//! fencing token. The other one uses our own scripts that count the grants, and retries in the same
-//! way.
+//! Redis. One contender is the crate rslock with its defaults: it retries within 200 ms at random,
+//! and has no fencing token. The other one uses two scripts that also count the grants, and retries
+//! in the same way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use redis::{AsyncConnectionConfig, Script};
 use rslock::{Lock, LockManager};
 use tokio::time::sleep;
 
-use super::{Boxed, Caller, Contender, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Contender, Job};
 
 const TTL: Duration = Duration::from_secs(30);
 
-/// The counter has no expiry: a token must be larger than all earlier ones, including those of
-/// locks that are long gone.
+/// The counter has no expiry: a token must be larger than all earlier tokens of the name, including
+/// those from before the key expired.
 const LOCK: &str = "\
     if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then \
         return redis.call('INCR', KEYS[2]) \
@@ -28,7 +28,7 @@ const UNLOCK: &str = "\
     end \
     return 0";
 
-/// The upper end of rslock's pause between two attempts, in milliseconds.
+/// The maximum pause of rslock between two attempts, in milliseconds.
 const LONGEST_PAUSE: u64 = 200;
 
 struct Rslock {
@@ -64,7 +64,7 @@ struct TokenLock {
     scripts: Arc<Scripts>,
     name: String,
     counter: String,
-    /// The value of the key when it is this caller's. New for each acquisition.
+    /// The value of the key while this caller holds the lock. Each acquisition has a new one.
     value: String,
 }
 
@@ -88,16 +88,16 @@ impl Caller for TokenLock {
         Box::pin(async {
             let mut unlock = self.scripts.unlock.key(&self.name);
             let deleted: i64 = unlock.arg(&self.value).invoke_async(&mut self.connection).await?;
-            anyhow::ensure!(deleted == 1, "it belonged to somebody else");
+            anyhow::ensure!(deleted == 1, "the lock had another owner");
             Ok(())
         })
     }
 }
 
-pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
-    // An answer after a timeout would be a lock without a known holder.
+pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
+    // No timeout: an answer that arrives after it would be a lock that no caller knows of.
     let config = AsyncConnectionConfig::new().set_response_timeout(None);
-    // Also for rslock, which reports nothing when it can't connect and retries forever.
+    // Connects for rslock as well, which retries forever without an error if it can't connect.
     let connection =
         redis::Client::open(job.url.as_str())?.get_multiplexed_async_connection_with_config(&config).await?;
     let callers = if job.contender == Contender::Rslock {
@@ -119,5 +119,5 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
         };
         job.names.iter().map(caller).collect()
     };
-    Ok(Team { callers, end: Box::pin(async {}) })
+    Ok(CallerGroup { callers, end: Box::pin(async {}) })
 }

@@ -1,16 +1,17 @@
-//! Locks that are written by hand.
+//! Locks in plain SQL, as services write them by hand.
 
 use std::time::Duration;
 
 use sqlx::{Connection, Pool};
 use tokio::time::sleep;
 
-use super::{Boxed, Caller, Contender, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Contender, Job};
 use crate::database::{self, Database};
 
-/// Between two attempts to insert the row.
+/// The pause between two attempts to insert the row.
 const SHORT_PAUSE: Duration = Duration::from_millis(10);
-/// As `JdbcLockRegistry` of Spring Integration. `ShedLock` does not wait at all.
+/// The pause between two attempts to acquire the row, as in `JdbcLockRegistry` of Spring
+/// Integration. `ShedLock` does not wait.
 const LONG_PAUSE: Duration = Duration::from_millis(100);
 
 struct Floor<DB: Database> {
@@ -53,7 +54,7 @@ impl<DB: Database> Caller for Naive<DB> {
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
         Box::pin(async {
             let mut connection = self.pool.acquire().await?;
-            anyhow::ensure!(DB::delete(&mut connection, &self.name).await?, "the row was gone");
+            anyhow::ensure!(DB::delete(&mut connection, &self.name).await?, "the row does not exist");
             Ok(())
         })
     }
@@ -63,7 +64,7 @@ struct Poll<DB: Database> {
     pool: Pool<DB>,
     name: String,
     owner: String,
-    /// The row has been created. `ShedLock` remembers that, too.
+    /// Whether the row has been created. `ShedLock` also remembers this.
     has_row: bool,
 }
 
@@ -73,10 +74,10 @@ impl<DB: Database> Caller for Poll<DB> {
             loop {
                 let mut connection = self.pool.acquire().await?;
                 if !self.has_row {
-                    DB::make_row(&mut connection, &self.name).await?;
+                    DB::create_row(&mut connection, &self.name).await?;
                     self.has_row = true;
                 }
-                if DB::take_row(&mut connection, &self.owner, &self.name).await? {
+                if DB::acquire_row(&mut connection, &self.owner, &self.name).await? {
                     return Ok(None);
                 }
                 drop(connection);
@@ -88,14 +89,14 @@ impl<DB: Database> Caller for Poll<DB> {
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
         Box::pin(async {
             let mut connection = self.pool.acquire().await?;
-            let was_mine = DB::give_row(&mut connection, &self.owner, &self.name).await?;
-            anyhow::ensure!(was_mine, "it belonged to somebody else");
+            let was_held = DB::release_row(&mut connection, &self.owner, &self.name).await?;
+            anyhow::ensure!(was_held, "the lock had another owner");
             Ok(())
         })
     }
 }
 
-pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect<DB: Database>(job: &Job) -> anyhow::Result<CallerGroup> {
     if job.contender == Contender::Floor {
         let options = DB::options(&job.url)?;
         let mut callers: Vec<Box<dyn Caller>> = Vec::new();
@@ -103,7 +104,7 @@ pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
             let connection = DB::Connection::connect_with(&options).await?;
             callers.push(Box::new(Floor::<DB> { connection, row }));
         }
-        return Ok(Team { callers, end: Box::pin(async {}) });
+        return Ok(CallerGroup { callers, end: Box::pin(async {}) });
     }
     let pool = database::pool::<DB>(&job.url, job.connections).await?;
     let caller = |(number, name): (usize, &String)| -> Box<dyn Caller> {
@@ -115,5 +116,5 @@ pub(super) async fn team<DB: Database>(job: &Job) -> anyhow::Result<Team> {
         Box::new(Poll { pool, name, owner, has_row: false })
     };
     let callers = job.names.iter().enumerate().map(caller).collect();
-    Ok(Team { callers, end: Box::pin(async move { pool.close().await }) })
+    Ok(CallerGroup { callers, end: Box::pin(async move { pool.close().await }) })
 }

@@ -1,22 +1,22 @@
-//! ZooKeeper, by its recipe for locks. Each caller queues with an ephemeral sequential node and
+//! ZooKeeper's lock recipe. Each caller creates an ephemeral sequential node in a queue, and
 //! watches only the node before its own. All callers share the session of the process.
 
 use anyhow::Context;
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions, Error};
 
-use super::{Boxed, Caller, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Job};
 use crate::zookeeper;
 
-const PLACE: CreateOptions<'static> = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
-/// ZooKeeper removes these itself, some time after they became empty.
+const ENTRY: CreateOptions<'static> = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
+/// ZooKeeper removes a container some time after it became empty.
 const QUEUE: CreateOptions<'static> = CreateMode::Container.with_acls(Acls::anyone_all());
 
-/// A node in the queue.
-struct Place {
+/// A node in the queue of a name.
+struct QueueEntry {
     node: String,
-    /// When the node was created, in the order of all changes to all nodes. The queue has the same
-    /// order, so this grows from holder to holder. It continues to grow when the queue was removed
-    /// and created again.
+    /// The transaction id of the node's creation. Ids grow with each change on the server, and the
+    /// queue has the order of creation. So this grows from holder to holder, also after the queue
+    /// was removed and created again.
     zxid: i64,
 }
 
@@ -25,26 +25,26 @@ struct RecipeLock {
     queue: String,
     /// The prefix of this caller's nodes.
     prefix: String,
-    held: Option<Place>,
-    /// Whether there may be a node, including one whose creation was not confirmed because the
-    /// connection broke.
+    held: Option<QueueEntry>,
+    /// Whether a node of this caller may exist. This includes a node whose creation was not
+    /// confirmed because the connection broke.
     may_have_node: bool,
 }
 
 impl RecipeLock {
-    async fn queue_up(&mut self) -> anyhow::Result<Place> {
+    async fn enqueue(&mut self) -> anyhow::Result<QueueEntry> {
         if self.may_have_node
-            && let Some(place) = self.find_place().await?
+            && let Some(entry) = self.find_entry().await?
         {
-            return Ok(place);
+            return Ok(entry);
         }
         self.may_have_node = true;
         let path = self.path(&self.prefix);
         loop {
-            match self.client.create(&path, &[], &PLACE).await {
+            match self.client.create(&path, &[], &ENTRY).await {
                 Ok((stat, sequence)) => {
                     let node = format!("{}{sequence}", self.prefix);
-                    return Ok(Place { node, zxid: stat.czxid });
+                    return Ok(QueueEntry { node, zxid: stat.czxid });
                 }
                 Err(Error::NoNode) => match self.client.create(&self.queue, &[], &QUEUE).await {
                     Ok(_) | Err(Error::NodeExists) => {}
@@ -55,7 +55,7 @@ impl RecipeLock {
         }
     }
 
-    async fn find_place(&self) -> anyhow::Result<Option<Place>> {
+    async fn find_entry(&self) -> anyhow::Result<Option<QueueEntry>> {
         let nodes = match self.client.list_children(&self.queue).await {
             Err(Error::NoNode) => return Ok(None),
             nodes => nodes?,
@@ -64,19 +64,20 @@ impl RecipeLock {
             return Ok(None);
         };
         let stat = self.client.check_stat(&self.path(&node)).await?;
-        Ok(stat.map(|stat| Place { node, zxid: stat.czxid }))
+        Ok(stat.map(|stat| QueueEntry { node, zxid: stat.czxid }))
     }
 
     fn path(&self, node: &str) -> String {
         format!("{}/{node}", self.queue)
     }
 
-    async fn wait_at(&self, place: &Place) -> anyhow::Result<()> {
-        let mine = number(&place.node);
+    async fn wait_for_grant(&self, entry: &QueueEntry) -> anyhow::Result<()> {
+        let own_number = number(&entry.node);
         loop {
             let nodes = self.client.list_children(&self.queue).await?;
-            anyhow::ensure!(nodes.contains(&place.node), "the place in the queue was lost");
-            let before = nodes.iter().filter(|node| number(node) < mine).max_by_key(|node| number(node));
+            anyhow::ensure!(nodes.contains(&entry.node), "the queue entry was lost");
+            let before =
+                nodes.iter().filter(|node| number(node) < own_number).max_by_key(|node| number(node));
             let Some(before) = before else { return Ok(()) };
             match self.client.get_and_watch_data(&self.path(before)).await {
                 Ok((_, _, watcher)) => {
@@ -89,31 +90,32 @@ impl RecipeLock {
     }
 }
 
-/// The server's number at the end of a node's name.
+/// The sequence number that the server appended to the name of a node.
 fn number(node: &str) -> Option<u64> {
     node.rsplit('-').next()?.parse().ok()
 }
 
 impl Caller for RecipeLock {
-    /// When this is dropped, the node stays until the session ends, which comes next.
+    /// If the future is dropped, the node stays until the session ends. Callers are only dropped at
+    /// the end of the measurement, immediately before the session ends.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
-            let place = self.queue_up().await?;
-            self.wait_at(&place).await?;
-            let zxid = place.zxid;
-            self.held = Some(place);
+            let entry = self.enqueue().await?;
+            self.wait_for_grant(&entry).await?;
+            let zxid = entry.zxid;
+            self.held = Some(entry);
             Ok(Some(zxid))
         })
     }
 
     fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
         Box::pin(async {
-            let place = self.held.take().context("not held")?;
-            let path = self.path(&place.node);
+            let entry = self.held.take().context("not held")?;
+            let path = self.path(&entry.node);
             loop {
                 match self.client.delete(&path, None).await {
                     Err(Error::ConnectionLoss) => {}
-                    // An earlier, unconfirmed attempt may have deleted it.
+                    // `NoNode`: an earlier attempt deleted it without a confirmation.
                     Ok(()) | Err(Error::NoNode) => break,
                     Err(error) => return Err(error.into()),
                 }
@@ -124,7 +126,7 @@ impl Caller for RecipeLock {
     }
 }
 
-pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
     let client = zookeeper::connect(&job.url).await?;
     let session = client.session_id().0;
     let caller = |(number, name): (usize, &String)| -> Box<dyn Caller> {
@@ -139,9 +141,9 @@ pub(super) async fn team(job: &Job) -> anyhow::Result<Team> {
     let callers = job.names.iter().enumerate().map(caller).collect();
     let end = Box::pin(async move {
         let mut states = client.state_watcher();
-        // The last client closes the session, and the server removes its nodes.
+        // The session ends with its last client, and the server removes its nodes.
         drop(client);
         while !states.changed().await.is_terminated() {}
     });
-    Ok(Team { callers, end })
+    Ok(CallerGroup { callers, end })
 }

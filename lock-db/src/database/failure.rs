@@ -100,6 +100,7 @@ impl Failure {
             StepError::OutcomeUnknown(source) => {
                 Self { fault: Fault::Disconnected, ..Self::shared::<DB>(Arc::new(source)) }
             }
+            StepError::Silent(limit) => Self::no_answer::<DB>(limit),
             StepError::Found(fault, text) => Self::found::<DB>(fault, text),
             StepError::Explained(fault, reason, source) => {
                 Self { fault, reason, ..Self::shared::<DB>(Arc::new(source)) }
@@ -230,7 +231,7 @@ impl Failure {
         }
         let reason = if is_free {
             format!(
-                "no process holds `{name}`, but another transaction, perhaps your own, is writing to this SQLite database"
+                "nobody holds `{name}`, but another transaction, perhaps your own, is writing to this SQLite database"
             )
         } else {
             format!(
@@ -332,6 +333,9 @@ impl std::fmt::Display for Failure {
 fn reason<DB: LockDatabase>(fault: Fault, source: &sqlx::Error) -> String {
     let database = DB::NAME;
     let code = DB::code(source).map(|code| format!(" (error {code})")).unwrap_or_default();
+    if let Some(meaning) = DB::meaning(source) {
+        return format!("{meaning}{code}");
+    }
     match (fault, source) {
         (Fault::TableMissing, _) => TABLE_MISSING.to_owned(),
         (Fault::TableDiffers, _) => {

@@ -191,7 +191,8 @@ pub struct RowClaim {
     /// Creation time of the row. Where the row's id is used, it tells the row from one of another
     /// server.
     pub created: i64,
-    /// Whether lock-db itself began the transaction, which is then in the right database.
+    /// Whether lock-db began the transaction, on the right database, and has done nothing in it yet.
+    /// Then it may be begun anew.
     pub is_own: bool,
     /// Whether the caller does not wait for the lock.
     pub is_try: bool,

@@ -15,7 +15,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WaitingFor {
-    /// The lock, which is held.
+    /// The lock: it is held, or an earlier request of this process has it next.
     Lock,
     /// A connection, of which the pool had none free.
     Connection,

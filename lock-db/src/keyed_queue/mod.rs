@@ -41,6 +41,8 @@ pub(crate) enum Known {
     /// Nothing yet.
     #[default]
     Nothing,
+    /// The request that has the permit takes several locks, and is waiting for another one of them.
+    Queued,
     /// The pool has no free connection.
     NoConnection,
     /// The last attempt to ask the database failed.
@@ -60,12 +62,15 @@ impl KeyedQueue {
         permit
     }
 
-    /// Waits for the permit. `None`: the lock became known to be held first.
+    /// Waits for the permit. `None`: before that, the lock became known to be held, or a request that
+    /// waits for another lock was found to be ahead.
     pub(crate) async fn enter_unless_held(self: &Arc<Self>, name: &Name) -> Option<RowPermit> {
         select! {
             biased;
             permit = self.enter(name) => Some(permit),
-            () = self.wait_until_known(name, |known| matches!(known, Known::Held(_)).then_some(())) => None,
+            () = self.wait_until_known(name, |known| {
+                matches!(known, Known::Held(_) | Known::Queued).then_some(())
+            }) => None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What several leases of one holder do together, by their handles.
 
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -8,6 +8,7 @@ use std::task::Poll;
 use tokio::select;
 
 use crate::Error;
+use crate::error::Loss;
 use crate::session::LeaseHandle;
 
 /// Resolves when one of the leases is lost.
@@ -30,14 +31,37 @@ where
     let output = select! {
         biased;
         output = &mut work => Some(output),
-        () = lost(handles()) => None,
+        () = lost_to_others(handles()) => None,
     };
-    let lost = handles().find_map(|handle| handle.check().err());
+    let lost = handles().find_map(|handle| Some(handle.lost_error(loss(handle)?)));
     match (output, lost) {
         (Some(output), None) => Ok(output),
         (_, Some(error)) => Err(error),
         (None, None) => Err(Error::Closed),
     }
+}
+
+/// Why a lease is lost. Its release by the work is no loss.
+fn loss(handle: &LeaseHandle) -> Option<Loss> {
+    handle.lease.loss().filter(|loss| *loss != Loss::Released)
+}
+
+/// Resolves when one of the leases is lost other than by a release.
+async fn lost_to_others(handles: impl Iterator<Item = &LeaseHandle>) {
+    let mut waiting: Vec<_> = handles
+        .map(|handle| {
+            Box::pin(async {
+                if handle.lease.lost().await == Loss::Released {
+                    pending::<()>().await;
+                }
+            })
+        })
+        .collect();
+    poll_fn(|context| {
+        let is_lost = waiting.iter_mut().any(|lost| lost.as_mut().poll(context).is_ready());
+        if is_lost { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 /// Releases all of the leases, and returns the first error.

@@ -92,9 +92,8 @@ impl<DB: LockDatabase> Locks<DB> {
     ///   connection breaks.
     /// - [`Error::Refused`] when the server refuses the role or the password, or the right to
     ///   create tables is missing.
-    /// - [`Error::Database`] when a statement fails for another reason.
-    /// - [`Error::Database`], or on MySQL and MariaDB [`Error::Unreachable`], when another process
-    ///   has been migrating for a minute. Retryable.
+    /// - [`Error::Database`] when a statement fails for another reason. It is retryable when another
+    ///   process has been migrating for a minute.
     /// - [`Error::UnsupportedTable`] and [`Error::SchemaMissing`] when the table exists and can't
     ///   be used: see [`check`](Self::check).
     /// - [`Error::Closed`] after [`close`](Self::close).

@@ -54,6 +54,11 @@ impl<DB: LockDatabase> RowLocks<DB> {
     /// order of the names. Requests of this process that wait for the same name take no connection
     /// meanwhile.
     ///
+    /// On MySQL and MariaDB, locking the first row fixes the snapshot of the transaction. If the
+    /// request then waits for another row and its holder commits, the transaction would read data
+    /// from before that commit. So it is rolled back and begun again, without the locks that it had.
+    /// If a later name is always contended, the wait may end first.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -143,6 +143,7 @@ impl<DB: LockDatabase> TransactionRequest<DB> {
     pub(super) async fn give_up(&self) -> Error {
         let attempt = self.current();
         let in_the_way = |known: &Known| match known {
+            Known::Queued => Some(attempt.timed_out(WaitingFor::Lock, None)),
             Known::Held(held_by) => Some(attempt.timed_out(WaitingFor::Lock, held_by.clone())),
             Known::NoConnection => Some(attempt.timed_out(WaitingFor::Connection, None)),
             Known::Failure(failure) => {

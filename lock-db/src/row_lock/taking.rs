@@ -92,12 +92,22 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
         for (index, name) in self.request.names.iter().enumerate() {
             self.request.turn_to(index);
             match self.enter_queue(name).await? {
-                Some(permit) => permits.push(permit),
+                Some(permit) => {
+                    self.is_queued(&permit);
+                    permits.push(permit);
+                }
                 None => return Ok(None),
             }
         }
         self.request.turn_to(0);
         Ok(Some(Arc::new(permits)))
+    }
+
+    /// Tells the callers behind that this request is ahead of them, and waits for another lock.
+    fn is_queued(&self, permit: &RowPermit) {
+        if self.request.names.len() > 1 {
+            permit.learn(Known::Queued);
+        }
     }
 
     async fn enter_queue(&mut self, name: &Name) -> Result<Option<RowPermit>, Error> {
@@ -127,6 +137,8 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
         if let Err(error) = transaction.roll_back().await {
             tracing::debug!(error = %Failure::new::<DB>(error), "rolling back");
         }
+        // None of them is locked any more.
+        permits.iter().for_each(|permit| self.is_queued(permit));
         locked
     }
 
@@ -144,7 +156,10 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
             request.turn_to(index);
             let may_wait = |in_the_way: Option<&Failure>| self.may_wait(permit, in_the_way);
             match request.attempt(name).find_in_own(transaction, may_wait).await? {
-                Some(row) => found.push(row),
+                Some(row) => {
+                    self.is_queued(permit);
+                    found.push(row);
+                }
                 None => return Ok(None),
             }
         }

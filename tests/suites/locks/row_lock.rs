@@ -4,7 +4,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks};
-use lock_tests::{Backend, PostgresServer, TestDatabase, eventually, is_taken};
+use lock_tests::{Backend, PostgresServer, TestDatabase, TestServer, eventually, is_taken};
 use sqlx::Connection;
 use tokio::task::JoinSet;
 
@@ -27,6 +27,9 @@ lock_tests::cases! {
     a_deleted_row_is_created_again,
     settings_of_the_callers_connection_stay;
 
+    on every server:
+    requests_behind_one_for_several_end_in_time;
+
     in modules: on_postgres
 }
 
@@ -43,6 +46,28 @@ async fn increment<DB: Backend>(connection: &mut DB::Connection) {
     let n = DB::find_number(connection, "SELECT n FROM counter WHERE id = 1").await.unwrap().unwrap();
     tokio::task::yield_now().await;
     DB::run(connection, &format!("UPDATE counter SET n = {} WHERE id = 1", n + 1)).await.unwrap();
+}
+
+/// It has the permits of this process for all of its names while it waits for one of them.
+async fn requests_behind_one_for_several_end_in_time<T: TestServer>(database: &T) {
+    let (locks, others) = (database.locks().await, database.locks().await);
+    for (held, free) in [("b", "a"), ("a", "b")] {
+        for holder in [&locks, &others] {
+            let guard = holder.row_lock(held).wait(PATIENCE).acquire().await.unwrap();
+            let several = tokio::spawn(locks.row_locks(["a", "b"]).wait(PATIENCE).acquire());
+            let asked = Instant::now();
+            // A try that comes before it gets the lock.
+            eventually(PATIENCE, async || {
+                locks.row_lock(free).try_acquire().await.unwrap().is_none() || several.is_finished()
+            })
+            .await;
+            let refused = locks.row_lock(free).wait(MOMENT).acquire().await;
+            assert!(matches!(refused, Err(Error::Timeout { .. })), "{held}: {refused:?}");
+            assert!(asked.elapsed() < Duration::from_secs(8), "{held}: {:?}", asked.elapsed());
+            guard.rollback().await.unwrap();
+            several.await.unwrap().unwrap().rollback().await.unwrap();
+        }
+    }
 }
 
 async fn one_holder_among_many_tasks<T: TestDatabase>(database: &T) {

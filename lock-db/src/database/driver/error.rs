@@ -1,6 +1,7 @@
 //! Why a step of a driver failed.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use super::SchemaDriver;
 use crate::database::Fault;
@@ -13,6 +14,8 @@ pub enum StepError {
     /// The same, after a change that may stay in effect: a caller that sees only the error can't
     /// know whether the change was made.
     OutcomeUnknown(sqlx::Error),
+    /// The server did not answer in this time.
+    Silent(Duration),
     /// lock-db found it: what it means for a lock, and text for people.
     Found(Fault, Cow<'static, str>),
     /// lock-db found what an error of sqlx comes from.
@@ -27,7 +30,7 @@ impl StepError {
     pub(crate) fn fault<DB: SchemaDriver>(&self) -> Fault {
         match self {
             Self::Sqlx(error) => DB::classify(error),
-            Self::OutcomeUnknown(_) => Fault::Disconnected,
+            Self::OutcomeUnknown(_) | Self::Silent(_) => Fault::Disconnected,
             Self::Found(fault, _) | Self::Explained(fault, ..) => *fault,
         }
     }
@@ -36,6 +39,7 @@ impl StepError {
     pub(crate) fn outcome_unknown(error: impl Into<Self>) -> Self {
         match error.into() {
             Self::Sqlx(error) | Self::OutcomeUnknown(error) => Self::OutcomeUnknown(error),
+            Self::Silent(limit) => Self::Silent(limit),
             Self::Found(_, text) => Self::Found(Fault::Disconnected, text),
             Self::Explained(_, text, error) => Self::Explained(Fault::Disconnected, text, error),
         }
@@ -65,7 +69,7 @@ impl<'e> From<&'e StepError> for Option<&'e sqlx::Error> {
             StepError::Sqlx(error) | StepError::OutcomeUnknown(error) | StepError::Explained(_, _, error) => {
                 Some(error)
             }
-            StepError::Found(..) => None,
+            StepError::Silent(_) | StepError::Found(..) => None,
         }
     }
 }

@@ -72,6 +72,11 @@ pub trait SchemaDriver: sqlx::Database + Sized {
     /// Classifies an error of this database.
     fn classify(error: &sqlx::Error) -> Fault;
 
+    /// What this error says about the server or the table, where its fault alone would not tell.
+    fn meaning(_error: &sqlx::Error) -> Option<&'static str> {
+        None
+    }
+
     /// The code by which the server's documentation lists this error.
     fn code(error: &sqlx::Error) -> Option<Cow<'_, str>>;
 }

@@ -63,6 +63,14 @@ pub trait TransactionDriver: sqlx::Database + Sized {
         release: bool,
     ) -> impl Future<Output = Result<Guarded>> + Send;
 
+    /// [`guard`](Self::guard) without a release, in a marked transaction.
+    fn guard_in_marked(
+        connection: &mut Self::Connection,
+        lease: &LeaseKey,
+    ) -> impl Future<Output = Result<Guarded>> + Send {
+        Self::guard(connection, lease, false)
+    }
+
     /// Whether a transaction that has just begun sees the grant of this lease, and so everything
     /// that was committed before the grant. It does not on a node that lags behind the node that
     /// granted the lease.

@@ -52,7 +52,25 @@ pub(in crate::database) fn says<'e>(error: impl Into<Option<&'e sqlx::Error>>, t
     error.is_some_and(|error| error.message().contains(text))
 }
 
+/// A CHECK was violated: MariaDB, MySQL.
+const CHECK_VIOLATED: [u16; 2] = [4025, 3819];
+
+pub(in crate::database) fn meaning(error: &sqlx::Error) -> Option<&'static str> {
+    match number(error)? {
+        READ_ONLY => Some("the server is read-only, as one is that is no longer the primary"),
+        number if CHECK_VIOLATED.contains(&number) => Some(
+            "a CHECK constraint of `distributed_lock` refuses what lock-db writes: drop it; on MariaDB, the one that a dump \
+             of MySQL brings along",
+        ),
+        _ => None,
+    }
+}
+
 pub(in crate::database) fn classify(error: &sqlx::Error) -> Fault {
+    // No statement of lock-db causes it.
+    if matches!(error, sqlx::Error::BeginFailed) {
+        return Fault::Other;
+    }
     if let Some(fault) = Fault::of_sqlx(error) {
         return fault;
     }
@@ -64,6 +82,7 @@ pub(in crate::database) fn classify(error: &sqlx::Error) -> Fault {
         Some(COMMIT_FAILED) if says(error, "149") => Fault::Deadlock,
         // MariaDB: record has changed since last read; the table was altered since the snapshot
         Some(1020 | 1412) => Fault::Serialization,
+        Some(number) if CHECK_VIOLATED.contains(&number) => Fault::TableUnusable,
         Some(1146) => Fault::TableMissing,
         // a column, an index
         Some(1054 | 1176) => Fault::TableDiffers,

@@ -87,6 +87,10 @@ impl SchemaDriver for MySql {
         check::is_denied(error)
     }
 
+    fn meaning(error: &sqlx::Error) -> Option<&'static str> {
+        errors::meaning(error)
+    }
+
     fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
         errors::number(error).map(|number| number.to_string().into())
     }
@@ -377,6 +381,10 @@ impl TransactionDriver for MySql {
         release: bool,
     ) -> driver::Result<Guarded> {
         transaction::guard(connection, lease, release).await
+    }
+
+    async fn guard_in_marked(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<Guarded> {
+        transaction::guard_in_marked(connection, lease).await
     }
 
     async fn sees_grant(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {

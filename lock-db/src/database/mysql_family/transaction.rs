@@ -30,11 +30,25 @@ const DOOM: &str = "ROLLBACK; START TRANSACTION READ ONLY";
 /// A savepoint in each transaction that has used the table.
 pub(super) const USED: &str = "lock_db_used";
 
-/// A savepoint in each transaction that has released a lease. The lease's fencing token follows.
-const RELEASED: &str = "lock_db_released_";
+/// The name of the savepoint in a transaction that has released this lease.
+fn released(lease: &LeaseKey) -> String {
+    format!("lock_db_released_{}_{}", lease.row.id, lease.fencing_token)
+}
 
-/// The same in a marked transaction, which begins with this variable unset.
-const RELEASED_IN_MARKED: &str = "OR @lock_db_released <=> fencing_token";
+/// Notes a release in the transaction. The variable is for marked transactions, which begin with it
+/// unset. In others it is not read, so its length is limited.
+fn note_release(lease: &LeaseKey) -> String {
+    let (id, token) = (lease.row.id, lease.fencing_token);
+    format!(
+        "SET @lock_db_released = CONCAT_WS(',', RIGHT(@lock_db_released, 300000), '{id}:{token}'){}",
+        note(&lease.server, &released(lease))
+    )
+}
+
+/// Whether a marked transaction has released this lease.
+fn or_released_in_marked(lease: &LeaseKey) -> String {
+    format!("OR FIND_IN_SET('{}:{}', @lock_db_released)", lease.row.id, lease.fencing_token)
+}
 
 /// The row stays locked as long as the transaction lasts, and the savepoint shows that it does.
 pub(super) async fn commit_locked(
@@ -49,13 +63,14 @@ pub(super) async fn commit_guarded(
     lease: &LeaseKey,
     release: bool,
 ) -> driver::Result<Guarded> {
-    let is_ours = is_ours(lease, RELEASED_IN_MARKED);
+    let or_released = or_released_in_marked(lease);
+    let is_ours = is_ours(lease, &or_released);
     let (id, table) = (lease.row.id, lease.server.table.name());
     // Only an error keeps the server from executing the rest. EXP returns a number that is out of
     // range, which is an error in every SQL mode. MySQL can't name a temporary table twice in a
     // statement, so the second name makes the statement fail if the table is temporary. MariaDB
     // could, and reads that part as a comment.
-    let guard = match write(lease, release, RELEASED_IN_MARKED) {
+    let guard = match write(lease, release, &or_released) {
         Some(write) => format!("{write}; SELECT EXP(1000 * (ROW_COUNT() <> 1));"),
         None => format!(
             "{} EXP(1000 * (COUNT(*) <> 1)) FROM {table} WHERE {is_ours}
@@ -90,17 +105,25 @@ pub(super) async fn guard(
     lease: &LeaseKey,
     release: bool,
 ) -> driver::Result<Guarded> {
-    match guard_held(connection, lease, release).await? {
+    match guard_unless(connection, lease, release, "").await? {
         Guarded::NotOurs => guard_released(connection, lease).await,
         guarded => Ok(guarded),
     }
 }
 
-/// Sends one message in every case.
-async fn guard_held(
+pub(super) async fn guard_in_marked(
+    connection: &mut MySqlConnection,
+    lease: &LeaseKey,
+) -> driver::Result<Guarded> {
+    guard_unless(connection, lease, false, &or_released_in_marked(lease)).await
+}
+
+/// Sends one message, and a second one if the lease to release is not ours.
+async fn guard_unless(
     connection: &mut MySqlConnection,
     lease: &LeaseKey,
     release: bool,
+    or_released: &str,
 ) -> driver::Result<Guarded> {
     // The plain read comes first, because after the write it would see this transaction's own
     // version. It fixes a snapshot, but the snapshot is no older than what follows.
@@ -114,23 +137,28 @@ async fn guard_held(
         lease.row.id
     );
     let used = note(&lease.server, USED);
-    if let Some(write) = write(lease, release, "") {
-        let mut released = String::new();
-        if release {
-            let token = lease.fencing_token;
-            released = format!(
-                "; SET @lock_db_released = {token}{}",
-                note(&lease.server, &format!("{RELEASED}{token}"))
-            );
-        }
-        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; SELECT ROW_COUNT(){released}{used}");
-        return guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?);
+    if let Some(write) = write(lease, release, or_released) {
+        // An error ends the message, so that only a release that was carried out is noted.
+        let written = if release {
+            format!("SELECT CAST(EXP(1000 * (ROW_COUNT() <> 1)) AS SIGNED); {}", note_release(lease))
+        } else {
+            "SELECT ROW_COUNT()".to_owned()
+        };
+        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; {written}{used}");
+        return match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await {
+            Err(error) if number(&error) == Some(OUT_OF_RANGE) => {
+                let shown = fetch_optional(connection, format!("{}{used}", show(&lease.server))).await?;
+                let is_elsewhere = shown.as_ref().is_some_and(is_temporary);
+                Ok(if is_elsewhere { Guarded::Elsewhere } else { Guarded::NotOurs })
+            }
+            rows => guarded(&rows?),
+        };
     }
     let sql = format!(
         "{IN_TRANSACTION}; {sees_grant}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE{used}",
         select_within(MySql::GUARD_LIMIT),
         lease.server.table.name(),
-        is_ours(lease, "")
+        is_ours(lease, or_released)
     );
     guarded(&sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?)
 }
@@ -142,7 +170,7 @@ async fn guard_released(connection: &mut MySqlConnection, lease: &LeaseKey) -> d
     if lease.server.cluster == Cluster::MultiPrimary {
         return Ok(Guarded::NotOurs);
     }
-    let savepoint = format!("SAVEPOINT {RELEASED}{}", lease.fencing_token);
+    let savepoint = format!("SAVEPOINT {}", released(lease));
     let sql = format!(
         "RELEASE {savepoint}; {savepoint}; {} COUNT(*) FROM {} WHERE {} LOCK IN SHARE MODE",
         select_within(MySql::GUARD_LIMIT),

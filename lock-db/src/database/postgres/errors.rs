@@ -36,6 +36,13 @@ pub(super) fn is_timeout<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> bool 
     error.and_then(PgDatabaseError::routine) == Some("ProcessInterrupts")
 }
 
+pub(super) fn meaning(error: &sqlx::Error) -> Option<&'static str> {
+    match code(error)? {
+        READ_ONLY => Some("the session may only read, as on a server that is no longer the primary"),
+        _ => None,
+    }
+}
+
 pub(super) fn classify(error: &sqlx::Error) -> Fault {
     if let Some(fault) = Fault::of_sqlx(error) {
         return fault;

@@ -98,6 +98,10 @@ impl SchemaDriver for Postgres {
         snapshots::old(connection, server).await
     }
 
+    fn meaning(error: &sqlx::Error) -> Option<&'static str> {
+        errors::meaning(error)
+    }
+
     fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
         errors::code(error).map(Cow::Borrowed)
     }

@@ -13,7 +13,8 @@ use crate::database::{Guarded, LeaseKey, Notification, hexadecimal, secret_diges
 /// before it writes, in the same statement, and PostgreSQL keeps the stronger of a transaction's
 /// two locks.
 ///
-/// A released lease guards nothing, except in the transaction that releases it.
+/// A released lease guards nothing, except in the transaction that releases it. `lock_db.released`
+/// lists what the transaction has released, by id and fencing token.
 ///
 /// `bound` limits the wait for a transaction that has the row locked. The outermost SELECT restores
 /// the caller's own limit once the row is locked. If the row is not locked, the transaction has
@@ -32,7 +33,7 @@ FROM (
         WHERE bound.idle IS NOT NULL AND lease.lock_name >= $1 AND lease.lock_name <= $1 AND lease.secret_key = $2
             AND lease.fencing_token = $4 AND lease.previous_token >= $6
             AND (lease.expire_time > '1970-01-01 00:00:00+00'
-                OR current_setting('lock_db.released', true) = lease.fencing_token::text)
+                OR strpos(current_setting('lock_db.released', true), ' ' || lease.id || ':' || lease.fencing_token || ' ') > 0)
         ORDER BY lease.lock_name DESC LIMIT 1
         FOR KEY SHARE) AS lease) AS guarded";
 
@@ -54,9 +55,11 @@ released AS (
     FROM bound
     WHERE lease.lock_name = $1 AND lease.secret_key = $2 AND lease.fencing_token = $4
         AND (lease.expire_time > '1970-01-01 00:00:00+00'
-            OR current_setting('lock_db.released', true) = lease.fencing_token::text)
-    RETURNING bound.before, bound.idle, lease.fencing_token)
-SELECT set_config('lock_timeout', before, true), set_config('lock_db.released', fencing_token::text, true),
+            OR strpos(current_setting('lock_db.released', true), ' ' || lease.id || ':' || lease.fencing_token || ' ') > 0)
+    RETURNING bound.before, bound.idle, lease.id, lease.fencing_token)
+SELECT set_config('lock_timeout', before, true),
+    set_config('lock_db.released',
+        concat(current_setting('lock_db.released', true), ' ', id, ':', fencing_token, ' '), true),
     set_config('idle_in_transaction_session_timeout', LEAST(NULLIF(idle, 0), $5::bigint, 2147483647)::text, true)
 FROM released";
 
@@ -162,11 +165,11 @@ pub(super) async fn doom(connection: &mut PgConnection) {
 /// escaping.
 fn is_ours(lease: &LeaseKey) -> String {
     let digits = secret_digest(lease.secret.as_str());
-    let (name, token) = (hexadecimal(lease.row.name.as_bytes()), lease.fencing_token);
+    let (name, id, token) = (hexadecimal(lease.row.name.as_bytes()), lease.row.id, lease.fencing_token);
     format!(
         "lease.lock_name >= convert_from(decode('{name}', 'hex'), 'UTF8')
         AND lease.lock_name <= convert_from(decode('{name}', 'hex'), 'UTF8') AND lease.fencing_token = {token}
         AND encode(sha256(convert_to(lease.secret_key, 'UTF8')), 'hex') = '{digits}'
-        AND (lease.expire_time > '1970-01-01 00:00:00+00' OR current_setting('lock_db.released', true) = '{token}')"
+        AND (lease.expire_time > '1970-01-01 00:00:00+00' OR strpos(current_setting('lock_db.released', true), ' {id}:{token} ') > 0)"
     )
 }

@@ -4,6 +4,7 @@ use super::*;
 
 lock_tests::cases! {
     on every database:
+    several_leases_are_released_by_their_own_transaction,
     a_release_counts_with_the_commit,
     a_lease_released_in_a_transaction_guards_that_one,
     a_release_that_is_rolled_back_does_not_count,
@@ -16,6 +17,7 @@ lock_tests::cases! {
 
     on every server:
     a_lease_released_in_a_transaction_guards_no_other_one,
+    a_release_of_one_of_several_covers_no_other_one,
     a_lease_whose_release_may_be_committed_is_not_held,
 }
 
@@ -44,7 +46,7 @@ async fn a_lease_released_in_a_transaction_guards_no_other_one<T: TestServer>(da
     counter(database).await;
     let locks = database.locks().await;
     let pool = database.pool(1).await;
-    for _ in 0..20 {
+    for round in 0..20 {
         let lease = lease::<T>(&locks).await;
         let mut transaction = pool.begin().await.unwrap();
         lease.release_in(&mut transaction).await.unwrap();
@@ -52,11 +54,57 @@ async fn a_lease_released_in_a_transaction_guards_no_other_one<T: TestServer>(da
         let mut transaction = pool.begin().await.unwrap();
         increment::<T::Database>(&mut transaction).await;
         // Possibly before the watchdog has noticed.
-        let verified = lease.verify_in(&mut transaction).await;
-        assert!(matches!(verified, Err(Error::Lost { .. } | Error::Serialization { .. })), "{verified:?}");
+        let asked = if round % 2 == 0 {
+            lease.verify_in(&mut transaction).await
+        } else {
+            lease.release_in(&mut transaction).await
+        };
+        assert!(matches!(asked, Err(Error::Lost { .. } | Error::Serialization { .. })), "{asked:?}");
         drop(transaction);
     }
     assert_eq!(count(database).await, 0);
+}
+
+/// Leases that were granted together can have the same fencing token.
+async fn a_release_of_one_of_several_covers_no_other_one<T: TestServer>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    let leases = locks.insert_locks(["a", "b"]).ttl(LONG).acquire().await.unwrap();
+    let mut transaction = leases.begin().await.unwrap();
+    increment::<T::Database>(&mut transaction).await;
+    leases.get("b").unwrap().release_in(&mut transaction).await.unwrap();
+    // Released elsewhere, such as by `at_most`.
+    let released = "UPDATE distributed_lock SET expire_time = '1970-01-01 00:00:00', ttl_micros = 0
+        WHERE lock_name = 'a'";
+    assert_eq!(database.run(released).await, 1);
+    let ended = transaction.commit().await;
+    assert!(matches!(ended, Err(Error::Lost { .. })), "{ended:?}");
+    assert_eq!(count(database).await, 0);
+}
+
+async fn several_leases_are_released_by_their_own_transaction<T: TestDatabase>(database: &T) {
+    counter(database).await;
+    let locks = database.locks().await;
+    for _ in 0..3 {
+        let leases = locks.insert_locks(["a", "b", "c"]).ttl(LONG).wait(PATIENCE).acquire().await.unwrap();
+        let mut transaction = leases.begin().await.unwrap();
+        increment::<T::Database>(&mut transaction).await;
+        leases.release_in(&mut transaction).await.unwrap();
+        transaction.commit().await.unwrap();
+    }
+    assert_eq!(count(database).await, 3);
+    // The release is no loss for the work that made it.
+    let leases = locks.insert_locks(["a", "b", "c"]).ttl(LONG).wait(PATIENCE).acquire().await.unwrap();
+    let work = async {
+        let mut transaction = leases.begin().await?;
+        increment::<T::Database>(&mut transaction).await;
+        leases.release_in(&mut transaction).await?;
+        transaction.commit().await?;
+        leases.lost().await;
+        Ok::<_, Error>(7)
+    };
+    assert_eq!(leases.run_until_lost(work).await.unwrap().unwrap(), 7);
+    assert_eq!(count(database).await, 4);
 }
 
 async fn a_lease_released_in_a_transaction_guards_that_one<T: TestDatabase>(database: &T) {

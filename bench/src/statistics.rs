@@ -1,4 +1,4 @@
-//! What a database reports about its writes, and about the table of the locks.
+//! Database statistics: counters of writes, and the size of the lock table.
 
 use lock_db::LockDatabase;
 use serde::{Deserialize, Serialize};
@@ -6,38 +6,39 @@ use sqlx::{Connection, MySql, Postgres, Sqlite};
 
 use crate::database::{Database, Options};
 
-/// Counts since the start of the server.
+/// Counters since the start of the server.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Written {
-    /// Of the log that a commit waits for: WAL, redo log.
+    /// Bytes of the log that a commit waits for: WAL or redo log.
     pub(crate) bytes: u64,
-    /// Transactions that wrote something.
+    /// The number of transactions that wrote something.
     pub(crate) commits: u64,
 }
 
-/// The table `distributed_lock`.
+/// The size of the table `distributed_lock`.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct TableSize {
     pub(crate) table_bytes: u64,
     pub(crate) index_bytes: u64,
-    /// Dead row versions. On InnoDB: transactions whose old versions have not been purged yet.
-    /// SQLite keeps none.
+    /// The number of dead row versions. On InnoDB: the number of transactions whose old versions
+    /// are not purged yet. SQLite keeps no old versions.
     pub(crate) dead: Option<u64>,
-    /// PostgreSQL only: all updates so far, and those of them that did not change the indexes.
+    /// All updates so far. PostgreSQL only.
     pub(crate) updates: Option<u64>,
+    /// Updates that did not change the indexes (HOT). PostgreSQL only.
     pub(crate) hot_updates: Option<u64>,
 }
 
-/// A database that reports what a lock costs it.
-pub(crate) trait Metered: Database {
-    /// Its address. `None`: nothing is sent over a network.
+/// A database that counts its writes and reports the size of the lock table.
+pub(crate) trait DatabaseStatistics: Database {
+    /// The address of the server. `None`: there is no network.
     fn address(options: &Options<Self>) -> Option<(String, u16)>;
 
-    /// The same options by way of this port of loopback, if the database has an address. Also makes
-    /// `written` able to count.
+    /// Changes the options so that `written` can count. With a port, the connection goes to that
+    /// port on loopback if the database has an address.
     fn for_measuring(options: Options<Self>, port: Option<u16>) -> Options<Self>;
 
-    /// To be called before `written`, on a connection that stays open.
+    /// Call this before `written`, on a connection that stays open.
     fn begin_counting(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     fn written(
@@ -50,13 +51,13 @@ pub(crate) trait Metered: Database {
     ) -> impl Future<Output = anyhow::Result<TableSize>> + Send;
 }
 
-/// A connection that counts, and does not go through the proxy.
-pub(crate) struct Meter<DB: LockDatabase> {
+/// A connection that reads the statistics. It does not go through the proxy.
+pub(crate) struct StatisticsReader<DB: LockDatabase> {
     connection: DB::Connection,
     options: Options<DB>,
 }
 
-impl<DB: Metered> Meter<DB> {
+impl<DB: DatabaseStatistics> StatisticsReader<DB> {
     pub(crate) async fn start(url: &str) -> anyhow::Result<Self> {
         let options = DB::for_measuring(DB::options(url)?, None);
         let mut connection = DB::Connection::connect_with(&options).await?;
@@ -77,7 +78,7 @@ fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or_default()
 }
 
-impl Metered for Postgres {
+impl DatabaseStatistics for Postgres {
     fn address(options: &Options<Self>) -> Option<(String, u16)> {
         Some((options.get_host().to_owned(), options.get_port()))
     }
@@ -94,7 +95,8 @@ impl Metered for Postgres {
     }
 
     async fn written(connection: &mut Self::Connection, _options: &Options<Self>) -> anyhow::Result<Written> {
-        // A transaction gets an id when it writes. The statistics of transactions are delayed.
+        // A transaction gets an id when it writes. `pg_stat_database` also counts transactions, but
+        // with a delay.
         const WRITTEN: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint, \
             txid_snapshot_xmax(txid_current_snapshot())";
 
@@ -118,7 +120,7 @@ impl Metered for Postgres {
     }
 }
 
-impl Metered for MySql {
+impl DatabaseStatistics for MySql {
     fn address(options: &Options<Self>) -> Option<(String, u16)> {
         Some((options.get_host().to_owned(), options.get_port()))
     }
@@ -130,8 +132,8 @@ impl Metered for MySql {
         }
     }
 
-    /// The other counters of commits include transactions that only read, or miss those without a
-    /// COMMIT.
+    /// The other counters of commits either include transactions that only read, or do not include
+    /// autocommit statements.
     async fn begin_counting(connection: &mut Self::Connection) -> sqlx::Result<()> {
         const ENABLE: &str = "SET GLOBAL innodb_monitor_enable = 'trx_rw_commits'";
         sqlx::raw_sql(ENABLE).execute(connection).await.map(drop)
@@ -150,7 +152,7 @@ impl Metered for MySql {
         const SIZE: &str = "SELECT CAST(data_length AS SIGNED), CAST(index_length AS SIGNED) \
             FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = 'distributed_lock'";
 
-        // The sizes come from statistics, which this refreshes.
+        // The sizes come from the table statistics. This updates them.
         sqlx::raw_sql("ANALYZE TABLE distributed_lock").execute(&mut *connection).await?;
         let (table, indexes): (i64, i64) = sqlx::query_as(SIZE).fetch_one(&mut *connection).await?;
         let dead = metric(connection, "trx_rseg_history_len").await?;
@@ -169,12 +171,12 @@ async fn metric(connection: &mut sqlx::MySqlConnection, name: &str) -> sqlx::Res
     Ok(unsigned(sqlx::query_scalar(METRIC).bind(name).fetch_one(connection).await?))
 }
 
-impl Metered for Sqlite {
+impl DatabaseStatistics for Sqlite {
     fn address(_options: &Options<Self>) -> Option<(String, u16)> {
         None
     }
 
-    /// Without checkpoints the WAL file grows by everything that is written.
+    /// Without checkpoints every write makes the WAL file longer.
     fn for_measuring(options: Options<Self>, _port: Option<u16>) -> Options<Self> {
         options.pragma("wal_autocheckpoint", "0")
     }
@@ -196,8 +198,9 @@ impl Metered for Sqlite {
     }
 }
 
-/// Follows the file format: a header of 32 bytes that contains the page size, then frames of 24
-/// bytes and a page each. The last frame of a transaction contains the size of the database.
+/// Counts the frames and commits of a WAL file. The file has a header of 32 bytes, which contains
+/// the page size. Frames follow: a header of 24 bytes and a page. In the last frame of a
+/// transaction the header contains the size of the database; in the others that field is 0.
 fn count_frames(wal: &[u8]) -> Written {
     const HEADER: usize = 32;
     const FRAME_HEADER: usize = 24;

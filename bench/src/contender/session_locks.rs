@@ -1,12 +1,12 @@
-//! Locks of the server's sessions: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter
-//! has a connection, from a pool that does not test its connections before use. That favours these
+//! Session locks of the server: `pg_advisory_lock` and `GET_LOCK`. Each holder and each waiter uses
+//! a connection of a pool. The pool does not test its connections before use, which favours these
 //! contenders.
 
 use anyhow::Context;
 use sqlx::pool::PoolConnection;
 use sqlx::{MySql, Pool, Postgres};
 
-use super::{Boxed, Caller, Job, Team};
+use super::{Boxed, Caller, CallerGroup, Job};
 use crate::database::{self, Database};
 
 pub(super) trait SessionLocks: Database {
@@ -28,8 +28,8 @@ impl SessionLocks for Postgres {
 
     async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         const UNLOCK: &str = "SELECT pg_advisory_unlock(hashtextextended($1, 0))";
-        let was_mine: bool = sqlx::query_scalar(UNLOCK).bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(was_mine, "it belonged to somebody else");
+        let was_held: bool = sqlx::query_scalar(UNLOCK).bind(name).fetch_one(connection).await?;
+        anyhow::ensure!(was_held, "the lock had another owner");
         Ok(())
     }
 }
@@ -38,14 +38,14 @@ impl SessionLocks for MySql {
     async fn lock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         let locked: Option<i64> =
             sqlx::query_scalar("SELECT GET_LOCK(?, 300)").bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(locked == Some(1), "the server said {locked:?}");
+        anyhow::ensure!(locked == Some(1), "the server answered {locked:?}");
         Ok(())
     }
 
     async fn unlock(connection: &mut Self::Connection, name: &str) -> anyhow::Result<()> {
         let unlocked: Option<i64> =
             sqlx::query_scalar("SELECT RELEASE_LOCK(?)").bind(name).fetch_one(connection).await?;
-        anyhow::ensure!(unlocked == Some(1), "it belonged to somebody else");
+        anyhow::ensure!(unlocked == Some(1), "the lock had another owner");
         Ok(())
     }
 }
@@ -74,7 +74,7 @@ impl<DB: SessionLocks> Caller for SessionLock<DB> {
     }
 }
 
-pub(super) async fn team<DB: SessionLocks>(job: &Job) -> anyhow::Result<Team> {
+pub(super) async fn connect<DB: SessionLocks>(job: &Job) -> anyhow::Result<CallerGroup> {
     let pool = database::pool_options::<DB>(job.connections)
         .test_before_acquire(false)
         .connect_with(DB::options(&job.url)?)
@@ -83,5 +83,5 @@ pub(super) async fn team<DB: SessionLocks>(job: &Job) -> anyhow::Result<Team> {
         Box::new(SessionLock { pool: pool.clone(), name: name.clone(), connection: None })
     };
     let callers = job.names.iter().map(caller).collect();
-    Ok(Team { callers, end: Box::pin(async move { pool.close().await }) })
+    Ok(CallerGroup { callers, end: Box::pin(async move { pool.close().await }) })
 }

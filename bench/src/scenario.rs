@@ -1,11 +1,11 @@
-//! The scenes that are played.
+//! The scenarios.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::summary::Crowd;
+use crate::summary::Contention;
 
-/// The letter of a scene.
+/// The letter of a scenario.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum Kind {
     /// Uncontended: 1, 8 and 64 callers, each with a free name of its own
@@ -17,61 +17,62 @@ pub(crate) enum Kind {
     /// Contended between processes: 4 processes of 16 callers on one name
     #[value(name = "C")]
     C,
-    /// The wake-up: from the holder's release to the lock in a waiter of another process
+    /// Wake-up: from the holder's release to the grant in another process
     #[value(name = "D")]
     D,
-    /// lock-db alone: many leases that one process holds
+    /// lock-db alone: one process holds many leases
     #[value(name = "E")]
     E,
-    /// lock-db alone: the same names again and again
+    /// lock-db alone: acquire and release the same names repeatedly
     #[value(name = "F")]
     F,
-    /// lock-db alone: what each operation costs the database
+    /// lock-db alone: the cost of each operation in the database
     #[value(name = "G")]
     G,
 }
 
 impl Kind {
-    /// A study is not played by contenders. It takes long, so it runs only on request.
-    pub(crate) fn is_study(self) -> bool {
+    /// Whether the scenario belongs to the cost report. Such a scenario measures lock-db only. It
+    /// takes minutes, so it runs only on request.
+    pub(crate) fn is_cost_report(self) -> bool {
         matches!(self, Self::E | Self::F | Self::G)
     }
 }
 
-/// One scene with its number of callers.
+/// One scenario with its number of callers.
 #[derive(Clone, Copy, Serialize)]
-pub(crate) struct Scene {
+pub(crate) struct Scenario {
     pub(crate) kind: Kind,
     pub(crate) processes: u32,
-    /// In each of the processes.
+    /// Per process.
     pub(crate) callers: u32,
 }
 
-const SCENES: [Scene; 7] = [
-    Scene { kind: Kind::A, processes: 1, callers: 1 },
-    Scene { kind: Kind::A, processes: 1, callers: 8 },
-    Scene { kind: Kind::A, processes: 1, callers: 64 },
-    Scene { kind: Kind::B, processes: 1, callers: 64 },
-    Scene { kind: Kind::B, processes: 1, callers: 512 },
-    Scene { kind: Kind::C, processes: 4, callers: 16 },
-    Scene { kind: Kind::D, processes: 2, callers: 1 },
+const SCENARIOS: [Scenario; 7] = [
+    Scenario { kind: Kind::A, processes: 1, callers: 1 },
+    Scenario { kind: Kind::A, processes: 1, callers: 8 },
+    Scenario { kind: Kind::A, processes: 1, callers: 64 },
+    Scenario { kind: Kind::B, processes: 1, callers: 64 },
+    Scenario { kind: Kind::B, processes: 1, callers: 512 },
+    Scenario { kind: Kind::C, processes: 4, callers: 16 },
+    Scenario { kind: Kind::D, processes: 2, callers: 1 },
 ];
 
-impl Scene {
-    /// The scenes with these letters. Without letters, all scenes of the contenders.
+impl Scenario {
+    /// The scenarios with these letters, without those of the cost report. No letters: all.
     pub(crate) fn of(kinds: &[Kind]) -> Vec<Self> {
-        SCENES.into_iter().filter(|scene| kinds.is_empty() || kinds.contains(&scene.kind)).collect()
+        SCENARIOS.into_iter().filter(|scenario| kinds.is_empty() || kinds.contains(&scenario.kind)).collect()
     }
 
     pub(crate) fn is_contended(self) -> bool {
         self.kind != Kind::A
     }
 
-    pub(crate) fn crowd(self) -> Crowd {
-        Crowd { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
+    pub(crate) fn contention(self) -> Contention {
+        Contention { processes: self.processes, callers: self.callers, one_name: self.is_contended() }
     }
 
-    /// Short, as in file names: `A8`, `C4x16`.
+    /// The short name, also used in file names: `A8`, `C4x16`.
     pub(crate) fn label(self) -> String {
         match self.kind {
             Kind::A => format!("A{}", self.callers),

@@ -1,4 +1,4 @@
-//! Plays a scene with child processes.
+//! Runs a scenario in child processes.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,75 +10,75 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::{sleep, timeout};
 
-use crate::child::{Order, Task};
+use crate::child::{Instruction, Task};
 use crate::clock::{after, now};
 use crate::contender::Job;
 use crate::record::Log;
-use crate::scene::{Kind, Scene};
+use crate::scenario::{Kind, Scenario};
 use crate::summary::{Summary, Window};
 
 const START_LIMIT: Duration = Duration::from_mins(1);
-/// For callers and pools to end, and for many records.
+/// Time for callers and pools to end, and to transfer many records.
 const END_LIMIT: Duration = Duration::from_secs(90);
-/// Between the order and the first acquisition, so that all processes have received the order.
+/// Time for all processes to receive the instruction. It is added to the warm-up.
 const NOTICE: Duration = Duration::from_millis(50);
 
-/// How long a scene is played.
+/// How long a scenario runs.
 #[derive(Clone, Copy)]
 pub(crate) struct Times {
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
 }
 
-/// `job` is that of the first process. The other processes have the same names and other numbers.
-pub(crate) async fn play(scene: Scene, job: &Job, times: Times) -> anyhow::Result<Summary> {
+/// Runs one scenario. `job` is the job of the first process. The others differ only in their process number.
+pub(crate) async fn run_scenario(scenario: Scenario, job: &Job, times: Times) -> anyhow::Result<Summary> {
     let mut processes = Vec::new();
-    for process in 0..scene.processes {
-        processes.push(Process::start(&Task::Play(Job { process, ..job.clone() })).await?);
+    for process in 0..scenario.processes {
+        processes.push(Process::start(&Task::Workload(Job { process, ..job.clone() })).await?);
     }
-    if scene.kind == Kind::D {
-        return hand_over(&mut processes, times).await;
+    if scenario.kind == Kind::D {
+        return run_handovers(&mut processes, times).await;
     }
     let begin = after(now(), NOTICE + times.warm_up);
     let end = after(begin, times.measured);
     for process in &mut processes {
-        process.say(&Order::Drive { begin, end }).await?;
+        process.send(&Instruction::Run { begin, end }).await?;
     }
     let mut log = Log::default();
     for process in &mut processes {
-        log.add(process.hear(NOTICE + times.warm_up + times.measured + END_LIMIT).await?);
+        log.add(process.receive(NOTICE + times.warm_up + times.measured + END_LIMIT).await?);
     }
     for process in processes {
         process.end().await?;
     }
-    Summary::new(log, &scene.crowd(), Window { begin, end })
+    Summary::new(log, &scenario.contention(), Window { begin, end })
 }
 
-/// One process has the lock and the other one waits for it, long enough for its polls to have
-/// slowed down. Then they swap roles.
-async fn hand_over(processes: &mut [Process], times: Times) -> anyhow::Result<Summary> {
+/// One process holds the lock. The other one waits until its polling has slowed down, and gets the
+/// lock. Then they swap roles.
+async fn run_handovers(processes: &mut [Process], times: Times) -> anyhow::Result<Summary> {
     let [holder, waiter] = processes else { bail!("two processes are needed") };
     let (mut holder, mut waiter) = (holder, waiter);
     let mut log = Log::default();
-    holder.say(&Order::Acquire).await?;
-    let _granted: String = holder.hear(START_LIMIT).await?;
+    holder.send(&Instruction::Acquire).await?;
+    let _granted: String = holder.receive(START_LIMIT).await?;
     let begin = after(now(), times.warm_up);
     let end = after(begin, times.measured);
     while now() < end {
-        waiter.say(&Order::Acquire).await?;
-        // At random. Otherwise each release would fall into the same place between two polls.
+        waiter.send(&Instruction::Acquire).await?;
+        // A random time. Otherwise each release would have the same distance to the next poll.
         sleep(Duration::from_micros(fastrand::u64(50_000..250_000))).await;
-        holder.say(&Order::Release).await?;
-        log.add(holder.hear(START_LIMIT).await?);
-        let _granted: String = waiter.hear(START_LIMIT).await?;
+        holder.send(&Instruction::Release).await?;
+        log.add(holder.receive(START_LIMIT).await?);
+        let _granted: String = waiter.receive(START_LIMIT).await?;
         std::mem::swap(&mut holder, &mut waiter);
     }
-    holder.say(&Order::Release).await?;
-    log.add(holder.hear(START_LIMIT).await?);
+    holder.send(&Instruction::Release).await?;
+    log.add(holder.receive(START_LIMIT).await?);
     Summary::of_handovers(log, Window { begin, end })
 }
 
-/// A process that follows orders.
+/// A child process that follows instructions.
 pub(crate) struct Process {
     child: Child,
     input: ChildStdin,
@@ -87,7 +87,7 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) async fn start(task: &Task) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("finding this program's own file")?;
+        let program = std::env::current_exe().context("finding the file of this program")?;
         let mut child = Command::new(program)
             .arg("--child")
             .stdin(Stdio::piped())
@@ -98,26 +98,26 @@ impl Process {
         let input = child.stdin.take().context("a process without input")?;
         let output = child.stdout.take().context("a process without output")?;
         let mut process = Self { child, input, output: BufReader::new(output).lines() };
-        // Not as an argument: all users of the machine can read those, and the address may contain
-        // a password.
-        process.say(task).await?;
-        let _ready: String = process.hear(START_LIMIT).await?;
+        // The address may contain a password, and all users of the machine can read arguments. So
+        // the task is not an argument.
+        process.send(task).await?;
+        let _ready: String = process.receive(START_LIMIT).await?;
         Ok(process)
     }
 
-    async fn say(&mut self, words: &impl Serialize) -> anyhow::Result<()> {
-        let mut line = serde_json::to_vec(words)?;
+    async fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
         Ok(self.input.write_all(&line).await?)
     }
 
-    pub(crate) async fn hear<T: DeserializeOwned>(&mut self, limit: Duration) -> anyhow::Result<T> {
+    pub(crate) async fn receive<T: DeserializeOwned>(&mut self, limit: Duration) -> anyhow::Result<T> {
         let line = timeout(limit, self.output.next_line()).await.context("a process does not answer")??;
-        let line = line.context("a process ended too early; it says why above")?;
+        let line = line.context("a process ended too early; its error is above")?;
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// After its last answer the process has nothing left to do.
+    /// Waits for the end of the process. Call this after its last answer.
     pub(crate) async fn end(mut self) -> anyhow::Result<()> {
         drop(self.input);
         let ended = timeout(START_LIMIT, self.child.wait()).await;

@@ -1,4 +1,4 @@
-//! The work of the callers of one process.
+//! The workload of one process: its callers acquire and release locks.
 
 use std::time::Duration;
 
@@ -6,25 +6,25 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::clock::{after, now, until};
-use crate::contender::{Caller, Job, Team};
+use crate::contender::{Caller, CallerGroup, Job};
 use crate::record::{Log, Record};
 use crate::summary::Window;
 
-/// After an error.
+/// The pause after an error.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Each caller takes the lock, holds it, releases it and starts again, until the window is over.
-pub(crate) async fn drive(team: Team, job: &Job, window: Window) -> Log {
+/// Each caller acquires the lock, holds it and releases it, repeatedly, until the window ends.
+pub(crate) async fn run(group: CallerGroup, job: &Job, window: Window) -> Log {
     let mut tasks = JoinSet::new();
-    for (number, (caller, name)) in (0..).zip(team.callers.into_iter().zip(&job.names)) {
-        let work = Work {
+    for (number, (caller, name)) in (0..).zip(group.callers.into_iter().zip(&job.names)) {
+        let caller_loop = CallerLoop {
             process: job.process,
             number,
             name: name.clone(),
             hold: job.hold,
-            patience: job.contender.patience(),
+            finish_limit: job.contender.finish_limit(),
         };
-        tasks.spawn(work.until_end(caller, window));
+        tasks.spawn(caller_loop.run(caller, window));
     }
     let mut log = Log::default();
     while let Some(ended) = tasks.join_next().await {
@@ -33,28 +33,28 @@ pub(crate) async fn drive(team: Team, job: &Job, window: Window) -> Log {
             Err(error) => log.add_error(&error.into(), ""),
         }
     }
-    // A hang here does not affect the figures.
-    let _ended_in_time = timeout(Duration::from_secs(5), team.end).await;
+    // A hang at the end does not affect the figures.
+    let _ended_in_time = timeout(Duration::from_secs(5), group.end).await;
     log
 }
 
-struct Work {
+struct CallerLoop {
     process: u32,
     number: u32,
     name: String,
     hold: Duration,
-    patience: Duration,
+    finish_limit: Duration,
 }
 
-impl Work {
-    async fn until_end(self, mut caller: Box<dyn Caller>, window: Window) -> Log {
+impl CallerLoop {
+    async fn run(self, mut caller: Box<dyn Caller>, window: Window) -> Log {
         let mut log = Log::default();
-        let mut asked = now();
+        let mut requested = now();
         while now() < window.end {
-            let limit = until(after(window.end, self.patience));
+            let limit = until(after(window.end, self.finish_limit));
             let fencing_token = match timeout(limit, caller.acquire()).await {
                 Err(_elapsed) => {
-                    log.unfinished.push(asked);
+                    log.unfinished.push(requested);
                     break;
                 }
                 Ok(Err(error)) => {
@@ -77,16 +77,16 @@ impl Work {
             log.records.push(Record {
                 process,
                 caller: number,
-                asked,
+                requested,
                 granted,
                 releasing,
                 released,
                 fencing_token,
             });
             if granted >= window.end {
-                log.unfinished.push(asked);
+                log.unfinished.push(requested);
             }
-            asked = now();
+            requested = now();
         }
         log
     }

@@ -1,4 +1,4 @@
-//! E: many leases that one process only holds.
+//! E: the cost of holding many leases in one process.
 
 use std::time::Duration;
 
@@ -9,69 +9,71 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{Study, end, locks, real};
-use crate::child::answer;
+use super::{CostMeasurement, end, locks};
+use crate::child::reply;
 use crate::clock::now;
 use crate::database::Database;
-use crate::meter::{Meter, Metered};
+use crate::statistics::{DatabaseStatistics, StatisticsReader};
+use crate::summary::to_f64;
 
-/// lock-db's default.
+/// The default of lock-db.
 const TTL: Duration = Duration::from_secs(30);
 const TASKS: u32 = 256;
 
-/// What it costs to hold them.
+/// The cost of holding leases.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Held {
+pub(crate) struct HeldLeases {
     pub(crate) leases: u32,
     pub(crate) ttl_seconds: f64,
     pub(crate) acquired_in_seconds: f64,
     pub(crate) seconds: f64,
-    /// Of one core, by the process that holds them.
+    /// Processor time of the process that holds the leases, in percent of one core.
     pub(crate) processor_percent: f64,
     pub(crate) bytes_per_lease: f64,
-    /// While they were held, if there is a network.
+    /// Round trips while the leases were held. `None`: there is no network.
     pub(crate) round_trips: Option<u64>,
     pub(crate) commits: u64,
     pub(crate) log_bytes: u64,
-    /// All connections that were opened, including the pool's.
+    /// All connections that were opened, including those of the pool.
     pub(crate) connections: Option<u64>,
-    /// Must be 0.
+    /// The number of leases that ended too early. Must be 0.
     pub(crate) lost: usize,
 }
 
-impl Held {
-    /// Each lease is renewed once in every third of its TTL.
+impl HeldLeases {
+    /// The number of ticks. Each lease is renewed once per tick, which is a third of the TTL.
     pub(crate) fn ticks(&self) -> f64 {
         self.seconds / (self.ttl_seconds / 3.0)
     }
 }
 
-pub(super) async fn hold<DB: Metered>(study: &Study) -> anyhow::Result<()> {
-    let count = study.sizes.leases;
-    let mut meter = Meter::<DB>::start(&study.url).await?;
-    let options = DB::for_measuring(DB::options(&study.url)?, study.port);
+pub(super) async fn measure<DB: DatabaseStatistics>(measurement: &CostMeasurement) -> anyhow::Result<()> {
+    let count = measurement.sizes.leases;
+    let mut statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
+    let options = DB::for_measuring(DB::options(&measurement.url)?, measurement.port);
     let (locks, pool) = locks::<DB>(options).await?;
-    // So that the memory of connections, statements and tasks is not counted for the leases.
-    drop(acquire(&locks, &format!("{}:before", study.prefix), TASKS * 4).await?);
+    // A first round allocates the memory of connections, statements and tasks. It is not counted
+    // for the leases.
+    drop(acquire(&locks, &format!("{}:before", measurement.prefix), TASKS * 4).await?);
     sleep(Duration::from_secs(1)).await;
     let memory_before = resident_bytes()?;
     let begin = now();
-    let leases = acquire(&locks, &study.prefix, count).await?;
-    let acquired_in_seconds = real(now() - begin) / 1e9;
+    let leases = acquire(&locks, &measurement.prefix, count).await?;
+    let acquired_in_seconds = to_f64(now() - begin) / 1e9;
     let memory = resident_bytes()?.saturating_sub(memory_before);
 
-    answer(&"holding")?;
-    let (before, begin, processor) = (meter.written().await?, now(), processor_seconds());
-    sleep(study.sizes.hold).await;
-    let (processor, seconds) = (processor_seconds() - processor, real(now() - begin) / 1e9);
-    let written = meter.written().await?;
-    answer(&Held {
+    reply(&"holding")?;
+    let (before, begin, processor) = (statistics.written().await?, now(), processor_seconds());
+    sleep(measurement.sizes.hold).await;
+    let (processor, seconds) = (processor_seconds() - processor, to_f64(now() - begin) / 1e9);
+    let written = statistics.written().await?;
+    reply(&HeldLeases {
         leases: count,
         ttl_seconds: TTL.as_secs_f64(),
         acquired_in_seconds,
         seconds,
         processor_percent: 100.0 * processor / seconds,
-        bytes_per_lease: real(memory) / f64::from(count),
+        bytes_per_lease: to_f64(memory) / f64::from(count),
         round_trips: None,
         commits: written.commits - before.commits,
         log_bytes: written.bytes - before.bytes,
@@ -82,7 +84,7 @@ pub(super) async fn hold<DB: Metered>(study: &Study) -> anyhow::Result<()> {
     end(locks, pool).await
 }
 
-/// Acquires with many tasks at once.
+/// Acquires the leases with many tasks at once.
 async fn acquire<DB: Database>(
     locks: &Locks<DB>,
     prefix: &str,
@@ -115,5 +117,5 @@ fn resident_bytes() -> anyhow::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    Ok(kibibytes.context("the system does not tell the memory of a process")?.parse::<u64>()? * 1024)
+    Ok(kibibytes.context("the system does not report the memory of a process")?.parse::<u64>()? * 1024)
 }

@@ -1,4 +1,4 @@
-//! G: what each operation costs the database, counted and not timed.
+//! G: the cost of each operation in the database. It is counted, not timed.
 
 use std::time::Duration;
 
@@ -8,49 +8,52 @@ use sqlx::Pool;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::{LONG, Study, end, locks, proxy, real};
-use crate::meter::{Meter, Metered, Written};
+use super::{CostMeasurement, LONG_TTL, end, locks, proxy};
 use crate::proxy::Proxy;
+use crate::statistics::{DatabaseStatistics, StatisticsReader, Written};
+use crate::summary::to_f64;
 
 const CALLERS: u32 = 64;
 const RENEWED: u32 = 500;
-/// Renewed every second.
+/// A lease with this TTL is renewed every second.
 const SHORT_TTL: Duration = Duration::from_secs(3);
 const RENEWAL_TICKS: u32 = 10;
 
 /// The average cost of one operation.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Cost {
+pub(crate) struct OperationCost {
     pub(crate) operation: String,
     pub(crate) times: u32,
-    /// If there is a network.
+    /// `None`: there is no network.
     pub(crate) round_trips: Option<f64>,
     pub(crate) commits: f64,
     pub(crate) log_bytes: f64,
 }
 
-/// One process, and what counts its work.
-struct Counted<DB: Metered> {
-    meter: Meter<DB>,
+/// The locks and pool of one process, and what counts their work.
+struct Counted<DB: DatabaseStatistics> {
+    statistics: StatisticsReader<DB>,
     proxy: Option<Proxy>,
     locks: Locks<DB>,
     pool: Pool<DB>,
     prefix: String,
-    costs: Vec<Cost>,
+    costs: Vec<OperationCost>,
 }
 
-pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost>> {
-    let meter = Meter::<DB>::start(&study.url).await?;
-    let proxy = proxy::<DB>(&study.url).await?;
-    let options = DB::for_measuring(DB::options(&study.url)?, proxy.as_ref().map(|proxy| proxy.port));
+pub(super) async fn measure<DB: DatabaseStatistics>(
+    measurement: &CostMeasurement,
+) -> anyhow::Result<Vec<OperationCost>> {
+    let statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
+    let proxy = proxy::<DB>(&measurement.url).await?;
+    let options = DB::for_measuring(DB::options(&measurement.url)?, proxy.as_ref().map(|proxy| proxy.port));
     let (locks, pool) = locks::<DB>(options).await?;
-    let prefix = study.prefix.clone();
-    let mut counted = Counted { meter, proxy, locks, pool, prefix, costs: Vec::new() };
-    // The first round opens connections and prepares statements.
-    let repeats = study.sizes.repeats;
+    let prefix = measurement.prefix.clone();
+    let mut counted = Counted { statistics, proxy, locks, pool, prefix, costs: Vec::new() };
+    // The first round only opens connections and prepares statements.
+    let repeats = measurement.sizes.repeats;
     for times in [20, repeats] {
         counted.costs.clear();
-        counted.alone(times).await?;
+        counted.one_caller(times).await?;
         counted.in_transactions(times).await?;
     }
     counted.many_callers(repeats / 10).await?;
@@ -61,10 +64,10 @@ pub(super) async fn count<DB: Metered>(study: &Study) -> anyhow::Result<Vec<Cost
     Ok(counted.costs)
 }
 
-impl<DB: Metered> Counted<DB> {
+impl<DB: DatabaseStatistics> Counted<DB> {
     async fn read(&mut self) -> anyhow::Result<(u64, Written)> {
         let round_trips = self.proxy.as_ref().map_or(0, Proxy::round_trips);
-        Ok((round_trips, self.meter.written().await?))
+        Ok((round_trips, self.statistics.written().await?))
     }
 
     async fn measure<T>(
@@ -76,8 +79,8 @@ impl<DB: Metered> Counted<DB> {
         let (round_trips, before) = self.read().await?;
         let done = work.await?;
         let (round_trips_after, after) = self.read().await?;
-        let each = |count: u64| real(count) / f64::from(times);
-        self.costs.push(Cost {
+        let each = |count: u64| to_f64(count) / f64::from(times);
+        self.costs.push(OperationCost {
             operation: operation.into(),
             times,
             round_trips: self.proxy.as_ref().map(|_proxy| each(round_trips_after - round_trips)),
@@ -92,7 +95,7 @@ impl<DB: Metered> Counted<DB> {
     }
 
     /// One caller, free names.
-    async fn alone(&mut self, times: u32) -> anyhow::Result<()> {
+    async fn one_caller(&mut self, times: u32) -> anyhow::Result<()> {
         let (locks, names) = (self.locks.clone(), self.names("lease", times));
         let leases = self.measure("acquire, first use of the name", times, acquire(&locks, &names)).await?;
         release(leases).await?;
@@ -160,20 +163,20 @@ impl<DB: Metered> Counted<DB> {
         self.measure("the same with insert_lock.acquire_in", times, with_lease).await
     }
 
-    /// What queues and batches save.
-    async fn many_callers(&mut self, turns: u32) -> anyhow::Result<()> {
-        let turns = turns.max(1);
+    /// Many callers at once, which share statements and hand leases to each other.
+    async fn many_callers(&mut self, rounds: u32) -> anyhow::Result<()> {
+        let rounds = rounds.max(1);
         let one = vec![format!("{}:one", self.prefix); CALLERS as usize];
         for (names, on) in [(one, "one name"), (self.names("own", CALLERS), "names of their own")] {
             let operation = format!("acquire, release; {CALLERS} callers on {on}");
             let locks = self.locks.clone();
-            self.measure(operation, CALLERS * turns, async move {
+            self.measure(operation, CALLERS * rounds, async move {
                 let mut tasks = JoinSet::new();
                 for name in names {
                     let locks = locks.clone();
                     tasks.spawn(async move {
-                        for _ in 0..turns {
-                            locks.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
+                        for _ in 0..rounds {
+                            locks.insert_lock(&name).ttl(LONG_TTL).acquire().await?.release().await?;
                         }
                         Ok::<_, lock_db::Error>(())
                     });
@@ -200,7 +203,7 @@ impl<DB: Metered> Counted<DB> {
         while let Some(ended) = tasks.join_next().await {
             leases.push(ended??);
         }
-        // Until they are renewed together.
+        // Until the leases are renewed together.
         sleep(SHORT_TTL).await;
         let operation = format!("renewal of {RENEWED} leases");
         let work = async {
@@ -211,17 +214,17 @@ impl<DB: Metered> Counted<DB> {
         release(leases).await
     }
 
-    /// From a waiter's first attempt to its grant, the holder's release included.
+    /// From the first attempt of a waiter to its grant, including the release of the holder.
     async fn between_processes(&mut self, wait: Duration, times: u32) -> anyhow::Result<()> {
-        // For the database this is another process.
+        // Another `Locks`. For the database this is another process.
         let (others, pool) = {
             let port = self.proxy.as_ref().map(|proxy| proxy.port);
             let options = (*self.pool.connect_options()).clone();
             locks::<DB>(DB::for_measuring(options, port)).await?
         };
         let name = format!("{}:between", self.prefix);
-        others.insert_lock(&name).ttl(LONG).acquire().await?.release().await?;
-        let mut sum = Cost {
+        others.insert_lock(&name).ttl(LONG_TTL).acquire().await?.release().await?;
+        let mut sum = OperationCost {
             operation: format!("another process waits {} s, release, grant", wait.as_secs_f64()),
             times,
             round_trips: None,
@@ -230,8 +233,8 @@ impl<DB: Metered> Counted<DB> {
         };
         // The first round only prepares the statements.
         for number in 0..=times {
-            let lease = self.locks.insert_lock(&name).ttl(LONG).acquire().await?;
-            let waiting = others.insert_lock(&name).ttl(LONG).acquire();
+            let lease = self.locks.insert_lock(&name).ttl(LONG_TTL).acquire().await?;
+            let waiting = others.insert_lock(&name).ttl(LONG_TTL).acquire();
             let granted = self
                 .measure("", times, async {
                     let (granted, released) = tokio::join!(waiting, async {
@@ -254,15 +257,18 @@ impl<DB: Metered> Counted<DB> {
     }
 }
 
-async fn acquire<DB: Metered>(locks: &Locks<DB>, names: &[String]) -> anyhow::Result<Vec<Lease<DB>>> {
+async fn acquire<DB: DatabaseStatistics>(
+    locks: &Locks<DB>,
+    names: &[String],
+) -> anyhow::Result<Vec<Lease<DB>>> {
     let mut leases = Vec::with_capacity(names.len());
     for name in names {
-        leases.push(locks.insert_lock(name).ttl(LONG).acquire().await?);
+        leases.push(locks.insert_lock(name).ttl(LONG_TTL).acquire().await?);
     }
     Ok(leases)
 }
 
-async fn release<DB: Metered>(leases: Vec<Lease<DB>>) -> anyhow::Result<()> {
+async fn release<DB: DatabaseStatistics>(leases: Vec<Lease<DB>>) -> anyhow::Result<()> {
     for lease in leases {
         lease.release().await?;
     }

@@ -1,17 +1,18 @@
-//! The results, for people.
+//! The cost report as text.
 
 use std::fmt::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 
-use super::{Churn, Cost, Findings, Held, real};
+use super::{Churn, CostReport, HeldLeases, OperationCost};
 use crate::contender::System;
-use crate::meter::TableSize;
 use crate::report::time;
+use crate::statistics::TableSize;
+use crate::summary::to_f64;
 
-impl Findings {
-    /// Adds a table for each kind. Each line begins with the name of the database.
+impl CostReport {
+    /// Appends a table for each scenario. Each row begins with the name of the database.
     pub(crate) fn write<'a>(&self, text: &mut String, name: impl Fn(System) -> &'a str) {
         let mut write = |title: &str, head: &[&str], rows: Vec<(System, Vec<String>)>| {
             if !rows.is_empty() {
@@ -19,23 +20,23 @@ impl Findings {
             }
         };
         write(
-            "E: leases that one process only holds",
+            "E: the cost of holding leases in one process",
             &[
                 "leases",
                 "acquired in",
                 "held for",
-                "round trips a tick",
-                "commits a tick",
+                "round trips/tick",
+                "commits/tick",
                 "log bytes/s",
                 "processor",
-                "memory a lease",
+                "memory/lease",
                 "connections",
                 "lost",
             ],
             self.leases.iter().map(|(system, held)| (*system, row_of_leases(held))).collect(),
         );
         write(
-            "F: acquire and release again and again",
+            "F: acquire and release the same names repeatedly",
             &[
                 "names",
                 "pairs",
@@ -55,7 +56,7 @@ impl Findings {
             self.churn.iter().map(|(system, churn)| (*system, row_of_churn(churn))).collect(),
         );
         write(
-            "G: what each operation costs",
+            "G: the cost of each operation",
             &["operation", "times", "round trips", "commits", "log bytes"],
             self.costs.iter().map(|(system, cost)| (*system, row_of_costs(cost))).collect(),
         );
@@ -80,15 +81,15 @@ fn table<'a>(head: &[&str], rows: Vec<(System, Vec<String>)>, name: &impl Fn(Sys
     table
 }
 
-fn row_of_leases(held: &Held) -> Vec<String> {
+fn row_of_leases(held: &HeldLeases) -> Vec<String> {
     let ticks = held.ticks();
     vec![
         held.leases.to_string(),
         format!("{:.1} s", held.acquired_in_seconds),
         format!("{:.0} s", held.seconds),
-        or_dash(held.round_trips.map(|trips| format!("{:.1}", real(trips) / ticks))),
-        format!("{:.1}", real(held.commits) / ticks),
-        format!("{:.0}", real(held.log_bytes) / held.seconds),
+        or_dash(held.round_trips.map(|trips| format!("{:.1}", to_f64(trips) / ticks))),
+        format!("{:.1}", to_f64(held.commits) / ticks),
+        format!("{:.0}", to_f64(held.log_bytes) / held.seconds),
         format!("{:.2} %", held.processor_percent),
         format!("{:.0} B", held.bytes_per_lease),
         or_dash(held.connections.map(|connections| connections.to_string())),
@@ -109,7 +110,7 @@ fn row_of_churn(churn: &Churn) -> Vec<String> {
     row
 }
 
-fn row_of_costs(cost: &Cost) -> Vec<String> {
+fn row_of_costs(cost: &OperationCost) -> Vec<String> {
     vec![
         cost.operation.clone(),
         cost.times.to_string(),
