@@ -19,7 +19,7 @@ type Inside = std::sync::Mutex<BTreeSet<Name>>;
 
 async fn call(queue: &Arc<KeyedQueue>, inside: &Inside) {
     let name: Name = ["a", "b"][draw(2)].into();
-    let moments = draw(5);
+    let moments = 1 + draw(5);
     let leaves = async {
         for _ in 0..moments {
             shuttle::future::yield_now().await;
@@ -30,8 +30,9 @@ async fn call(queue: &Arc<KeyedQueue>, inside: &Inside) {
         1 => Some(queue.enter(&name).await),
         _ => select! {
             biased;
-            permit = queue.enter(&name) => Some(permit),
+            // First, so that a caller may also leave when it has just become the next one.
             () = leaves => None,
+            permit = queue.enter(&name) => Some(permit),
         },
     };
     let Some(permit) = permit else { return };
