@@ -36,7 +36,7 @@ async fn call(queue: &Arc<KeyedQueue>, inside: &Inside) {
         },
     };
     let Some(permit) = permit else { return };
-    assert!(inside.lock().unwrap().insert(name.clone()), "two have the turn");
+    assert!(inside.lock().unwrap().insert(name.clone()), "two have the permit");
     pause().await;
     inside.lock().unwrap().remove(&name);
     drop(permit);

@@ -215,7 +215,7 @@ mod tests {
         drop(held);
         assert!(poll(third.as_mut()).is_pending());
         assert!(queue.try_enter(&name).is_none());
-        let Poll::Ready(permit) = poll(second.as_mut()) else { panic!("it was second's turn") };
+        let Poll::Ready(permit) = poll(second.as_mut()) else { panic!("the second was next") };
         drop(permit);
         assert!(poll(third.as_mut()).is_ready());
     }

@@ -72,12 +72,12 @@ impl Drop for Lease {
 }
 
 /// A call whose body runs.
-struct Notification<'a> {
+struct Call<'a> {
     world: &'a World,
     path: Vec<u64>,
 }
 
-impl<'a> Notification<'a> {
+impl<'a> Call<'a> {
     fn begin(world: &'a World, lease: &Lease, enclosing: &[u64], may_be_lost: bool) -> Self {
         let mut state = world.state.lock().unwrap();
         assert_eq!(state.taken, Some(lease.grant), "inside without the lock");
@@ -90,7 +90,7 @@ impl<'a> Notification<'a> {
     }
 }
 
-impl Drop for Notification<'_> {
+impl Drop for Call<'_> {
     fn drop(&mut self) {
         self.world.state.lock().unwrap().calls.retain(|path| *path != self.path);
     }
@@ -177,7 +177,7 @@ impl World {
 
     async fn body(self: &Arc<Self>, lease: &Lease, enclosing: &[u64]) {
         let plan = self.plan;
-        let call = Notification::begin(self, lease, enclosing, plan.lost > 0);
+        let call = Call::begin(self, lease, enclosing, plan.lost > 0);
         pause().await;
         if call.path.len() < plan.levels {
             let mut siblings = Vec::new();

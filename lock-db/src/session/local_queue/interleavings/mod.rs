@@ -129,7 +129,7 @@ impl World {
         let Self { session, queues, database, .. } = Arc::into_inner(self).unwrap();
         drop(session);
         running.join().unwrap();
-        assert!(queues.state().names.is_empty(), "a turn or a waiter is left over");
+        assert!(queues.state().names.is_empty(), "a permit or a waiter is left over");
         assert!(database.rows.lock().unwrap().values().all(|row| row.holder.is_none()), "a row is not free");
     }
 
@@ -148,7 +148,7 @@ impl World {
     fn read(&self) {
         let state = self.queues.state();
         let waiting: Vec<_> = state.names.values().flat_map(|line| line.waiting.values()).collect();
-        assert!(!state.closed || waiting.is_empty(), "somebody waits in closed queues");
+        assert!(!state.closed || waiting.is_empty(), "a request waits in closed queues");
         for waiter in waiting {
             // A waiter whose deadline has passed may stay for a first answer.
             let end = waiter.deadline().max(waiter.first_answer());
@@ -322,7 +322,7 @@ plans! {
     leases_are_handed_on: { callers: 4 }
     leases_are_not_handed_on: { hand_off: HandOffLimits { holders: 1, time: LONG } }
     the_time_of_the_hand_off_is_over: { hand_off: HandOffLimits { holders: 64, time: OVER } }
-    turns_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { holders: 2, time: LONG }, others_wait: true }
+    holders_are_limited: { callers: 4, rounds: 3, hand_off: HandOffLimits { holders: 2, time: LONG }, others_wait: true }
     waiters_leave: { callers: 5, rounds: 1, leave: 60 }
     waiters_ask_for_other_leases: { callers: 4, rounds: 1, names: 2, other_ttl: 40, several: 30, leave: 30 }
     several_at_once: { names: 3, several: 70 }

@@ -31,7 +31,7 @@ impl Database {
             let row = rows.entry(claim.name.clone()).or_default();
             match &row.holder {
                 None => {}
-                Some(Holder::Lease(_)) => panic!("a turn was passed before the row was free"),
+                Some(Holder::Lease(_)) => panic!("a permit was passed before the row was free"),
                 Some(Holder::Nobody(_) | Holder::AnotherProcess) => return None,
             }
         }
