@@ -71,13 +71,26 @@ async fn closed_connections_of_the_pool_are_replaced<T: TestServer>(database: &T
     let pool = options.connect(database.url()).await.unwrap();
     let locks: Locks<T::Database> = Locks::new(pool.clone());
     let lease = locks.insert_lock("lease").acquire().await.unwrap();
+    let (session, is_open) = if T::NAME == "postgres" {
+        ("SELECT pg_backend_pid()::bigint", "SELECT COUNT(*) FROM pg_stat_activity WHERE pid =")
+    } else {
+        (
+            "SELECT CAST(CONNECTION_ID() AS SIGNED)",
+            "SELECT COUNT(*) FROM information_schema.processlist WHERE id =",
+        )
+    };
+    // The session behind the lease connects again by itself, so only that of the pool is waited for.
+    let end_connection_of_the_pool = async || {
+        let mut connection = pool.acquire().await.unwrap();
+        let id = T::Database::find_number(&mut connection, session).await.unwrap().unwrap();
+        drop(connection);
+        database.end_connections().await;
+        eventually(PATIENCE, async || database.number(&format!("{is_open} {id}")).await == 0).await;
+    };
     for _ in 0..3 {
-        drop(pool.acquire().await.unwrap());
-        database.end_connections().await;
-        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+        end_connection_of_the_pool().await;
         locks.row_lock("row").wait(PATIENCE).acquire().await.unwrap().commit().await.unwrap();
-        database.end_connections().await;
-        eventually(PATIENCE, async || database.activity().await.connections == 0).await;
+        end_connection_of_the_pool().await;
         lease.begin().await.unwrap().commit().await.unwrap();
     }
     lease.release().await.unwrap();
