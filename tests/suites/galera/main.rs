@@ -21,6 +21,7 @@ lock_tests::cases! {
     either_the_takeover_or_the_commit_fails,
     a_takeover_stops_a_commit_on_a_node_that_it_has_not_reached,
     one_node_gets_the_lease,
+    one_node_gets_several_leases,
     guarded_increments_are_kept,
     increments_under_a_row_lock_are_kept,
     increments_in_shared_transactions_are_kept,
@@ -226,7 +227,7 @@ async fn either_the_takeover_or_the_commit_fails(cluster: &GaleraCluster) {
     let _alone = alone().await;
     let nodes = nodes(cluster).await;
     let (mut committed, mut refused) = (0, 0);
-    for round in 0..80 {
+    for round in 0..240 {
         let (one, other) = two(&nodes, round);
         let way = WAYS[round / nodes.len() % WAYS.len()];
         let name = format!("lock {round}");
@@ -332,6 +333,42 @@ async fn one_node_gets_the_lease(cluster: &GaleraCluster) {
         });
     }
     tasks.join_all().await;
+}
+
+/// All or none, in one message that the server executes step by step.
+async fn one_node_gets_several_leases(cluster: &GaleraCluster) {
+    let _alone = alone().await;
+    let nodes = nodes(cluster).await;
+    let (mut granted, mut refused) = (0, 0);
+    for round in 0..60 {
+        let names = [format!("a {round}"), format!("b {round}")];
+        for name in &names {
+            nodes[0].lease(name).await.release().await.unwrap();
+        }
+        for node in &nodes {
+            node.catch_up().await;
+        }
+        let mut tries = JoinSet::new();
+        for node in &nodes {
+            let request = node.locks.insert_locks(&names).ttl(LONG);
+            tries.spawn(async move {
+                sleep(random_delay()).await;
+                request.try_acquire().await
+            });
+        }
+        let tries = tries.join_all().await;
+        refused += tries.iter().filter(|taken| matches!(taken, Ok(None))).count();
+        let taken: Vec<_> = tries.into_iter().filter_map(Result::unwrap).collect();
+        assert!(taken.len() <= 1, "{taken:?}");
+        for leases in taken {
+            granted += 1;
+            let mut transaction = leases.begin().await.unwrap();
+            MySql::run(&mut transaction, &format!("INSERT INTO history VALUES ({round})")).await.unwrap();
+            transaction.commit().await.unwrap();
+            leases.release().await.unwrap();
+        }
+    }
+    assert!(granted > 0 && refused > 0, "{granted} granted, {refused} refused");
 }
 
 /// Reads and writes in two steps, so that two at the same time lose one of the updates.

@@ -8,7 +8,6 @@ use sqlx::{AssertSqlSafe, Column, Either, MySql, Row};
 
 use super::errors::{DEADLOCK, NO_SUCH_SAVEPOINT, OUT_OF_RANGE, number};
 use super::{is_temporary, literal};
-use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::TransactionDriver;
 use crate::database::{Cluster, Guarded, LeaseKey, Server, secret_digest};
@@ -16,11 +15,19 @@ use crate::database::{Cluster, Guarded, LeaseKey, Server, secret_digest};
 const UNMARK: &str = "
 SET SESSION TRANSACTION READ WRITE; SET SESSION autocommit = COALESCE(@lock_db_autocommit, 1), @lock_db_released = NULL";
 
+const COMMIT: &str = "COMMIT AND NO CHAIN NO RELEASE";
+
 const IS_MARKED: &str = "RELEASE SAVEPOINT lock_db_guard";
 
 /// Fails unless a transaction is open. A deadlock ends a transaction without the knowledge of its
 /// handle. Outside a transaction, a savepoint lasts only as long as its own statement.
 pub(super) const IN_TRANSACTION: &str = "SAVEPOINT lock_db_here; RELEASE SAVEPOINT lock_db_here";
+
+/// On a cluster, the write of another node can end the transaction behind any statement. In the
+/// middle of a message nothing reports that: the statement was answered, and the next one runs
+/// outside. So this comes last. The savepoint ends with its transaction.
+pub(in crate::database) const STILL_IN_TRANSACTION: [&str; 2] =
+    ["; SAVEPOINT lock_db_still", "; RELEASE SAVEPOINT lock_db_still"];
 
 /// After a deadlock the transaction is gone, but the caller's handle still looks open, and what it
 /// sends next would commit statement by statement. In a read-only transaction it fails instead,
@@ -137,6 +144,10 @@ async fn guard_unless(
         lease.row.id
     );
     let used = note(&lease.server, USED);
+    let [begin, end] = match lease.server.cluster {
+        Cluster::SinglePrimary => [""; 2],
+        Cluster::MultiPrimary => STILL_IN_TRANSACTION,
+    };
     if let Some(write) = write(lease, release, or_released) {
         // An error ends the message, so that only a release that was carried out is noted.
         let written = if release {
@@ -144,7 +155,7 @@ async fn guard_unless(
         } else {
             "SELECT ROW_COUNT()".to_owned()
         };
-        let sql = format!("{IN_TRANSACTION}; {sees_grant}; {write}; {written}{used}");
+        let sql = format!("{IN_TRANSACTION}{begin}; {sees_grant}; {write}; {written}{used}{end}");
         return match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await {
             Err(error) if number(&error) == Some(OUT_OF_RANGE) => {
                 let shown = fetch_optional(connection, format!("{}{used}", show(&lease.server))).await?;
@@ -238,21 +249,20 @@ fn write(lease: &LeaseKey, release: bool, or_released: &str) -> Option<String> {
 
 /// Sends check, commit and unmark in one message. The server executes nothing after an error.
 ///
-/// In a message that goes on after the COMMIT, Galera answers the COMMIT with OK, executes the rest,
-/// and tells only then that another node has prevailed. So there the COMMIT comes last, and unmark
-/// has a message of its own.
+/// On a cluster the COMMIT has a message of its own. In a message that goes on after the COMMIT,
+/// Galera answers the COMMIT with OK, executes the rest, and tells only then that another node has
+/// prevailed. In one that begins before it, the COMMIT could be that of an empty transaction: see
+/// `STILL_IN_TRANSACTION`.
 async fn commit_marked(
     connection: &mut MySqlConnection,
     cluster: Cluster,
     guard: String,
 ) -> driver::Result<Guarded> {
-    let sql = format!("{IS_MARKED}; {guard} COMMIT AND NO CHAIN NO RELEASE");
     let sent = match cluster {
-        Cluster::SinglePrimary => commit_and_unmark(connection, &sql).await,
-        Cluster::MultiPrimary => {
-            let sent = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await;
-            sent.map(|_| false).map_err(StepError::Sqlx)
+        Cluster::SinglePrimary => {
+            commit_and_unmark(connection, &format!("{IS_MARKED}; {guard} {COMMIT}")).await
         }
+        Cluster::MultiPrimary => check_and_commit(connection, &guard).await.map(|()| false),
     };
     match sent {
         Ok(is_unmarked) => {
@@ -268,6 +278,18 @@ async fn commit_marked(
             _ => Err(error),
         },
     }
+}
+
+async fn check_and_commit(connection: &mut MySqlConnection, guard: &str) -> driver::Result<()> {
+    let [begin, end] = STILL_IN_TRANSACTION;
+    let guard = guard.trim_end_matches(';');
+    let check = match guard {
+        "" => IS_MARKED.to_owned(),
+        guard => format!("{IS_MARKED}{begin}; {guard}{end}"),
+    };
+    sqlx::raw_sql(AssertSqlSafe(check)).execute(&mut *connection).await?;
+    sqlx::raw_sql(COMMIT).execute(connection).await?;
+    Ok(())
 }
 
 /// After the COMMIT, a row shows that it was carried out. What fails later, such as by KILL QUERY,
