@@ -184,12 +184,14 @@ RETURNING secret_key";
 /// `RELEASE` (entries without a `ttl`, which get the deadline of a free lock) and `ACQUIRE` for
 /// many leases at once. The comments save conversions on versions of MariaDB that are known to read
 /// a character set there.
-const BATCH: &str = concat!("
+macro_rules! batch {
+    ($asked:literal) => {
+        concat!("
 INSERT INTO {table} (id, lock_name, secret_key, expire_time, ttl_micros, waiters)
 SELECT lease.id, lease.lock_name, asked.secret_key,
     IF(asked.ttl > 0, TIMESTAMPADD(MICROSECOND, asked.ttl, UTC_TIMESTAMP(6)), '1970-01-01 00:00:00'),
     asked.ttl, asked.queue_key
-FROM JSON_TABLE(?, '$[*]' COLUMNS (
+FROM JSON_TABLE(", $asked, ", '$[*]' COLUMNS (
         lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
         secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
         queue_key VARCHAR(", layout!(key), ") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS asked
@@ -215,7 +217,39 @@ ON DUPLICATE KEY UPDATE
     expire_time = VALUES(expire_time),
     ttl_micros = VALUES(ttl_micros),
     secret_key = VALUES(secret_key)
-RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token");
+RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - previous_token")
+    };
+}
+const BATCH: &str = batch!("?");
+/// For `MAKE_AND_BATCH`.
+const BATCH_OF_ASKED: &str = batch!("asked");
+
+/// `BATCH` in one transaction with the rows that it needs, in one message. `{statement}` is `BATCH`,
+/// which reads the variable `asked`.
+///
+/// The rows are made free, one by one. An INSERT of many rows would lock the counter of the table and
+/// use up numbers. A row that another transaction makes at the same time is left to that one. A row
+/// that can't be made for its id is found missing by the next attempt, which reports it.
+const MAKE_AND_BATCH: &str = "
+BEGIN NOT ATOMIC
+    DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
+    DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
+    START TRANSACTION;
+    FOR made IN (
+        SELECT asked.lock_name
+        FROM JSON_TABLE(asked, '$[*]' COLUMNS (
+                lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
+        LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
+        WHERE asked.makes_row AND lease.id IS NULL
+    ) DO
+        BEGIN
+            DECLARE CONTINUE HANDLER FOR 1062, 1205 BEGIN END;
+            INSERT INTO {table} (lock_name) VALUES (UNHEX(made.lock_name));
+        END;
+    END FOR;
+    {statement};
+    COMMIT;
+END";
 
 /// `ACQUIRE` for several names, which have no queue entries: takes those that are free.
 macro_rules! acquire_all {
@@ -426,8 +460,14 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
     releases: &[ReleaseClaim],
+    makes_rows: bool,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let query = insert(server, BATCH).bind(asked).bind(owner).bind(rest);
+    let query = if makes_rows {
+        sqlx::query(server.table.sql_in(MAKE_AND_BATCH, BATCH_OF_ASKED))
+    } else {
+        insert(server, BATCH)
+    };
+    let query = query.bind(asked).bind(owner).bind(rest);
     let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {

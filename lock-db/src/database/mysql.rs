@@ -12,11 +12,12 @@ use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
+use super::mysql_family::transaction::STILL_IN_TRANSACTION;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
-    Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
+    Claim, Cluster, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
 };
 use crate::options::micros;
 use crate::secret::Secret;
@@ -215,6 +216,23 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.queue_key", "CONVERT(@lock_db_rest USING ascii)"), "
         ELSE lease.waiters END");
 
+/// The names of the batch that ask for their rows and have none, as JSON in a variable. A plain
+/// read, which locks nothing. An INSERT that reads the table itself would lock the gaps in which
+/// the rows belong, and two of them would wait for each other.
+const NEW: &str = "
+SELECT JSON_ARRAYAGG(asked.lock_name) INTO @lock_db_new
+FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+        lock_name VARCHAR(510) PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
+LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
+WHERE asked.makes_row AND lease.id IS NULL";
+
+/// Makes those rows, free, for `BATCH` to take. IGNORE skips rows that others make at the same
+/// time. It can't hide a truncated name, because the column was checked to hold the longest name. A
+/// row that it skips for its id is found missing by the next attempt, which reports it.
+const MAKE: &str = "
+INSERT IGNORE INTO {table} (lock_name)
+SELECT UNHEX(new_name) FROM JSON_TABLE(@lock_db_new, '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made";
+
 /// Which of the leases are ours, and whether the request was carried out: released, or taken so
 /// recently that more time is left than the holder will rely on. Runs in the transaction of
 /// `BATCH`, whose locks it needs: right after the commit, another process may take a released
@@ -411,32 +429,53 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
     _releases: &[ReleaseClaim],
+    makes_rows: bool,
 ) -> driver::Result<Vec<MySqlRow>> {
     let (owner, rest) = (literal(owner), literal(rest));
+    let ([begin, end], commit) = match server.cluster {
+        Cluster::SinglePrimary => (["", "; COMMIT"], None),
+        Cluster::MultiPrimary => (STILL_IN_TRANSACTION, Some("COMMIT")),
+    };
+    let make = if makes_rows { "EXECUTE lock_db_new; EXECUTE lock_db_make;" } else { "" };
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping.
     let sql = format!(
         "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
             @lock_db_rest = {rest};
-        START TRANSACTION; EXECUTE lock_db_batch; EXECUTE lock_db_outcome; COMMIT"
+        START TRANSACTION{begin}; {make} EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}"
     );
-    match all_or_nothing(connection, &sql).await {
+    match all_or_nothing(connection, &sql, commit).await {
         Err(error) if number(&error) == Some(UNKNOWN_STATEMENT) => {
             // The first time on this connection. Parsing takes as long as executing, so it is done
             // only once.
-            let quoted = |sql: &'static str| server.table.sql(sql).0.replace('\'', "''");
-            let (batch, outcome) = (quoted(BATCH), quoted(OUTCOME));
-            let prepare =
-                format!("PREPARE lock_db_batch FROM '{batch}'; PREPARE lock_db_outcome FROM '{outcome}'");
+            let prepare = |(name, sql): (&str, &'static str)| {
+                format!("PREPARE {name} FROM '{}'", server.table.sql(sql).0.replace('\'', "''"))
+            };
+            let statements = [
+                ("lock_db_new", NEW),
+                ("lock_db_make", MAKE),
+                ("lock_db_batch", BATCH),
+                ("lock_db_outcome", OUTCOME),
+            ];
+            let prepare = statements.map(prepare).join("; ");
             sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await?;
-            all_or_nothing(connection, &sql).await
+            all_or_nothing(connection, &sql, commit).await
         }
         rows => rows,
     }
 }
 
-async fn all_or_nothing(connection: &mut MySqlConnection, sql: &str) -> driver::Result<Vec<MySqlRow>> {
-    let rows = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut *connection).await;
+async fn all_or_nothing(
+    connection: &mut MySqlConnection,
+    sql: &str,
+    commit: Option<&'static str>,
+) -> driver::Result<Vec<MySqlRow>> {
+    let mut rows = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut *connection).await;
+    if let (Ok(_), Some(commit)) = (&rows, commit)
+        && let Err(error) = sqlx::raw_sql(commit).execute(&mut *connection).await
+    {
+        rows = Err(error);
+    }
     if rows.is_err() {
         sqlx::raw_sql("ROLLBACK").execute(connection).await?;
     }

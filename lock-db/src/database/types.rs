@@ -22,6 +22,9 @@ pub struct Claim {
     /// Secret of this process's entry in the queue of the row. A claim without it ignores the
     /// queue.
     pub entry: Option<Secret>,
+    /// Whether the row is made if there is none. Looking for it costs the server time, so it is not
+    /// asked for where this process has seen the row.
+    pub makes_row: bool,
 }
 
 /// A lease to be released.

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::connection::Worker;
 use super::deadline_timer::DeadlineTimer;
 use super::held_lease::{Granted, HeldLease, deadline};
+use super::known_names::KnownNames;
 use super::lease_state::LeaseState;
 use super::local_queue::{LocalQueues, Permit};
 use super::request::Request;
@@ -53,6 +54,8 @@ pub(super) struct Actor {
     pub(super) queues: Arc<LocalQueues>,
     /// How many attempts are in progress.
     pub(super) contenders: Cell<u32>,
+    /// Names whose rows this process has seen.
+    pub(super) known_names: KnownNames,
     pub(super) leases: RefCell<HashMap<u64, HeldLease>>,
     last_number: Cell<u64>,
     /// For guards, which keep the session alive. Weak here, so that the session does not keep
@@ -90,6 +93,7 @@ impl Actor {
             renewing_since: Cell::default(),
             queues,
             contenders: Cell::new(0),
+            known_names: KnownNames::default(),
             leases: RefCell::default(),
             last_number: Cell::new(0),
             requests,

@@ -12,6 +12,7 @@ mod deadline_timer;
 mod held_lease;
 mod hold_time;
 mod hold_watch;
+mod known_names;
 mod lease_handle;
 mod lease_state;
 mod local_queue;
@@ -109,7 +110,7 @@ impl Session {
         let claims = names.iter().map(|name| {
             let entry = fair.then(|| queues.queue_secret().clone());
             let (secret, owner) = (queues.draw_secret()?, queues.owner());
-            Ok(Claim { name: name.clone(), secret, owner, ttl, entry })
+            Ok(Claim { name: name.clone(), secret, owner, ttl, entry, makes_row: true })
         });
         let claims = claims.collect::<Result<Vec<_>, Error>>()?;
         let (answer, answered) = oneshot::channel();

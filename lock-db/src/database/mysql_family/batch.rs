@@ -14,8 +14,8 @@ use crate::database::StepError;
 use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
-    BatchOutcome, Claim, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
-    hexadecimal,
+    BatchOutcome, Claim, Cluster, Fault, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed,
+    Server, hexadecimal,
 };
 use crate::options::micros;
 
@@ -107,7 +107,8 @@ async fn batch_part(
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // All entries are of this process, so they differ only in their times.
     let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
-    let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases));
+    let makes_rows = makes_rows(server) && claims.iter().any(|claim| claim.makes_row);
+    let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases, makes_rows));
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
         Err(error) if error.fault::<MySql>() == Fault::Deadlock => {
@@ -137,18 +138,29 @@ async fn batch_part(
     })
 }
 
-/// Encodes a batch as `[["6e616d65", "secret", 30000000, "key of the queue entry"], …]`. A release has a `ttl` of
-/// zero.
+/// Whether rows can be made together with the grants. On a cluster, the write of another node could
+/// end the transaction between the two, and no answer would tell.
+pub(super) fn makes_rows(server: &Server) -> bool {
+    server.cluster == Cluster::SinglePrimary
+}
+
+/// Encodes a batch as `[["6e616d65", "secret", 30000000, "key of the queue entry", 1], …]`. A release
+/// has a `ttl` of zero. The last value is 1 if the row is made when there is none. Sorted by name,
+/// so that every process makes rows in the same order.
 pub(in crate::database) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> String {
-    let releases =
-        releases.iter().map(|one| (&one.name, &one.secret, 0, one.entry.as_ref().map(|entry| &entry.secret)));
-    let claims =
-        claims.iter().map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.entry.as_ref()));
+    let released = releases
+        .iter()
+        .map(|one| (&one.name, &one.secret, 0, one.entry.as_ref().map(|entry| &entry.secret), false));
+    let claimed = claims
+        .iter()
+        .map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.entry.as_ref(), claim.makes_row));
+    let mut all: Vec<_> = released.chain(claimed).collect();
+    all.sort_unstable_by_key(|(name, ..)| *name);
     let mut json = String::from("[");
-    for (position, (name, secret, ttl, entry)) in releases.chain(claims).enumerate() {
+    for (position, (name, secret, ttl, entry, makes_row)) in all.into_iter().enumerate() {
         let (comma, key) = (if position > 0 { "," } else { "" }, entry.map(key).unwrap_or_default());
-        let (name, secret) = (hexadecimal(name.as_bytes()), secret.as_str());
-        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{key}\"]");
+        let (name, secret, makes_row) = (hexadecimal(name.as_bytes()), secret.as_str(), u8::from(makes_row));
+        let _infallible = write!(json, "{comma}[\"{name}\",\"{secret}\",{ttl},\"{key}\",{makes_row}]");
     }
     json.push(']');
     json

@@ -30,7 +30,7 @@ mod schema;
 mod session;
 mod several;
 mod snapshots;
-mod transaction;
+pub(super) mod transaction;
 mod user_lock;
 
 use std::borrow::Cow;
@@ -182,6 +182,10 @@ impl LeaseDriver for MySql {
         server: &Server,
         claim: &Claim,
     ) -> driver::Result<Option<Grant>> {
+        if claim.makes_row && batch::makes_rows(server) {
+            let taken = batch::batch(connection, server, &[], std::slice::from_ref(claim)).await?;
+            return Ok(taken.grants.into_iter().next().flatten());
+        }
         in_dialect!(server, acquire(connection, server, claim))
     }
 

@@ -10,6 +10,7 @@ use std::time::Instant;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Postgres, Row};
 
+use super::lease::made_or_not;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::SessionDriver;
@@ -166,6 +167,39 @@ RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN 
 const BATCH: &str = batch_many!(from_behind);
 const BATCH_MANY: &str = batch_many!(plainly);
 
+/// `BATCH`, which also makes the rows, granted, of those new names that ask for it (`$7`): see
+/// `ACQUIRE_OR_MAKE`. They are made in the order in which every process makes them, so that two
+/// processes don't wait for each other.
+macro_rules! batch_or_make {
+    ($found:ident) => {
+        concat!(
+            r#"
+WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '5ms', true)),
+taken (secret_key, id, listener, fencing_token, others_wait, tokens) AS ("#,
+            batch_many!($found),
+            r#"),
+made AS (
+    INSERT INTO {table} AS lease
+        (lock_name, secret_key, owner, fencing_token, acquire_time, expire_time, ttl_micros)
+    SELECT asked.lock_name, asked.secret_key, $5,
+        (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint), (SELECT clock_timestamp()),
+        (SELECT clock_timestamp()) + asked.ttl * interval '1 microsecond', asked.ttl
+    FROM bound,
+        unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $7::bool[]))
+            AS asked (lock_name, secret_key, ttl, makes_row)
+    WHERE asked.makes_row AND "#,
+            newest!("asked.lock_name COLLATE \"C\""),
+            r#" IS NULL
+    ORDER BY asked.lock_name COLLATE "C"
+    ON CONFLICT (lock_name) DO NOTHING
+    RETURNING lease.secret_key::text, lease.id, NULL::text, lease.fencing_token, FALSE, lease.fencing_token)
+SELECT * FROM taken UNION ALL SELECT * FROM made"#
+        )
+    };
+}
+const BATCH_OR_MAKE: &str = batch_or_make!(from_behind);
+const BATCH_MANY_OR_MAKE: &str = batch_or_make!(plainly);
+
 const WHICH_ARE_OURS: &str = r#"
 SELECT lease.secret_key::text
 FROM unnest($1::text[], $2::text[]) AS asked (lock_name, secret_key)
@@ -232,15 +266,27 @@ pub(super) async fn batch(
             ttls.push(ttl);
             keys.push(entry.map(key));
         }
-        let rows = sqlx::query(server.table.sql(if plainly { BATCH_MANY } else { BATCH }))
-            .bind(names)
-            .bind(secrets)
-            .bind(ttls)
-            .bind(keys)
-            .bind(claims.first().map_or("".into(), |claim| server.storable(&claim.owner)))
-            .bind(&rest)
-            .fetch_all(&mut *connection)
-            .await?;
+        let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
+        let query = |statement| {
+            let query = sqlx::query(server.table.sql(statement)).bind(&names).bind(&secrets);
+            query.bind(&ttls).bind(&keys).bind(&owner).bind(&rest)
+        };
+        let without_making = || query(if plainly { BATCH_MANY } else { BATCH });
+        let makes: Vec<bool> =
+            releases.iter().map(|_| false).chain(claims.iter().map(|claim| claim.makes_row)).collect();
+        let rows = if makes.contains(&true) {
+            let making = query(if plainly { BATCH_MANY_OR_MAKE } else { BATCH_OR_MAKE }).bind(makes);
+            match making.fetch_all(&mut *connection).await {
+                Ok(rows) => rows,
+                // An open transaction has made one of the rows. The others don't wait for it.
+                Err(error) => {
+                    made_or_not(connection, server, error).await?;
+                    without_making().fetch_all(&mut *connection).await?
+                }
+            }
+        } else {
+            without_making().fetch_all(&mut *connection).await?
+        };
         done.note(&rows)?;
         for row in &rows {
             done.grants.insert(row.try_get(0)?, granted(row)?);

@@ -86,32 +86,60 @@ const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIV
 /// was deleted, or after a failover that lost the last grants.
 ///
 /// An expired lease is taken only after notice was given: see `LockRow::notice_is_due`.
-const ACQUIRE: &str = concat!(
-    "
+macro_rules! acquire {
+    () => {
+        concat!(
+            "
 UPDATE {table} AS lease
 SET fencing_token = CASE WHEN lease.secret_key = $2 THEN lease.fencing_token
-        ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
-    previous_token = CASE WHEN lease.secret_key = $2 THEN lease.previous_token ELSE lease.fencing_token END,
-    acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
-    expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
-    ttl_micros = $4,
-    secret_key = $2,
-    owner = $3,
-    waiters = ",
-    without_own_first!("lease.waiters", "$5"),
-    "
+                ELSE GREATEST(lease.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) END,
+            previous_token = CASE WHEN lease.secret_key = $2 THEN lease.previous_token ELSE lease.fencing_token END,
+            acquire_time = CASE WHEN lease.secret_key = $2 THEN lease.acquire_time ELSE clock_timestamp() END,
+            expire_time = clock_timestamp() + $4::bigint * interval '1 microsecond',
+            ttl_micros = $4,
+            secret_key = $2,
+            owner = $3,
+            waiters = ",
+            without_own_first!("lease.waiters", "$5"),
+            "
 WHERE lease.ctid = (
-    SELECT ctid FROM {table}
-    WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
-        OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
-            AND (waiters = '' OR $5::text IS NULL OR ",
-    is_first!("waiters", "$5"),
-    ")))
-    FOR UPDATE SKIP LOCKED)
+            SELECT ctid FROM {table}
+            WHERE ctid = ",
+            newest!("$1"),
+            " AND lock_name = $1 AND lock_kind = 'insert' AND (secret_key = $2
+                OR (expire_time <= clock_timestamp() AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
+                    AND (waiters = '' OR $5::text IS NULL OR ",
+            is_first!("waiters", "$5"),
+            ")))
+            FOR UPDATE SKIP LOCKED)
 RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, lease.waiters <> '',
-    lease.fencing_token - lease.previous_token"
+            lease.fencing_token - lease.previous_token"
+        )
+    };
+}
+const ACQUIRE: &str = acquire!();
+
+/// `ACQUIRE`, which also makes the row, granted, if there is none.
+///
+/// The INSERT reads first and has a lock timeout, like `CREATE` and for the same reasons. The token
+/// of the grant before is zero, as in every new row.
+const ACQUIRE_OR_MAKE: &str = concat!(
+    "
+WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '5ms', true)),
+taken (lock_name, secret_key, fencing_token, id, others_wait, tokens) AS (",
+    acquire!(),
+    "),
+made AS (
+    INSERT INTO {table} AS lease
+        (lock_name, secret_key, owner, fencing_token, acquire_time, expire_time, ttl_micros)
+    SELECT $1, $2, $3, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, clock_timestamp(),
+        clock_timestamp() + $4::bigint * interval '1 microsecond', $4
+    FROM bound WHERE ",
+    newest!("$1"),
+    " IS NULL
+    ON CONFLICT (lock_name) DO NOTHING
+    RETURNING lease.lock_name, lease.secret_key::text, lease.fencing_token, lease.id, FALSE, lease.fencing_token)
+SELECT * FROM taken UNION ALL SELECT * FROM made"
 );
 
 /// Returns the listener of the first queue entry, to be notified.
@@ -261,13 +289,23 @@ pub(super) async fn created_or_not(
     created: sqlx::Result<PgQueryResult>,
 ) -> driver::Result<bool> {
     match created {
-        Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
-            // If the table as a whole can be locked, a transaction holds the name.
-            let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
-            if is_open { Ok(false) } else { Err(error.into()) }
-        }
-        created => created.map(|_| true).map_err(|error| sequence::explained(server, error.into())),
+        Ok(_) => Ok(true),
+        Err(error) => made_or_not(connection, server, error).await.map(|()| false),
     }
+}
+
+/// Why a statement that makes rows failed. `Ok`: an open transaction has made one of them.
+pub(super) async fn made_or_not(
+    connection: &mut PgConnection,
+    server: &Server,
+    error: sqlx::Error,
+) -> driver::Result<()> {
+    if code(&error) != Some(LOCK_NOT_AVAILABLE) {
+        return Err(sequence::explained(server, error.into()));
+    }
+    // If the table as a whole can be locked, a transaction holds the name.
+    let is_open = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(connection).await.is_ok();
+    if is_open { Ok(()) } else { Err(error.into()) }
 }
 
 pub(super) async fn acquire(
@@ -275,14 +313,21 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> driver::Result<Option<Grant>> {
-    let row = sqlx::query(server.table.sql(ACQUIRE))
+    let row = sqlx::query(server.table.sql(if claim.makes_row { ACQUIRE_OR_MAKE } else { ACQUIRE }))
         .bind(&*claim.name)
         .bind(claim.secret.as_str())
         .bind(server.storable(&claim.owner))
         .bind(micros(claim.ttl))
         .bind(claim.entry.as_ref().map(key))
-        .fetch_optional(connection)
-        .await?;
+        .fetch_optional(&mut *connection)
+        .await;
+    let row = match row {
+        Err(error) if claim.makes_row => {
+            made_or_not(connection, server, error).await?;
+            None
+        }
+        row => row?,
+    };
     let Some(row) = row else { return Ok(None) };
     // A pooler that mixes up statements returns the row of another client. That is not a grant.
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {

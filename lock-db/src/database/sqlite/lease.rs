@@ -77,6 +77,14 @@ WHERE lock_name = ?1 AND lock_kind = 'insert'
 RETURNING lock_name, secret_key, fencing_token, id, waiters <> '', fencing_token - previous_token"
 );
 
+/// Makes the row, granted, if there is none. The token of the grant before is zero, as in every new
+/// row.
+const MAKE: &str = "
+INSERT INTO {table} (lock_name, secret_key, owner, fencing_token, acquire_time, expire_time, ttl_micros)
+SELECT ?1, ?2, ?3, ?5, strftime('%Y-%m-%d %H:%M:%f000', 'now'), strftime('%Y-%m-%d %H:%M:%f000', 'now', ?4), ?6
+WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE lock_name = ?1)
+RETURNING lock_name, secret_key, fencing_token, id, FALSE, fencing_token";
+
 /// Never brings a released lease back (1970). A deadline moves backwards only if it is too far
 /// ahead, by more than 2 s, because the clock was set back.
 const RENEW: &str = "
@@ -223,16 +231,15 @@ pub(super) async fn acquire(
 ) -> driver::Result<Option<Grant>> {
     // Fetches all rows, though there is at most one. If only the first is fetched, sqlx 0.9 resets
     // the statement, which then commits, and drops the error of that commit.
-    let rows = sqlx::query(server.table.sql(ACQUIRE))
-        .bind(&*claim.name)
-        .bind(claim.secret.as_str())
-        .bind(&*claim.owner)
-        .bind(later_by(claim.ttl))
-        .bind(clock_micros())
-        .bind(claim.entry.as_ref().map(key))
-        .bind(micros(claim.ttl))
-        .fetch_all(connection)
-        .await?;
+    let query = |statement| {
+        let query = sqlx::query(server.table.sql(statement)).bind(&*claim.name).bind(claim.secret.as_str());
+        query.bind(&*claim.owner).bind(later_by(claim.ttl)).bind(clock_micros())
+    };
+    let taken = query(ACQUIRE).bind(claim.entry.as_ref().map(key)).bind(micros(claim.ttl));
+    let mut rows = taken.fetch_all(&mut *connection).await?;
+    if rows.is_empty() && claim.makes_row {
+        rows = query(MAKE).bind(micros(claim.ttl)).fetch_all(connection).await?;
+    }
     let Some(row) = rows.first() else { return Ok(None) };
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {
         return Err(StepError::disconnected("the database answered with the row of another statement"));

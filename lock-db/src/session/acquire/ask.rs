@@ -230,9 +230,9 @@ impl AcquireAttempt {
         };
         let actor = Rc::clone(&self.actor);
         let Some(row) = actor.worker.read(&name).await? else {
-            let made = actor.worker.create(&name, Kind::Insert).await?;
-            return Ok((!made).then_some(AttemptOutcome::RowIsMade(name)));
+            return self.after_a_missing_row(position, name).await;
         };
+        self.note_row(position, true);
         if row.kind != Kind::Insert {
             return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
         }
@@ -275,6 +275,32 @@ impl AcquireAttempt {
         }
         let position = u32::try_from(ahead).unwrap_or(u32::MAX);
         Ok(Some(AttemptOutcome::InTheWay { name, row, remaining, position }))
+    }
+
+    /// The next claim makes the row. If a claim that was to make it did not, the row is made alone,
+    /// which tells whether an open transaction has made it.
+    async fn after_a_missing_row(
+        &mut self,
+        position: usize,
+        name: Name,
+    ) -> Result<Option<AttemptOutcome>, Failure> {
+        if self.note_row(position, false) {
+            return Ok(None);
+        }
+        let made = self.actor.worker.create(&name, Kind::Insert).await?;
+        Ok((!made).then_some(AttemptOutcome::RowIsMade(name)))
+    }
+
+    /// Records whether a row exists. Returns whether that is news.
+    fn note_row(&mut self, position: usize, exists: bool) -> bool {
+        let Some(claim) = self.claims.get_mut(position) else { return false };
+        let known = &self.actor.known_names;
+        if exists {
+            known.insert(&claim.name)
+        } else {
+            known.remove(&claim.name)
+        }
+        std::mem::replace(&mut claim.makes_row, !exists) == exists
     }
 
     /// Keeps this process's entry in the queue of the row, if the request waits. Returns how many

@@ -140,7 +140,10 @@ impl AcquireAttempt {
     fn new(actor: &Rc<Actor>, request: &mut Acquire) -> Self {
         actor.contenders.set(actor.contenders.get() + 1);
         let deadline = request.deadline();
-        let claims = std::mem::take(&mut request.claims);
+        let mut claims = std::mem::take(&mut request.claims);
+        for claim in &mut claims {
+            claim.makes_row = !actor.known_names.contains(&claim.name);
+        }
         // The queue entry of the caller that had the permit before also serves the next one. A
         // request that skips the queue removes it.
         for claim in claims.iter().filter(|claim| claim.entry.is_none()) {
@@ -213,6 +216,7 @@ impl AcquireAttempt {
                 Ok(AttemptOutcome::Granted(granted)) => {
                     // The grant removed the queue entry.
                     for claim in &self.claims {
+                        self.actor.known_names.insert(&claim.name);
                         self.actor.notifications.leave(&claim.name);
                     }
                     return Ok(Some(granted));

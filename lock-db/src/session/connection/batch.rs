@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::worker::WorkerLoop;
 use super::{Acquired, OnRow, Operation, Reply, STATEMENT_LIMIT};
+use crate::Kind;
 use crate::database::{Claim, LeaseStatus, LockDatabase, LockRow, ReleaseClaim};
 use crate::name::Name;
 
@@ -102,6 +103,46 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             claims.into_iter().map(|(claim, begun, reply)| Operation::Acquire(vec![claim], begun, reply));
         for operation in releases.chain(claims) {
             self.carry_out(operation).await;
+        }
+    }
+
+    /// Creates all rows in one statement. If an open transaction has created one of them, or one
+    /// name is refused, it is found by bisection.
+    pub(super) async fn create(&mut self, mut creations: Vec<(Name, Kind, Reply<bool>)>) {
+        creations.sort_by(|(one, one_kind, _), (other, other_kind, _)| {
+            (one_kind.as_str(), one).cmp(&(other_kind.as_str(), other))
+        });
+        let mut parts = Vec::new();
+        while let Some((_, kind, _)) = creations.last() {
+            let first = creations.partition_point(|(_, other, _)| other.as_str() < kind.as_str());
+            parts.push(creations.split_off(first));
+        }
+        while let Some(mut part) = parts.pop() {
+            let Some((_, kind, _)) = part.first() else { continue };
+            let kind = *kind;
+            let mut names: Vec<Name> = part.iter().map(|(name, ..)| name.clone()).collect();
+            names.dedup();
+            let created = self
+                .on_connection(STATEMENT_LIMIT, async |c, server| match &*names {
+                    [name] => DB::create(c, server, name, kind).await,
+                    names => DB::create_all(c, server, names, kind).await,
+                })
+                .await;
+            let is_final = match &created {
+                Ok(all) => *all,
+                Err(failure) => failure.is_the_same_for_all(),
+            };
+            if is_final || names.len() < 2 {
+                for (.., reply) in part {
+                    let _ = reply.send(created.clone());
+                }
+                continue;
+            }
+            let middle = names.get(names.len() / 2).cloned();
+            let at = part.partition_point(|(name, ..)| Some(name) < middle.as_ref());
+            let second = part.split_off(at);
+            parts.push(second);
+            parts.push(part);
         }
     }
 
