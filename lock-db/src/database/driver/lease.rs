@@ -142,12 +142,26 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         at_least: Duration,
     ) -> impl Future<Output = Result<LeaseStatus>> + Send;
 
+    /// Whether a grant can be committed without waiting for the disk, and made durable by
+    /// [`flush`](Self::flush).
+    const FLUSHES: bool = false;
+
     /// Performs the releases and claims of several callers in as few messages as the database
-    /// allows, with the same results as separate calls. No name occurs twice.
+    /// allows, with the same results as separate calls. No name occurs twice. With `is_deferred`,
+    /// which needs [`FLUSHES`](Self::FLUSHES), the grants may be lost if the server crashes before
+    /// the next [`flush`](Self::flush).
     fn batch(
         connection: &mut Self::Connection,
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        is_deferred: bool,
     ) -> impl Future<Output = Result<BatchOutcome>> + Send;
+
+    /// Makes everything durable that was committed on this server before, as durable as the
+    /// server makes a commit. Returns a number of the session, as
+    /// [`has_session`](crate::database::SessionDriver::has_session) does.
+    fn flush(_connection: &mut Self::Connection) -> impl Future<Output = Result<i64>> + Send {
+        async { Ok(0) }
+    }
 }

@@ -277,6 +277,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        _is_deferred: bool,
     ) -> driver::Result<BatchOutcome> {
         batch::batch(connection, server, releases, claims).await
     }

@@ -5,10 +5,13 @@ use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use tokio::task::spawn_local;
+
+use super::flush::Flusher;
 use super::worker::WorkerLoop;
 use super::{Acquired, OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::Kind;
-use crate::database::{Claim, LeaseStatus, LockDatabase, LockRow, ReleaseClaim};
+use crate::database::{Claim, Failure, LeaseStatus, LockDatabase, LockRow, ReleaseClaim};
 use crate::name::Name;
 
 /// A claim, whether it was sent, and the channel for its answer.
@@ -53,6 +56,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     pub(super) async fn send_batch(&mut self, batch: Batch) {
         let Batch { releases, claims, .. } = batch;
         if releases.len() + claims.len() > 1 {
+            let session = self.earlier.current();
+            let flusher = self.flusher.as_ref().filter(|_| DB::FLUSHES);
+            let flusher = flusher.filter(|flusher| flusher.is_ready(claims.len(), session)).cloned();
             let released_now: Vec<ReleaseClaim> = releases.iter().map(|(one, _)| one.clone()).collect();
             let answer = self
                 .on_connection(STATEMENT_LIMIT, async |connection, server| {
@@ -66,7 +72,8 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                         claimed.push(claim.clone());
                     }
                     let sent = Instant::now();
-                    let outcome = DB::batch(connection, server, &released_now, &claimed).await?;
+                    let outcome =
+                        DB::batch(connection, server, &released_now, &claimed, flusher.is_some()).await?;
                     Ok((outcome, asked, server.clone(), sent))
                 })
                 .await;
@@ -76,10 +83,21 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                         let _ = reply.send(Ok(status));
                     }
                     let mut granted = asked.into_iter().zip(outcome.grants).peekable();
+                    let mut deferred = Vec::new();
                     for (number, (_, _, reply)) in claims.into_iter().enumerate() {
                         let grant =
                             granted.next_if(|(asked, _)| *asked == number).and_then(|(_, grant)| grant);
-                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
+                        let answer = (grant.map(|grant| vec![grant]), server.clone(), sent);
+                        if flusher.is_some() && grant.is_some() {
+                            deferred.push((answer, reply));
+                        } else {
+                            let _ = reply.send(Ok(answer));
+                        }
+                    }
+                    if let (Some(flusher), Some(session)) = (flusher, session)
+                        && !deferred.is_empty()
+                    {
+                        answer_when_durable::<DB>(flusher, session, deferred);
                     }
                     self.notify(&outcome.notifications).await;
                     return;
@@ -169,4 +187,19 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             let _ = reply.send(row);
         }
     }
+}
+
+/// Answers grants when they are durable. If they can't be made so, the callers ask again, and get
+/// the same leases by their secrets.
+fn answer_when_durable<DB: LockDatabase>(
+    flusher: Flusher,
+    session: i64,
+    grants: Vec<(Acquired, Reply<Acquired>)>,
+) {
+    drop(spawn_local(async move {
+        let flushed = flusher.flush(session).await.map_err(Failure::new::<DB>);
+        for (answer, reply) in grants {
+            let _ = reply.send(flushed.clone().map(|()| answer));
+        }
+    }));
 }

@@ -33,6 +33,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             Operation::Mark(lease, reply) => {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
+            Operation::Flush(session, reply) => self.flush(vec![(session, reply)]).await,
             Operation::Listen(reply) => self.listen_in_time(reply).await,
             Operation::Notification(notification) => self.notify(&[notification]).await,
             Operation::TakeUserLock(row, reply) => self.take_user_lock(row, reply).await,
@@ -237,7 +238,7 @@ async fn acquire_all<DB: LockDatabase>(
     if !undone.is_empty() {
         // A trigger may keep one of them from being written. Release the others. Without an answer
         // they may still be ours.
-        let released_now = DB::batch(connection, server, &undone, &[]).await;
+        let released_now = DB::batch(connection, server, &undone, &[], false).await;
         released_now.map_err(StepError::outcome_unknown)?;
     }
     Ok(None)

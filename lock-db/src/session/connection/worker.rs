@@ -13,6 +13,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::batch::Batch;
 use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
+use super::flush::Flusher;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{Failure, Fault, Location, LockDatabase};
@@ -33,6 +34,8 @@ pub(super) struct WorkerLoop<DB: LockDatabase> {
     pub(super) pace: Duration,
     pub(super) earlier: Earlier,
     pub(super) lost: Rc<Notify>,
+    /// Only of the first connection.
+    pub(super) flusher: Option<Flusher>,
 }
 
 impl<DB: LockDatabase> WorkerLoop<DB> {
@@ -44,6 +47,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         may_listen: bool,
         lost: &Rc<Notify>,
         waits_for_hook: &WaitsForHook,
+        flusher: Option<Flusher>,
     ) -> Self {
         Self {
             connector: Connector::new(application, location, waits_for_hook),
@@ -56,6 +60,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             pace: Duration::ZERO,
             earlier: Earlier::default(),
             lost: Rc::clone(lost),
+            flusher,
         }
     }
 
@@ -92,9 +97,11 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// Sends what belongs together in one statement each, and the rest one by one.
     async fn carry_out_round(&mut self, round: impl Iterator<Item = Operation>) {
         let mut batch = Batch::default();
-        let (mut reads, mut creations, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut flushes, mut reads, mut creations, mut others) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
             match batch.take(operation) {
+                Some(Operation::Flush(session, reply)) => flushes.push((session, reply)),
                 Some(Operation::OnRow(name, OnRow::Read(reply))) => reads.push((name, reply)),
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
                     creations.push((name, kind, reply))
@@ -102,6 +109,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 other => others.extend(other),
             }
         }
+        self.flush(flushes).await;
         self.send_batch(batch).await;
         self.read(reads).await;
         self.create(creations).await;
