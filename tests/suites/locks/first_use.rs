@@ -42,7 +42,9 @@ async fn an_uncommitted_row_delays_no_other_name<T: TestServer>(database: &T) {
     <T::Database as Backend>::run(&mut maker, sql).await.unwrap();
 
     let waiting = tokio::spawn(locks.row_lock("new").acquire());
-    eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
+    if T::NAME == "postgres" {
+        eventually(PATIENCE, async || database.activity().await.waiting > 0).await;
+    }
     let started = Instant::now();
     locks.insert_lock("other").acquire().await.unwrap().release().await.unwrap();
     assert!(started.elapsed() < STANDSTILL, "the session stood still for {:?}", started.elapsed());

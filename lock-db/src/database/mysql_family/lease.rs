@@ -71,8 +71,24 @@ pub(super) async fn create(
     kind: Kind,
 ) -> driver::Result<bool> {
     if !several::find_dirty(connection, server, &[name]).await?.is_empty() {
-        return Ok(read(connection, server, name).await?.is_some());
+        if read(connection, server, name).await?.is_none() {
+            // Not of lock-db, whose transactions make no rows here.
+            let text = "another transaction is making the row and has not ended";
+            return Err(StepError::Found(Fault::Busy, text.into()));
+        }
+        return Ok(true);
     }
+    insert(connection, server, name, kind).await?;
+    Ok(true)
+}
+
+/// Another transaction may create the row at the same time.
+pub(super) async fn insert(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
     match query.execute(connection).await {
         Err(error) if has_no_id(&error) => {
@@ -84,7 +100,7 @@ pub(super) async fn create(
             Err(StepError::Explained(Fault::Refused, text, error))
         }
         Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error.into()),
-        _ => Ok(true),
+        _ => Ok(()),
     }
 }
 

@@ -64,6 +64,38 @@ pub(super) async fn create(
     Ok(true)
 }
 
+/// `create` and `read` in one message. A name whose row is only seen by the dirty read is left out of
+/// the result.
+pub(super) async fn ensure(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    kind: Kind,
+) -> driver::Result<Vec<Option<LockRow>>> {
+    let mut found = Vec::with_capacity(names.len());
+    // The names are in it twice.
+    for part in parts(names, server, |name| in_json(name) * 2) {
+        let (asked, kind, table) = (names_as_json(part), kind.as_str(), server.table.name());
+        let sql = format!(
+            "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
+            SELECT JSON_ARRAYAGG(asked.asked_name) INTO @lock_db_new
+            FROM JSON_TABLE('{asked}', '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+            LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+                ON lease.lock_name = UNHEX(asked.asked_name)
+            WHERE lease.id IS NULL;
+            INSERT IGNORE INTO {table} (lock_name, lock_kind)
+            SELECT UNHEX(new_name), '{kind}'
+            FROM JSON_TABLE(COALESCE(@lock_db_new, '[]'), '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made;
+            {read}",
+            read = READ_ALL.replace("JSON_TABLE(?", &format!("JSON_TABLE('{asked}'")).replace("{table}", table),
+        );
+        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+            found.push((row.try_get(row::COLUMNS)?, row::lock_row(&row)?));
+        }
+    }
+    Ok(by_name(names, found))
+}
+
 /// Which of the names have rows, including those of open transactions. Waits for none of them.
 pub(super) async fn find_dirty(
     connection: &mut MySqlConnection,

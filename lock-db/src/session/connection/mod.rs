@@ -72,6 +72,7 @@ enum Operation {
 enum OnRow {
     Read(Reply<Option<LockRow>>),
     Create(Kind, Reply<bool>),
+    Ensure(Kind, Reply<Option<LockRow>>),
     Settle(Reply<bool>),
     Probe(Reply<Probe>),
     Enqueue(QueueEntry, Reply<bool>),
@@ -101,7 +102,7 @@ impl OnRows {
 impl OnRow {
     fn is_forgotten(&self) -> bool {
         match self {
-            Self::Read(reply) => reply.is_closed(),
+            Self::Read(reply) | Self::Ensure(_, reply) => reply.is_closed(),
             Self::Probe(reply) => reply.is_closed(),
             Self::Create(_, reply)
             | Self::Settle(reply)
@@ -219,6 +220,11 @@ impl Worker {
     /// `false`: an open transaction has created the row.
     pub(super) async fn create(&self, name: &Name, kind: Kind) -> Result<bool, Failure> {
         self.on_row(name, |reply| OnRow::Create(kind, reply)).await
+    }
+
+    /// Reads the row, and creates it if it is missing. `None`: an open transaction has created it.
+    pub(super) async fn ensure(&self, name: &Name, kind: Kind) -> Result<Option<LockRow>, Failure> {
+        self.on_row(name, |reply| OnRow::Ensure(kind, reply)).await
     }
 
     /// `read` for several names, in order.

@@ -133,6 +133,14 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             OnRow::Create(kind, reply) => {
                 self.answer(reply, async |c, server| DB::create(c, server, name, kind).await).await;
             }
+            OnRow::Ensure(kind, reply) => {
+                let names = std::slice::from_ref(name);
+                self.answer(reply, async |c, server| {
+                    let rows = DB::ensure_all(c, server, names, kind).await?;
+                    Ok(rows.into_iter().next().flatten())
+                })
+                .await;
+            }
             OnRow::Settle(reply) => {
                 self.answer(reply, async |c, server| DB::settle(c, server, name).await).await;
             }

@@ -97,14 +97,17 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// Sends what belongs together in one statement each, and the rest one by one.
     async fn carry_out_round(&mut self, round: impl Iterator<Item = Operation>) {
         let mut batch = Batch::default();
-        let (mut flushes, mut reads, mut creations, mut others) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut flushes, mut reads, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut creations, mut ensured) = (Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
             match batch.take(operation) {
                 Some(Operation::Flush(session, reply)) => flushes.push((session, reply)),
                 Some(Operation::OnRow(name, OnRow::Read(reply))) => reads.push((name, reply)),
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
-                    creations.push((name, kind, reply))
+                    creations.push((name, kind, reply));
+                }
+                Some(Operation::OnRow(name, OnRow::Ensure(kind, reply))) => {
+                    ensured.push((name, kind, reply));
                 }
                 other => others.extend(other),
             }
@@ -113,6 +116,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         self.send_batch(batch).await;
         self.read(reads).await;
         self.create(creations).await;
+        self.ensure(ensured).await;
         for operation in others {
             if !operation.is_forgotten() {
                 self.carry_out(operation).await;
