@@ -8,9 +8,10 @@ use tokio::time::sleep;
 
 use super::actor::Actor;
 use super::retry::{PAUSE, patiently, twice};
-use crate::database::{Failure, LeaseKey, LockRow, Server};
+use crate::database::{Failure, LeaseKey, LockRow, PruneScope, Server};
 use crate::error::Action;
 use crate::name::Name;
+use crate::options::LONGEST;
 use crate::{Error, Kind};
 
 /// How long the session tries to mark a row. An open transaction of the caller waits for it.
@@ -37,7 +38,12 @@ impl Actor {
     }
 
     /// Returns the row, and whether it was missing.
-    pub(super) async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<(LockRow, bool), Error> {
+    pub(super) async fn ensure_row(
+        &self,
+        name: &Name,
+        kind: Kind,
+        instead_of: Option<i64>,
+    ) -> Result<(LockRow, bool), Error> {
         let failed = |failure: Failure| failure.into_error(Action::MakeRow, Some(name));
         let (mut missing, mut in_the_way) = (false, None);
         loop {
@@ -55,6 +61,11 @@ impl Actor {
                 return Err(in_the_way.map_or_else(stale, failed));
             }
             missing = true;
+            if let Some(gone) = instead_of
+                && self.is_last_id(gone).await.map_err(failed)?
+            {
+                return Err(Error::Serialization { name: name.given(), source: None });
+            }
             match twice(async || self.worker.create(name, kind).await).await {
                 // Another process may be creating the row: the next read shows it.
                 Err(failure) if failure.passes() => in_the_way = Some(failure),
@@ -62,6 +73,12 @@ impl Actor {
                 Ok(_) => {}
             }
         }
+    }
+
+    /// Whether no row has a larger id. New rows then belong where a row with this id would be.
+    async fn is_last_id(&self, id: i64) -> Result<bool, Failure> {
+        let scope = PruneScope { prefix: "".into(), older_than: LONGEST };
+        Ok(twice(async || self.worker.read_part(scope.clone(), id).await).await?.last.is_none())
     }
 
     /// Makes sure that nothing of the last holder of a lock that is not held any more can be
@@ -120,8 +137,8 @@ impl Actor {
         found.map(drop).map_err(|failure| failure.into_error(Action::FindTable, None))
     }
 
-    pub(super) async fn check(&self) -> Result<Vec<String>, Error> {
-        let checked = patiently(async || self.worker.check().await).await;
+    pub(super) async fn check(&self, prunes: bool) -> Result<Vec<String>, Error> {
+        let checked = patiently(async || self.worker.check(prunes).await).await;
         checked.map_err(|failure| failure.into_error(Action::Check, None))
     }
 }
