@@ -15,10 +15,11 @@ use crate::options::micros;
 /// negative, twice; and the prefix of the names, twice.
 macro_rules! is_unused {
     () => {
-        "lock_kind IN ('insert', 'row')
-        AND GREATEST(create_time, acquire_time, expire_time) < TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
-        AND fencing_token < TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + ?
-        AND LEFT(lock_name, LENGTH(?)) = ?"
+        "lease.lock_kind IN ('insert', 'row')
+        AND GREATEST(lease.create_time, lease.acquire_time, lease.expire_time)
+            < TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6))
+        AND lease.fencing_token < TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)) + ?
+        AND LEFT(lease.lock_name, LENGTH(?)) = ?"
     };
 }
 
@@ -35,34 +36,36 @@ FROM (
         SELECT id, lock_name, waiters, id < (SELECT MAX(id) FROM {table}) AND ",
     is_unused!(),
     " AS is_unused
-        FROM {table} FORCE INDEX (PRIMARY) WHERE id > ? ORDER BY id LIMIT 1000) AS part) AS part
+        FROM {table} AS lease FORCE INDEX (PRIMARY) WHERE id > ? ORDER BY id LIMIT 1000) AS part) AS part
 WHERE is_unused OR id = last"
 );
 
 /// One statement, which the server completes without the client. LIMIT makes the server materialize
-/// the inner SELECT, with its locks. `FOR UPDATE OF` is needed on MySQL because the server must not
-/// lock the JSON table; MariaDB does not know it. (An UPDATE of this form could crash MariaDB; a
-/// DELETE can't: docs/reports/mariadb-prepare-multi-update.md.)
+/// the inner SELECT, with its locks: on the rows, and on their entries in the index of the names,
+/// which another transaction may have locked alone. `FOR UPDATE OF` is needed on MySQL because the
+/// server must not lock the JSON table; MariaDB does not know it. (An UPDATE of this form could
+/// crash MariaDB, a DELETE could not: docs/reports/mariadb-prepare-multi-update.md.)
 macro_rules! remove {
     ($lock:literal) => {
         concat!(
             "
-DELETE lease FROM (
-    SELECT unused.id
+DELETE removed FROM (
+    SELECT lease.id
     FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS unused FORCE INDEX (PRIMARY) ON unused.id = asked.id
-    WHERE waiters = '' AND ",
+    STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = asked.id
+    STRAIGHT_JOIN {table} AS entry FORCE INDEX (distributed_lock_name) ON entry.lock_name = lease.lock_name
+    WHERE lease.waiters = '' AND ",
             is_unused!(),
             "
     LIMIT 1000000 ",
             $lock,
             ") AS unused
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unused.id"
+STRAIGHT_JOIN {table} AS removed FORCE INDEX (PRIMARY) ON removed.id = unused.id"
         )
     };
 }
 
-const REMOVE_ON_MYSQL: &str = remove!("FOR UPDATE OF unused SKIP LOCKED");
+const REMOVE_ON_MYSQL: &str = remove!("FOR UPDATE OF lease, entry SKIP LOCKED");
 const REMOVE_ON_MARIADB: &str = remove!("FOR UPDATE SKIP LOCKED");
 
 const MAY_DELETE: &str = "DELETE FROM {table} WHERE FALSE";
