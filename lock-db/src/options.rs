@@ -34,7 +34,7 @@ const SHORTEST_WARNING: Duration = Duration::from_secs(1);
 /// By default, rows that were not used for this long are removed.
 const DEFAULT_PRUNE_AFTER: Duration = Duration::from_hours(30 * 24);
 /// Rows that are in use at the moment must not look unused.
-const SHORTEST_PRUNE: Duration = Duration::from_secs(1);
+pub(crate) const SHORTEST_PRUNE: Duration = Duration::from_secs(1);
 
 /// With less, the renewal of a lease is a race against the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);

@@ -49,6 +49,9 @@ fn main() {
 }
 
 async fn measure<T: TestDatabase>(database: &T, rows: usize) {
+    if T::NAME == "sqlite" {
+        database.find_text("PRAGMA journal_mode = WAL").await;
+    }
     let (locks, other) = (database.locks().await, database.locks().await);
     let started = Instant::now();
     insert_old(database, rows).await;

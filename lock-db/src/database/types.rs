@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use super::Server;
 use super::wait_queue::{self, QueueEntry};
 use crate::name::Name;
-use crate::options::micros;
+use crate::options::{SHORTEST_PRUNE, micros};
 use crate::secret::Secret;
 use crate::{Kind, LockInfo};
 
@@ -321,6 +321,13 @@ impl LockRow {
     pub(crate) fn remaining(&self) -> Duration {
         let micros = if self.ttl > 0 { self.remaining - notice(self.ttl) } else { self.remaining };
         Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+    }
+
+    /// Whether another process may remove it: it was not used for the shortest time after which
+    /// rows are removed.
+    pub(crate) fn may_be_removed(&self) -> bool {
+        let used = self.created.max(self.acquired).max(self.expires);
+        self.now().saturating_sub(used) >= micros(SHORTEST_PRUNE)
     }
 
     /// Whether no transaction of the last holder can commit any more, and the row says so.

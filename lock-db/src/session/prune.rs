@@ -38,8 +38,10 @@ const START_WITHIN: Duration = Duration::from_hours(1);
 
 /// The pause after each statement of the task.
 const PAUSE: Duration = Duration::from_secs(1);
-/// The shortest pause after each statement of a call. It is at least as long as the statement took.
+/// The pause after each statement of a call is as long as the statement took, within these bounds.
+/// On SQLite that includes the wait for other writers.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// After a failure that may pass, the task pauses for about this long. It ends the walk if that
 /// many statements in a row fail.
@@ -101,7 +103,7 @@ impl Session {
             let asked = Instant::now();
             let scope = scope.clone();
             walk = self.ask(|answer| Request::Prune { scope, walk, answer }).await?;
-            clock::sleep(asked.elapsed().max(SHORTEST_PAUSE)).await;
+            clock::sleep(asked.elapsed().clamp(SHORTEST_PAUSE, LONGEST_PAUSE)).await;
         }
         for lease in lease.into_iter().flatten() {
             // If it is lost, another process has it.

@@ -30,6 +30,7 @@ lock_tests::cases! {
 
     on every server:
     rows_that_others_have_locked_stay,
+    a_try_waits_for_the_end_of_a_removal,
     names_are_made_beside_removed_rows,
     a_transaction_finds_the_row_of_another_process_again;
 
@@ -489,6 +490,27 @@ async fn rows_that_others_have_locked_stay<T: TestServer>(database: &T) {
     by_lease.rollback().await.unwrap();
     T::Database::run(&mut guard, "ROLLBACK").await.unwrap();
     assert_eq!(locks.prune(DAY).await.unwrap(), 2, "`row` was used a moment ago");
+}
+
+/// The removal is one of a slow server. On a busy machine it may take longer than the try waits.
+async fn a_try_waits_for_the_end_of_a_removal<T: TestServer>(database: &T) {
+    let locks = database.locks().await;
+    eventually(PATIENCE, async || {
+        use_once(&locks, "lease").await;
+        age(database, "lock_name = 'lease'").await;
+        use_once(&locks, NEWEST).await;
+        let mut removal = database.connection().await;
+        let begin = if T::NAME == "postgres" { "BEGIN" } else { "START TRANSACTION" };
+        T::Database::run(&mut removal, begin).await.unwrap();
+        T::Database::run(&mut removal, "DELETE FROM distributed_lock WHERE lock_name = 'lease'").await.unwrap();
+        let (tried, removed) = tokio::join!(locks.insert_lock("lease").try_acquire(), async {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            T::Database::run(&mut removal, "COMMIT").await
+        });
+        removed.unwrap();
+        tried.unwrap().is_some()
+    })
+    .await;
 }
 
 /// The same names, and those next to them in the index, are made by two processes while their rows

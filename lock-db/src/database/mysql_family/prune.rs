@@ -28,16 +28,11 @@ macro_rules! is_unused {
 /// all new rows.
 const READ_PART: &str = concat!(
     "
-SELECT id, is_unused, IF(is_unused AND waiters <> '', CONVERT(lock_name USING utf8mb4), NULL),
-    IF(is_unused, waiters, ''), TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
-FROM (
-    SELECT part.*, MAX(id) OVER () AS last
-    FROM (
-        SELECT id, lock_name, waiters, id < (SELECT MAX(id) FROM {table}) AND ",
+SELECT id, id < (SELECT MAX(id) FROM {table}) AND ",
     is_unused!(),
-    " AS is_unused
-        FROM {table} AS lease FORCE INDEX (PRIMARY) WHERE id > ? ORDER BY id LIMIT 1000) AS part) AS part
-WHERE is_unused OR id = last"
+    ", IF(waiters <> '', CONVERT(lock_name USING utf8mb4), NULL), waiters,
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6))
+FROM {table} AS lease FORCE INDEX (PRIMARY) WHERE id > ? ORDER BY id LIMIT 1000"
 );
 
 /// One statement, which the server completes without the client. LIMIT makes the server materialize

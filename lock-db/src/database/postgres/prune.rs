@@ -24,16 +24,11 @@ macro_rules! is_unused {
 
 const READ_PART: &str = concat!(
     "
-SELECT id, is_unused, CASE WHEN is_unused AND waiters <> '' THEN lock_name::text END,
-    CASE WHEN is_unused THEN waiters::text ELSE '' END, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
-FROM (
-    SELECT *, max(id) OVER () AS last
-    FROM (
-        SELECT id, lock_name, waiters, ",
+SELECT id, ",
     is_unused!(),
-    " AS is_unused
-        FROM {table} WHERE id > $3 ORDER BY id LIMIT 1000) AS part) AS part
-WHERE is_unused OR id = last"
+    ", CASE WHEN waiters <> '' THEN lock_name::text END, waiters::text,
+    (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+FROM {table} WHERE id > $3 ORDER BY id LIMIT 1000"
 );
 
 /// Does not wait for the disk: a row that a crash brings back is removed again later, and what is

@@ -25,16 +25,10 @@ macro_rules! is_unused {
 
 const READ_PART: &str = concat!(
     "
-SELECT id, is_unused, CASE WHEN is_unused AND waiters <> '' THEN lock_name END,
-    CASE WHEN is_unused THEN waiters ELSE '' END, CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)
-FROM (
-    SELECT *, max(id) OVER () AS last
-    FROM (
-        SELECT id, lock_name, waiters, ",
+SELECT id, ",
     is_unused!(),
-    " AS is_unused
-        FROM {table} WHERE id > ?4 ORDER BY id LIMIT 1000))
-WHERE is_unused OR id = last"
+    ", CASE WHEN waiters <> '' THEN lock_name END, waiters, CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)
+FROM {table} WHERE id > ?4 ORDER BY id LIMIT 1000"
 );
 
 const REMOVE: &str = concat!(
