@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use lock_db::Locks;
-use lock_tests::{Backend, CaseRuntime, MariaDbServer, MySqlServer, PostgresServer, SqliteFile, TestDatabase};
+use lock_tests::{Backend, MariaDbServer, MySqlServer, PostgresServer, SqliteFile, TestDatabase};
+use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 const DAY: Duration = Duration::from_hours(24);
@@ -29,23 +30,26 @@ const NAMES: usize = 64;
 fn main() {
     let rows = std::env::args().nth(1).map_or(1_000_000, |rows| rows.parse().expect("a number of rows"));
     println!("{rows} rows\n");
-    lock_tests::run_case(CaseRuntime::TwoWorkers, async |database: &SqliteFile| measure(database, rows).await);
+    measure_on::<SqliteFile>(rows);
     let is_there = |server: &str| std::env::var(format!("LOCK_DB_TEST_{server}_URL")).is_ok();
     if is_there("POSTGRES") {
-        lock_tests::run_case(CaseRuntime::TwoWorkers, async |database: &PostgresServer| {
-            measure(database, rows).await;
-        });
+        measure_on::<PostgresServer>(rows);
     }
     if is_there("MARIADB") {
-        lock_tests::run_case(CaseRuntime::TwoWorkers, async |database: &MariaDbServer| {
-            measure(database, rows).await;
-        });
+        measure_on::<MariaDbServer>(rows);
     }
     if is_there("MYSQL") {
-        lock_tests::run_case(CaseRuntime::TwoWorkers, async |database: &MySqlServer| {
-            measure(database, rows).await;
-        });
+        measure_on::<MySqlServer>(rows);
     }
+}
+
+fn measure_on<T: TestDatabase>(rows: usize) {
+    let runtime = Runtime::new().expect("starts a runtime");
+    let database = runtime.block_on(T::create());
+    runtime.block_on(measure(&database, rows));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    // Drops it on the server, too.
+    drop(database);
 }
 
 async fn measure<T: TestDatabase>(database: &T, rows: usize) {
@@ -146,7 +150,9 @@ impl Caller {
 async fn size<T: TestDatabase>(database: &T) -> String {
     let bytes = match T::NAME {
         "postgres" => database.number("SELECT pg_total_relation_size('distributed_lock')").await,
-        "sqlite" => database.number("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").await,
+        "sqlite" => {
+            database.number("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").await
+        }
         server => {
             let spaces = if server == "mysql" { "INNODB_TABLESPACES" } else { "INNODB_SYS_TABLESPACES" };
             let sql = format!(

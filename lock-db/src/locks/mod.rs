@@ -10,10 +10,10 @@ use sqlx::Pool;
 pub use self::builder::LocksBuilder;
 use crate::context::Context;
 use crate::database::LockDatabase;
-use crate::lease::{InsertLock, InsertLocks};
-use crate::row_lock::{RowLock, RowLocks};
 use crate::database::PruneScope;
+use crate::lease::{InsertLock, InsertLocks};
 use crate::options::check_prune;
+use crate::row_lock::{RowLock, RowLocks};
 use crate::session::{self, Request};
 use crate::{CheckReport, Error, LockInfo};
 

@@ -120,8 +120,7 @@ impl Session {
         watched: HoldWatch,
         pruning: Option<Pruning>,
     ) -> Self {
-        let start =
-            move || thread::start(&pool, &location, hand_off, &owner, &watched, pruning.as_ref());
+        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched, pruning.as_ref());
         Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
     }
 

@@ -48,8 +48,8 @@ use super::driver::{
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, TablePart, hexadecimal, names_as_json,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
+    RowClaim, Server, TablePart, hexadecimal, names_as_json,
 };
 use crate::Kind;
 use crate::database::StepError;

@@ -55,8 +55,8 @@ use super::driver::{
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
-    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
-    RowAttempt, RowClaim, Server, TablePart,
+    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal,
+    Renewed, RowAttempt, RowClaim, Server, TablePart,
 };
 use crate::Kind;
 use crate::database::driver;

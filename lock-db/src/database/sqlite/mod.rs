@@ -29,8 +29,8 @@ use super::driver::{
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, TablePart,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
+    RowClaim, Server, TablePart,
 };
 use crate::database::StepError;
 use crate::database::driver;

@@ -114,7 +114,9 @@ async fn an_account_that_may_not_delete<T: TestServer>(database: &T) {
     assert_eq!(locks.prune(Duration::from_hours(1)).await.unwrap(), 0);
     let old = "'2020-01-01 00:00:00'";
     database
-        .run(&format!("UPDATE distributed_lock SET create_time = {old}, acquire_time = {old}, fencing_token = 1"))
+        .run(&format!(
+            "UPDATE distributed_lock SET create_time = {old}, acquire_time = {old}, fencing_token = 1"
+        ))
         .await;
     locks.insert_lock("newest").acquire().await.unwrap().release().await.unwrap();
     let refused = locks.prune(Duration::from_hours(1)).await;
