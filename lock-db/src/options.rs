@@ -31,10 +31,15 @@ pub(crate) const MOST_NAMES: usize = 10_000;
 /// With less, warnings would follow each other without a pause.
 const SHORTEST_WARNING: Duration = Duration::from_secs(1);
 
+/// By default, rows that were not used for this long are removed.
+const DEFAULT_PRUNE_AFTER: Duration = Duration::from_hours(30 * 24);
+/// Rows that are in use at the moment must not look unused.
+pub(crate) const SHORTEST_PRUNE: Duration = Duration::from_secs(1);
+
 /// With less, the renewal of a lease is a race against the network.
 const SHORTEST_TTL: Duration = Duration::from_millis(50);
 /// Longer durations are rejected, to stay within the clock arithmetic of all databases.
-const LONGEST: Duration = Duration::from_hours(365 * 24);
+pub(crate) const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 impl HandOffLimits {
     pub(crate) fn check(self) -> Result<(), Error> {
@@ -74,6 +79,7 @@ impl Settings {
         check_wait(self.default_wait)?;
         self.hand_off.check()?;
         self.warn_after.check()?;
+        check_prune_after(self.prune_after)?;
         crate::name::check(&self.name_prefix, "x").map_err(|_| Error::InvalidOption {
             option: "name_prefix",
             value: self.name_prefix.clone(),
@@ -116,6 +122,7 @@ pub(crate) struct Settings {
     pub(crate) default_wait: Duration,
     pub(crate) hand_off: HandOffLimits,
     pub(crate) warn_after: WarnAfter,
+    pub(crate) prune_after: Option<Duration>,
     pub(crate) fair: bool,
 }
 
@@ -129,6 +136,7 @@ impl Default for Settings {
             default_wait: DEFAULT_WAIT,
             hand_off: DEFAULT_HAND_OFF,
             warn_after: WarnAfter::TimesTtl,
+            prune_after: Some(DEFAULT_PRUNE_AFTER),
             fair: true,
         }
     }
@@ -220,6 +228,19 @@ pub(crate) fn check_at_most(
     check_longest("at_most", at_most).map(Some)
 }
 
+/// `None`: never.
+pub(crate) fn check_prune_after(prune_after: Option<Duration>) -> Result<(), Error> {
+    prune_after.map_or(Ok(()), |time| check_prune("prune_after", time).map(drop))
+}
+
+/// How long rows have to be unused in order to be removed.
+pub(crate) fn check_prune(option: &'static str, time: Duration) -> Result<Duration, Error> {
+    if time < SHORTEST_PRUNE {
+        return Err(invalid(option, time, "one second is the shortest"));
+    }
+    check_longest(option, time)
+}
+
 fn check_longest(option: &'static str, duration: Duration) -> Result<Duration, Error> {
     if duration > LONGEST {
         return Err(invalid(option, duration, "365 days is the longest"));
@@ -259,5 +280,9 @@ mod tests {
         assert!(warn_after(Duration::MAX).is_err());
         assert!(warn_after(SHORTEST_WARNING).is_ok());
         assert!(WarnAfter::Never.check().is_ok());
+        assert!(check_prune_after(None).is_ok());
+        assert!(check_prune_after(Some(DEFAULT_PRUNE_AFTER)).is_ok());
+        assert!(check_prune("older_than", Duration::from_millis(999)).is_err());
+        assert!(check_prune("older_than", Duration::MAX).is_err());
     }
 }

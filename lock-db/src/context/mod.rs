@@ -13,11 +13,11 @@ pub(crate) use self::hold_counts::{Counted, HoldCounts};
 pub(crate) use self::row_ids::{RowId, RowIds};
 pub(crate) use self::row_waiters::RowWaiters;
 use crate::Error;
-use crate::database::{Location, LockDatabase};
+use crate::database::{Location, LockDatabase, PruneScope};
 use crate::name::{self, Name};
-use crate::options::Settings;
+use crate::options::{Settings, check_prune_after};
 use crate::reentrancy::{Instance, ReentryKey};
-use crate::session::{HoldWatch, Session};
+use crate::session::{self, HoldWatch, Pruning, Session};
 
 /// The state of one `Locks` and its clones.
 pub(crate) struct Context<DB: LockDatabase> {
@@ -63,8 +63,14 @@ impl<DB: LockDatabase> Context<DB> {
         let row_waiters = RowWaiters::new(pool.options().get_max_connections());
         let watched =
             HoldWatch { warn_after: settings.warn_after, row_locks: Arc::clone(&row_waiters.queue) };
-        let session =
-            Session::new(private, Arc::clone(&location), settings.hand_off, Arc::clone(&owner), watched);
+        let session = Session::new(
+            private,
+            Arc::clone(&location),
+            settings.hand_off,
+            Arc::clone(&owner),
+            watched,
+            pruning(&settings),
+        );
         Arc::new(Self {
             pool,
             session,
@@ -127,6 +133,14 @@ impl<DB: LockDatabase> Context<DB> {
     pub(crate) fn reentry_key(&self, name: &str) -> Result<ReentryKey, Error> {
         Ok(ReentryKey { locks: self.instance, name: self.checked_name(name)? })
     }
+}
+
+/// What the session prunes by itself. Invalid settings are refused elsewhere.
+fn pruning(settings: &Settings) -> Option<Pruning> {
+    check_prune_after(settings.prune_after).ok()?;
+    let lease = name::check(&settings.name_prefix, session::BY_ITSELF).ok()?;
+    let (prefix, older_than) = (settings.name_prefix.as_str().into(), settings.prune_after?);
+    Some(Pruning { lease, scope: PruneScope { prefix, older_than } })
 }
 
 /// Host, process id and label, within the 255 characters of the column.

@@ -8,8 +8,9 @@ pub(crate) use self::driver::StepError;
 pub(crate) use self::failure::{Failure, Fault, HookFailure};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
-    BatchOutcome, Claim, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification, ReleaseClaim,
-    Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, reliable_without_notice,
+    BatchOutcome, Claim, ExpiredQueue, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
+    PruneScope, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, TablePart,
+    reliable_without_notice,
 };
 pub(crate) use self::wait_queue::{QueueEntry, WaitQueue, begins_with};
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
@@ -127,6 +128,15 @@ fn foreign_write() -> StepError {
     )
 }
 
+/// The text of a warning for an account that may not delete rows.
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+fn can_not_prune(lacks: &str, grant: &str) -> String {
+    format!(
+        "{lacks}: the rows of names that are not used any more stay in the table; `{grant}`, or turn pruning off by \
+         `LocksBuilder::prune_after(None)`"
+    )
+}
+
 /// Encodes the leases of a batch as JSON, for databases without arrays:
 /// `[[7, "secret", 30000000, 1], …]`.
 #[cfg(any(feature = "mysql", feature = "_sqlite"))]
@@ -150,6 +160,13 @@ fn names_as_json(names: &[Name]) -> String {
     let names: Vec<String> =
         names.iter().map(|name| format!("\"{}\"", hexadecimal(name.as_bytes()))).collect();
     format!("[{}]", names.join(","))
+}
+
+/// Encodes ids as JSON, for databases without arrays: `[7,8]`.
+#[cfg(any(feature = "mysql", feature = "_sqlite"))]
+fn ids_as_json(ids: &[i64]) -> String {
+    let ids: Vec<String> = ids.iter().map(i64::to_string).collect();
+    format!("[{}]", ids.join(","))
 }
 
 /// Sorts rows, found in any order, into the order of the names.

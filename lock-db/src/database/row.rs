@@ -2,7 +2,7 @@
 
 use sqlx::{ColumnIndex, Database, Decode, Row, Type};
 
-use super::{LockRow, driver};
+use super::{ExpiredQueue, LockRow, TablePart, WaitQueue, driver};
 use crate::Kind;
 
 /// Decodes the columns that each database's `columns!` selects, in their order. What follows them
@@ -32,3 +32,32 @@ where
 
 /// How many columns [`lock_row`] decodes: the index of the next one.
 pub(super) const COLUMNS: usize = 11;
+
+/// Decodes what each database's `READ_PART` selects: the id, whether the row may be removed, its
+/// name and queue, and the time.
+pub(super) fn table_part<R: Row>(rows: &[R]) -> driver::Result<TablePart>
+where
+    usize: ColumnIndex<R>,
+    for<'r> i64: Decode<'r, R::Database> + Type<R::Database>,
+    for<'r> bool: Decode<'r, R::Database> + Type<R::Database>,
+    for<'r> String: Decode<'r, R::Database> + Type<R::Database>,
+    R::Database: Database<Row = R>,
+{
+    let mut part = TablePart::default();
+    for row in rows {
+        let id: i64 = row.try_get(0)?;
+        part.last = part.last.max(Some(id));
+        if !row.try_get::<bool, _>(1)? {
+            continue;
+        }
+        let (name, waiters): (Option<String>, String) = (row.try_get(2)?, row.try_get(3)?);
+        if waiters.is_empty() {
+            part.unused.push(id);
+        } else if WaitQueue::parse(&waiters, row.try_get(4)?).is_empty()
+            && let Some(name) = name
+        {
+            part.queues.push(ExpiredQueue { id, name, waiters });
+        }
+    }
+    Ok(part)
+}

@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use super::Server;
 use super::wait_queue::{self, QueueEntry};
 use crate::name::Name;
-use crate::options::micros;
+use crate::options::{SHORTEST_PRUNE, micros};
 use crate::secret::Secret;
 use crate::{Kind, LockInfo};
 
@@ -268,6 +268,39 @@ pub struct LockRow {
     pub waiters: String,
 }
 
+/// Which rows may be removed: those whose names begin with `prefix` and that were not used for
+/// `older_than`.
+///
+/// A row is used when it is created or acquired, until the deadline of its lease, and while a
+/// process waits in its queue. A row with a fencing token that the server's clock has not passed by
+/// `older_than` stays, so that a new row of the name gets a larger one. So does a row of a kind that
+/// this version does not know.
+#[derive(Debug, Clone)]
+pub struct PruneScope {
+    pub prefix: Arc<str>,
+    pub older_than: Duration,
+}
+
+/// Consecutive rows of the table, and which of them may be removed.
+#[derive(Debug, Default)]
+pub struct TablePart {
+    /// The largest id of these rows. `None`: there are no more.
+    pub last: Option<i64>,
+    /// The ids of rows that may be removed.
+    pub unused: Vec<i64>,
+    /// The queues to be emptied first.
+    pub queues: Vec<ExpiredQueue>,
+}
+
+/// The queue of an unused row. All of its entries have expired: the processes died while they
+/// waited.
+#[derive(Debug)]
+pub struct ExpiredQueue {
+    pub id: i64,
+    pub name: String,
+    pub waiters: String,
+}
+
 /// How long a takeover gives notice, at most. For shorter TTLs it is a fifth of the TTL.
 const LONGEST_NOTICE: i64 = 1_000_000;
 /// How far a deadline may be ahead of now beyond its TTL. Beyond that, the clock counts as set
@@ -291,6 +324,13 @@ impl LockRow {
     pub(crate) fn remaining(&self) -> Duration {
         let micros = if self.ttl > 0 { self.remaining - notice(self.ttl) } else { self.remaining };
         Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+    }
+
+    /// Whether another process may remove it: it was not used for the shortest time after which
+    /// rows are removed.
+    pub(crate) fn may_be_removed(&self) -> bool {
+        let used = self.created.max(self.acquired).max(self.expires);
+        self.now().saturating_sub(used) >= micros(SHORTEST_PRUNE)
     }
 
     /// Whether no transaction of the last holder can commit any more, and the row says so.

@@ -38,6 +38,8 @@ pub enum Action {
     Migrate,
     /// Check the table.
     Check,
+    /// Remove rows that were not used for long.
+    Prune,
     /// Start the thread of a `Locks`.
     StartSession,
     /// Get an answer from the thread of a `Locks`.
@@ -79,6 +81,7 @@ impl Action {
             Self::MakeRow => "make the row",
             Self::Migrate => "create `distributed_lock`",
             Self::Check => "check the table `distributed_lock`",
+            Self::Prune => "remove unused rows",
             Self::StartSession => "start the thread that keeps the locks",
             Self::AskSession => "get an answer",
             Self::DrawSecret => "draw a secret key from the operating system",

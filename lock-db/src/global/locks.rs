@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{AnyInsertLock, AnyInsertLocks, ErasedLocks, SCOPED, install};
 use crate::database::LockDatabase;
@@ -130,6 +131,19 @@ impl AnyLocks {
     /// The future may be dropped at any time.
     pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
         self.0.info(name.as_ref()).await
+    }
+
+    /// Removes the rows of names that were not used for this long, as [`Locks::prune`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locks::prune`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time.
+    pub async fn prune(&self, older_than: Duration) -> Result<u64, Error> {
+        self.0.prune(older_than).await
     }
 
     /// Host, process id and label, as [`Locks::owner`].

@@ -85,6 +85,8 @@ pub(crate) trait ErasedLocks: Send + Sync {
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>>;
 
+    fn prune(&self, older_than: Duration) -> BoxFuture<'_, Result<u64, Error>>;
+
     fn owner(&self) -> &str;
 
     fn is_closed(&self) -> bool;
@@ -164,6 +166,10 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>> {
         Box::pin(self.info(name))
+    }
+
+    fn prune(&self, older_than: Duration) -> BoxFuture<'_, Result<u64, Error>> {
+        Box::pin(self.prune(older_than))
     }
 
     fn owner(&self) -> &str {

@@ -103,6 +103,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let ensured = self.ask_for(connection, |answer| Request::EnsureRow {
             name: self.name.clone(),
             kind: self.kind,
+            instead_of: None,
             answer,
         });
         let error = match ensured.await {
@@ -141,6 +142,41 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let row = self.look_for(connection).await?.map_or(NO_ROW, |row| known(&row));
         (claim.row.id, claim.created) = (row.id, row.created);
         Ok(row == before)
+    }
+
+    /// Finds the row that replaces the one that could not be locked, and creates it if there is
+    /// none. Returns whether it is still the same row.
+    ///
+    /// In REPEATABLE READ the transaction has locked the gap where the row was. If that gap may be
+    /// the place of new rows, none is created, and the result is `Serialization`.
+    pub(super) async fn find_row_instead(
+        &self,
+        connection: &mut DB::Connection,
+        claim: &mut RowClaim,
+    ) -> Result<bool, Error> {
+        if DB::ROW_IS_MADE_IN_TRANSACTION {
+            return Ok(true);
+        }
+        self.context.row_ids().forget_all();
+        let before = RowId { id: claim.row.id, created: claim.created };
+        let ensured = self.ask_for(connection, |answer| Request::EnsureRow {
+            name: self.name.clone(),
+            kind: self.kind,
+            instead_of: Some(before.id),
+            answer,
+        });
+        match ensured.await {
+            Ok(row) => {
+                let row = known(&row);
+                self.context.row_ids().insert(self.name.clone(), row);
+                (claim.row.id, claim.created) = (row.id, row.created);
+                Ok(row == before)
+            }
+            Err(error) if error.passes() => {
+                Err(Error::Serialization { name: self.name.given(), source: None })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) async fn find_lease(
@@ -300,7 +336,9 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// the session and never the caller's transaction, because others would wait for that with
     /// locks that end in deadlocks. Returns the row.
     async fn ensure_row(&self) -> Result<LockRow, Error> {
-        self.ask(|answer| Request::EnsureRow { name: self.name.clone(), kind: self.kind, answer }).await
+        let (name, kind) = (self.name, self.kind);
+        let ensure = |answer| Request::EnsureRow { name: name.clone(), kind, instead_of: None, answer };
+        self.ask(ensure).await
     }
 
     /// Asks the session, for about as long as the wait. Asks again after an error that passes.

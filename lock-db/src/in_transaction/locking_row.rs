@@ -25,7 +25,7 @@ const LONG_SLICE: Duration = Duration::from_millis(900);
 /// The first slice on PostgreSQL. It is longer than one second, after which PostgreSQL looks for a
 /// deadlock. The last transaction to join a cycle finds the deadlock.
 const FIRST_SLICE: Duration = Duration::from_millis(1100);
-/// How often a request for a lock may find that the table was replaced.
+/// How often a request for a lock may find that the table or the row was replaced.
 const MOST_TABLES: u32 = 3;
 
 /// The state of an attempt to lock a row.
@@ -41,7 +41,7 @@ pub(super) struct LockingRow<'a, DB: LockDatabase> {
     /// What else than a holder kept the row from being written when it was last tried.
     stalled: Option<Failure>,
     last_settled: Instant,
-    /// How often the table was found to be replaced.
+    /// How often the table or the row was found to be replaced.
     found_anew: u32,
 }
 
@@ -130,14 +130,7 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
                 Err(Failure::not_written::<DB>().into_error(ACTION, Some(self.attempt.name)))
             }
             Step::Done(RowAttempt::ForeignTransaction) => self.find_table_again().await,
-            Step::Done(RowAttempt::Missing) => {
-                // The row was deleted since the last read. A row that other connections see is
-                // visible to a locking read, too.
-                if self.attempt.read_row_again(self.connection, &mut self.claim).await? {
-                    return Err(self.foreign_transaction());
-                }
-                Err(self.stale().await)
-            }
+            Step::Done(RowAttempt::Missing) => self.find_row_again().await,
             // Another process was faster, or the transaction may have read what the last holder has
             // changed since.
             Step::Done(RowAttempt::Stale | RowAttempt::Leased { usable: false }) => Err(self.stale().await),
@@ -175,6 +168,19 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
                 self.stalled = self.attempt.holder_here().is_none().then_some(failure);
                 Ok(Progress::WaitForRow)
             }
+        }
+    }
+
+    /// The row was deleted since it was read, and may have been created again. A row that other
+    /// connections see is visible to a locking read, too.
+    async fn find_row_again(&mut self) -> Result<Progress, Error> {
+        self.found_anew += 1;
+        let found = self.attempt.find_row_instead(self.connection, &mut self.claim).await;
+        match found {
+            Ok(true) => Err(self.foreign_transaction()),
+            Ok(false) if self.found_anew <= MOST_TABLES => Ok(Progress::Again),
+            Ok(false) | Err(Error::Serialization { .. }) => Err(self.stale().await),
+            Err(error) => Err(error),
         }
     }
 
@@ -219,7 +225,7 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
         // The table may have been replaced.
         attempt.context.row_ids().forget(attempt.name);
         if DB::lacks_right(failure.source())
-            && let Err(error) = attempt.ask(|answer| Request::Check { answer }).await
+            && let Err(error) = attempt.ask(|answer| Request::Check { prunes: false, answer }).await
             && let Some(found) = Failure::of_error::<DB>(&error)
         {
             return Err(found.into_error(ACTION, Some(attempt.name)));

@@ -56,6 +56,7 @@ impl LeaseOptions {
     pub(crate) fn check(&self, settings: &Settings) -> Result<(), Error> {
         settings.hand_off.check()?;
         settings.warn_after.check()?;
+        options::check_prune_after(settings.prune_after)?;
         options::check_ttl(self.ttl.unwrap_or(settings.default_ttl))?;
         let at_least = options::check_at_least(self.at_least)?;
         options::check_at_most(self.at_most, at_least).map(drop)

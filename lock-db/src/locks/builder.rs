@@ -144,6 +144,30 @@ impl<DB: LockDatabase> LocksBuilder<DB> {
         self
     }
 
+    /// Sets after how long the rows of unused names are removed from the table. `None`: never.
+    ///
+    /// A name leaves a row behind. Without this, names with a number in them (`order:{id}`) would
+    /// leave a row each. A process that uses locks looks for rows that were not used for this long,
+    /// and removes them, in small parts and one process at a time. A row goes within 15 seconds of
+    /// its being due, or within a tenth of the time if that is longer. The first search of a process
+    /// begins after half an hour to an hour, or earlier if `time` is short. Processes that end
+    /// before that can call [`Locks::prune`].
+    ///
+    /// Only rows whose names have the [prefix](Self::name_prefix) of this `Locks` are removed. Locks
+    /// that are held or waited for stay, and fencing tokens do not come back. On MySQL and MariaDB
+    /// the newest row of the table stays, too. The right to delete rows is needed. Without it, one
+    /// warning is logged, and the rows stay.
+    ///
+    /// `time` has to be longer than any transaction that takes locks. A transaction in REPEATABLE
+    /// READ is refused if a holder has committed since its snapshot, and the row is what shows
+    /// that.
+    ///
+    /// Between one second and 365 days are possible. Default: 30 days.
+    pub fn prune_after(mut self, time: impl Into<Option<Duration>>) -> Self {
+        self.settings.prune_after = time.into();
+        self
+    }
+
     /// Drops `kept` only when the `Locks` and all its clones are gone.
     #[cfg(feature = "testing")]
     pub(crate) fn keeping(mut self, kept: Kept) -> Self {

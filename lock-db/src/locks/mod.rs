@@ -3,15 +3,18 @@
 mod builder;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::Pool;
 
 pub use self::builder::LocksBuilder;
 use crate::context::Context;
 use crate::database::LockDatabase;
+use crate::database::PruneScope;
 use crate::lease::{InsertLock, InsertLocks};
+use crate::options::check_prune;
 use crate::row_lock::{RowLock, RowLocks};
-use crate::session::Request;
+use crate::session::{self, Request};
 use crate::{CheckReport, Error, LockInfo};
 
 /// The locks of a database.
@@ -147,7 +150,9 @@ impl<DB: LockDatabase> Locks<DB> {
     /// The future may be dropped at any time.
     pub async fn check(&self) -> Result<CheckReport, Error> {
         self.context.settings().check()?;
-        let warnings = self.context.session().ask(|answer| Request::Check { answer }).await?;
+        let prunes = self.context.settings().prune_after.is_some();
+        let check = |answer| Request::Check { prunes, answer };
+        let warnings = self.context.session().ask(check).await?;
         Ok(CheckReport { warnings })
     }
 
@@ -273,6 +278,62 @@ impl<DB: LockDatabase> Locks<DB> {
         let name = self.context.checked_name(name.as_ref())?;
         let row = self.context.session().ask(|answer| Request::Read { name: name.clone(), answer }).await?;
         Ok(row.map(|row| row.into_info(&name)))
+    }
+
+    /// Removes the rows of names that were not used for `older_than`, and returns how many it has
+    /// removed.
+    ///
+    /// A `Locks` does this by itself in the background: see
+    /// [`LocksBuilder::prune_after`]. Call `prune` from a job of your own, where processes do not
+    /// live long enough for that, or to remove rows sooner.
+    ///
+    /// Only rows whose names have the [prefix](LocksBuilder::name_prefix) of this `Locks` are
+    /// removed. Locks that are held or waited for stay, and fencing tokens do not come back. On
+    /// MySQL and MariaDB the newest row of the table stays, too.
+    ///
+    /// `older_than` is between one second and 365 days, and longer than any transaction that takes
+    /// locks: see [`LocksBuilder::prune_after`].
+    ///
+    /// The rows are removed in small parts, with pauses in between, and other requests go on
+    /// meanwhile. One call at a time prunes. Another one waits for it, for the
+    /// [default wait](LocksBuilder::default_wait).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// use std::time::Duration;
+    ///
+    /// let removed = locks.prune(Duration::from_hours(24)).await?;
+    /// println!("{removed} names were not used for a day");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::InvalidOption`] when `older_than` is shorter than a second or longer than 365
+    ///   days, or a setting of the [`LocksBuilder`] has a value that can't work.
+    /// - [`Error::InvalidName`] when the prefix leaves no room for the name `lock_db.prune`.
+    /// - [`Error::Timeout`] when another call prunes all the time.
+    /// - [`Error::Refused`] when the account may not delete rows, or the database is read-only.
+    /// - [`Error::SchemaMissing`] and [`Error::UnsupportedTable`] when the table can't be used.
+    /// - [`Error::Unreachable`] and [`Error::Database`] when a statement fails.
+    /// - [`Error::Closed`] after [`close`](Self::close), also if that is called meanwhile.
+    ///
+    /// After an error the rows that are gone stay gone. Another call goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time. It stops after the statement that is being carried
+    /// out.
+    pub async fn prune(&self, older_than: Duration) -> Result<u64, Error> {
+        let settings = self.context.settings();
+        settings.check()?;
+        let older_than = check_prune("older_than", older_than)?;
+        let lease = self.context.checked_name(session::BY_CALL)?;
+        let scope = PruneScope { prefix: settings.name_prefix.as_str().into(), older_than };
+        self.context.session().prune(&lease, scope, settings.wait(None)?).await
     }
 
     /// Releases every insert lock that is held through this `Locks` and its clones, and refuses all

@@ -18,7 +18,7 @@ use crate::error::{Action, WaitingFor};
 use crate::in_transaction::Attempt;
 use crate::keyed_queue::Known;
 use crate::name::Name;
-use crate::options::{FIRST_ANSWER, LONGEST_TRY, Wait};
+use crate::options::{FIRST_ANSWER, LONGEST_TRY, Wait, check_prune_after};
 use crate::runtime::{self, Runtime};
 use crate::{Error, Kind, LockInfo};
 
@@ -51,6 +51,7 @@ impl<DB: LockDatabase> TransactionRequest<DB> {
     /// `None`: a try, and one of them was not free.
     pub(super) async fn take(self) -> Result<Option<LockedRows<DB>>, Error> {
         self.context.settings().warn_after.check()?;
+        check_prune_after(self.context.settings().prune_after)?;
         let runtime = Runtime::current()?;
         let request = Arc::new(self);
         let (mut answer, mut answered) = oneshot::channel();

@@ -25,7 +25,7 @@ use super::wakeup::user_lock::{self, UserLock};
 use crate::database::{Failure, Location, LockDatabase, QueueEntry};
 use crate::error::{Loss, lost_how};
 use crate::hold_warning::HoldWarning;
-use crate::session::LeaseHandle;
+use crate::session::{LeaseHandle, SessionChannel};
 
 /// How long the report of a loss waits for what has become of the lock.
 const READ_LIMIT: Duration = Duration::from_millis(100);
@@ -110,6 +110,16 @@ impl Actor {
     pub(super) async fn closed(&self) {
         let mut closing = self.closing.subscribe();
         let _ = closing.wait_for(|closing| *closing).await;
+    }
+
+    /// For requests of the session itself. `None`: all senders are gone.
+    pub(super) fn channel(&self) -> Option<SessionChannel> {
+        Some(SessionChannel { requests: self.requests.upgrade()?, queues: Arc::clone(&self.queues) })
+    }
+
+    /// Whether only one lease, of the session itself, keeps the session.
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.requests.strong_count() <= 1
     }
 
     /// Registers a granted lease for renewal and makes its handle. `None`: all senders are gone, so

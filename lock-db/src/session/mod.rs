@@ -16,6 +16,7 @@ mod known_names;
 mod lease_handle;
 mod lease_state;
 mod local_queue;
+mod prune;
 mod release;
 mod renewal;
 mod request;
@@ -37,6 +38,7 @@ pub(crate) use self::hold_watch::HoldWatch;
 pub(crate) use self::lease_handle::{KeptByTransaction, LeaseHandle};
 pub(crate) use self::lease_state::{CommitUnderWay, LeaseState};
 pub(crate) use self::local_queue::LocalQueues;
+pub(crate) use self::prune::{BY_CALL, BY_ITSELF, Pruning};
 use self::request::Acquire;
 pub(crate) use self::request::{AnswerSender, Request};
 use crate::Error;
@@ -90,22 +92,10 @@ struct SessionChannel {
     queues: Arc<LocalQueues>,
 }
 
-impl Session {
-    /// A session whose private connections are made like those of `pool`, hooks included.
-    pub(crate) fn new<DB: LockDatabase>(
-        pool: Pool<DB>,
-        location: Arc<Location>,
-        hand_off: HandOffLimits,
-        owner: Arc<str>,
-        watched: HoldWatch,
-    ) -> Self {
-        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched);
-        Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
-    }
-
+impl SessionChannel {
     /// Takes leases, all or none.
-    pub(crate) async fn acquire(&self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
-        let SessionChannel { queues, requests } = self.channel()?;
+    async fn acquire(self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
+        let Self { queues, requests } = self;
         let LeaseRequest { names, ttl, at_most, fair, wait, started } = ask;
         let claims = names.iter().map(|name| {
             let entry = fair.then(|| queues.queue_secret().clone());
@@ -118,6 +108,26 @@ impl Session {
         let waiting = PendingAcquire { number, names, queues: &queues, answered };
         queues.enter(Acquire { number, claims, permits: Vec::new(), wait, at_most, started, answer });
         waiting.answer(requests, wait, started).await
+    }
+}
+
+impl Session {
+    /// A session whose private connections are made like those of `pool`, hooks included.
+    pub(crate) fn new<DB: LockDatabase>(
+        pool: Pool<DB>,
+        location: Arc<Location>,
+        hand_off: HandOffLimits,
+        owner: Arc<str>,
+        watched: HoldWatch,
+        pruning: Option<Pruning>,
+    ) -> Self {
+        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched, pruning.as_ref());
+        Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
+    }
+
+    /// Takes leases, all or none.
+    pub(crate) async fn acquire(&self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
+        self.channel()?.acquire(ask).await
     }
 
     /// Sends a request and waits for its answer.

@@ -8,7 +8,8 @@ use tokio::sync::{oneshot, watch};
 
 use super::local_queue::Permit;
 
-use crate::database::{Claim, LeaseKey, LockRow, Notification, Server};
+use super::prune::Walk;
+use crate::database::{Claim, LeaseKey, LockRow, Notification, PruneScope, Server};
 use crate::name::Name;
 use crate::options::{FIRST_ANSWER, LONGEST_TRY, Wait};
 use crate::session::LeaseHandle;
@@ -59,10 +60,13 @@ pub(crate) enum Request {
         lease: LeaseKey,
         answer: AnswerSender<()>,
     },
-    /// Makes sure that the row of a name exists and is of this kind. Returns the row.
+    /// Makes sure that the row of a name exists and is of this kind. Returns the row. With
+    /// `instead_of`, the id of a row that is gone, no row is created unless there is one with a
+    /// larger id.
     EnsureRow {
         name: Name,
         kind: Kind,
+        instead_of: Option<i64>,
         answer: AnswerSender<LockRow>,
     },
     Read {
@@ -72,9 +76,17 @@ pub(crate) enum Request {
     Migrate {
         answer: AnswerSender<()>,
     },
-    /// Returns warnings about the table and its database.
+    /// Returns warnings about the table and its database. With `prunes` also about the right to
+    /// delete rows.
     Check {
+        prunes: bool,
         answer: AnswerSender<Vec<String>>,
+    },
+    /// Carries out the next statement of a walk that removes unused rows.
+    Prune {
+        scope: PruneScope,
+        walk: Walk,
+        answer: AnswerSender<Walk>,
     },
     /// Answered at once, if the session's thread runs.
     Ping(oneshot::Sender<()>),

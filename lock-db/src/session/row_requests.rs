@@ -8,9 +8,10 @@ use tokio::time::sleep;
 
 use super::actor::Actor;
 use super::retry::{PAUSE, patiently, twice};
-use crate::database::{Failure, LeaseKey, LockRow, Server};
+use crate::database::{Failure, LeaseKey, LockRow, PruneScope, Server};
 use crate::error::Action;
 use crate::name::Name;
+use crate::options::LONGEST;
 use crate::{Error, Kind};
 
 /// How long the session tries to mark a row. An open transaction of the caller waits for it.
@@ -37,11 +38,20 @@ impl Actor {
     }
 
     /// Returns the row, which is created if it is missing.
-    pub(super) async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<LockRow, Error> {
+    pub(super) async fn ensure_row(
+        &self,
+        name: &Name,
+        kind: Kind,
+        instead_of: Option<i64>,
+    ) -> Result<LockRow, Error> {
         let failed = |failure: Failure| failure.into_error(Action::MakeRow, Some(name));
         let (mut missing, mut in_the_way) = (false, None);
         loop {
-            let row = patiently(async || self.worker.ensure(name, kind).await).await.map_err(failed)?;
+            let row = patiently(async || match instead_of {
+                None => self.worker.ensure(name, kind).await,
+                Some(_) => self.worker.read(name).await,
+            });
+            let row = row.await.map_err(failed)?;
             if let Some(row) = row {
                 if row.kind == kind {
                     return Ok(row);
@@ -55,7 +65,12 @@ impl Actor {
                 return Err(in_the_way.map_or_else(stale, failed));
             }
             missing = true;
-            // Says why.
+            if let Some(gone) = instead_of
+                && self.is_last_id(gone).await.map_err(failed)?
+            {
+                return Err(Error::Serialization { name: name.given(), source: None });
+            }
+            // Without `instead_of`, this says why it was not created above.
             match twice(async || self.worker.create(name, kind).await).await {
                 // Another process may be creating the row: the next read shows it.
                 Err(failure) if failure.passes() => in_the_way = Some(failure),
@@ -63,6 +78,12 @@ impl Actor {
                 Ok(_) => {}
             }
         }
+    }
+
+    /// Whether no row has a larger id. New rows then belong where a row with this id would be.
+    async fn is_last_id(&self, id: i64) -> Result<bool, Failure> {
+        let scope = PruneScope { prefix: "".into(), older_than: LONGEST };
+        Ok(twice(async || self.worker.read_part(scope.clone(), id).await).await?.last.is_none())
     }
 
     /// Makes sure that nothing of the last holder of a lock that is not held any more can be
@@ -121,8 +142,8 @@ impl Actor {
         found.map(drop).map_err(|failure| failure.into_error(Action::FindTable, None))
     }
 
-    pub(super) async fn check(&self) -> Result<Vec<String>, Error> {
-        let checked = patiently(async || self.worker.check().await).await;
+    pub(super) async fn check(&self, prunes: bool) -> Result<Vec<String>, Error> {
+        let checked = patiently(async || self.worker.check(prunes).await).await;
         checked.map_err(|failure| failure.into_error(Action::Check, None))
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::actor::Actor;
 use super::hold_watch::{self, HoldWatch};
 use super::local_queue::{LocalQueues, Reports};
+use super::prune::{self, Pruning};
 use super::request::{AnswerSender, Request};
 use super::{SessionChannel, acquire, release, renewal, snapshot_watch};
 use crate::Error;
@@ -33,6 +34,7 @@ pub(super) fn start<DB: LockDatabase>(
     hand_off: HandOffLimits,
     owner: &Arc<str>,
     watched: &HoldWatch,
+    pruning: Option<&Pruning>,
 ) -> Result<SessionChannel, Error> {
     DB::check_options(&application.connect_options(), location.schema().as_deref())?;
     let application = application.clone();
@@ -41,6 +43,7 @@ pub(super) fn start<DB: LockDatabase>(
     let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
     let queues = LocalQueues::new(weak.clone(), hand_off, Secret::generate()?, reports);
     let (location, watched) = (Arc::clone(location), watched.clone());
+    let pruning = pruning.cloned();
     let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread()
         .enable_all()
@@ -57,7 +60,7 @@ pub(super) fn start<DB: LockDatabase>(
                 local
                     .run_until(async move {
                         let actor = Actor::new(application, &location, weak, queues);
-                        serve(&actor, requests, watched).await;
+                        serve(&actor, requests, watched, pruning).await;
                     })
                     .await;
                 let _in_time = timeout(FINISH_LIMIT, local).await;
@@ -75,12 +78,18 @@ fn no_thread(error: std::io::Error) -> Error {
 }
 
 /// Serves requests until all senders are gone or the session is closed.
-async fn serve(actor: &Rc<Actor>, mut requests: mpsc::UnboundedReceiver<Request>, watched: HoldWatch) {
+async fn serve(
+    actor: &Rc<Actor>,
+    mut requests: mpsc::UnboundedReceiver<Request>,
+    watched: HoldWatch,
+    pruning: Option<Pruning>,
+) {
     spawn_local(renewal::renew(Rc::clone(actor)));
     spawn_local(renewal::watch_deadlines(Rc::clone(actor)));
     spawn_local(snapshot_watch::watch(Rc::clone(actor)));
     spawn_local(renewal::watch_connections(Rc::clone(actor)));
     spawn_local(hold_watch::watch(Rc::clone(actor), watched));
+    spawn_local(prune::watch(Rc::clone(actor), pruning));
     let queues = Arc::clone(&actor.queues);
     let watching = spawn_local(async move { queues.watch_waits().await });
     while let Some(request) = requests.recv().await {
@@ -122,14 +131,19 @@ fn dispatch(actor: Rc<Actor>, request: Request) -> Option<watch::Sender<()>> {
             answer_in_task(answer, async move { actor.settle(&name).await });
         }
         Request::Mark { lease, answer } => answer_in_task(answer, async move { actor.mark(lease).await }),
-        Request::EnsureRow { name, kind, answer } => {
-            answer_in_task(answer, async move { actor.ensure_row(&name, kind).await });
+        Request::EnsureRow { name, kind, instead_of, answer } => {
+            answer_in_task(answer, async move { actor.ensure_row(&name, kind, instead_of).await });
         }
         Request::Read { name, answer } => {
             answer_in_task(answer, async move { actor.read_row(&name).await });
         }
         Request::Migrate { answer } => answer_in_task(answer, async move { actor.migrate().await }),
-        Request::Check { answer } => answer_in_task(answer, async move { actor.check().await }),
+        Request::Check { prunes, answer } => {
+            answer_in_task(answer, async move { actor.check(prunes).await });
+        }
+        Request::Prune { scope, walk, answer } => {
+            answer_in_task(answer, async move { actor.prune(&scope, walk).await });
+        }
         Request::Ping(answer) => {
             let _caller_may_be_gone = answer.send(());
         }

@@ -10,6 +10,7 @@ mod online_ddl;
 mod pgbouncer;
 mod postgres_notify;
 mod private_connections;
+mod pruning;
 mod schema;
 mod server_settings;
 mod sqlite;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
             pgbouncer::cases(),
             postgres_notify::cases(),
             private_connections::cases(),
+            pruning::cases(),
             schema::cases(),
             server_settings::cases(),
             sqlite::cases(),

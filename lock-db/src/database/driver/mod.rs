@@ -6,6 +6,7 @@
 
 mod error;
 mod lease;
+mod prune;
 mod queue;
 mod row_lock;
 mod schema;
@@ -15,6 +16,7 @@ mod wakeup;
 
 pub(crate) use self::error::{Result, StepError};
 pub(crate) use self::lease::LeaseDriver;
+pub(crate) use self::prune::PruneDriver;
 pub(crate) use self::queue::QueueDriver;
 pub(crate) use self::row_lock::RowLockDriver;
 pub(crate) use self::schema::SchemaDriver;
@@ -24,7 +26,14 @@ pub(crate) use self::wakeup::WakeUpDriver;
 
 /// All of these traits.
 pub trait Driver:
-    SchemaDriver + SessionDriver + WakeUpDriver + LeaseDriver + QueueDriver + RowLockDriver + TransactionDriver
+    SchemaDriver
+    + SessionDriver
+    + WakeUpDriver
+    + LeaseDriver
+    + QueueDriver
+    + RowLockDriver
+    + TransactionDriver
+    + PruneDriver
 {
 }
 
@@ -36,5 +45,6 @@ impl<DB> Driver for DB where
         + QueueDriver
         + RowLockDriver
         + TransactionDriver
+        + PruneDriver
 {
 }

@@ -25,6 +25,7 @@ mod check;
 pub(super) mod errors;
 pub(super) mod lease;
 mod migrate;
+mod prune;
 mod row_lock;
 mod schema;
 mod session;
@@ -42,12 +43,13 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use sqlx::{MySql, Pool, Row};
 
 use super::driver::{
-    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
+    WakeUpDriver,
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server, hexadecimal, names_as_json,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
+    RowClaim, Server, TablePart, hexadecimal, names_as_json,
 };
 use crate::Kind;
 use crate::database::StepError;
@@ -319,6 +321,33 @@ impl QueueDriver for MySql {
         secret: &Secret,
     ) -> driver::Result<()> {
         in_dialect!(server, dequeue(connection, server, name, secret))
+    }
+}
+
+impl PruneDriver for MySql {
+    async fn read_part(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        scope: &PruneScope,
+        after: i64,
+    ) -> driver::Result<TablePart> {
+        prune::read_part(connection, server, scope, after).await
+    }
+
+    async fn remove_rows(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        scope: &PruneScope,
+        ids: &[i64],
+    ) -> driver::Result<u64> {
+        prune::remove(connection, server, scope, ids).await
+    }
+
+    async fn lacks_right_to_delete(
+        connection: &mut MySqlConnection,
+        server: &Server,
+    ) -> driver::Result<Option<String>> {
+        prune::lacks_right(connection, server).await
     }
 }
 

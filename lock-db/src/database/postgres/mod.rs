@@ -33,6 +33,7 @@ mod errors;
 mod lease;
 mod listener;
 mod migrate;
+mod prune;
 mod row_lock;
 mod schema;
 mod sequence;
@@ -49,12 +50,13 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener};
 use sqlx::{ConnectOptions, Pool, Postgres};
 
 use super::driver::{
-    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
+    WakeUpDriver,
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
-    OldSnapshots, PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
-    RowAttempt, RowClaim, Server,
+    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal,
+    Renewed, RowAttempt, RowClaim, Server, TablePart,
 };
 use crate::Kind;
 use crate::database::driver;
@@ -315,6 +317,33 @@ impl QueueDriver for Postgres {
         secret: &Secret,
     ) -> driver::Result<()> {
         queue::dequeue(connection, server, name, secret).await
+    }
+}
+
+impl PruneDriver for Postgres {
+    async fn read_part(
+        connection: &mut PgConnection,
+        server: &Server,
+        scope: &PruneScope,
+        after: i64,
+    ) -> driver::Result<TablePart> {
+        prune::read_part(connection, server, scope, after).await
+    }
+
+    async fn remove_rows(
+        connection: &mut PgConnection,
+        server: &Server,
+        scope: &PruneScope,
+        ids: &[i64],
+    ) -> driver::Result<u64> {
+        prune::remove(connection, server, scope, ids).await
+    }
+
+    async fn lacks_right_to_delete(
+        connection: &mut PgConnection,
+        server: &Server,
+    ) -> driver::Result<Option<String>> {
+        prune::lacks_right(connection, server).await
     }
 }
 

@@ -10,6 +10,7 @@ mod check;
 mod errors;
 mod lease;
 mod migrate;
+mod prune;
 mod schema;
 mod snapshots;
 mod transaction;
@@ -23,12 +24,13 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, Sqlite};
 
 use super::driver::{
-    LeaseDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver, WakeUpDriver,
+    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
+    WakeUpDriver,
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim,
-    Server,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
+    RowClaim, Server, TablePart,
 };
 use crate::database::StepError;
 use crate::database::driver;
@@ -256,6 +258,28 @@ impl QueueDriver for Sqlite {
         secret: &Secret,
     ) -> driver::Result<()> {
         queue::dequeue(connection, server, name, secret).await
+    }
+}
+
+impl PruneDriver for Sqlite {
+    const REMOVED_AT_ONCE: usize = 200;
+
+    async fn read_part(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        scope: &PruneScope,
+        after: i64,
+    ) -> driver::Result<TablePart> {
+        prune::read_part(connection, server, scope, after).await
+    }
+
+    async fn remove_rows(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        scope: &PruneScope,
+        ids: &[i64],
+    ) -> driver::Result<u64> {
+        prune::remove(connection, server, scope, ids).await
     }
 }
 

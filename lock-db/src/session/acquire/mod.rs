@@ -50,6 +50,9 @@ const ROW_IS_BUSY: Duration = Duration::from_micros(500);
 /// A row that is locked this often is not locked by a single commit, but by a transaction that has
 /// the lock.
 const A_WHILE: u32 = 10;
+/// A row that was not used for a while may be locked because it is removed. It counts as held only
+/// if it is still locked after this time.
+const REMOVAL: Duration = Duration::from_millis(50);
 /// A request that finds a free row unlocked this often, and can't write it, fails.
 const OFTEN_ENOUGH: u32 = 5;
 /// The first in the queue pauses for the time that it has waited so far, divided by this. A lock
@@ -285,7 +288,10 @@ impl AcquireAttempt {
                 self.last = Obstacle::RowLocked(name, row);
             }
         }
-        let is_time = self.wait.is_try() || self.left().is_zero() || busy.is_multiple_of(A_WHILE);
+        let may_be_removed =
+            self.permit_came.elapsed() < REMOVAL && rows.iter().any(|(_, row)| row.may_be_removed());
+        let is_over = self.wait.is_try() || self.left().is_zero();
+        let is_time = (is_over && !may_be_removed) || busy.is_multiple_of(A_WHILE);
         if (is_time || self.met.not_locked > 0) && self.find_locked(rows).await? && self.wait.is_try() {
             return Ok(Next::Nothing);
         }

@@ -30,7 +30,7 @@ use crate::Kind;
 use crate::database::Failure;
 use crate::database::{
     Claim, Cluster, Grant, LeaseKey, LeaseStatus, Location, LockDatabase, LockRow, Notification,
-    OldSnapshots, Probe, QueueEntry, ReleaseClaim, Renewal, Renewed, Server,
+    OldSnapshots, Probe, PruneScope, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, TablePart,
 };
 use crate::name::Name;
 use crate::secret::Secret;
@@ -64,8 +64,10 @@ enum Operation {
     Renew(Vec<Renewal>, Duration, Reply<(Renewed, Instant)>),
     Release(ReleaseClaim, Duration, Reply<LeaseStatus>),
     Migrate(Reply<()>),
-    Check(Reply<Vec<String>>),
+    Check(bool, Reply<Vec<String>>),
     OldSnapshots(Reply<OldSnapshots>),
+    ReadPart(PruneScope, i64, Reply<TablePart>),
+    RemoveRows(PruneScope, Vec<i64>, Reply<u64>),
 }
 
 /// An operation on one row, in its own statement.
@@ -124,7 +126,9 @@ impl Operation {
             Self::TakeUserLock(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Connect(_, reply) | Self::Listen(reply) => reply.is_closed(),
             Self::Flush(_, reply) => reply.is_closed(),
-            Self::Check(reply) => reply.is_closed(),
+            Self::Check(_, reply) => reply.is_closed(),
+            Self::ReadPart(_, _, reply) => reply.is_closed(),
+            Self::RemoveRows(_, _, reply) => reply.is_closed(),
             Self::OldSnapshots(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
             Self::Release(..) | Self::ReleaseUserLock(_) | Self::Notification(_) | Self::Migrate(_) => false,
@@ -142,6 +146,7 @@ pub(super) struct Worker {
     no_answer: fn(&WaitsForHook, Duration) -> Failure,
     has_user_locks: bool,
     notices_loss: bool,
+    removed_at_once: usize,
     location: Arc<Location>,
 }
 
@@ -179,6 +184,7 @@ impl Worker {
             no_answer: connector::no_answer::<DB>,
             has_user_locks: DB::USER_LOCKS,
             notices_loss: DB::NOTIFIES && may_listen,
+            removed_at_once: DB::REMOVED_AT_ONCE,
             location: Arc::clone(location),
         }
     }
@@ -371,13 +377,29 @@ impl Worker {
         self.ask(MIGRATION_LIMIT, Operation::Migrate).await
     }
 
-    /// Locates the table again, and returns warnings about it.
-    pub(super) async fn check(&self) -> Result<Vec<String>, Failure> {
-        self.ask(STATEMENT_LIMIT, Operation::Check).await
+    /// Locates the table again, and returns warnings about it. With `prunes` also if rows can't be
+    /// deleted.
+    pub(super) async fn check(&self, prunes: bool) -> Result<Vec<String>, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::Check(prunes, reply)).await
     }
 
     pub(super) async fn old_snapshots(&self) -> Result<OldSnapshots, Failure> {
         self.ask(STATEMENT_LIMIT, Operation::OldSnapshots).await
+    }
+
+    /// Reads the rows behind this id, and which of them may be removed.
+    pub(super) async fn read_part(&self, scope: PruneScope, after: i64) -> Result<TablePart, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::ReadPart(scope, after, reply)).await
+    }
+
+    /// Removes those of these rows that are still unused.
+    pub(super) async fn remove_rows(&self, scope: PruneScope, ids: Vec<i64>) -> Result<u64, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::RemoveRows(scope, ids, reply)).await
+    }
+
+    /// How many rows one statement removes at most.
+    pub(super) fn removed_at_once(&self) -> usize {
+        self.removed_at_once
     }
 
     async fn on_row<T>(&self, name: &Name, operation: impl FnOnce(Reply<T>) -> OnRow) -> Result<T, Failure> {

@@ -57,7 +57,13 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 .await;
             }
             Operation::Migrate(reply) => self.migrate(reply).await,
-            Operation::Check(reply) => self.check(reply).await,
+            Operation::Check(prunes, reply) => self.check(prunes, reply).await,
+            Operation::ReadPart(scope, after, reply) => {
+                self.answer(reply, async |c, server| DB::read_part(c, server, &scope, after).await).await;
+            }
+            Operation::RemoveRows(scope, ids, reply) => {
+                self.answer(reply, async |c, server| DB::remove_rows(c, server, &scope, &ids).await).await;
+            }
             Operation::OldSnapshots(reply) => {
                 self.answer(reply, async |c, server| old_snapshots::<DB>(c, server).await).await;
             }
@@ -107,10 +113,13 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let _ = reply.send(answer);
     }
 
-    async fn check(&mut self, reply: Reply<Vec<String>>) {
+    async fn check(&mut self, prunes: bool, reply: Reply<Vec<String>>) {
         self.forget_table();
         self.answer(reply, async |c, server| {
             let mut warnings = DB::check(c, server).await?;
+            if prunes {
+                warnings.extend(DB::lacks_right_to_delete(c, server).await?);
+            }
             let OldSnapshots { found, unseen } = old_snapshots::<DB>(c, server).await?;
             warnings.extend(found.into_iter().chain(unseen));
             Ok(warnings)

@@ -1,5 +1,7 @@
 //! Rights of the account: what is missing is said by `check()`, and nothing is waited for.
 
+use std::time::Duration;
+
 use lock_db::{Error, Locks};
 use lock_tests::{PostgresServer, TestDatabase, TestServer, pool};
 use sqlx::Postgres;
@@ -10,7 +12,8 @@ lock_tests::cases! {
     on every server:
     the_documented_privileges_are_enough,
     each_missing_privilege_is_named,
-    an_account_that_may_only_read;
+    an_account_that_may_only_read,
+    an_account_that_may_not_delete;
 
     in modules: of_postgres
 }
@@ -87,6 +90,43 @@ async fn each_missing_privilege_is_named<T: TestServer>(database: &T) {
         pool.close().await;
         database.run(&format!("REVOKE {rights} ON {table} FROM {account}")).await;
     }
+}
+
+/// Its locks work, and nothing is pruned.
+async fn an_account_that_may_not_delete<T: TestServer>(database: &T) {
+    locks_in_use(database).await.close().await;
+    let (url, account, _at_end) = account(database).await;
+    let (table, _) = tables(database);
+    database.run(&format!("GRANT SELECT, INSERT, UPDATE ON {table} TO {account}")).await;
+    let pool = pool::<T::Database>(&url, 4).await;
+    let told = async |locks: &Locks<T::Database>| {
+        let report = locks.check().await.unwrap();
+        let told = report.warnings().iter().filter(|warning| warning.contains("DELETE"));
+        told.cloned().collect::<Vec<_>>()
+    };
+    let never = Locks::builder(pool.clone()).prune_after(None).build();
+    assert_eq!(told(&never).await, Vec::<String>::new());
+    let locks = Locks::new(pool.clone());
+    let told = told(&locks).await;
+    let [told] = &*told else { panic!("one warning: {told:?}") };
+    assert!(told.contains("GRANT DELETE ON") && told.contains("prune_after(None)"), "{told}");
+    // With nothing to remove, the right is not needed.
+    assert_eq!(locks.prune(Duration::from_hours(1)).await.unwrap(), 0);
+    let old = "'2020-01-01 00:00:00'";
+    database
+        .run(&format!(
+            "UPDATE distributed_lock SET create_time = {old}, acquire_time = {old}, fencing_token = 1"
+        ))
+        .await;
+    locks.insert_lock("newest").acquire().await.unwrap().release().await.unwrap();
+    let refused = locks.prune(Duration::from_hours(1)).await;
+    let Err(error @ Error::Refused { .. }) = refused else { panic!("{refused:?}") };
+    let told = error.to_string();
+    assert!(!error.is_retryable() && told.contains("denied"), "{told}");
+    locks.insert_lock("used").acquire().await.unwrap().release().await.unwrap();
+    locks.close().await;
+    never.close().await;
+    pool.close().await;
 }
 
 async fn an_account_that_may_only_read<T: TestServer>(database: &T) {
