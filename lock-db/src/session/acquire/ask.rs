@@ -326,15 +326,16 @@ impl AcquireAttempt {
             self.signal = Some(actor.notifications.enqueue(name, row.id));
             actor.listen();
         }
-        if waits && all_last && waiters.has_room() && waiters.position(secret).is_none() {
-            return (waiters.len(), actor.worker.enqueue(name, actor.queue_entry()).await);
-        }
-        let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
+        let entry = actor.queue_entry();
+        let has_changed = waits && waiters.enqueue(&entry, now);
         // A try has no queue entry: it comes after all requests that have one.
         let ahead = waiters.position(secret).unwrap_or_else(|| waiters.len());
         // Expired entries in front are removed. Otherwise the row does not show that this process
         // is next.
         let is_known = !waiters.is_empty() && begins_with(&row.waiters, secret);
+        if has_changed && all_last {
+            return (ahead, actor.worker.enqueue(name, entry).await);
+        }
         if has_changed || (row.is_free() && ahead == 0 && !is_known) {
             return (ahead, actor.worker.set_waiters(name, &row.waiters, waiters.text()).await);
         }

@@ -7,6 +7,7 @@
 mod batch;
 mod connector;
 mod earlier;
+mod groups;
 mod life;
 mod operations;
 mod worker;
@@ -68,7 +69,7 @@ enum Operation {
 enum OnRow {
     Read(Reply<Option<LockRow>>),
     Create(Kind, Reply<bool>),
-    Settle(Reply<bool>),
+    Settle(Reply<()>),
     Probe(Reply<Probe>),
     Enqueue(QueueEntry, Reply<bool>),
     SetWaiters(String, String, Reply<bool>),
@@ -99,10 +100,10 @@ impl OnRow {
         match self {
             Self::Read(reply) => reply.is_closed(),
             Self::Probe(reply) => reply.is_closed(),
-            Self::Create(_, reply)
-            | Self::Settle(reply)
-            | Self::Enqueue(_, reply)
-            | Self::SetWaiters(_, _, reply) => reply.is_closed(),
+            Self::Settle(reply) => reply.is_closed(),
+            Self::Create(_, reply) | Self::Enqueue(_, reply) | Self::SetWaiters(_, _, reply) => {
+                reply.is_closed()
+            }
             Self::RemoveWaiter(..) => false,
         }
     }
@@ -261,8 +262,9 @@ impl Worker {
         Ok(unlocked)
     }
 
-    /// Makes sure that nothing of the last holder of a free lock can be committed any more.
-    pub(super) async fn settle(&self, name: &Name) -> Result<bool, Failure> {
+    /// Makes sure that nothing of the last holder of a free lock can be committed any more, unless
+    /// its row is locked.
+    pub(super) async fn settle(&self, name: &Name) -> Result<(), Failure> {
         self.on_row(name, OnRow::Settle).await
     }
 
@@ -276,7 +278,7 @@ impl Worker {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Mark(lease, reply)).await
     }
 
-    /// Adds an entry at the end of the queue of a name.
+    /// Adds an entry at the end of the queue of a name, or extends the one that is there.
     pub(super) async fn enqueue(&self, name: &Name, entry: QueueEntry) -> Result<bool, Failure> {
         self.on_row(name, |reply| OnRow::Enqueue(entry, reply)).await
     }

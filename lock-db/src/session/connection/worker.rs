@@ -13,6 +13,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::batch::Batch;
 use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
+use super::groups::Groups;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{Failure, Fault, Location, LockDatabase};
@@ -91,7 +92,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
 
     /// Sends what belongs together in one statement each, and the rest one by one.
     async fn carry_out_round(&mut self, round: impl Iterator<Item = Operation>) {
-        let mut batch = Batch::default();
+        let (mut batch, mut groups) = (Batch::default(), Groups::default());
         let (mut reads, mut creations, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
             match batch.take(operation) {
@@ -99,12 +100,13 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
                     creations.push((name, kind, reply))
                 }
-                other => others.extend(other),
+                other => others.extend(other.and_then(|other| groups.take(other))),
             }
         }
         self.send_batch(batch).await;
         self.read(reads).await;
         self.create(creations).await;
+        self.send_groups(groups).await;
         for operation in others {
             if !operation.is_forgotten() {
                 self.carry_out(operation).await;
