@@ -31,6 +31,15 @@ pub trait QueueDriver: sqlx::Database + Sized {
         changes: &[QueueChange],
     ) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
+    /// Returns the ids of the rows whose lock can be taken, and whose queue begins with the entry of
+    /// this secret. Locks nothing.
+    fn next_in_line(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> impl Future<Output = Result<Vec<i64>>> + Send;
+
     /// Removes the entry with this secret from the queues of some names, unless their rows are
     /// locked.
     fn dequeue(

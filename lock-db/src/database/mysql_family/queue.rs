@@ -175,6 +175,31 @@ macro_rules! may_have_entry {
     };
 }
 
+const NEXT_IN_LINE: &str = concat!(
+    "
+SELECT lease.id
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+WHERE lease.lock_kind = 'insert' AND lease.expire_time <= UTC_TIMESTAMP(6)
+    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00') AND ",
+    is_first!("lease.waiters", "?")
+);
+
+pub(super) async fn next_in_line(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<Vec<i64>> {
+    let mut free = Vec::new();
+    for part in parts(names, server, in_json) {
+        let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(names_as_json(part));
+        let found: Vec<i64> = query.bind(key(secret)).fetch_all(&mut *connection).await?;
+        free.extend(found);
+    }
+    Ok(free)
+}
+
 pub(super) async fn enqueue(
     connection: &mut MySqlConnection,
     server: &Server,

@@ -320,6 +320,15 @@ impl QueueDriver for Postgres {
         queue::set_waiters(connection, server, changes).await
     }
 
+    async fn next_in_line(
+        connection: &mut PgConnection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> driver::Result<Vec<i64>> {
+        queue::next_in_line(connection, server, names, secret).await
+    }
+
     async fn dequeue(
         connection: &mut PgConnection,
         server: &Server,

@@ -251,6 +251,29 @@ WHERE lease.ctid = unlocked.ctid"
 const DEQUEUE: &str = dequeue!(from_behind);
 const DEQUEUE_MANY: &str = dequeue!(plainly);
 
+/// Searched by name: this is for many names.
+const NEXT_IN_LINE: &str = concat!(
+    "
+SELECT lease.id
+FROM unnest((SELECT $1::text[])) AS asked (lock_name)
+",
+    the_row!(plainly),
+    "
+WHERE lease.lock_kind = 'insert' AND lease.expire_time <= clock_timestamp()
+    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00') AND ",
+    is_first!("lease.waiters", "$2")
+);
+
+pub(super) async fn next_in_line(
+    connection: &mut PgConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<Vec<i64>> {
+    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(texts(names)).bind(key(secret));
+    Ok(query.fetch_all(connection).await?)
+}
+
 pub(super) async fn enqueue(
     connection: &mut PgConnection,
     server: &Server,

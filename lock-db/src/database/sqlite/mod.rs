@@ -250,6 +250,15 @@ impl QueueDriver for Sqlite {
         queue::set_waiters(connection, server, changes).await
     }
 
+    async fn next_in_line(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> driver::Result<Vec<i64>> {
+        queue::next_in_line(connection, server, names, secret).await
+    }
+
     async fn dequeue(
         connection: &mut SqliteConnection,
         server: &Server,

@@ -10,6 +10,7 @@ use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, W
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::session::held_lease::Granted;
+use crate::session::wakeup::scan;
 
 pub(super) enum AttemptOutcome {
     Granted(Vec<Granted>),
@@ -325,6 +326,7 @@ impl AcquireAttempt {
         if waits {
             self.signal = Some(actor.notifications.enqueue(name, row.id));
             actor.listen();
+            scan::begin(&actor);
         }
         let entry = actor.queue_entry();
         let has_changed = waits && waiters.enqueue(&entry, now);

@@ -82,6 +82,7 @@ enum OnRows {
     Create(Kind, Reply<bool>),
     GiveNotice(Reply<u64>),
     Unlocked(Reply<HashSet<String>>),
+    NextInLine(Secret, Reply<Vec<i64>>),
 }
 
 impl OnRows {
@@ -91,6 +92,7 @@ impl OnRows {
             Self::Create(_, reply) => reply.is_closed(),
             Self::GiveNotice(reply) => reply.is_closed(),
             Self::Unlocked(reply) => reply.is_closed(),
+            Self::NextInLine(_, reply) => reply.is_closed(),
         }
     }
 }
@@ -260,6 +262,16 @@ impl Worker {
             unlocked.extend(self.on_rows(names, OnRows::Unlocked).await?);
         }
         Ok(unlocked)
+    }
+
+    /// Returns the ids of those rows whose lock is free, and whose queue begins with the entry of
+    /// this secret.
+    pub(super) async fn next_in_line(&self, names: &[Name], secret: &Secret) -> Result<Vec<i64>, Failure> {
+        let mut free = Vec::new();
+        for names in names.chunks(TOGETHER) {
+            free.extend(self.on_rows(names, |reply| OnRows::NextInLine(secret.clone(), reply)).await?);
+        }
+        Ok(free)
     }
 
     /// Makes sure that nothing of the last holder of a free lock can be committed any more, unless

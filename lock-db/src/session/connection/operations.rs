@@ -154,6 +154,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 self.answer(reply, async |c, server| DB::create_all(c, server, names, kind).await).await;
             }
             OnRows::GiveNotice(reply) => self.give_notice(vec![(names.to_vec(), reply)]).await,
+            OnRows::NextInLine(secret, reply) => {
+                self.answer(reply, async |c, server| DB::next_in_line(c, server, names, &secret).await).await;
+            }
             OnRows::Unlocked(reply) => {
                 self.answer(reply, async |c, server| DB::unlocked(c, server, names).await).await;
             }
