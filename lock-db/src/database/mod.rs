@@ -161,7 +161,7 @@ fn by_name(names: &[Name], found: impl IntoIterator<Item = (Vec<u8>, LockRow)>) 
 
 /// Which of the names are among those that were found. Returns one result per name, in order.
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
-fn are_among<'a, N: AsRef<[u8]>>(names: impl Iterator<Item = &'a Name>, found: Vec<N>) -> Vec<bool> {
+fn are_among<'a, N: AsRef<[u8]>>(names: impl Iterator<Item = &'a Name>, found: &[N]) -> Vec<bool> {
     let found: std::collections::HashSet<&[u8]> = found.iter().map(AsRef::as_ref).collect();
     names.map(|name| found.contains(name.as_bytes())).collect()
 }

@@ -258,5 +258,5 @@ pub(in crate::database) fn which<'a>(
     rows: &[MySqlRow],
 ) -> driver::Result<Vec<bool>> {
     let written: Result<Vec<Vec<u8>>, _> = rows.iter().map(|row| row.try_get(0)).collect();
-    Ok(are_among(names, written?))
+    Ok(are_among(names, &written?))
 }

@@ -284,7 +284,7 @@ pub(super) async fn enqueue(
     let statement = if is_plain(server, names.len()) { ENQUEUE_MANY } else { ENQUEUE };
     let query = sqlx::query_scalar(server.table.sql(statement)).bind(texts(names)).bind(key).bind(rest);
     let written: Vec<String> = query.fetch_all(connection).await?;
-    Ok(are_among(names.iter(), written))
+    Ok(are_among(names.iter(), &written))
 }
 
 pub(super) async fn set_waiters(
@@ -298,7 +298,7 @@ pub(super) async fn set_waiters(
     let statement = if is_plain(server, changes.len()) { SET_WAITERS_MANY } else { SET_WAITERS };
     let query = sqlx::query_scalar(server.table.sql(statement)).bind(names).bind(before).bind(after);
     let written: Vec<String> = query.fetch_all(connection).await?;
-    Ok(are_among(changes.iter().map(|change| &change.name), written))
+    Ok(are_among(changes.iter().map(|change| &change.name), &written))
 }
 
 pub(super) async fn dequeue(

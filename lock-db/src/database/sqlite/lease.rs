@@ -257,7 +257,7 @@ pub(super) async fn give_notice(
 ) -> driver::Result<Vec<bool>> {
     let query = sqlx::query_scalar(server.table.sql(GIVE_NOTICE)).bind(names_as_json(names));
     let given: Vec<String> = query.fetch_all(connection).await?;
-    Ok(are_among(names.iter(), given))
+    Ok(are_among(names.iter(), &given))
 }
 
 pub(super) async fn settle(

@@ -297,9 +297,9 @@ impl AcquireAttempt {
         let Some(claim) = self.claims.get_mut(position) else { return false };
         let known = &self.actor.known_names;
         if exists {
-            known.insert(&claim.name)
+            known.insert(&claim.name);
         } else {
-            known.remove(&claim.name)
+            known.remove(&claim.name);
         }
         std::mem::replace(&mut claim.makes_row, !exists) == exists
     }

@@ -98,7 +98,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             match batch.take(operation) {
                 Some(Operation::OnRow(name, OnRow::Read(reply))) => reads.push((name, reply)),
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
-                    creations.push((name, kind, reply))
+                    creations.push((name, kind, reply));
                 }
                 other => others.extend(other.and_then(|other| groups.take(other))),
             }
