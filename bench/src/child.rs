@@ -5,12 +5,12 @@ use std::io::Write;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
+use tokio::io::{AsyncBufReadExt, BufReader};
 
-use crate::clock::{Moment, now};
+use crate::clock::Moment;
 use crate::contender::{self, Job};
 use crate::cost_report::CostMeasurement;
-use crate::record::{Log, Record};
+use crate::handovers::{self, Peer};
 use crate::summary::Window;
 use crate::workload;
 
@@ -28,10 +28,12 @@ pub(crate) enum Task {
 pub(crate) enum Instruction {
     /// All callers acquire and release. The answer is the log.
     Run { begin: Moment, end: Moment },
-    /// The first caller acquires. The answer follows when it has the lock.
-    Acquire,
-    /// The first caller releases. The answer is the log of this acquisition.
-    Release,
+    /// The process expects a connection of the other process. The answer is the port.
+    Listen,
+    /// The process connects to the port of the other process. The answer follows when it has done so.
+    Connect(u16),
+    /// All callers acquire. The answer follows when they have their locks.
+    Hold,
 }
 
 pub(crate) async fn main() -> anyhow::Result<()> {
@@ -41,64 +43,35 @@ pub(crate) async fn main() -> anyhow::Result<()> {
         Task::Workload(job) => job,
         Task::Cost(measurement) => return measurement.run().await,
     };
-    let group = contender::connect(&job).await?;
+    let mut group = contender::connect(&job).await?;
     reply(&"ready")?;
-    match next_instruction(&mut input).await? {
-        Some(Instruction::Run { begin, end }) => {
-            let log = workload::run(group, &job, Window { begin, end }).await;
-            reply(&log)
-        }
-        Some(Instruction::Acquire) => run_handovers(group, &job, &mut input).await,
-        Some(Instruction::Release) | None => Ok(()),
-    }
-}
-
-/// The workload of scenario D. The first `Acquire` has already been read.
-async fn run_handovers(
-    group: contender::CallerGroup,
-    job: &Job,
-    input: &mut Lines<BufReader<Stdin>>,
-) -> anyhow::Result<()> {
-    let mut callers = group.callers;
-    let caller = callers.first_mut().context("there is no caller")?;
-    loop {
-        let mut log = Log::default();
-        let requested = now();
-        let fencing_token = loop {
-            match caller.acquire().await {
-                Ok(token) => break token,
-                Err(error) => log.add_error(&error, &job.names[0]),
+    let (mut peer, mut held) = (None, Vec::new());
+    while let Some(line) = input.next_line().await? {
+        match serde_json::from_str(&line)? {
+            Instruction::Listen => {
+                let (listener, port) = Peer::listen().await?;
+                reply(&port)?;
+                peer = Some(Peer::accept(listener).await?);
             }
-        };
-        let granted = now();
-        reply(&"granted")?;
-        let Some(Instruction::Release) = next_instruction(input).await? else { break };
-        let releasing = now();
-        if let Err(error) = caller.release().await {
-            log.add_error(&error, &job.names[0]);
+            Instruction::Connect(port) => {
+                peer = Some(Peer::connect(port).await?);
+                reply(&"connected")?;
+            }
+            Instruction::Hold => {
+                held = handovers::hold(&mut group.callers, &job).await?;
+                reply(&"held")?;
+            }
+            Instruction::Run { begin, end } => {
+                let window = Window { begin, end };
+                let log = match peer {
+                    Some(peer) => handovers::run(group, &job, window, peer, held).await,
+                    None => workload::run(group, &job, window).await,
+                };
+                return reply(&log);
+            }
         }
-        let (process, released) = (job.process, now());
-        log.records.push(Record {
-            process,
-            caller: 0,
-            requested,
-            granted,
-            releasing,
-            released,
-            fencing_token,
-        });
-        reply(&log)?;
-        let Some(Instruction::Acquire) = next_instruction(input).await? else { break };
     }
-    // The callers first: a session may end with its last caller.
-    drop(callers);
-    group.end.await;
     Ok(())
-}
-
-async fn next_instruction(input: &mut Lines<BufReader<Stdin>>) -> anyhow::Result<Option<Instruction>> {
-    let line = input.next_line().await?;
-    Ok(line.map(|line| serde_json::from_str::<Instruction>(&line)).transpose()?)
 }
 
 pub(crate) fn reply(message: &impl Serialize) -> anyhow::Result<()> {

@@ -9,10 +9,13 @@ use sqlx::mysql::MySqlConnectOptions;
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{Connection, MySql, Pool, Postgres, Sqlite};
+use sqlx::{Connection, MySql, Pool, Postgres, QueryBuilder, Sqlite};
 
-/// One row per caller, for the maximum number of callers of the floor.
-const FLOOR_ROWS: i64 = 64;
+/// One row per caller, for the contenders that need rows that exist: the maximum number of callers
+/// in the scenarios that include them.
+const ROWS: i64 = 64;
+/// How many names one statement removes.
+const BATCH: i64 = 1000;
 
 pub(crate) type Options<DB> = <<DB as sqlx::Database>::Connection as Connection>::Options;
 
@@ -24,11 +27,19 @@ pub(crate) trait Database: LockDatabase {
     /// Removes the tables and creates them again.
     fn create_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Removes the tables, and the rows of this benchmark in `distributed_lock`.
+    /// Removes the tables, and the rows of this benchmark in `distributed_lock`. The rows are
+    /// removed in batches by primary key. One statement for all would lock the rows of other names
+    /// for as long as it runs.
     fn remove_tables(connection: &mut Self::Connection) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// For the floor: updates one row.
     fn touch(connection: &mut Self::Connection, row: i64) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// For the row lock without lock-db: locks one row until the end of the transaction.
+    fn select_for_update(
+        connection: &mut Self::Connection,
+        row: i64,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// For the naive lock: inserts the row. Returns whether it did not exist before.
     fn insert(
@@ -73,15 +84,14 @@ pub(crate) fn pool_options<DB: Database>(connections: u32) -> PoolOptions<DB> {
     PoolOptions::new().max_connections(connections).acquire_timeout(Duration::from_mins(5))
 }
 
-const NAMES: &str = "DELETE FROM distributed_lock WHERE lock_name LIKE 'lock-bench:%'";
-
 /// Implements [`Database`] from the parts in which the databases differ. The statements use the
 /// first placeholder before the second one, because the placeholders of MySQL have no number.
 macro_rules! database {
     (
         $database:ty, $options:path, $first:literal, $second:literal,
         text: $text:literal, insert: $insert:literal, conflict: $conflict:literal, time: $time:literal,
-        now: $now:literal, later: $later:literal, past: $past:literal, suffix: $suffix:literal
+        now: $now:literal, later: $later:literal, past: $past:literal, suffix: $suffix:literal,
+        for_update: $for_update:literal
     ) => {
         impl Database for $database {
             fn options(url: &str) -> sqlx::Result<Options<Self>> {
@@ -93,6 +103,7 @@ macro_rules! database {
                     "CREATE TABLE lock_bench_floor (id BIGINT PRIMARY KEY, count BIGINT NOT NULL)",
                     $suffix
                 );
+                const ROW: &str = concat!("CREATE TABLE lock_bench_row (id BIGINT PRIMARY KEY)", $suffix);
                 const NAIVE: &str =
                     concat!("CREATE TABLE lock_bench_naive (lock_name ", $text, " PRIMARY KEY)", $suffix);
                 const POLL: &str = concat!(
@@ -105,36 +116,64 @@ macro_rules! database {
                     " NOT NULL)",
                     $suffix
                 );
-                const ROW: &str = concat!("INSERT INTO lock_bench_floor VALUES (", $first, ", 0)");
+                const ROWS_TO_INSERT: [&str; 2] = [
+                    concat!("INSERT INTO lock_bench_floor VALUES (", $first, ", 0)"),
+                    concat!("INSERT INTO lock_bench_row VALUES (", $first, ")"),
+                ];
 
                 Self::remove_tables(connection).await?;
-                for table in [FLOOR, NAIVE, POLL] {
+                for table in [FLOOR, ROW, NAIVE, POLL] {
                     sqlx::query(table).execute(&mut *connection).await?;
                 }
-                for row in 1..=FLOOR_ROWS {
-                    sqlx::query(ROW).bind(row).execute(&mut *connection).await?;
+                for row in 1..=ROWS {
+                    for insert in ROWS_TO_INSERT {
+                        sqlx::query(insert).bind(row).execute(&mut *connection).await?;
+                    }
                 }
                 Ok(())
             }
 
             async fn remove_tables(connection: &mut Self::Connection) -> sqlx::Result<()> {
-                const TABLES: [&str; 3] = [
+                const TABLES: [&str; 4] = [
                     "DROP TABLE IF EXISTS lock_bench_floor",
+                    "DROP TABLE IF EXISTS lock_bench_row",
                     "DROP TABLE IF EXISTS lock_bench_naive",
                     "DROP TABLE IF EXISTS lock_bench_poll",
                 ];
+                const NAMES: &str = concat!(
+                    "SELECT id FROM distributed_lock WHERE id > ",
+                    $first,
+                    " AND lock_name LIKE 'lock-bench:%' ORDER BY id LIMIT ",
+                    $second
+                );
 
                 for table in TABLES {
                     sqlx::query(table).execute(&mut *connection).await?;
                 }
-                sqlx::query(NAMES).execute(connection).await?;
-                Ok(())
+                let mut last = 0;
+                loop {
+                    let names = sqlx::query_scalar(NAMES).bind(last).bind(BATCH);
+                    let ids: Vec<i64> = names.fetch_all(&mut *connection).await?;
+                    let Some(last_of_batch) = ids.last() else { return Ok(()) };
+                    last = *last_of_batch;
+                    let mut delete = QueryBuilder::<Self>::new("DELETE FROM distributed_lock WHERE id IN ");
+                    delete.push_tuples(&ids, |mut row, id| {
+                        row.push_bind(*id);
+                    });
+                    delete.build().execute(&mut *connection).await?;
+                }
             }
 
             async fn touch(connection: &mut Self::Connection, row: i64) -> sqlx::Result<()> {
                 const TOUCH: &str =
                     concat!("UPDATE lock_bench_floor SET count = count + 1 WHERE id = ", $first);
                 sqlx::query(TOUCH).bind(row).execute(connection).await?;
+                Ok(())
+            }
+
+            async fn select_for_update(connection: &mut Self::Connection, row: i64) -> sqlx::Result<()> {
+                const LOCK: &str = concat!("SELECT id FROM lock_bench_row WHERE id = ", $first, $for_update);
+                let _id: i64 = sqlx::query_scalar(LOCK).bind(row).fetch_one(connection).await?;
                 Ok(())
             }
 
@@ -207,18 +246,19 @@ macro_rules! database {
 database!(
     Postgres, PgConnectOptions::from_str, "$1", "$2",
     text: "TEXT", insert: "INSERT", conflict: " ON CONFLICT DO NOTHING", time: "TIMESTAMPTZ",
-    now: "clock_timestamp()", later: "clock_timestamp() + INTERVAL '30 s'", past: "to_timestamp(0)", suffix: ""
+    now: "clock_timestamp()", later: "clock_timestamp() + INTERVAL '30 s'", past: "to_timestamp(0)", suffix: "",
+    for_update: " FOR UPDATE"
 );
 database!(
     MySql, MySqlConnectOptions::from_str, "?", "?",
     text: "VARCHAR(100)", insert: "INSERT IGNORE", conflict: "", time: "DATETIME(6)",
     now: "NOW(6)", later: "NOW(6) + INTERVAL 30 SECOND", past: "'1970-01-02 00:00:00'",
-    suffix: " ENGINE = InnoDB"
+    suffix: " ENGINE = InnoDB", for_update: " FOR UPDATE"
 );
 database!(
     Sqlite, sqlite_options, "?1", "?2",
     text: "TEXT", insert: "INSERT", conflict: " ON CONFLICT DO NOTHING", time: "REAL",
-    now: "unixepoch('subsec')", later: "unixepoch('subsec') + 30", past: "0", suffix: ""
+    now: "unixepoch('subsec')", later: "unixepoch('subsec') + 30", past: "0", suffix: "", for_update: ""
 );
 
 /// FULL makes SQLite as durable as the servers: with NORMAL the last commits could be lost. It is

@@ -7,9 +7,12 @@ mod contender;
 mod cost_report;
 mod database;
 mod etcd;
+mod handovers;
 mod machine;
+mod network;
 mod plots;
 mod proxy;
+mod ratios;
 mod record;
 mod report;
 mod runner;
@@ -22,7 +25,7 @@ mod zookeeper;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -31,9 +34,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::contender::{Contender, Job, System};
 use crate::cost_report::{CostReport, Sizes};
 use crate::machine::Machine;
+use crate::network::Route;
+use crate::ratios::Ratios;
 use crate::report::{Entry, Report, UNEQUAL, are_unequal, median_round};
 use crate::runner::{Times, run_scenario};
-use crate::scenario::{Kind, Scenario};
+use crate::scenario::{Kind, Names, Scenario};
 use crate::server::{Facts, Server};
 
 /// Measures how fast and how fair the locks of lock-db are, beside other ways to lock.
@@ -74,7 +79,12 @@ struct Arguments {
     #[arg(long, value_name = "FOLDER", requires = "sqlite")]
     sqlite_folder: Option<PathBuf>,
 
-    /// The scenarios to run [default: A to D]
+    /// The delay of the network in each direction, in milliseconds. With several, each scenario is
+    /// measured with each of them. Scenarios E to G and SQLite are measured without a delay
+    #[arg(long, default_value = "0", value_delimiter = ',', value_parser = delay, value_name = "MILLISECONDS")]
+    delay: Vec<Duration>,
+
+    /// The scenarios to run [default: A to D, H and I]
     #[arg(long, value_delimiter = ',', value_name = "LETTERS")]
     scenarios: Vec<Kind>,
 
@@ -152,6 +162,15 @@ fn seconds(text: &str) -> Result<f64, String> {
     if (0.0..=3600.0).contains(&seconds) { Ok(seconds) } else { Err("0 to 3600".to_owned()) }
 }
 
+fn delay(text: &str) -> Result<Duration, String> {
+    let milliseconds: f64 = text.parse().map_err(|_error| "not a number".to_owned())?;
+    if (0.0..=1000.0).contains(&milliseconds) {
+        Ok(Duration::from_secs_f64(milliseconds / 1e3))
+    } else {
+        Err("0 to 1000".to_owned())
+    }
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -219,7 +238,8 @@ async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -
         bail!("make the settings equal, or pass --allow-unequal-durability");
     }
     let mut machine = Machine::before();
-    let combinations = combinations(arguments, servers);
+    let routes = network::routes(servers, &delays(arguments))?;
+    let combinations = combinations(arguments, &routes);
     let times = Times {
         warm_up: Duration::from_secs_f64(arguments.warm_up),
         measured: Duration::from_secs_f64(arguments.seconds),
@@ -230,29 +250,38 @@ async fn run_all(arguments: &Arguments, servers: &[Server], facts: Vec<Facts>) -
     bar.enable_steady_tick(Duration::from_secs(1));
     let mut summaries: Vec<Vec<_>> = combinations.iter().map(|_combination| Vec::new()).collect();
     let mut failures: Vec<Option<String>> = vec![None; combinations.len()];
+    let mut proxy_shares = vec![0.0_f64; combinations.len()];
     for round in 0..arguments.rounds {
-        for (number, (scenario, server, contender)) in combinations.iter().enumerate() {
-            bar.set_message(format!("{} {:?} {}", scenario.label(), server.system, contender.title()));
-            let job = job(arguments, *scenario, server, *contender, &format!("{round}-{number}"));
+        for (number, (scenario, route, contender)) in combinations.iter().enumerate() {
+            let (label, system, title) = (scenario.label(), route.server.system, contender.title());
+            bar.set_message(format!("{label} {system:?} {} {title}", route.delay.text()));
+            let job = job(arguments, *scenario, route, *contender, &format!("{round}-{number}"));
+            let (begin, used) = (Instant::now(), route.processor_time());
             match run_scenario(*scenario, &job, times).await {
                 Ok(summary) => summaries[number].push(summary),
                 Err(error) => failures[number] = Some(format!("{error:#}")),
             }
+            let used = route.processor_time().saturating_sub(used).as_secs_f64();
+            proxy_shares[number] = proxy_shares[number].max(used / begin.elapsed().as_secs_f64());
             bar.inc(1);
         }
     }
     let costs = measure_costs(arguments, servers, &bar).await;
     bar.finish_and_clear();
     machine.read_after();
-    let results = combinations.into_iter().zip(summaries).zip(failures);
-    let results = results.map(|(((scenario, server, contender), summaries), failure)| {
+    let accuracy = network::accuracy(&routes)?;
+    let results = combinations.into_iter().zip(summaries).zip(failures).zip(proxy_shares);
+    let results = results.map(|((((scenario, route, contender), summaries), failure), proxy_share)| {
         let (rounds, summary) = median_round(scenario, summaries);
-        let (label, system) = (scenario.label(), server.system);
-        Entry { scenario, label, system, contender, rounds, summary, failure }
+        let (label, system, delay) = (scenario.label(), route.server.system, route.delay);
+        Entry { scenario, label, system, delay, contender, rounds, summary, failure, proxy_share }
     });
+    let results: Vec<Entry> = results.collect();
     Ok(Report {
-        results: results.collect(),
+        ratios: Ratios::of(&results),
+        results,
         costs,
+        accuracy,
         machine,
         servers: facts,
         seconds: arguments.seconds,
@@ -282,19 +311,21 @@ async fn measure_costs(arguments: &Arguments, servers: &[Server], bar: &Progress
 
 /// All contenders of one scenario run one after the other, so that they find the machine in a
 /// similar state.
-fn combinations<'a>(arguments: &Arguments, servers: &'a [Server]) -> Vec<(Scenario, &'a Server, Contender)> {
+fn combinations<'a>(
+    arguments: &Arguments,
+    routes: &'a [Route<'a>],
+) -> Vec<(Scenario, &'a Route<'a>, Contender)> {
     let mut combinations = Vec::new();
     let is_selected = |contender: &Contender| {
         let texts = &arguments.contenders;
         texts.is_empty() || texts.iter().any(|text| contender.title().contains(text))
     };
     for scenario in scenarios(arguments) {
-        for server in servers {
-            for contender in Contender::of(server.system) {
-                let is_lock_db = matches!(contender, Contender::InsertLock | Contender::RowLock);
-                let takes_part = contender.is_a_lock() || !scenario.is_contended();
-                if takes_part && is_selected(contender) && (is_lock_db || !arguments.without_peers) {
-                    combinations.push((scenario, server, *contender));
+        for route in routes {
+            for contender in Contender::of(route.server.system) {
+                let is_measured = contender.is_lock_db() || !arguments.without_peers;
+                if is_measured && scenario.includes(*contender) && is_selected(contender) {
+                    combinations.push((scenario, route, *contender));
                 }
             }
         }
@@ -308,19 +339,32 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
     Scenario::of(&arguments.scenarios).into_iter().filter(is_selected).collect()
 }
 
+/// The delays, each of them once.
+fn delays(arguments: &Arguments) -> Vec<Duration> {
+    let mut delays = Vec::new();
+    for delay in &arguments.delay {
+        if !delays.contains(delay) {
+            delays.push(*delay);
+        }
+    }
+    delays
+}
+
 fn hold(arguments: &Arguments) -> Duration {
     Duration::from_micros(arguments.hold)
 }
 
-fn job(arguments: &Arguments, scenario: Scenario, server: &Server, contender: Contender, key: &str) -> Job {
+fn job(arguments: &Arguments, scenario: Scenario, route: &Route<'_>, contender: Contender, key: &str) -> Job {
     // Each run has a prefix of its own, so that the rows of one run do not affect the next.
     let prefix = format!("{}{key}", server::name_prefix());
-    let name = |caller| if scenario.is_contended() { prefix.clone() } else { format!("{prefix}:{caller}") };
+    let names = scenario.names();
+    let name = |caller| if names == Names::One { prefix.clone() } else { format!("{prefix}:{caller}") };
     Job {
-        system: server.system,
+        system: route.server.system,
         contender,
-        url: server.url.clone(),
+        url: route.url.clone(),
         names: (0..scenario.callers).map(name).collect(),
+        new_names: names == Names::New,
         connections: arguments.connections,
         process: 0,
         hold: hold(arguments),

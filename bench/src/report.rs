@@ -9,7 +9,9 @@ use serde::Serialize;
 use crate::contender::{Contender, System};
 use crate::cost_report::CostReport;
 use crate::machine::Machine;
-use crate::scenario::{Kind, Scenario};
+use crate::network::{Accuracy, Delay};
+use crate::ratios::Ratios;
+use crate::scenario::{Kind, Names, Scenario};
 use crate::server::Facts;
 use crate::summary::Summary;
 
@@ -22,7 +24,11 @@ pub(crate) struct Report {
     pub(crate) warm_up_seconds: f64,
     pub(crate) hold_seconds: f64,
     pub(crate) connections_per_process: u32,
+    /// How accurate the delays of the network were. Empty: the callers connected to the servers
+    /// directly.
+    pub(crate) accuracy: Vec<Accuracy>,
     pub(crate) results: Vec<Entry>,
+    pub(crate) ratios: Vec<Ratios>,
     #[serde(flatten)]
     pub(crate) costs: CostReport,
 }
@@ -33,13 +39,18 @@ pub(crate) struct Entry {
     pub(crate) scenario: Scenario,
     pub(crate) label: String,
     pub(crate) system: System,
+    /// The delay of the network in each direction.
+    #[serde(rename = "delay_seconds")]
+    pub(crate) delay: Delay,
     pub(crate) contender: Contender,
-    /// Acquisitions per second of each round, in order. In scenario D the median of the wake-ups
-    /// in microseconds.
+    /// Acquisitions per second of each round, in order. In scenarios D and I the median of the
+    /// wake-ups in microseconds.
     pub(crate) rounds: Vec<f64>,
     /// The median round. `None`: all rounds failed.
     pub(crate) summary: Option<Summary>,
     pub(crate) failure: Option<String>,
+    /// How much of one core the proxy used that delays, at most. Near 1 the proxy was the limit.
+    pub(crate) proxy_share: f64,
 }
 
 impl Entry {
@@ -52,7 +63,7 @@ impl Entry {
 /// Returns the figure of each round, and the median round.
 pub(crate) fn median_round(scenario: Scenario, mut rounds: Vec<Summary>) -> (Vec<f64>, Option<Summary>) {
     let figure = |summary: &Summary| match scenario.kind {
-        Kind::D => summary.wait.p50,
+        kind if kind.is_wake_up() => summary.wait.p50,
         _ => summary.acquisitions_per_second,
     };
     let figures = rounds.iter().map(figure).collect();
@@ -66,6 +77,15 @@ impl Report {
         self.servers.iter().find(|facts| facts.system == system)
     }
 
+    fn name(&self, system: System) -> &str {
+        self.facts(system).map_or("", |facts| &facts.name)
+    }
+
+    /// Whether the delay of the network belongs into the tables.
+    pub(crate) fn has_delays(&self) -> bool {
+        !self.accuracy.is_empty()
+    }
+
     /// The report as text.
     pub(crate) fn text(&self, scenarios: &[Scenario]) -> String {
         let mut text = self.head();
@@ -73,7 +93,10 @@ impl Report {
             let _ = writeln!(text, "\n{}: {}\n{}", scenario.label(), scenario.title(), self.table(*scenario));
             self.write_errors(&mut text, *scenario);
         }
-        self.costs.write(&mut text, |system| self.facts(system).map_or("", |facts| &facts.name));
+        if let Some(table) = Ratios::table(&self.ratios, |system| self.name(system)) {
+            let _ = writeln!(text, "\nRatios in this run\n{table}");
+        }
+        self.costs.write(&mut text, |system| self.name(system));
         text
     }
 
@@ -88,6 +111,7 @@ impl Report {
             self.hold_seconds,
             self.connections_per_process,
         );
+        self.write_network(&mut text);
         for Facts { name, version, settings, durable, .. } in &self.servers {
             let settings: Vec<String> =
                 settings.iter().map(|(setting, value)| format!("{setting}={value}")).collect();
@@ -100,6 +124,19 @@ impl Report {
         text
     }
 
+    fn write_network(&self, text: &mut String) {
+        if !self.has_delays() {
+            text.push_str("network: no delay\n");
+            return;
+        }
+        for Accuracy { delay, late } in &self.accuracy {
+            let (delay, late, rarely) = (delay.text(), time(late.p50), time(late.p99));
+            let _ = writeln!(text, "network: {delay} each way, and {late} (p50) or {rarely} (p99) more");
+        }
+        let share = self.results.iter().map(|entry| entry.proxy_share).fold(0.0, f64::max);
+        let _ = writeln!(text, "network: the proxy that delays used up to {:.0} % of a core", share * 100.0);
+    }
+
     /// Whether only some of the systems have a commit on disk when they answer.
     pub(crate) fn is_unequal(&self) -> bool {
         are_unequal(&self.servers)
@@ -107,7 +144,7 @@ impl Report {
 
     fn durability(&self, entry: &Entry) -> &'static str {
         let durable = self.facts(entry.system).is_some_and(|facts| facts.durable);
-        match (entry.contender.writes(), durable) {
+        match (entry.contender.writes(entry.system), durable) {
             (false, _) => "nothing written",
             (true, true) => "on disk",
             (true, false) => "NOT DURABLE",
@@ -118,8 +155,10 @@ impl Report {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED);
         let head: &[&str] = match scenario.kind {
-            Kind::A => &["", "", "pairs/s", "acquire p50", "p99", "max", "pair p50", "p99"],
-            Kind::D => &["", "", "handovers", "wake-up p50", "p99", "max"],
+            Kind::A | Kind::H => &["", "", "pairs/s", "acquire p50", "p99", "max", "pair p50", "p99"],
+            Kind::D | Kind::I => {
+                &["", "", "handovers", "per second", "wake-up p50", "p99", "max", "without a grant"]
+            }
             _ => &[
                 "",
                 "",
@@ -135,6 +174,9 @@ impl Report {
         };
         let mut header: Vec<&str> = head.to_vec();
         header.extend(["overlaps", "tokens", "errors", "durability"]);
+        if self.has_delays() {
+            header.insert(2, "each way");
+        }
         let columns = header.len();
         table.set_header(header);
         for entry in self.results.iter().filter(|entry| entry.label == scenario.label()) {
@@ -149,8 +191,10 @@ impl Report {
     }
 
     fn row(&self, scenario: Scenario, entry: &Entry, columns: usize) -> Vec<String> {
-        let system = self.facts(entry.system).map_or("", |facts| &facts.name);
-        let mut row = vec![system.to_owned(), entry.contender.title().to_owned()];
+        let mut row = vec![self.name(entry.system).to_owned(), entry.contender.title().to_owned()];
+        if self.has_delays() {
+            row.push(entry.delay.text());
+        }
         let Some(summary) = &entry.summary else {
             row.push("FAILED".to_owned());
             row.resize(columns, String::new());
@@ -158,7 +202,7 @@ impl Report {
         };
         let wait = &summary.wait;
         match scenario.kind {
-            Kind::A => row.extend([
+            Kind::A | Kind::H => row.extend([
                 count(summary.acquisitions_per_second),
                 time(wait.p50),
                 time(wait.p99),
@@ -166,12 +210,14 @@ impl Report {
                 time(summary.pair.p50),
                 time(summary.pair.p99),
             ]),
-            Kind::D => {
+            Kind::D | Kind::I => {
                 row.extend([
                     summary.acquisitions.to_string(),
+                    count(summary.acquisitions_per_second),
                     time(wait.p50),
                     time(wait.p99),
                     time(wait.max),
+                    summary.starved.to_string(),
                 ]);
             }
             _ => row.extend([
@@ -185,8 +231,10 @@ impl Report {
                 summary.starved.to_string(),
             ]),
         }
-        row.push(if entry.contender.is_a_lock() { summary.overlaps.to_string() } else { "-".to_owned() });
+        let is_checked = entry.contender.is_a_lock() && scenario.names() != Names::New;
+        row.push(if is_checked { summary.overlaps.to_string() } else { "-".to_owned() });
         row.push(match summary.tokens_not_grown {
+            _ if !is_checked => "-".to_owned(),
             None => "none".to_owned(),
             Some(0) => "grow".to_owned(),
             Some(number) => format!("{number} DID NOT GROW"),
@@ -198,7 +246,10 @@ impl Report {
 
     fn write_errors(&self, text: &mut String, scenario: Scenario) {
         for entry in self.results.iter().filter(|entry| entry.label == scenario.label()) {
-            let of = format!("{:?} {}", entry.system, entry.contender.title());
+            let mut of = format!("{:?} {}", entry.system, entry.contender.title());
+            if self.has_delays() {
+                let _ = write!(of, " {}", entry.delay.text());
+            }
             if let Some(failure) = &entry.failure {
                 let _ = writeln!(text, "  {of} failed: {failure}");
             }

@@ -8,13 +8,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use crate::child::{Instruction, Task};
 use crate::clock::{after, now};
 use crate::contender::Job;
+use crate::handovers::HOLD_LIMIT;
 use crate::record::Log;
-use crate::scenario::{Kind, Scenario};
+use crate::scenario::Scenario;
 use crate::summary::{Summary, Window};
 
 const START_LIMIT: Duration = Duration::from_mins(1);
@@ -36,8 +37,8 @@ pub(crate) async fn run_scenario(scenario: Scenario, job: &Job, times: Times) ->
     for process in 0..scenario.processes {
         processes.push(Process::start(&Task::Workload(Job { process, ..job.clone() })).await?);
     }
-    if scenario.kind == Kind::D {
-        return run_handovers(&mut processes, times).await;
+    if scenario.kind.is_wake_up() {
+        introduce(&mut processes).await?;
     }
     let begin = after(now(), NOTICE + times.warm_up);
     let end = after(begin, times.measured);
@@ -51,31 +52,24 @@ pub(crate) async fn run_scenario(scenario: Scenario, job: &Job, times: Times) ->
     for process in processes {
         process.end().await?;
     }
-    Summary::new(log, &scenario.contention(), Window { begin, end })
+    let (contention, window) = (scenario.contention(), Window { begin, end });
+    if scenario.kind.is_wake_up() {
+        Summary::of_handovers(log, &contention, window)
+    } else {
+        Summary::new(log, &contention, window)
+    }
 }
 
-/// One process holds the lock. The other one waits until its polling has slowed down, and gets the
-/// lock. Then they swap roles.
-async fn run_handovers(processes: &mut [Process], times: Times) -> anyhow::Result<Summary> {
-    let [holder, waiter] = processes else { bail!("two processes are needed") };
-    let (mut holder, mut waiter) = (holder, waiter);
-    let mut log = Log::default();
-    holder.send(&Instruction::Acquire).await?;
-    let _granted: String = holder.receive(START_LIMIT).await?;
-    let begin = after(now(), times.warm_up);
-    let end = after(begin, times.measured);
-    while now() < end {
-        waiter.send(&Instruction::Acquire).await?;
-        // A random time. Otherwise each release would have the same distance to the next poll.
-        sleep(Duration::from_micros(fastrand::u64(50_000..250_000))).await;
-        holder.send(&Instruction::Release).await?;
-        log.add(holder.receive(START_LIMIT).await?);
-        let _granted: String = waiter.receive(START_LIMIT).await?;
-        std::mem::swap(&mut holder, &mut waiter);
-    }
-    holder.send(&Instruction::Release).await?;
-    log.add(holder.receive(START_LIMIT).await?);
-    Summary::of_handovers(log, Window { begin, end })
+/// Connects two processes to each other, and lets the first one hold the locks.
+async fn introduce(processes: &mut [Process]) -> anyhow::Result<()> {
+    let [one, other] = processes else { bail!("two processes are needed") };
+    one.send(&Instruction::Listen).await?;
+    let port: u16 = one.receive(START_LIMIT).await?;
+    other.send(&Instruction::Connect(port)).await?;
+    let _connected: String = other.receive(START_LIMIT).await?;
+    one.send(&Instruction::Hold).await?;
+    let _held: String = one.receive(HOLD_LIMIT + START_LIMIT).await?;
+    Ok(())
 }
 
 /// A child process that follows instructions.

@@ -1,11 +1,16 @@
 //! The measured systems: their settings, and creation and removal of their tables.
 
+use std::sync::LazyLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use anyhow::Context;
 use lock_db::Locks;
 use serde::Serialize;
 use sqlx::{Connection, MySql, Postgres, Sqlite};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use zookeeper_client::Error;
 
 use crate::contender::System;
 use crate::database::{self, Database};
@@ -18,9 +23,13 @@ pub(crate) struct Server {
     pub(crate) url: String,
 }
 
-/// The prefix of all lock names of this run.
-pub(crate) fn name_prefix() -> String {
-    format!("lock-bench:{}:", std::process::id())
+/// The prefix of all lock names of this run. No other run has it, so that names are new in this run.
+pub(crate) fn name_prefix() -> &'static str {
+    static PREFIX: LazyLock<String> = LazyLock::new(|| {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        format!("lock-bench:{:x}:", since_1970.as_millis())
+    });
+    &PREFIX
 }
 
 /// The version and settings of a server.
@@ -64,9 +73,10 @@ impl Server {
             System::Postgres => remove_tables::<Postgres>(&self.url).await,
             System::MySql => remove_tables::<MySql>(&self.url).await,
             System::Redis => remove_keys(&self.url).await,
-            // The file of SQLite is removed with its folder. ZooKeeper and etcd remove everything at
-            // the end of a session or lease.
-            System::Sqlite | System::ZooKeeper | System::Etcd => Ok(()),
+            System::ZooKeeper => remove_nodes(&self.url).await,
+            // The file of SQLite is removed with its folder. etcd removes everything at the end of a
+            // lease.
+            System::Sqlite | System::Etcd => Ok(()),
         }
         .with_context(|| format!("cleaning up {:?}", self.system))
     }
@@ -110,6 +120,31 @@ async fn remove_keys(url: &str) -> anyhow::Result<()> {
         }
         cursor = next;
     }
+}
+
+/// Removes the queues of this run. The server also does this, but not more than 10 000 a minute.
+async fn remove_nodes(address: &str) -> anyhow::Result<()> {
+    const AT_ONCE: usize = 256;
+
+    let client = zookeeper::connect(address).await?;
+    let own = name_prefix().trim_end_matches(':');
+    let queues = client.list_children("/").await?;
+    let queues: Vec<String> = queues.into_iter().filter(|name| name.starts_with(own)).collect();
+    for queues in queues.chunks(AT_ONCE) {
+        let mut removals = JoinSet::new();
+        for queue in queues {
+            let (client, path) = (client.clone(), format!("/{queue}"));
+            removals.spawn(async move { client.delete(&path, None).await });
+        }
+        while let Some(removed) = removals.join_next().await {
+            match removed? {
+                // The server removes a queue with nodes after these nodes.
+                Ok(()) | Err(Error::NoNode | Error::NotEmpty) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 fn value<'a>(settings: &'a [(String, String)], name: &str) -> &'a str {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::clock::{after, now, until};
-use crate::contender::{Caller, CallerGroup, Job};
+use crate::clock::{Moment, after, now, until};
+use crate::contender::{Boxed, Caller, CallerGroup, Job};
 use crate::record::{Log, Record};
 use crate::summary::Window;
 
@@ -21,11 +21,17 @@ pub(crate) async fn run(group: CallerGroup, job: &Job, window: Window) -> Log {
             process: job.process,
             number,
             name: name.clone(),
+            new_names: job.new_names,
             hold: job.hold,
             finish_limit: job.contender.finish_limit(),
         };
         tasks.spawn(caller_loop.run(caller, window));
     }
+    end(tasks, group.end).await
+}
+
+/// Collects the records of all callers, and closes what they share.
+pub(crate) async fn end(mut tasks: JoinSet<Log>, end: Boxed<'static, ()>) -> Log {
     let mut log = Log::default();
     while let Some(ended) = tasks.join_next().await {
         match ended {
@@ -34,7 +40,7 @@ pub(crate) async fn run(group: CallerGroup, job: &Job, window: Window) -> Log {
         }
     }
     // A hang at the end does not affect the figures.
-    let _ended_in_time = timeout(Duration::from_secs(5), group.end).await;
+    let _ended_in_time = timeout(Duration::from_secs(5), end).await;
     log
 }
 
@@ -42,38 +48,43 @@ struct CallerLoop {
     process: u32,
     number: u32,
     name: String,
+    /// Whether each acquisition has a new name. Then `name` is the prefix of the names.
+    new_names: bool,
     hold: Duration,
     finish_limit: Duration,
 }
 
 impl CallerLoop {
     async fn run(self, mut caller: Box<dyn Caller>, window: Window) -> Log {
+        let Self { process, number, name: own_name, new_names, hold, finish_limit } = self;
         let mut log = Log::default();
-        let mut requested = now();
+        let mut name = own_name.clone();
+        let mut acquisitions = 0_u64;
         while now() < window.end {
-            let limit = until(after(window.end, self.finish_limit));
-            let fencing_token = match timeout(limit, caller.acquire()).await {
-                Err(_elapsed) => {
+            if new_names {
+                name = format!("{own_name}:{acquisitions}");
+                caller.set_name(&name);
+                acquisitions += 1;
+            }
+            let requested = now();
+            let request = Request { name: &name, end: window.end, limit: after(window.end, finish_limit) };
+            let fencing_token = match request.acquire(caller.as_mut(), &mut log).await {
+                Ended::Granted(token) => token,
+                Ended::TooLate => {
                     log.unfinished.push(requested);
                     break;
                 }
-                Ok(Err(error)) => {
-                    log.add_error(&error, &self.name);
-                    sleep(PAUSE).await;
-                    continue;
-                }
-                Ok(Ok(token)) => token,
+                Ended::Failed => break,
             };
             let granted = now();
-            if !self.hold.is_zero() {
-                sleep(self.hold).await;
+            if !hold.is_zero() {
+                sleep(hold).await;
             }
             let releasing = now();
             if let Err(error) = caller.release().await {
-                log.add_error(&error, &self.name);
+                log.add_error(&error, &name);
             }
             let released = now();
-            let Self { process, number, .. } = self;
             log.records.push(Record {
                 process,
                 caller: number,
@@ -86,8 +97,43 @@ impl CallerLoop {
             if granted >= window.end {
                 log.unfinished.push(requested);
             }
-            requested = now();
         }
         log
+    }
+}
+
+/// How a request ended.
+pub(crate) enum Ended {
+    /// With a grant, and the fencing token if the contender has one.
+    Granted(Option<i64>),
+    /// Without a grant until the limit.
+    TooLate,
+    /// With an error after the end.
+    Failed,
+}
+
+/// A request for a lock.
+pub(crate) struct Request<'a> {
+    pub(crate) name: &'a str,
+    /// After this moment an error ends the request.
+    pub(crate) end: Moment,
+    /// At this moment the request is given up.
+    pub(crate) limit: Moment,
+}
+
+impl Request<'_> {
+    /// Acquires the lock. Retries after an error.
+    pub(crate) async fn acquire(&self, caller: &mut dyn Caller, log: &mut Log) -> Ended {
+        loop {
+            match timeout(until(self.limit), caller.acquire()).await {
+                Ok(Ok(token)) => return Ended::Granted(token),
+                Err(_elapsed) => return Ended::TooLate,
+                Ok(Err(error)) => log.add_error(&error, self.name),
+            }
+            sleep(PAUSE).await;
+            if now() >= self.end {
+                return Ended::Failed;
+            }
+        }
     }
 }

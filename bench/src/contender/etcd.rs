@@ -21,6 +21,10 @@ struct EtcdLock {
 }
 
 impl Caller for EtcdLock {
+    fn set_name(&mut self, name: &str) {
+        self.name = name.as_bytes().to_vec();
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             let ownership = self.etcd.lock(&self.name, self.lease).await?;

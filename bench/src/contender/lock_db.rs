@@ -17,6 +17,10 @@ struct InsertLock<DB: LockDatabase> {
 }
 
 impl<DB: Database> Caller for InsertLock<DB> {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             let lease = self.locks.insert_lock(&self.name).wait(WAIT).acquire().await?;
@@ -38,6 +42,10 @@ struct RowLock<DB: LockDatabase> {
 }
 
 impl<DB: Database> Caller for RowLock<DB> {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             self.guard = Some(self.locks.row_lock(&self.name).wait(WAIT).acquire().await?);

@@ -41,6 +41,8 @@ pub(crate) enum Contender {
     RowLock,
     /// No lock: two committed updates of one row, on a connection that the caller keeps.
     Floor,
+    /// `SELECT … FOR UPDATE` of a row that exists, in a transaction of its own.
+    ForUpdate,
     /// A row that is inserted and deleted, through a pool with sqlx's defaults.
     Naive,
     /// A row with an expiry, polled every 100 ms.
@@ -59,11 +61,13 @@ pub(crate) enum Contender {
 impl Contender {
     pub(crate) fn of(system: System) -> &'static [Self] {
         use Contender::{
-            AdvisoryLock, Floor, GetLock, InsertLock, LockApi, Naive, Poll, Recipe, RowLock, Rslock, Token,
+            AdvisoryLock, Floor, ForUpdate, GetLock, InsertLock, LockApi, Naive, Poll, Recipe, RowLock,
+            Rslock, Token,
         };
         match system {
-            System::Postgres => &[InsertLock, RowLock, Floor, Naive, Poll, AdvisoryLock],
-            System::MySql => &[InsertLock, RowLock, Floor, Naive, Poll, GetLock],
+            System::Postgres => &[InsertLock, RowLock, Floor, ForUpdate, Naive, Poll, AdvisoryLock],
+            System::MySql => &[InsertLock, RowLock, Floor, ForUpdate, Naive, Poll, GetLock],
+            // It has no `FOR UPDATE`.
             System::Sqlite => &[InsertLock, RowLock, Floor, Naive, Poll],
             System::Redis => &[Rslock, Token],
             System::ZooKeeper => &[Recipe],
@@ -76,6 +80,7 @@ impl Contender {
             Self::InsertLock => "lock-db insert lock",
             Self::RowLock => "lock-db row lock",
             Self::Floor => "floor: two committed updates",
+            Self::ForUpdate => "SELECT FOR UPDATE, row exists",
             Self::Naive => "INSERT/DELETE, default pool",
             Self::Poll => "100 ms poll (ShedLock style)",
             Self::AdvisoryLock => "pg_advisory_lock",
@@ -87,14 +92,23 @@ impl Contender {
         }
     }
 
-    /// Whether it writes anything that can be lost in a crash.
-    pub(crate) fn writes(self) -> bool {
-        !matches!(self, Self::AdvisoryLock | Self::GetLock)
+    /// Whether it writes anything that the server has on disk before it answers.
+    pub(crate) fn writes(self, system: System) -> bool {
+        match self {
+            Self::AdvisoryLock | Self::GetLock => false,
+            // PostgreSQL writes the lock into the row.
+            Self::ForUpdate => system == System::Postgres,
+            _ => true,
+        }
     }
 
     /// Whether it is a lock. The floor is not.
     pub(crate) fn is_a_lock(self) -> bool {
         self != Self::Floor
+    }
+
+    pub(crate) fn is_lock_db(self) -> bool {
+        matches!(self, Self::InsertLock | Self::RowLock)
     }
 
     /// How long callers may continue after the end of the measurement. Requests that wait on the
@@ -115,6 +129,10 @@ pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A caller that acquires and releases a lock.
 pub(crate) trait Caller: Send {
+    /// Uses this name from the next acquisition on. The lock must not be held. A caller whose row
+    /// exists before the measurement keeps its row.
+    fn set_name(&mut self, name: &str);
+
     /// Waits for the lock. Returns the fencing token, if the contender has one.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>>;
 
@@ -135,8 +153,10 @@ pub(crate) struct Job {
     pub(crate) system: System,
     pub(crate) contender: Contender,
     pub(crate) url: String,
-    /// The lock name of each caller.
+    /// The lock name of each caller. With `new_names` the prefix of its names.
     pub(crate) names: Vec<String>,
+    /// Whether each acquisition has a new name.
+    pub(crate) new_names: bool,
     /// The maximum size of the pool.
     pub(crate) connections: u32,
     /// The number of this process in the scenario.
@@ -159,7 +179,7 @@ pub(crate) async fn connect(job: &Job) -> anyhow::Result<CallerGroup> {
             System::Sqlite => lock_db::connect::<Sqlite>(job).await,
             other => anyhow::bail!("lock-db does not lock in {other:?}"),
         },
-        Contender::Floor | Contender::Naive | Contender::Poll => match job.system {
+        Contender::Floor | Contender::ForUpdate | Contender::Naive | Contender::Poll => match job.system {
             System::Postgres => sql::connect::<Postgres>(job).await,
             System::MySql => sql::connect::<MySql>(job).await,
             System::Sqlite => sql::connect::<Sqlite>(job).await,

@@ -38,6 +38,10 @@ struct Rslock {
 }
 
 impl Caller for Rslock {
+    fn set_name(&mut self, name: &str) {
+        self.name = name.as_bytes().to_vec();
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             self.lock = Some(self.manager.acquire_no_guard(self.name.as_slice(), TTL).await?);
@@ -69,6 +73,11 @@ struct TokenLock {
 }
 
 impl Caller for TokenLock {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+        self.counter = format!("{name}:token");
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             self.value = format!("{:032x}", fastrand::u128(..));

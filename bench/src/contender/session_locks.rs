@@ -57,6 +57,10 @@ struct SessionLock<DB: Database> {
 }
 
 impl<DB: SessionLocks> Caller for SessionLock<DB> {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             let mut connection = self.pool.acquire().await?;

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, Pool};
+use anyhow::Context;
+use sqlx::{Connection, Pool, Transaction};
 use tokio::time::sleep;
 
 use super::{Boxed, Caller, CallerGroup, Contender, Job};
@@ -20,6 +21,8 @@ struct Floor<DB: Database> {
 }
 
 impl<DB: Database> Caller for Floor<DB> {
+    fn set_name(&mut self, _name: &str) {}
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             DB::touch(&mut self.connection, self.row).await?;
@@ -32,12 +35,39 @@ impl<DB: Database> Caller for Floor<DB> {
     }
 }
 
+struct ForUpdate<DB: Database> {
+    pool: Pool<DB>,
+    row: i64,
+    transaction: Option<Transaction<'static, DB>>,
+}
+
+impl<DB: Database> Caller for ForUpdate<DB> {
+    fn set_name(&mut self, _name: &str) {}
+
+    fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
+        Box::pin(async {
+            let mut transaction = self.pool.begin().await?;
+            DB::select_for_update(&mut transaction, self.row).await?;
+            self.transaction = Some(transaction);
+            Ok(None)
+        })
+    }
+
+    fn release(&mut self) -> Boxed<'_, anyhow::Result<()>> {
+        Box::pin(async { Ok(self.transaction.take().context("not held")?.commit().await?) })
+    }
+}
+
 struct Naive<DB: Database> {
     pool: Pool<DB>,
     name: String,
 }
 
 impl<DB: Database> Caller for Naive<DB> {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             loop {
@@ -69,6 +99,11 @@ struct Poll<DB: Database> {
 }
 
 impl<DB: Database> Caller for Poll<DB> {
+    fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+        self.has_row = false;
+    }
+
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {
         Box::pin(async {
             loop {
@@ -107,14 +142,16 @@ pub(super) async fn connect<DB: Database>(job: &Job) -> anyhow::Result<CallerGro
         return Ok(CallerGroup { callers, end: Box::pin(async {}) });
     }
     let pool = database::pool::<DB>(&job.url, job.connections).await?;
-    let caller = |(number, name): (usize, &String)| -> Box<dyn Caller> {
+    let caller = |(number, name): (i64, &String)| -> Box<dyn Caller> {
         let (pool, name) = (pool.clone(), name.clone());
-        if job.contender == Contender::Naive {
-            return Box::new(Naive { pool, name });
+        match job.contender {
+            Contender::ForUpdate => return Box::new(ForUpdate { pool, row: number, transaction: None }),
+            Contender::Naive => return Box::new(Naive { pool, name }),
+            _ => {}
         }
         let owner = format!("{}/{number}", std::process::id());
         Box::new(Poll { pool, name, owner, has_row: false })
     };
-    let callers = job.names.iter().enumerate().map(caller).collect();
+    let callers = (1..).zip(&job.names).map(caller).collect();
     Ok(CallerGroup { callers, end: Box::pin(async move { pool.close().await }) })
 }

@@ -96,6 +96,11 @@ fn number(node: &str) -> Option<u64> {
 }
 
 impl Caller for RecipeLock {
+    fn set_name(&mut self, name: &str) {
+        self.queue = format!("/{name}");
+        self.may_have_node = false;
+    }
+
     /// If the future is dropped, the node stays until the session ends. Callers are only dropped at
     /// the end of the measurement, immediately before the session ends.
     fn acquire(&mut self) -> Boxed<'_, anyhow::Result<Option<i64>>> {

@@ -23,6 +23,7 @@ use crate::database::{Database, Options, pool_options};
 use crate::proxy::Proxy;
 use crate::runner::Process;
 use crate::scenario::Kind;
+use crate::server;
 use crate::statistics::DatabaseStatistics;
 
 /// Time for the work of a process before and after the measurement itself.
@@ -75,7 +76,7 @@ impl CostReport {
 
     /// Runs a measurement on one database and adds its result.
     pub(crate) async fn add(&mut self, kind: Kind, system: System, url: &str, sizes: Sizes) {
-        let prefix = format!("lock-bench:{}:{kind:?}", std::process::id());
+        let prefix = format!("{}{kind:?}", server::name_prefix());
         let measurement = CostMeasurement { kind, system, url: url.to_owned(), port: None, prefix, sizes };
         if let Err(error) = self.try_add(measurement).await {
             self.failures.push(format!("{kind:?} {system:?}: {error:#}"));
@@ -86,7 +87,7 @@ impl CostReport {
         let (system, sizes) = (measurement.system, measurement.sizes);
         match measurement.kind {
             Kind::E => {
-                let proxy = measurement.proxy().await?;
+                let proxy = measurement.proxy()?;
                 measurement.port = proxy.as_ref().map(|proxy| proxy.port);
                 let mut process = Process::start(&Task::Cost(measurement)).await?;
                 let _holding: String = process.receive(MARGIN).await?;
@@ -142,19 +143,19 @@ impl CostMeasurement {
         }
     }
 
-    async fn proxy(&self) -> anyhow::Result<Option<Proxy>> {
+    fn proxy(&self) -> anyhow::Result<Option<Proxy>> {
         match self.system {
-            System::Postgres => proxy::<Postgres>(&self.url).await,
-            System::MySql => proxy::<MySql>(&self.url).await,
+            System::Postgres => proxy::<Postgres>(&self.url),
+            System::MySql => proxy::<MySql>(&self.url),
             System::Sqlite | System::Redis | System::ZooKeeper | System::Etcd => Ok(None),
         }
     }
 }
 
 /// Starts a proxy in front of the server. `None`: there is no network.
-async fn proxy<DB: DatabaseStatistics>(url: &str) -> anyhow::Result<Option<Proxy>> {
+fn proxy<DB: DatabaseStatistics>(url: &str) -> anyhow::Result<Option<Proxy>> {
     match DB::address(&DB::options(url)?) {
-        Some((host, port)) => Ok(Some(Proxy::start(host, port).await?)),
+        Some((host, port)) => Ok(Some(Proxy::start(host, port, Duration::ZERO)?)),
         None => Ok(None),
     }
 }

@@ -44,7 +44,7 @@ pub(super) async fn measure<DB: DatabaseStatistics>(
     measurement: &CostMeasurement,
 ) -> anyhow::Result<Vec<OperationCost>> {
     let statistics = StatisticsReader::<DB>::start(&measurement.url).await?;
-    let proxy = proxy::<DB>(&measurement.url).await?;
+    let proxy = proxy::<DB>(&measurement.url)?;
     let options = DB::for_measuring(DB::options(&measurement.url)?, proxy.as_ref().map(|proxy| proxy.port));
     let (locks, pool) = locks::<DB>(options).await?;
     let prefix = measurement.prefix.clone();

@@ -87,7 +87,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !is_own {
             return Ok(known(&self.ensure_row_for(connection, server).await?));
         }
-        let row = known(&self.ensure_row().await?.0);
+        let row = known(&self.ensure_row().await?);
         self.context.row_ids().insert(self.name.clone(), row);
         Ok(row)
     }
@@ -106,7 +106,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
             answer,
         });
         let error = match ensured.await {
-            Ok((row, _)) => {
+            Ok(row) => {
                 self.context.row_ids().insert(self.name.clone(), known(&row));
                 return Ok(row);
             }
@@ -298,8 +298,8 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
 
     /// Makes sure that the row exists before the transaction touches it. This uses a connection of
     /// the session and never the caller's transaction, because others would wait for that with
-    /// locks that end in deadlocks. Returns the row and whether it was missing.
-    async fn ensure_row(&self) -> Result<(LockRow, bool), Error> {
+    /// locks that end in deadlocks. Returns the row.
+    async fn ensure_row(&self) -> Result<LockRow, Error> {
         self.ask(|answer| Request::EnsureRow { name: self.name.clone(), kind: self.kind, answer }).await
     }
 

@@ -80,9 +80,10 @@ impl Actor {
         queues: Arc<LocalQueues>,
     ) -> Rc<Self> {
         let (notifications, lost) = (Rc::new(Notifications::new()), Rc::default());
+        let renewals = Worker::start(pool.clone(), location, &notifications, None, &lost);
         Rc::new(Self {
-            worker: Worker::start(pool.clone(), location, &notifications, false, &lost),
-            renewals: Worker::start(pool, location, &notifications, true, &lost),
+            worker: Worker::start(pool, location, &notifications, Some(&renewals), &lost),
+            renewals,
             lost,
             not_written: Failure::not_written::<DB>,
             notifications,

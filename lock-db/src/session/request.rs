@@ -59,12 +59,11 @@ pub(crate) enum Request {
         lease: LeaseKey,
         answer: AnswerSender<()>,
     },
-    /// Makes sure that the row of a name exists and is of this kind. Returns the row, and whether
-    /// it was missing.
+    /// Makes sure that the row of a name exists and is of this kind. Returns the row.
     EnsureRow {
         name: Name,
         kind: Kind,
-        answer: AnswerSender<(LockRow, bool)>,
+        answer: AnswerSender<LockRow>,
     },
     Read {
         name: Name,

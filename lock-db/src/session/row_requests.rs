@@ -36,15 +36,15 @@ impl Actor {
         self.check_fit().await
     }
 
-    /// Returns the row, and whether it was missing.
-    pub(super) async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<(LockRow, bool), Error> {
+    /// Returns the row, which is created if it is missing.
+    pub(super) async fn ensure_row(&self, name: &Name, kind: Kind) -> Result<LockRow, Error> {
         let failed = |failure: Failure| failure.into_error(Action::MakeRow, Some(name));
         let (mut missing, mut in_the_way) = (false, None);
         loop {
-            let row = patiently(async || self.worker.read(name).await).await.map_err(failed)?;
+            let row = patiently(async || self.worker.ensure(name, kind).await).await.map_err(failed)?;
             if let Some(row) = row {
                 if row.kind == kind {
-                    return Ok((row, missing));
+                    return Ok(row);
                 }
                 return Err(Error::WrongKind { name: name.given(), wanted: kind, found: row.kind });
             }
@@ -55,6 +55,7 @@ impl Actor {
                 return Err(in_the_way.map_or_else(stale, failed));
             }
             missing = true;
+            // Says why.
             match twice(async || self.worker.create(name, kind).await).await {
                 // Another process may be creating the row: the next read shows it.
                 Err(failure) if failure.passes() => in_the_way = Some(failure),

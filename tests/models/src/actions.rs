@@ -26,6 +26,10 @@ pub enum Action {
     GiveNotice,
     /// The last holder is ruled out.
     Settle,
+    /// A commit waits for the disk, or the server writes its log by itself.
+    Flush,
+    /// The server is killed, and starts again.
+    Crash,
     /// A transaction without knowledge of leases locks the row, or ends.
     LockByOthers,
     UnlockByOthers,
@@ -97,7 +101,8 @@ impl Client {
     fn send(&mut self, request: Request) {
         let (acquisition, after_doubt) = (self.acquisition, self.doubt);
         let lane = if request == Request::Renew { Lane::Renewals } else { Lane::Callers };
-        *self.lane_mut(lane) = Some(Statement { request, acquisition, age: 0, after_doubt, answer: None });
+        *self.lane_mut(lane) =
+            Some(Statement { request, acquisition, age: 0, after_doubt, answer: None, durable: false });
     }
 
     /// Begins a doubt. Answers to earlier requests do not end it.
@@ -119,6 +124,20 @@ impl Client {
     fn is_releasing_in(&self) -> bool {
         let stage = self.transaction.as_ref().map(|transaction| transaction.stage);
         matches!(stage, Some(Stage::ReleaseSent | Stage::ReleaseDone | Stage::Released))
+    }
+
+    /// The server has crashed.
+    pub(crate) fn lose_connections(&mut self, keeps_answers: bool) {
+        let is_lost = |statement: &mut Statement| !(keeps_answers && statement.answer.is_some());
+        if let Some(statement) = self.lane.take_if(is_lost) {
+            self.unsettled |= statement.request == Request::Acquire && self.phase == Phase::Acquiring;
+        }
+        self.renewal = None;
+        if let Some(transaction) = self.transaction.take()
+            && matches!(transaction.stage, Stage::ReleaseSent | Stage::ReleaseDone | Stage::Released)
+        {
+            self.doubt_anew();
+        }
     }
 
     fn tick(&mut self, longest: u8, missed: bool) {
@@ -173,8 +192,11 @@ impl Protocol {
         for lane in [Lane::Callers, Lane::Renewals] {
             let Some(statement) = client.lane(lane) else { continue };
             let can_be_lost = state.losses < self.losses;
-            if statement.answer.is_some() {
-                steps.push(Step::Hear(lane));
+            if let Some(answer) = statement.answer {
+                let is_grant = matches!(answer, Answer::Granted(_)) && self.may_crash(state);
+                if !is_grant || statement.durable || self.is(Mutation::AnsweredBeforeFlush) {
+                    steps.push(Step::Hear(lane));
+                }
             } else {
                 steps.push(Step::CarryOut(lane));
                 if can_be_lost && state.late.len() < self.late {
@@ -214,6 +236,9 @@ impl Protocol {
         if state.snapshots < self.snapshots && state.snapshot.is_none() {
             actions.push(Action::TakeSnapshot);
         }
+        if self.may_crash(state) {
+            actions.extend([Action::Flush, Action::Crash]);
+        }
         let Some(row) = &state.row else { return };
         if self.notice_is_due(row) {
             actions.push(Action::GiveNotice);
@@ -234,7 +259,7 @@ impl Protocol {
     pub(crate) fn apply(&self, state: &mut State, action: Action) {
         match action {
             Action::Tick { missed_by } => {
-                if let Some(row) = &mut state.row {
+                for row in [&mut state.row, &mut state.disk].into_iter().flatten() {
                     row.expires_in = row.expires_in.saturating_sub(1);
                 }
                 for (index, client) in (0_u8..).zip(&mut state.clients) {
@@ -252,7 +277,7 @@ impl Protocol {
             Action::CommitLate(index) => {
                 let (secret, transaction) = state.late_commits.remove(index);
                 if self.guard(state, secret, &transaction, false) {
-                    Self::commit(state, secret.client, &transaction);
+                    self.commit(state, secret.client, &transaction);
                 }
             }
             Action::TakeSnapshot => {
@@ -273,7 +298,10 @@ impl Protocol {
                     _ => row.foreign_lock = action == Action::LockByOthers,
                 }
                 state.foreign_locks += u8::from(action == Action::LockByOthers);
+                self.flush(state);
             }
+            Action::Flush => self.flush(state),
+            Action::Crash => self.crash(state),
             Action::Client(client, step) => self.step(state, client, step),
         }
     }
@@ -387,7 +415,7 @@ impl Protocol {
         let stage = match step {
             Step::Guard => self.guard(state, secret, &transaction, false).then_some(Stage::Guarded),
             Step::Commit => {
-                Self::commit(state, number, &transaction);
+                self.commit(state, number, &transaction);
                 None
             }
             Step::LoseCommit => {
@@ -420,7 +448,7 @@ impl Protocol {
                 Some(Stage::ReleaseAnswered)
             }
             Step::CommitAndRelease => {
-                Self::commit(state, number, &transaction);
+                self.commit(state, number, &transaction);
                 Some(Stage::Released)
             }
             Step::HearReleased => {

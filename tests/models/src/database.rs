@@ -8,13 +8,53 @@ impl Protocol {
     pub(crate) fn carry_out(&self, state: &mut State, secret: Secret, request: Request) -> Answer {
         match request {
             Request::Acquire => self.acquire(state, secret),
-            Request::Renew => self.renew(state, secret),
+            Request::Renew => {
+                let answer = self.renew(state, secret);
+                self.flush(state);
+                answer
+            }
             Request::Release => self.release(state, secret),
         }
     }
 
+    /// Whether what is not on disk can still be lost.
+    pub(crate) fn may_crash(&self, state: &State) -> bool {
+        state.crashes < self.crashes
+    }
+
+    /// A commit that waits for the disk, and so for all earlier ones.
+    pub(crate) fn flush(&self, state: &mut State) {
+        if !self.may_crash(state) {
+            return;
+        }
+        state.disk = state.row.clone();
+        if let Some(row) = &mut state.disk {
+            (row.lock, row.foreign_lock) = (None, false);
+        }
+        for lane in state.clients.iter_mut().filter_map(|client| client.lane.as_mut()) {
+            lane.durable = lane.answer.is_some();
+        }
+    }
+
+    /// The server forgets what is not on disk, and every session ends.
+    pub(crate) fn crash(&self, state: &mut State) {
+        state.row = state.disk.take();
+        state.crashes += 1;
+        if self.may_crash(state) {
+            state.disk = state.row.clone();
+        }
+        state.latest_token = state.row.as_ref().map_or(0, |row| row.token);
+        (state.late, state.late_commits) = (Vec::new(), Vec::new());
+        for client in &mut state.clients {
+            client.lose_connections(self.is(Mutation::FlushAfterCrash));
+            if let Some(lane) = &mut client.lane {
+                lane.durable = false;
+            }
+        }
+    }
+
     fn acquire(&self, state: &mut State, secret: Secret) -> Answer {
-        // A missing row is created, free, and then requested again.
+        // A missing row is made by the claim.
         let row = state.row.get_or_insert_default();
         // SKIP LOCKED
         if row.is_locked() {
@@ -44,6 +84,7 @@ impl Protocol {
             if row.token > state.greatest_token {
                 (state.greatest_token, state.greatest_hand) = (row.token, 0);
             }
+            state.latest_token = state.greatest_token;
         }
         row.secret = Some(secret);
         row.expires_in = self.ttl;
@@ -108,8 +149,8 @@ impl Protocol {
         true
     }
 
-    pub(crate) fn commit(state: &mut State, client: u8, transaction: &Transaction) {
-        let is_last = (transaction.token, transaction.hand) == (state.greatest_token, state.greatest_hand);
+    pub(crate) fn commit(&self, state: &mut State, client: u8, transaction: &Transaction) {
+        let is_last = (transaction.token, transaction.hand) == (state.latest_token, state.greatest_hand);
         state.wrong.late_commit |= !is_last;
         let last_committed = &mut state.clients[usize::from(client)].last_committed;
         state.wrong.overtaken_commit |= transaction.number < *last_committed;
@@ -124,6 +165,7 @@ impl Protocol {
             snapshot.is_old = true;
         }
         end(state, client);
+        self.flush(state);
     }
 }
 
@@ -164,6 +206,7 @@ impl Protocol {
             // The transaction commits at once, because the others could do nothing in the meantime.
             row.token = row.token.max(state.greatest_token) + 1;
             (state.greatest_token, state.greatest_hand) = (row.token, 0);
+            state.latest_token = row.token;
             Self::settle(row);
         }
         is_good

@@ -126,6 +126,9 @@ pub struct Statement {
     pub after_doubt: bool,
     /// Set when the statement was executed. The answer is then on its way.
     pub answer: Option<Answer>,
+    /// Whether what the statement has done would survive a crash of the server. A grant is heard
+    /// only then.
+    pub durable: bool,
 }
 
 /// What a client is doing.
@@ -224,8 +227,9 @@ impl Client {
     }
 }
 
-/// Everything that refers to a client: the row's secret, its lock, late requests and late commits.
-type References = (Option<u8>, bool, Vec<(u8, Request)>, Vec<Transaction>);
+/// Everything that refers to a client: the row's secret, now and on disk, its lock, late requests and
+/// late commits.
+type References = ([Option<u8>; 2], bool, Vec<(u8, Request)>, Vec<Transaction>);
 
 /// What must never have happened.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -252,6 +256,10 @@ pub struct Wrong {
 pub struct State {
     /// `None` before the first acquire, and after the row was deleted.
     pub row: Option<Row>,
+    /// What a crash would leave of it, as long as one is possible.
+    pub disk: Option<Row>,
+    /// How many times the server has crashed.
+    pub crashes: u8,
     /// The clients, which are all alike.
     pub clients: Vec<Client>,
     /// Requests whose sender has given up the connection. The server may execute them at any time.
@@ -273,6 +281,8 @@ pub struct State {
     pub snapshot_was_good: bool,
     /// The largest token that was ever granted.
     pub greatest_token: u8,
+    /// The same without the grants that a crash has undone.
+    pub latest_token: u8,
     /// How many times the lease with that token was handed on.
     pub greatest_hand: u8,
     /// For properties only.
@@ -299,6 +309,8 @@ impl State {
         };
         Self {
             row: None,
+            disk: None,
+            crashes: 0,
             clients: vec![client; clients],
             late: Vec::new(),
             late_commits: Vec::new(),
@@ -309,6 +321,7 @@ impl State {
             snapshots: 0,
             snapshot_was_good: false,
             greatest_token: 0,
+            latest_token: 0,
             greatest_hand: 0,
             wrong: Wrong::default(),
         }
@@ -328,7 +341,7 @@ impl State {
         let mut sorted = self.clone();
         sorted.clients = order.iter().map(|&old| self.clients[old].clone()).collect();
         let moved = |client: u8| place[usize::from(client)];
-        if let Some(row) = &mut sorted.row {
+        for row in [&mut sorted.row, &mut sorted.disk].into_iter().flatten() {
             if let Some(secret) = &mut row.secret {
                 secret.client = moved(secret.client);
             }
@@ -362,7 +375,8 @@ impl State {
 
     fn each_token(&mut self, mut with: impl FnMut(&mut u8)) {
         with(&mut self.greatest_token);
-        if let Some(row) = &mut self.row {
+        with(&mut self.latest_token);
+        for row in [&mut self.row, &mut self.disk].into_iter().flatten() {
             with(&mut row.token);
         }
         if let Some(snapshot) = &mut self.snapshot {
@@ -385,11 +399,14 @@ impl State {
     fn references(&self, index: usize) -> References {
         let is_it = |client: u8| usize::from(client) == index;
         let row = self.row.as_ref();
-        let secret = row.and_then(|row| row.secret).filter(|secret| is_it(secret.client));
+        let secret = |row: Option<&Row>| {
+            let secret = row.and_then(|row| row.secret).filter(|secret| is_it(secret.client));
+            secret.map(|secret| secret.acquisition)
+        };
         let locked = row.and_then(|row| row.lock.as_ref()).is_some_and(|lock| is_it(lock.client));
         let late = self.late.iter().filter(|(secret, _)| is_it(secret.client));
         (
-            secret.map(|secret| secret.acquisition),
+            [secret(row), secret(self.disk.as_ref())],
             locked,
             late.map(|(secret, request)| (secret.acquisition, *request)).collect(),
             self.late_commits

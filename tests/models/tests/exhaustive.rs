@@ -130,3 +130,15 @@ fn snapshots_and_releases_with_commits() {
 fn snapshots_and_holders_that_come_back() {
     holds(Protocol { snapshots: 2, acquisitions: 2, ..Protocol::default() });
 }
+
+/// A grant is committed before it is on disk.
+#[test]
+fn a_server_that_is_killed() {
+    holds(Protocol { crashes: 2, acquisitions: 2, ..Protocol::default() });
+    holds(Protocol { crashes: 1, transactions: 1, releases_in: true, ..Protocol::default() });
+}
+
+#[test]
+fn a_server_that_is_killed_and_answers_that_are_lost() {
+    holds(Protocol { crashes: 1, transactions: 1, losses: 1, foreign_locks: 1, ..Protocol::default() });
+}

@@ -173,3 +173,16 @@ fn a_snapshot_that_is_judged_by_the_token_alone() {
     let protocol = Protocol { snapshots: 1, transactions: 1, ..Protocol::default() };
     breaks(Mutation::SnapshotByTokenAlone, property::SNAPSHOTS_ARE_NEW, protocol);
 }
+
+#[test]
+fn a_grant_that_is_answered_before_it_is_on_disk() {
+    let protocol = Protocol { crashes: 1, ..Protocol::default() };
+    breaks(Mutation::AnsweredBeforeFlush, property::HOLDERS_HOLD, protocol);
+}
+
+/// As behind a pooler that hides the restart.
+#[test]
+fn a_flush_that_does_not_notice_a_crash() {
+    let protocol = Protocol { crashes: 1, ..Protocol::default() };
+    breaks(Mutation::FlushAfterCrash, property::HOLDERS_HOLD, protocol);
+}

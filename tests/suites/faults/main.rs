@@ -27,6 +27,7 @@ use self::report::Report;
 use self::run::{PLACES, Plan, run, run_and_check};
 use self::worker::worker;
 
+mod answered;
 mod broken;
 mod checker;
 mod client;
@@ -58,7 +59,10 @@ lock_tests::cases! {
     servers_fail_on_mysql,
     clocks_move_on_postgres,
     clocks_move_on_mariadb,
-    clocks_move_on_mysql;
+    clocks_move_on_mysql,
+    answered_grants_survive_postgres,
+    answered_grants_survive_mariadb,
+    answered_grants_survive_mysql;
 
     in modules: checker, events
 }
@@ -188,6 +192,18 @@ fn clocks_move_on_mariadb() {
 
 fn clocks_move_on_mysql() {
     on_own_server::<MySqlKind>(OF_CLOCKS);
+}
+
+fn answered_grants_survive_postgres() {
+    answered::on_own_server::<PostgresKind>();
+}
+
+fn answered_grants_survive_mariadb() {
+    answered::on_own_server::<MariaDbKind>();
+}
+
+fn answered_grants_survive_mysql() {
+    answered::on_own_server::<MySqlKind>();
 }
 
 fn on_own_server<K: ServerKind>(faults: &[Fault]) {

@@ -57,6 +57,27 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         kind: Kind,
     ) -> impl Future<Output = Result<bool>> + Send;
 
+    /// Reads the rows of several names, which are sorted, and creates those that are missing, free.
+    /// Returns one result per name, in order. `None`: an open transaction has created the row.
+    fn ensure_all(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> impl Future<Output = Result<Vec<Option<LockRow>>>> + Send {
+        async move {
+            let rows = Self::read_all(connection, server, names).await?;
+            let is_missing = |(_, row): &(&Name, &Option<LockRow>)| row.is_none();
+            let missing: Vec<Name> =
+                names.iter().zip(&rows).filter(is_missing).map(|(name, _)| name.clone()).collect();
+            if missing.is_empty() {
+                return Ok(rows);
+            }
+            Self::create_all(connection, server, &missing, kind).await?;
+            Self::read_all(connection, server, names).await
+        }
+    }
+
     /// Takes several leases, none of which has a queue entry, if all of them can be
     /// [acquired](Self::acquire). Returns one result per claim, in order. Writes nothing if one of
     /// them is not free. Uses as few messages as the server allows.
@@ -142,12 +163,26 @@ pub trait LeaseDriver: sqlx::Database + Sized {
         at_least: Duration,
     ) -> impl Future<Output = Result<LeaseStatus>> + Send;
 
+    /// Whether a grant can be committed without waiting for the disk, and made durable by
+    /// [`flush`](Self::flush).
+    const FLUSHES: bool = false;
+
     /// Performs the releases and claims of several callers in as few messages as the database
-    /// allows, with the same results as separate calls. No name occurs twice.
+    /// allows, with the same results as separate calls. No name occurs twice. With `is_deferred`,
+    /// which needs [`FLUSHES`](Self::FLUSHES), the grants may be lost if the server crashes before
+    /// the next [`flush`](Self::flush).
     fn batch(
         connection: &mut Self::Connection,
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        is_deferred: bool,
     ) -> impl Future<Output = Result<BatchOutcome>> + Send;
+
+    /// Makes everything durable that was committed on this server before, as durable as the
+    /// server makes a commit. Returns a number of the session, as
+    /// [`has_session`](crate::database::SessionDriver::has_session) does.
+    fn flush(_connection: &mut Self::Connection) -> impl Future<Output = Result<i64>> + Send {
+        async { Ok(0) }
+    }
 }

@@ -46,6 +46,16 @@ pub trait SessionDriver: sqlx::Database + Sized {
         async { Ok(false) }
     }
 
+    /// Whether the server of this connection has the session with this number. It has then been
+    /// there without interruption. Returns a number by which the server knows this connection's own
+    /// session.
+    fn has_session(
+        _connection: &mut Self::Connection,
+        _session: i64,
+    ) -> impl Future<Output = Result<Option<i64>>> + Send {
+        async { Ok(None) }
+    }
+
     /// The statement that begins a transaction on a private connection. The server ends such a
     /// transaction soon if it hears nothing more from this process.
     const BEGIN_SHORT: &'static str;

@@ -195,24 +195,30 @@ const BATCH_OF_ASKED: &str = batch!("asked");
 /// `BATCH` in one transaction with the rows that it needs, in one message. `{statement}` is `BATCH`,
 /// which reads the variable `asked`.
 ///
+/// Names are looked for with a dirty read, which also finds the row that an open transaction has
+/// made, and does not wait for that transaction. `group_concat_max_len` limits the list of names.
+///
 /// The rows are made free, one by one. An INSERT of many rows would lock the counter of the table and
 /// use up numbers. A row that another transaction makes at the same time is left to that one. A row
 /// that can't be made for its id is found missing by the next attempt, which reports it.
 const MAKE_AND_BATCH: &str = "
 BEGIN NOT ATOMIC
     DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
+    DECLARE missing LONGTEXT CHARACTER SET ascii;
     DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
+    SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
+    SELECT JSON_ARRAYAGG(asked.lock_name) INTO missing
+    FROM JSON_TABLE(asked, '$[*]' COLUMNS (
+            lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
+    LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
+    WHERE asked.makes_row AND lease.id IS NULL;
     START TRANSACTION;
     FOR made IN (
-        SELECT asked.lock_name
-        FROM JSON_TABLE(asked, '$[*]' COLUMNS (
-                lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
-        LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
-        WHERE asked.makes_row AND lease.id IS NULL
+        SELECT new_name FROM JSON_TABLE(COALESCE(missing, '[]'), '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS new_names
     ) DO
         BEGIN
             DECLARE CONTINUE HANDLER FOR 1062, 1205 BEGIN END;
-            INSERT INTO {table} (lock_name) VALUES (UNHEX(made.lock_name));
+            INSERT INTO {table} (lock_name) VALUES (UNHEX(made.new_name));
         END;
     END FOR;
     {statement};

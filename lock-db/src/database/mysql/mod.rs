@@ -196,8 +196,9 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.queue_key", "CONVERT(@lock_db_rest USING ascii)"), "
         ELSE lease.waiters END");
 
-/// The names of the batch that ask for their rows and have none, as JSON in a variable. A plain
-/// read, which locks nothing. An INSERT that reads the table itself would lock the gaps in which
+/// The names of the batch that ask for their rows and have none, as JSON in a variable. A dirty
+/// read, which locks nothing. It also finds the row that an open transaction has made, so that
+/// nothing waits for that transaction. An INSERT that reads the table itself would lock the gaps in which
 /// the rows belong, and two of them would wait for each other.
 const NEW: &str = "
 SELECT JSON_ARRAYAGG(asked.lock_name) INTO @lock_db_new
@@ -391,13 +392,17 @@ pub(super) async fn batch(
         Cluster::SinglePrimary => (["", "; COMMIT"], None),
         Cluster::MultiPrimary => (STILL_IN_TRANSACTION, Some("COMMIT")),
     };
-    let make = if makes_rows { "EXECUTE lock_db_new; EXECUTE lock_db_make;" } else { "" };
+    let (find, make) = if makes_rows {
+        ("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED; EXECUTE lock_db_new;", "EXECUTE lock_db_make;")
+    } else {
+        ("", "")
+    };
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping.
     let sql = format!(
         "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
             @lock_db_rest = {rest};
-        START TRANSACTION{begin}; {make} EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}"
+        {find} START TRANSACTION{begin}; {make} EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}"
     );
     match all_or_nothing(connection, &sql, commit).await {
         Err(error) if number(&error) == Some(UNKNOWN_STATEMENT) => {

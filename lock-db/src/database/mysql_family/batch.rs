@@ -108,7 +108,16 @@ async fn batch_part(
     // All entries are of this process, so they differ only in their times.
     let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
     let makes_rows = makes_rows(server) && claims.iter().any(|claim| claim.makes_row);
-    let rows = in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases, makes_rows));
+    let mut send = async |makes_rows| {
+        in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases, makes_rows))
+    };
+    let rows = match send(makes_rows).await {
+        // Another transaction makes one of the rows at this moment. The others don't wait for it.
+        Err(error) if makes_rows && matches!(error.fault::<MySql>(), Fault::Deadlock | Fault::Busy) => {
+            send(false).await
+        }
+        rows => rows,
+    };
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
         Err(error) if error.fault::<MySql>() == Fault::Deadlock => {

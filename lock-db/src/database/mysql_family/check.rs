@@ -67,7 +67,7 @@ pub(super) fn is_denied(error: &sqlx::Error) -> bool {
 async fn try_out(connection: &mut MySqlConnection, server: &Server) -> driver::Result<()> {
     let name = name_for_check()?;
     let mut transaction = connection.begin_with("START TRANSACTION").await?;
-    lease::create(&mut transaction, server, &name, Kind::Insert).await?;
+    lease::insert(&mut transaction, server, &name, Kind::Insert).await?;
     let lock = sqlx::query(server.table.sql(LOCK)).bind(name.as_bytes());
     let locked = lock.fetch_optional(&mut *transaction).await?;
     let write = sqlx::query(server.table.sql(WRITE)).bind(name.as_bytes());

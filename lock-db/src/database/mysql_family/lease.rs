@@ -6,6 +6,7 @@ use sqlx::Row;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::errors::{DUPLICATE_KEY, LOCK_WAIT_TIMEOUT, ROW_IS_LOCKED, TOO_LARGE, number, says};
+use super::several;
 use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
@@ -61,17 +62,33 @@ pub(super) async fn read(
     row.as_ref().map(lock_row).transpose()
 }
 
-/// Reads first. A transaction may already have locked the row that another caller of this process
-/// has just created, and the connection worker must not wait for that transaction.
+/// Reads first, uncommitted rows included. The connection worker must not wait for a transaction that
+/// is making the row, or has locked one that another caller of this process has just made.
 pub(super) async fn create(
     connection: &mut MySqlConnection,
     server: &Server,
     name: &str,
     kind: Kind,
 ) -> driver::Result<bool> {
-    if read(connection, server, name).await?.is_some() {
+    if !several::find_dirty(connection, server, &[name]).await?.is_empty() {
+        if read(connection, server, name).await?.is_none() {
+            // Not of lock-db, whose transactions make no rows here.
+            let text = "another transaction is making the row and has not ended";
+            return Err(StepError::Found(Fault::Busy, text.into()));
+        }
         return Ok(true);
     }
+    insert(connection, server, name, kind).await?;
+    Ok(true)
+}
+
+/// Another transaction may create the row at the same time.
+pub(super) async fn insert(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    kind: Kind,
+) -> driver::Result<()> {
     let query = sqlx::query(server.table.sql(CREATE)).bind(name.as_bytes()).bind(kind.as_str());
     match query.execute(connection).await {
         Err(error) if has_no_id(&error) => {
@@ -83,7 +100,7 @@ pub(super) async fn create(
             Err(StepError::Explained(Fault::Refused, text, error))
         }
         Err(error) if number(&error) != Some(DUPLICATE_KEY) => Err(error.into()),
-        _ => Ok(true),
+        _ => Ok(()),
     }
 }
 

@@ -206,6 +206,15 @@ impl LeaseDriver for MySql {
         several::create(connection, server, names, kind).await
     }
 
+    async fn ensure_all(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        names: &[Name],
+        kind: Kind,
+    ) -> driver::Result<Vec<Option<LockRow>>> {
+        several::ensure(connection, server, names, kind).await
+    }
+
     async fn acquire_all(
         connection: &mut MySqlConnection,
         server: &Server,
@@ -280,6 +289,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        _is_deferred: bool,
     ) -> driver::Result<BatchOutcome> {
         batch::batch(connection, server, releases, claims).await
     }

@@ -21,12 +21,13 @@ use crate::name::MAX_BYTES;
 /// - `sql_safe_updates`: an UPDATE could be refused because its key is in a joined table.
 /// - `sql_big_selects`: an UPDATE could be refused because it might read much.
 /// - `sql_select_limit`: results could be cut off.
+/// - `group_concat_max_len`: on MariaDB, a list of new names could be cut off.
 /// - `sql_mode`: MariaDB's `EMPTY_STRING_IS_NULL`, for example.
 /// - `time_zone`: for `SYSDATE`, which has no form in UTC.
 /// - `max_statement_time` of MariaDB, `max_execution_time` of MySQL: statements could be cut off.
 ///   Waits are bounded by the lock wait timeouts.
 const PREPARE: &str = "
-SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION autocommit = 1,
+SET SESSION innodb_lock_wait_timeout = 1, SESSION lock_wait_timeout = 2, SESSION group_concat_max_len = 16777216, SESSION autocommit = 1,
     SESSION completion_type = 0, SESSION sql_safe_updates = 0, SESSION sql_big_selects = 1,
     SESSION sql_select_limit = 18446744073709551615,
     SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', SESSION time_zone = '+00:00'

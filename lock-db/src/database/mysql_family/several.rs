@@ -46,9 +46,14 @@ pub(super) async fn create(
     names: &[Name],
     kind: Kind,
 ) -> driver::Result<bool> {
-    let rows = read(connection, server, names).await?;
-    let missing: Vec<&Name> =
-        names.iter().zip(rows).filter_map(|(name, row)| row.is_none().then_some(name)).collect();
+    let texts: Vec<&str> = names.iter().map(|name| &**name).collect();
+    let found = find_dirty(connection, server, &texts).await?;
+    let (found, missing): (Vec<&Name>, Vec<&Name>) =
+        names.iter().partition(|name| found.contains(name.as_bytes()));
+    let found: Vec<Name> = found.into_iter().cloned().collect();
+    if read(connection, server, &found).await?.iter().any(Option::is_none) {
+        return Ok(false);
+    }
     for part in parts(&missing, server, |name| in_json(name)) {
         let values: Vec<String> =
             part.iter().map(|name| format!("({},'{}')", literal(name), kind.as_str())).collect();
@@ -57,6 +62,60 @@ pub(super) async fn create(
         sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *connection).await?;
     }
     Ok(true)
+}
+
+/// `create` and `read` in one message. A name whose row is only seen by the dirty read is left out of
+/// the result.
+pub(super) async fn ensure(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    kind: Kind,
+) -> driver::Result<Vec<Option<LockRow>>> {
+    let mut found = Vec::with_capacity(names.len());
+    // The names are in it twice.
+    for part in parts(names, server, |name| in_json(name) * 2) {
+        let (asked, kind, table) = (names_as_json(part), kind.as_str(), server.table.name());
+        let sql = format!(
+            "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
+            SELECT JSON_ARRAYAGG(asked.asked_name) INTO @lock_db_new
+            FROM JSON_TABLE('{asked}', '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+            LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
+                ON lease.lock_name = UNHEX(asked.asked_name)
+            WHERE lease.id IS NULL;
+            INSERT IGNORE INTO {table} (lock_name, lock_kind)
+            SELECT UNHEX(new_name), '{kind}'
+            FROM JSON_TABLE(COALESCE(@lock_db_new, '[]'), '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made;
+            {read}",
+            read = READ_ALL.replace("JSON_TABLE(?", &format!("JSON_TABLE('{asked}'")).replace("{table}", table),
+        );
+        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+            found.push((row.try_get(row::COLUMNS)?, row::lock_row(&row)?));
+        }
+    }
+    Ok(by_name(names, found))
+}
+
+/// Which of the names have rows, including those of open transactions. Waits for none of them.
+pub(super) async fn find_dirty(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[&str],
+) -> driver::Result<HashSet<Vec<u8>>> {
+    let mut found = HashSet::new();
+    for part in parts(names, server, |name| name.len() * 2 + 8) {
+        let list: Vec<String> = part.iter().map(|name| literal(name)).collect();
+        let sql = format!(
+            "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
+            SELECT lock_name FROM {} FORCE INDEX (distributed_lock_name) WHERE lock_name IN ({})",
+            server.table.name(),
+            list.join(",")
+        );
+        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+            found.insert(row.try_get(0)?);
+        }
+    }
+    Ok(found)
 }
 
 pub(super) async fn acquire(

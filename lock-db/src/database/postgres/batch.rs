@@ -106,12 +106,15 @@ RETURNING lease.secret_key::text, lease.id, "#,
 /// locked here. A row that was changed between the statement's snapshot and the lock is not found,
 /// and is skipped like a locked row.
 ///
+/// With `$7` the commit does not wait for the disk.
+///
 /// The clock is read once, after the snapshot. Every grant that the snapshot shows is older, so the
 /// new token is still larger.
 macro_rules! batch_many {
     ($found:ident) => {
         concat!(
             r#"
+WITH deferred AS MATERIALIZED (SELECT CASE WHEN $7 THEN set_config('synchronous_commit', 'off', true) END)
 UPDATE {table} AS lease
 SET fencing_token = CASE WHEN unlocked.is_taken
         THEN GREATEST(lease.fencing_token + 1, (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
@@ -125,7 +128,7 @@ SET fencing_token = CASE WHEN unlocked.is_taken
     owner = CASE WHEN unlocked.ttl IS NULL THEN lease.owner ELSE $5 END,
     waiters = CASE WHEN unlocked.ttl IS NULL THEN "#, behind_others!("lease.waiters", "unlocked.queue_key", "$6"), r#"
         ELSE "#, without_own_first!("lease.waiters", "unlocked.queue_key"), r#" END
-FROM (
+FROM deferred, (
     SELECT lease.tableoid, lease.ctid, asked.secret_key, asked.ttl, asked.queue_key,
         asked.ttl IS NOT NULL AND lease.secret_key <> asked.secret_key AS is_taken
     FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $4::text[]))
@@ -148,14 +151,16 @@ RETURNING lease.secret_key::text, lease.id, CASE WHEN unlocked.ttl IS NULL THEN 
 const BATCH: &str = batch_many!(from_behind);
 const BATCH_MANY: &str = batch_many!(plainly);
 
-/// `BATCH`, which also makes the rows, granted, of those new names that ask for it (`$7`): see
+/// `BATCH`, which also makes the rows, granted, of those new names that ask for it (`$8`): see
 /// `ACQUIRE_OR_MAKE`. They are made in the order in which every process makes them, so that two
 /// processes don't wait for each other.
 macro_rules! batch_or_make {
     ($found:ident) => {
         concat!(
             r#"
-WITH bound AS MATERIALIZED (SELECT set_config('lock_timeout', '5ms', true)),
+WITH bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '5ms', true),
+        CASE WHEN $7 THEN set_config('synchronous_commit', 'off', true) END),
 taken (secret_key, id, listener, fencing_token, others_wait, tokens) AS ("#,
             batch_many!($found),
             r#"),
@@ -166,7 +171,7 @@ made AS (
         (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint), (SELECT clock_timestamp()),
         (SELECT clock_timestamp()) + asked.ttl * interval '1 microsecond', asked.ttl
     FROM bound,
-        unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $7::bool[]))
+        unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::bigint[]), (SELECT $8::bool[]))
             AS asked (lock_name, secret_key, ttl, makes_row)
     WHERE asked.makes_row AND "#,
             newest!("asked.lock_name COLLATE \"C\""),
@@ -224,6 +229,7 @@ pub(super) async fn batch(
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
+    is_deferred: bool,
 ) -> driver::Result<BatchOutcome> {
     let mut done = Done::default();
     // All entries are of this process, so they differ only in their times.
@@ -250,7 +256,7 @@ pub(super) async fn batch(
         let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
         let query = |statement| {
             let query = sqlx::query(server.table.sql(statement)).bind(&names).bind(&secrets);
-            query.bind(&ttls).bind(&keys).bind(&owner).bind(&rest)
+            query.bind(&ttls).bind(&keys).bind(&owner).bind(&rest).bind(is_deferred)
         };
         let without_making = || query(if plainly { BATCH_MANY } else { BATCH });
         let makes: Vec<bool> =

@@ -82,7 +82,8 @@ WHERE NOT EXISTS (SELECT 1 FROM {table} AS lease WHERE lease.lock_name = asked.l
 ORDER BY asked.lock_name COLLATE "C"
 ON CONFLICT (lock_name) DO NOTHING"#;
 
-const REACH_TABLE: &str = "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
+pub(super) const REACH_TABLE: &str =
+    "DO $lock_db$ BEGIN LOCK TABLE {table} IN ROW EXCLUSIVE MODE NOWAIT; END $lock_db$";
 
 /// The new token is never below the clock's microseconds. So no token is issued again after a row
 /// was deleted, or after a failover that lost the last grants.

@@ -159,6 +159,10 @@ impl SessionDriver for Postgres {
     async fn end_session(connection: &mut PgConnection, session: i64) -> driver::Result<bool> {
         session::end(connection, session).await
     }
+
+    async fn has_session(connection: &mut PgConnection, session: i64) -> driver::Result<Option<i64>> {
+        session::has(connection, session).await
+    }
 }
 
 impl WakeUpDriver for Postgres {
@@ -188,6 +192,8 @@ impl WakeUpDriver for Postgres {
 }
 
 impl LeaseDriver for Postgres {
+    const FLUSHES: bool = true;
+
     async fn read(
         connection: &mut PgConnection,
         server: &Server,
@@ -297,8 +303,13 @@ impl LeaseDriver for Postgres {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        is_deferred: bool,
     ) -> driver::Result<BatchOutcome> {
-        batch::batch(connection, server, releases, claims).await
+        batch::batch(connection, server, releases, claims, is_deferred).await
+    }
+
+    async fn flush(connection: &mut PgConnection) -> driver::Result<i64> {
+        session::flush(connection).await
     }
 }
 

@@ -9,6 +9,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Row, SqlSafeStr};
 
 use super::errors::{LOCK_NOT_AVAILABLE, code, is_timeout};
+use super::lease::REACH_TABLE;
 use super::sequence;
 use crate::Kind;
 use crate::database::driver;
@@ -22,8 +23,10 @@ BEGIN;
 SELECT set_config('lock_db.mark', '1', true), set_config('lock_db.limit_before', current_setting('lock_timeout'), true),
     set_config('lock_timeout', '2s', true)";
 
-/// Locks and writes a row in a transaction that lock-db began. The row is written, not only locked:
-/// a later transaction with an older snapshot then fails instead of reading old data. Returns
+/// Locks and writes a row in a transaction that lock-db began, or makes it if there is none. The row
+/// is written, not only locked: a later transaction with an older snapshot then fails instead of
+/// reading old data. A transaction that is making the row is not waited for here: see `CREATE`. The
+/// timeout for that is undone by the result, or by `WAIT_AND_LOCK`. Returns
 ///
 /// - the kind of the row as this statement sees it;
 /// - what was there before, if the row was locked and written;
@@ -48,7 +51,21 @@ written AS (
     SET fencing_token = GREATEST(found.fencing_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
         secret_key = $2, owner = $3, acquire_time = clock_timestamp()
     FROM found WHERE held.ctid = found.ctid
-    RETURNING held.fencing_token, held.secret_key AS now, found.secret_key)
+    RETURNING held.fencing_token, held.secret_key AS now, found.secret_key),
+bound AS MATERIALIZED (SELECT set_config('lock_timeout', '5ms', true)),
+made AS (
+    INSERT INTO {table} AS held (lock_name, lock_kind, secret_key, owner, fencing_token, acquire_time)
+    SELECT $1, 'row', $2, $3, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, clock_timestamp()
+    FROM bound WHERE ",
+            newest!("$1"),
+            " IS NULL
+    ON CONFLICT (lock_name) DO NOTHING
+    RETURNING held.fencing_token)
+SELECT 'row', made.fencing_token, '', true, false,
+    set_config('lock_timeout', current_setting('lock_db.limit_before'), true), set_config('lock_db.limit_before', '', true),
+    set_config('lock_db.taken', concat(current_setting('lock_db.taken', true), $2::text), true)
+FROM made
+UNION ALL
 SELECT seen.lock_kind::text, written.fencing_token, written.secret_key::text, EXISTS (SELECT 1 FROM found),
     EXISTS (SELECT 1 FROM found) AND NOT EXISTS (SELECT 1 FROM {table} AS seen WHERE seen.ctid = (SELECT ctid FROM found)),
     set_config('lock_timeout', current_setting('lock_db.limit_before'), true), set_config('lock_db.limit_before', '', true),
@@ -263,14 +280,15 @@ pub(super) async fn lock_row(
 ) -> driver::Result<RowAttempt> {
     if slice.is_zero() && claim.is_own {
         match lock_at_once(connection, server, claim).await {
-            // The row has to be created.
+            // Another transaction was faster in making the row.
             Ok(RowAttempt::Missing) => {}
             // Nothing has been done in the transaction, so it can be restarted.
             Err(error) if code(&error) == Some(LOCK_NOT_AVAILABLE) => {
                 begin_anew(connection).await?;
-                let is_table = !claim.is_try || is_timeout(&error);
-                return Ok(if is_table { RowAttempt::TableLocked } else { RowAttempt::Busy });
+                let is_row = !is_timeout(&error) || reaches_table(connection, server).await?;
+                return Ok(if is_row { RowAttempt::Busy } else { RowAttempt::TableLocked });
             }
+            Err(error) => return Err(sequence::explained(server, error)),
             attempt => return attempt,
         }
     }
@@ -281,6 +299,17 @@ pub(super) async fn lock_row(
         begin_anew(connection).await?;
     }
     Ok(attempt)
+}
+
+/// Whether a new transaction of lock-db can use the table: another one is then only making the row.
+async fn reaches_table(connection: &mut PgConnection, server: &Server) -> driver::Result<bool> {
+    let locked = sqlx::raw_sql(server.table.sql(REACH_TABLE)).execute(&mut *connection).await;
+    match locked {
+        Err(error) if code(&error) != Some(LOCK_NOT_AVAILABLE) => return Err(error.into()),
+        Err(_) => begin_anew(connection).await?,
+        Ok(_) => {}
+    }
+    Ok(locked.is_ok())
 }
 
 /// Restarts a transaction of lock-db in which nothing was done that has to stay.

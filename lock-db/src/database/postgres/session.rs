@@ -30,6 +30,12 @@ FROM (
 JOIN pg_stat_activity AS activity USING (pid)
 WHERE number IN ($1, $2)";
 
+const HAS: &str = "
+SELECT pg_backend_pid()::bigint FROM pg_locks
+WHERE locktype = 'advisory' AND objsubid = 1 AND granted
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND ((classid::bigint << 32) | objid::bigint) = $1";
+
 /// Needs no privilege: both sessions have the same role.
 const END: &str = "
 SELECT pg_terminate_backend(pid) FROM pg_locks
@@ -47,6 +53,19 @@ pub(super) async fn is_idle(connection: &mut PgConnection, session: i64, own: i6
     let is_idle: Option<bool> =
         sqlx::query_scalar(IS_IDLE).bind(session).bind(own).fetch_one(connection).await?;
     Ok(is_idle == Some(true))
+}
+
+/// The lock that marks a session ends with the session, and at a crash of the server.
+pub(super) async fn has(connection: &mut PgConnection, session: i64) -> driver::Result<Option<i64>> {
+    Ok(sqlx::query_scalar(HAS).bind(session).fetch_optional(connection).await?)
+}
+
+/// Writes nothing but a commit record, which the server flushes, and replicates, after all that is
+/// before it in the log.
+const FLUSH: &str = "SELECT pg_backend_pid()::bigint, pg_logical_emit_message(true, 'lock_db', '')::text";
+
+pub(super) async fn flush(connection: &mut PgConnection) -> driver::Result<i64> {
+    Ok(sqlx::query_scalar(FLUSH).fetch_one(connection).await?)
 }
 
 /// `true`: it has ended.

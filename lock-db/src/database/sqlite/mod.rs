@@ -227,6 +227,7 @@ impl LeaseDriver for Sqlite {
         server: &Server,
         releases: &[ReleaseClaim],
         claims: &[Claim],
+        _is_deferred: bool,
     ) -> driver::Result<BatchOutcome> {
         lease::batch(connection, server, releases, claims).await
     }

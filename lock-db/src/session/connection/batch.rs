@@ -5,14 +5,20 @@ use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use tokio::task::spawn_local;
+
+use super::flush::Flusher;
 use super::worker::WorkerLoop;
 use super::{Acquired, OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::Kind;
-use crate::database::{Claim, LeaseStatus, LockDatabase, LockRow, ReleaseClaim};
+use crate::database::{Claim, Failure, LeaseStatus, LockDatabase, LockRow, ReleaseClaim, Server, StepError};
 use crate::name::Name;
 
 /// A claim, whether it was sent, and the channel for its answer.
 type Asked = (Claim, Rc<Cell<bool>>, Reply<Acquired>);
+
+/// A request about the row of a name and its kind.
+pub(super) type OnKind<T> = (Name, Kind, Reply<T>);
 
 /// The requests of a round that go into one statement. Each name occurs once.
 #[derive(Default)]
@@ -53,6 +59,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     pub(super) async fn send_batch(&mut self, batch: Batch) {
         let Batch { releases, claims, .. } = batch;
         if releases.len() + claims.len() > 1 {
+            let session = self.earlier.current();
+            let flusher = self.flusher.as_ref().filter(|_| DB::FLUSHES);
+            let flusher = flusher.filter(|flusher| flusher.is_ready(claims.len(), session)).cloned();
             let released_now: Vec<ReleaseClaim> = releases.iter().map(|(one, _)| one.clone()).collect();
             let answer = self
                 .on_connection(STATEMENT_LIMIT, async |connection, server| {
@@ -66,7 +75,8 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                         claimed.push(claim.clone());
                     }
                     let sent = Instant::now();
-                    let outcome = DB::batch(connection, server, &released_now, &claimed).await?;
+                    let outcome =
+                        DB::batch(connection, server, &released_now, &claimed, flusher.is_some()).await?;
                     Ok((outcome, asked, server.clone(), sent))
                 })
                 .await;
@@ -76,10 +86,21 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                         let _ = reply.send(Ok(status));
                     }
                     let mut granted = asked.into_iter().zip(outcome.grants).peekable();
+                    let mut deferred = Vec::new();
                     for (number, (_, _, reply)) in claims.into_iter().enumerate() {
                         let grant =
                             granted.next_if(|(asked, _)| *asked == number).and_then(|(_, grant)| grant);
-                        let _ = reply.send(Ok((grant.map(|grant| vec![grant]), server.clone(), sent)));
+                        let answer = (grant.map(|grant| vec![grant]), server.clone(), sent);
+                        if flusher.is_some() && grant.is_some() {
+                            deferred.push((answer, reply));
+                        } else {
+                            let _ = reply.send(Ok(answer));
+                        }
+                    }
+                    if let (Some(flusher), Some(session)) = (flusher, session)
+                        && !deferred.is_empty()
+                    {
+                        answer_when_durable::<DB>(flusher, session, deferred);
                     }
                     self.notify(&outcome.notifications).await;
                     return;
@@ -106,43 +127,66 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         }
     }
 
-    /// Creates all rows in one statement. If an open transaction has created one of them, or one
-    /// name is refused, it is found by bisection.
-    pub(super) async fn create(&mut self, mut creations: Vec<(Name, Kind, Reply<bool>)>) {
-        creations.sort_by(|(one, one_kind, _), (other, other_kind, _)| {
+    /// Creates all rows in one statement.
+    pub(super) async fn create(&mut self, creations: Vec<OnKind<bool>>) {
+        self.by_kind(creations, async |c, server, names, kind| match names {
+            [name] => Ok(vec![DB::create(c, server, name, kind).await?]),
+            names if DB::create_all(c, server, names, kind).await? => Ok(vec![true; names.len()]),
+            // An open transaction has created one of the rows.
+            _ => Ok(Vec::new()),
+        })
+        .await;
+    }
+
+    /// Reads all rows in one message, and creates those that are missing.
+    pub(super) async fn ensure(&mut self, ensured: Vec<OnKind<Option<LockRow>>>) {
+        self.by_kind(ensured, async |c, server, names, kind| DB::ensure_all(c, server, names, kind).await)
+            .await;
+    }
+
+    /// Runs one statement for the names of each kind. If it fails because of one name, or has no
+    /// answers, that name is found by bisection.
+    async fn by_kind<T: Clone>(
+        &mut self,
+        mut requests: Vec<OnKind<T>>,
+        mut statement: impl AsyncFnMut(&mut DB::Connection, &Server, &[Name], Kind) -> Result<Vec<T>, StepError>,
+    ) {
+        requests.sort_by(|(one, one_kind, _), (other, other_kind, _)| {
             (one_kind.as_str(), one).cmp(&(other_kind.as_str(), other))
         });
         let mut parts = Vec::new();
-        while let Some((_, kind, _)) = creations.last() {
-            let first = creations.partition_point(|(_, other, _)| other.as_str() < kind.as_str());
-            parts.push(creations.split_off(first));
+        while let Some((_, kind, _)) = requests.last() {
+            let first = requests.partition_point(|(_, other, _)| other.as_str() < kind.as_str());
+            parts.push(requests.split_off(first));
         }
         while let Some(mut part) = parts.pop() {
             let Some((_, kind, _)) = part.first() else { continue };
             let kind = *kind;
             let mut names: Vec<Name> = part.iter().map(|(name, ..)| name.clone()).collect();
             names.dedup();
-            let created = self
-                .on_connection(STATEMENT_LIMIT, async |c, server| match &*names {
-                    [name] => DB::create(c, server, name, kind).await,
-                    names => DB::create_all(c, server, names, kind).await,
-                })
+            let answers = self
+                .on_connection(STATEMENT_LIMIT, async |c, server| statement(c, server, &names, kind).await)
                 .await;
-            let is_final = match &created {
-                Ok(all) => *all,
-                Err(failure) => failure.is_the_same_for_all(),
-            };
-            if is_final || names.len() < 2 {
-                for (.., reply) in part {
-                    let _ = reply.send(created.clone());
+            match answers {
+                Ok(answers) if answers.len() == names.len() => {
+                    let answers: HashMap<_, _> = names.into_iter().zip(answers).collect();
+                    for (name, _, reply) in part {
+                        if let Some(answer) = answers.get(&name) {
+                            let _ = reply.send(Ok(answer.clone()));
+                        }
+                    }
                 }
-                continue;
+                Err(failure) if failure.is_the_same_for_all() || names.len() < 2 => {
+                    for (.., reply) in part {
+                        let _ = reply.send(Err(failure.clone()));
+                    }
+                }
+                Ok(_) | Err(_) => {
+                    let middle = names.get(names.len() / 2);
+                    let second = part.split_off(part.partition_point(|(name, ..)| Some(name) < middle));
+                    parts.extend([second, part]);
+                }
             }
-            let middle = names.get(names.len() / 2).cloned();
-            let at = part.partition_point(|(name, ..)| Some(name) < middle.as_ref());
-            let second = part.split_off(at);
-            parts.push(second);
-            parts.push(part);
         }
     }
 
@@ -169,4 +213,19 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             let _ = reply.send(row);
         }
     }
+}
+
+/// Answers grants when they are durable. If they can't be made so, the callers ask again, and get
+/// the same leases by their secrets.
+fn answer_when_durable<DB: LockDatabase>(
+    flusher: Flusher,
+    session: i64,
+    grants: Vec<(Acquired, Reply<Acquired>)>,
+) {
+    drop(spawn_local(async move {
+        let flushed = flusher.flush(session).await.map_err(Failure::new::<DB>);
+        for (answer, reply) in grants {
+            let _ = reply.send(flushed.clone().map(|()| answer));
+        }
+    }));
 }

@@ -35,6 +35,8 @@ pub(super) struct Private<DB: LockDatabase> {
     /// When it is to be closed, by the pool's `max_lifetime`.
     retires: Option<Instant>,
     used: Instant,
+    /// The session of the other connection that this one has seen, and its own: see `flush`.
+    pub(super) seen: Option<(i64, i64)>,
 }
 
 /// A connection, which may listen.
@@ -256,7 +258,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let age = |lifetime: Duration| (lifetime / 5 * 4).saturating_add(jitter(lifetime / 5));
         let retires =
             self.connector.lifetime().and_then(|lifetime| Instant::now().checked_add(age(lifetime)));
-        Private { link, server: None, retires, used: Instant::now() }
+        Private { link, server: None, retires, used: Instant::now(), seen: None }
     }
 }
 

@@ -7,6 +7,7 @@
 mod batch;
 mod connector;
 mod earlier;
+mod flush;
 mod groups;
 mod life;
 mod operations;
@@ -23,6 +24,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout_at;
 
 use self::connector::WaitsForHook;
+use self::flush::Flusher;
 use self::worker::WorkerLoop;
 use super::wakeup::notify::Notifications;
 use crate::Kind;
@@ -54,6 +56,8 @@ enum Operation {
     OnRow(Name, OnRow),
     OnRows(Vec<Name>, OnRows),
     Mark(LeaseKey, Reply<bool>),
+    /// With the session whose commits are flushed.
+    Flush(i64, Reply<()>),
     Listen(Reply<()>),
     Notification(Notification),
     TakeUserLock(i64, Reply<bool>),
@@ -69,6 +73,7 @@ enum Operation {
 enum OnRow {
     Read(Reply<Option<LockRow>>),
     Create(Kind, Reply<bool>),
+    Ensure(Kind, Reply<Option<LockRow>>),
     Settle(Reply<()>),
     Probe(Reply<Probe>),
     Enqueue(QueueEntry, Reply<bool>),
@@ -100,7 +105,7 @@ impl OnRows {
 impl OnRow {
     fn is_forgotten(&self) -> bool {
         match self {
-            Self::Read(reply) => reply.is_closed(),
+            Self::Read(reply) | Self::Ensure(_, reply) => reply.is_closed(),
             Self::Probe(reply) => reply.is_closed(),
             Self::Settle(reply) => reply.is_closed(),
             Self::Create(_, reply) | Self::Enqueue(_, reply) | Self::SetWaiters(_, _, reply) => {
@@ -121,6 +126,7 @@ impl Operation {
             Self::OnRows(_, operation) => operation.is_forgotten(),
             Self::TakeUserLock(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Connect(_, reply) | Self::Listen(reply) => reply.is_closed(),
+            Self::Flush(_, reply) => reply.is_closed(),
             Self::Check(reply) => reply.is_closed(),
             Self::OldSnapshots(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
@@ -144,14 +150,17 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts a connection worker on the current `LocalSet`. It connects when it is first needed.
-    /// With `may_listen` it receives notifications. `lost` is notified when a connection is lost.
+    /// Without `flushed_by` it is the second one, which receives notifications and flushes what the
+    /// first one commits. `lost` is notified when a connection is lost.
     pub(super) fn start<DB: LockDatabase>(
         application: Pool<DB>,
         location: &Arc<Location>,
         notifications: &Rc<Notifications>,
-        may_listen: bool,
+        flushed_by: Option<&Self>,
         lost: &Rc<Notify>,
     ) -> Self {
+        let may_listen = flushed_by.is_none();
+        let flusher = flushed_by.map(|second| Flusher::new(second.operations.downgrade()));
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
         let waits_for_hook = WaitsForHook::default();
@@ -163,6 +172,7 @@ impl Worker {
             may_listen,
             lost,
             &waits_for_hook,
+            flusher,
         );
         tokio::task::spawn_local(worker_loop.serve(queue));
         Self {
@@ -213,6 +223,11 @@ impl Worker {
     /// `false`: an open transaction has created the row.
     pub(super) async fn create(&self, name: &Name, kind: Kind) -> Result<bool, Failure> {
         self.on_row(name, |reply| OnRow::Create(kind, reply)).await
+    }
+
+    /// Reads the row, and creates it if it is missing. `None`: an open transaction has created it.
+    pub(super) async fn ensure(&self, name: &Name, kind: Kind) -> Result<Option<LockRow>, Failure> {
+        self.on_row(name, |reply| OnRow::Ensure(kind, reply)).await
     }
 
     /// `read` for several names, in order.

@@ -34,6 +34,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             Operation::Mark(lease, reply) => {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
+            Operation::Flush(session, reply) => self.flush(vec![(session, reply)]).await,
             Operation::Listen(reply) => self.listen_in_time(reply).await,
             Operation::Notification(notification) => self.notify(&[notification]).await,
             Operation::TakeUserLock(row, reply) => self.take_user_lock(row, reply).await,
@@ -132,6 +133,14 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             }
             OnRow::Create(kind, reply) => {
                 self.answer(reply, async |c, server| DB::create(c, server, name, kind).await).await;
+            }
+            OnRow::Ensure(kind, reply) => {
+                let names = std::slice::from_ref(name);
+                self.answer(reply, async |c, server| {
+                    let rows = DB::ensure_all(c, server, names, kind).await?;
+                    Ok(rows.into_iter().next().flatten())
+                })
+                .await;
             }
             OnRow::Probe(reply) => {
                 self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
@@ -232,7 +241,7 @@ async fn acquire_all<DB: LockDatabase>(
     if !undone.is_empty() {
         // A trigger may keep one of them from being written. Release the others. Without an answer
         // they may still be ours.
-        let released_now = DB::batch(connection, server, &undone, &[]).await;
+        let released_now = DB::batch(connection, server, &undone, &[], false).await;
         released_now.map_err(StepError::outcome_unknown)?;
     }
     Ok(None)

@@ -13,6 +13,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::batch::Batch;
 use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
+use super::flush::Flusher;
 use super::groups::Groups;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{OnRow, Operation, Reply, STATEMENT_LIMIT};
@@ -34,6 +35,8 @@ pub(super) struct WorkerLoop<DB: LockDatabase> {
     pub(super) pace: Duration,
     pub(super) earlier: Earlier,
     pub(super) lost: Rc<Notify>,
+    /// Only of the first connection.
+    pub(super) flusher: Option<Flusher>,
 }
 
 impl<DB: LockDatabase> WorkerLoop<DB> {
@@ -45,6 +48,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         may_listen: bool,
         lost: &Rc<Notify>,
         waits_for_hook: &WaitsForHook,
+        flusher: Option<Flusher>,
     ) -> Self {
         Self {
             connector: Connector::new(application, location, waits_for_hook),
@@ -57,6 +61,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             pace: Duration::ZERO,
             earlier: Earlier::default(),
             lost: Rc::clone(lost),
+            flusher,
         }
     }
 
@@ -93,19 +98,26 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     /// Sends what belongs together in one statement each, and the rest one by one.
     async fn carry_out_round(&mut self, round: impl Iterator<Item = Operation>) {
         let (mut batch, mut groups) = (Batch::default(), Groups::default());
-        let (mut reads, mut creations, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut flushes, mut reads, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut creations, mut ensured) = (Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
             match batch.take(operation) {
+                Some(Operation::Flush(session, reply)) => flushes.push((session, reply)),
                 Some(Operation::OnRow(name, OnRow::Read(reply))) => reads.push((name, reply)),
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
                     creations.push((name, kind, reply));
                 }
+                Some(Operation::OnRow(name, OnRow::Ensure(kind, reply))) => {
+                    ensured.push((name, kind, reply));
+                }
                 other => others.extend(other.and_then(|other| groups.take(other))),
             }
         }
+        self.flush(flushes).await;
         self.send_batch(batch).await;
         self.read(reads).await;
         self.create(creations).await;
+        self.ensure(ensured).await;
         self.send_groups(groups).await;
         for operation in others {
             if !operation.is_forgotten() {
