@@ -9,8 +9,8 @@ pub(crate) use self::failure::{Failure, Fault, HookFailure};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
     BatchOutcome, Claim, ExpiredQueue, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
-    PruneScope, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey, TablePart,
-    reliable_without_notice,
+    PruneScope, QueueChange, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey,
+    TablePart, reliable_without_notice,
 };
 pub(crate) use self::wait_queue::{QueueEntry, WaitQueue, begins_with};
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
@@ -174,6 +174,13 @@ fn ids_as_json(ids: &[i64]) -> String {
 fn by_name(names: &[Name], found: impl IntoIterator<Item = (Vec<u8>, LockRow)>) -> Vec<Option<LockRow>> {
     let mut found: std::collections::HashMap<_, _> = found.into_iter().collect();
     names.iter().map(|name| found.remove(name.as_bytes())).collect()
+}
+
+/// Which of the names are among those that were found. Returns one result per name, in order.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
+fn are_among<'a, N: AsRef<[u8]>>(names: impl Iterator<Item = &'a Name>, found: &[N]) -> Vec<bool> {
+    let found: std::collections::HashSet<&[u8]> = found.iter().map(AsRef::as_ref).collect();
+    names.map(|name| found.contains(name.as_bytes())).collect()
 }
 
 /// Encodes bytes for use inside a statement, where they then need no escaping.

@@ -37,6 +37,14 @@ pub struct ReleaseClaim {
     pub entry: Option<QueueEntry>,
 }
 
+/// A queue as it was read, and as it is to be.
+#[derive(Debug, Clone)]
+pub struct QueueChange {
+    pub name: Name,
+    pub before: String,
+    pub after: String,
+}
+
 /// Results of a batch: those of the releases and those of the claims, each in the order of the
 /// request.
 #[derive(Debug)]

@@ -60,6 +60,12 @@ macro_rules! layout {
     (second_entry_at) => {
         97
     };
+    (until_after_key) => {
+        46
+    };
+    (from_until) => {
+        50
+    };
     (full) => {
         6144
     };
@@ -84,6 +90,8 @@ const _: () = assert!(
     layout!(entry) == ENTRY
         && layout!(second_entry_at) == ENTRY + 1
         && layout!(listener_at) == ENTRY - LISTENER + 1
+        && layout!(until_after_key) == KEY + TIME
+        && layout!(from_until) == ENTRY - KEY - TIME
         && layout!(full) == LONGEST
 );
 

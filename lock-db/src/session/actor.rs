@@ -21,6 +21,7 @@ use super::request::Request;
 use super::snapshot_watch::SnapshotWatch;
 use super::task_tracker::TaskTracker;
 use super::wakeup::notify::Notifications;
+use super::wakeup::scan::Scan;
 use super::wakeup::user_lock::{self, UserLock};
 use crate::database::{Failure, Location, LockDatabase, QueueEntry};
 use crate::error::{Loss, lost_how};
@@ -42,6 +43,7 @@ pub(super) struct Actor {
     pub(super) not_written: fn() -> Failure,
     pub(super) notifications: Rc<Notifications>,
     pub(super) user_lock: UserLock,
+    pub(super) scan: Scan,
     pub(super) is_renewing: Cell<bool>,
     /// Whether the renewal connection was opened, or tried, ahead of the first renewal.
     pub(super) connects_ahead: Cell<bool>,
@@ -86,6 +88,7 @@ impl Actor {
             not_written: Failure::not_written::<DB>,
             notifications,
             user_lock: UserLock::default(),
+            scan: Scan::default(),
             is_renewing: Cell::default(),
             connects_ahead: Cell::default(),
             not_renewed: RefCell::default(),

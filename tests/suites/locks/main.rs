@@ -11,6 +11,7 @@ mod hand_off;
 mod hold_times;
 mod insert_lock;
 mod macro_forms;
+mod many_queues;
 mod names;
 mod reentrancy;
 mod reported_as_held;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
             hold_times::cases(),
             insert_lock::cases(),
             macro_forms::cases(),
+            many_queues::cases(),
             names::cases(),
             reentrancy::cases(),
             reported_as_held::cases(),

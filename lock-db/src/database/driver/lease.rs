@@ -92,21 +92,21 @@ pub trait LeaseDriver: sqlx::Database + Sized {
 
     /// Gives notice to the holders of leases that have expired or nearly so: they will be taken
     /// over. See [`LockRow::notice_is_due`]. A deadline too far ahead, because the clock was set
-    /// back, becomes one TTL from now instead. Returns how many of the names were written. A name
-    /// is not counted if nothing was due, or if another transaction has locked its row.
+    /// back, becomes one TTL from now instead. Each name occurs once. Returns one result per name,
+    /// in order. `false`: no notice was due, or another transaction has locked the row.
     fn give_notice(
         connection: &mut Self::Connection,
         server: &Server,
         names: &[Name],
-    ) -> impl Future<Output = Result<u64>> + Send;
+    ) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
-    /// Makes a free row [settled](LockRow::is_settled), unless another transaction has it locked,
-    /// such as a guarded transaction of the last holder. `false`: the row was not settled.
+    /// Makes those rows [settled](LockRow::is_settled) that are free, unless another transaction
+    /// has them locked, such as a guarded transaction of the last holder.
     fn settle(
         connection: &mut Self::Connection,
         server: &Server,
-        name: &str,
-    ) -> impl Future<Output = Result<bool>> + Send;
+        names: &[Name],
+    ) -> impl Future<Output = Result<()>> + Send;
 
     /// Records in the row that this process handed the lease directly to another of its holders:
     /// see [`LeaseKey::mark`]. Transactions with an older snapshot don't see the record. `false`:

@@ -3,36 +3,49 @@
 use std::future::Future;
 
 use super::Result;
-use crate::database::{QueueEntry, Server};
+use crate::database::{QueueChange, QueueEntry, Server};
+use crate::name::Name;
 use crate::secret::Secret;
 
 /// The queue of the processes that wait for a lock, in its row.
+///
+/// Each step takes many names, each of which occurs once, and uses as few messages as the server
+/// allows. A row that another transaction has locked is skipped.
 pub trait QueueDriver: sqlx::Database + Sized {
-    /// Appends an entry to the queue of a name, if the queue has room and no entry of ours yet.
-    /// `false`: nothing was appended, or another transaction has the row locked.
+    /// Appends an entry of this process to the queues of some names. Where the entry is already in
+    /// the queue and has not expired, its time starts anew, and its listener is replaced. Returns
+    /// one result per name, in order. `false`: nothing was written. The queue is full, the entry
+    /// has expired, the name has no lease, or its row is locked.
     fn enqueue(
         connection: &mut Self::Connection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         entry: &QueueEntry,
-    ) -> impl Future<Output = Result<bool>> + Send;
+    ) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
-    /// Replaces the queue of a name, if it still equals `before`. `false`: it does not, or another
-    /// transaction has the row locked.
+    /// Replaces queues, each if it has not changed since it was read. Returns one result per queue,
+    /// in order. `false`: it has changed, or its row is locked.
     fn set_waiters(
         connection: &mut Self::Connection,
         server: &Server,
-        name: &str,
-        before: &str,
-        after: &str,
-    ) -> impl Future<Output = Result<bool>> + Send;
+        changes: &[QueueChange],
+    ) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
-    /// Removes the entry with this secret from the queue of a name, unless another transaction has
-    /// the row locked.
+    /// Returns the ids of the rows whose lock can be taken, and whose queue begins with the entry of
+    /// this secret. Locks nothing.
+    fn next_in_line(
+        connection: &mut Self::Connection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> impl Future<Output = Result<Vec<i64>>> + Send;
+
+    /// Removes the entry with this secret from the queues of some names, unless their rows are
+    /// locked.
     fn dequeue(
         connection: &mut Self::Connection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         secret: &Secret,
     ) -> impl Future<Output = Result<()>> + Send;
 }

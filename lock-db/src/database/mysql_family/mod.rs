@@ -18,7 +18,7 @@ macro_rules! in_dialect {
 }
 
 #[macro_use]
-mod queue;
+pub(super) mod queue;
 
 pub(super) mod batch;
 mod check;
@@ -48,8 +48,8 @@ use super::driver::{
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
-    RowClaim, Server, TablePart, hexadecimal, names_as_json,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
+    RowAttempt, RowClaim, Server, TablePart, hexadecimal, names_as_json,
 };
 use crate::Kind;
 use crate::database::StepError;
@@ -237,16 +237,19 @@ impl LeaseDriver for MySql {
         connection: &mut MySqlConnection,
         server: &Server,
         names: &[Name],
-    ) -> driver::Result<u64> {
-        let mut given = 0;
+    ) -> driver::Result<Vec<bool>> {
+        let mut given = Vec::with_capacity(names.len());
         for part in parts(names, server, several::in_json) {
-            given += in_dialect!(server, give_notice(connection, server, &names_as_json(part)))?;
+            given.extend(in_dialect!(server, give_notice(connection, server, part))?);
         }
         Ok(given)
     }
 
-    async fn settle(connection: &mut MySqlConnection, server: &Server, name: &str) -> driver::Result<bool> {
-        in_dialect!(server, settle(connection, server, name))
+    async fn settle(connection: &mut MySqlConnection, server: &Server, names: &[Name]) -> driver::Result<()> {
+        for part in parts(names, server, several::in_json) {
+            in_dialect!(server, settle(connection, server, &names_as_json(part)))?;
+        }
+        Ok(())
     }
 
     async fn mark(connection: &mut MySqlConnection, lease: &LeaseKey) -> driver::Result<bool> {
@@ -298,29 +301,36 @@ impl QueueDriver for MySql {
     async fn enqueue(
         connection: &mut MySqlConnection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         entry: &QueueEntry,
-    ) -> driver::Result<bool> {
-        in_dialect!(server, enqueue(connection, server, name, entry))
+    ) -> driver::Result<Vec<bool>> {
+        queue::enqueue(connection, server, names, entry).await
     }
 
     async fn set_waiters(
         connection: &mut MySqlConnection,
         server: &Server,
-        name: &str,
-        before: &str,
-        after: &str,
-    ) -> driver::Result<bool> {
-        in_dialect!(server, set_waiters(connection, server, name, before, after))
+        changes: &[QueueChange],
+    ) -> driver::Result<Vec<bool>> {
+        queue::set_waiters(connection, server, changes).await
+    }
+
+    async fn next_in_line(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> driver::Result<Vec<i64>> {
+        queue::next_in_line(connection, server, names, secret).await
     }
 
     async fn dequeue(
         connection: &mut MySqlConnection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         secret: &Secret,
     ) -> driver::Result<()> {
-        in_dialect!(server, dequeue(connection, server, name, secret))
+        queue::dequeue(connection, server, names, secret).await
     }
 }
 

@@ -1,4 +1,15 @@
-//! The wait queue in a row: SQL that MySQL and MariaDB share.
+//! The wait queue in a row: what MySQL and MariaDB share.
+
+use sqlx::Row;
+use sqlx::mysql::{MySqlConnection, MySqlRow};
+
+use super::parts;
+use super::several::in_json;
+use crate::database::driver;
+use crate::database::wait_queue::key;
+use crate::database::{QueueChange, QueueEntry, Server, are_among, hexadecimal, names_as_json};
+use crate::name::Name;
+use crate::secret::Secret;
 
 /// Whether the queue begins with the entry of this key.
 macro_rules! is_first {
@@ -84,4 +95,168 @@ macro_rules! without {
     ($waiters:literal, $position:literal) => {
         concat!("INSERT(", $waiters, ", ", $position, ", ", layout!(entry), ", '')")
     };
+}
+
+/// Whether the entry of this key, which the queue contains, lasts for more than `$millis`.
+macro_rules! lasts_for {
+    ($waiters:literal, $key:literal, $millis:expr) => {
+        concat!(
+            "SUBSTR(",
+            $waiters,
+            ", INSTR(",
+            $waiters,
+            ", ",
+            $key,
+            ") + ",
+            layout!(until_after_key),
+            ", ",
+            layout!(time),
+            ") > LPAD(",
+            now_millis!(),
+            " + ",
+            $millis,
+            ", ",
+            layout!(time),
+            ", '0')"
+        )
+    };
+}
+
+/// The queue with the entry of this key, which has a new time and a new listener if it was there
+/// already.
+macro_rules! with_entry_or_extended {
+    ($waiters:literal, $key:literal, $rest:literal) => {
+        concat!(
+            "IF(INSTR(",
+            $waiters,
+            ", ",
+            $key,
+            ") = 0, ",
+            with_entry!($waiters, $key, $rest),
+            ", INSERT(",
+            $waiters,
+            ", INSTR(",
+            $waiters,
+            ", ",
+            $key,
+            ") + ",
+            layout!(until_after_key),
+            ", ",
+            layout!(from_until),
+            ", CONCAT(LPAD(",
+            now_millis!(),
+            " + ",
+            layout!(lasts),
+            ", ",
+            layout!(time),
+            ", '0'), ",
+            $rest,
+            ")))"
+        )
+    };
+}
+
+/// Whether the queue has room for the entry of this key, or contains it and it has not expired.
+macro_rules! may_have_entry {
+    ($waiters:literal, $key:literal) => {
+        concat!(
+            "IF(INSTR(",
+            $waiters,
+            ", ",
+            $key,
+            ") = 0, LENGTH(",
+            $waiters,
+            ") < ",
+            layout!(full),
+            ", ",
+            lasts_for!($waiters, $key, 0),
+            ")"
+        )
+    };
+}
+
+const NEXT_IN_LINE: &str = concat!(
+    "
+SELECT lease.id
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+WHERE lease.lock_kind = 'insert' AND lease.expire_time <= UTC_TIMESTAMP(6)
+    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00') AND ",
+    is_first!("lease.waiters", "?")
+);
+
+pub(super) async fn next_in_line(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<Vec<i64>> {
+    let mut free = Vec::new();
+    for part in parts(names, server, in_json) {
+        let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(names_as_json(part));
+        let found: Vec<i64> = query.bind(key(secret)).fetch_all(&mut *connection).await?;
+        free.extend(found);
+    }
+    Ok(free)
+}
+
+pub(super) async fn enqueue(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    entry: &QueueEntry,
+) -> driver::Result<Vec<bool>> {
+    let (key, rest) = QueueEntry::parts(Some(entry));
+    let mut written = Vec::with_capacity(names.len());
+    for part in parts(names, server, in_json) {
+        written.extend(in_dialect!(server, enqueue(connection, server, part, &key, &rest))?);
+    }
+    Ok(written)
+}
+
+pub(super) async fn set_waiters(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    changes: &[QueueChange],
+) -> driver::Result<Vec<bool>> {
+    let bytes = |QueueChange { name, before, after }: &QueueChange| {
+        in_json(name) + 2 * before.len() + 2 * after.len()
+    };
+    let mut written = Vec::with_capacity(changes.len());
+    for part in parts(changes, server, bytes) {
+        written.extend(in_dialect!(server, set_waiters(connection, server, part))?);
+    }
+    Ok(written)
+}
+
+pub(super) async fn dequeue(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<()> {
+    let key = key(secret);
+    for part in parts(names, server, in_json) {
+        in_dialect!(server, dequeue(connection, server, &names_as_json(part), &key))?;
+    }
+    Ok(())
+}
+
+/// Encodes changes as `[["6e616d65", "31…", "31…"], …]`: the name, the queue before, the queue
+/// after.
+pub(in crate::database) fn changes_as_json(changes: &[QueueChange]) -> String {
+    let change = |QueueChange { name, before, after }: &QueueChange| {
+        let [name, before, after] = [&**name, before, after].map(hexadecimal);
+        format!("[\"{name}\",\"{before}\",\"{after}\"]")
+    };
+    format!("[{}]", changes.iter().map(change).collect::<Vec<_>>().join(","))
+}
+
+/// Which of the names were written, by rows that begin with the names of those that were.
+pub(in crate::database) fn which<'a>(
+    names: impl Iterator<Item = &'a Name>,
+    rows: &[MySqlRow],
+) -> driver::Result<Vec<bool>> {
+    let written: Result<Vec<Vec<u8>>, _> = rows.iter().map(|row| row.try_get(0)).collect();
+    Ok(are_among(names, &written?))
 }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Postgres, Row};
 
+use super::is_plain;
 use super::lease::made_or_not;
 use crate::database::StepError;
 use crate::database::driver;
@@ -49,26 +50,6 @@ FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS asked (id, secret_key, fe
 JOIN {table} AS lease ON lease.id = asked.id
     AND lease.secret_key = asked.secret_key AND lease.fencing_token = asked.fencing_token
 WHERE lease.expire_time > '1970-01-01 00:00:00+00'";
-
-/// How the rows of the names are found. `from_behind` uses `newest!`. `plainly` joins by name,
-/// which takes two thirds of the time for one row, but many times as long for a hot row while an
-/// old snapshot keeps its versions.
-macro_rules! the_row {
-    (from_behind) => {
-        concat!(
-            "CROSS JOIN LATERAL ",
-            newest!("asked.lock_name COLLATE \"C\""),
-            " AS newest JOIN {table} AS lease ON lease.ctid = newest.ctid"
-        )
-    };
-    (plainly) => {
-        "JOIN {table} AS lease ON lease.lock_name = asked.lock_name COLLATE \"C\""
-    };
-}
-
-/// With at least this many names, the rows are found `plainly`. With fewer names, the cost of one
-/// hot row would be noticeable.
-const MANY: usize = 16;
 
 /// `RELEASE` for many leases at once. Like `RELEASE`, it does not wait for the disk.
 macro_rules! releases {
@@ -254,7 +235,7 @@ pub(super) async fn batch(
     // All entries are of this process, so they differ only in their times.
     let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
     let all: Vec<&ReleaseClaim> = releases.iter().collect();
-    let plainly = releases.len() + claims.len() >= MANY && !server.table.has_old_versions();
+    let plainly = is_plain(server, releases.len() + claims.len());
     if claims.is_empty() {
         let statement = if plainly { MANY_RELEASES } else { RELEASES };
         done.note(&release_in_background(connection, server, statement, &all, &rest).await?)?;

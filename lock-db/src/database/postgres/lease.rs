@@ -17,6 +17,7 @@ use sqlx::postgres::{PgConnection, PgQueryResult};
 
 use super::errors::{LOCK_NOT_AVAILABLE, code};
 use super::sequence;
+use super::several::texts;
 use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
@@ -24,8 +25,9 @@ use crate::database::row::lock_row;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseKey, LeaseStatus, LockRow, Notification, Probe, QueueEntry, ReleaseClaim, Released,
-    Server,
+    Server, are_among,
 };
+use crate::name::Name;
 use crate::options::micros;
 use crate::secret::Secret;
 
@@ -226,7 +228,8 @@ FROM (
     WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00+00'
     FOR NO KEY UPDATE OF lease SKIP LOCKED) AS due
 WHERE lease.ctid = due.ctid
-    AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))"
+    AND (due.is_too_far OR (lease.ttl_micros > 0 AND lease.expire_time <= clock_timestamp() + due.notice))
+RETURNING lease.lock_name::text"
 );
 
 /// FOR UPDATE, which conflicts with an open transaction that the last lease guards.
@@ -234,13 +237,16 @@ const SETTLE: &str = concat!(
     "
 UPDATE {table} AS lease
 SET expire_time = '1970-01-01 00:00:00+00', ttl_micros = 0, secret_key = ''
-WHERE lease.ctid = (
-    SELECT ctid FROM {table}
-    WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND expire_time <= clock_timestamp()
+FROM (
+    SELECT lease.ctid
+    FROM unnest((SELECT $1::text[])) AS asked (lock_name)
+    ",
+    the_row!(from_behind),
+    "
+    WHERE lock_kind = 'insert' AND expire_time <= clock_timestamp()
         AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00+00')
-    FOR UPDATE SKIP LOCKED)"
+    FOR UPDATE OF lease SKIP LOCKED) AS free
+WHERE lease.ctid = free.ctid"
 );
 
 const MARK: &str = concat!(
@@ -341,19 +347,20 @@ pub(super) async fn acquire(
 pub(super) async fn give_notice(
     connection: &mut PgConnection,
     server: &Server,
-    names: &[&str],
-) -> driver::Result<u64> {
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
-    Ok(given.rows_affected())
+    names: &[Name],
+) -> driver::Result<Vec<bool>> {
+    let query = sqlx::query_scalar(server.table.sql(GIVE_NOTICE)).bind(texts(names));
+    let given: Vec<String> = query.fetch_all(connection).await?;
+    Ok(are_among(names.iter(), &given))
 }
 
 pub(super) async fn settle(
     connection: &mut PgConnection,
     server: &Server,
-    name: &str,
-) -> driver::Result<bool> {
-    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
-    Ok(settled.rows_affected() > 0)
+    names: &[Name],
+) -> driver::Result<()> {
+    sqlx::query(server.table.sql(SETTLE)).bind(texts(names)).execute(connection).await?;
+    Ok(())
 }
 
 pub(super) async fn mark(connection: &mut PgConnection, lease: &LeaseKey) -> driver::Result<bool> {

@@ -4,9 +4,12 @@
 
 use sqlx::postgres::PgConnection;
 
+use super::is_plain;
+use super::several::texts;
 use crate::database::driver;
 use crate::database::wait_queue::key;
-use crate::database::{QueueEntry, Server};
+use crate::database::{QueueChange, QueueEntry, Server, are_among};
+use crate::name::Name;
 use crate::secret::Secret;
 
 /// Whether the queue begins with the entry of this key.
@@ -118,81 +121,194 @@ macro_rules! first_listener {
     };
 }
 
-const ENQUEUE: &str = concat!(
-    "
+/// Whether the entry of this key, which the queue contains, has not expired.
+macro_rules! is_alive {
+    ($waiters:literal, $key:literal) => {
+        concat!(
+            "substr(",
+            $waiters,
+            ", position(",
+            $key,
+            " IN ",
+            $waiters,
+            ") + ",
+            layout!(until_after_key),
+            ", ",
+            layout!(time),
+            ") > lpad((",
+            now_millis!(),
+            ")::text, ",
+            layout!(time),
+            ", '0')"
+        )
+    };
+}
+
+/// The queue with a new time and a new listener in the entry of this key, which it contains.
+macro_rules! with_entry_extended {
+    ($waiters:literal, $key:literal, $rest:literal) => {
+        concat!(
+            "overlay(",
+            $waiters,
+            " PLACING lpad((",
+            now_millis!(),
+            " + ",
+            layout!(lasts),
+            ")::text, ",
+            layout!(time),
+            ", '0') || ",
+            $rest,
+            " FROM position(",
+            $key,
+            " IN ",
+            $waiters,
+            ") + ",
+            layout!(until_after_key),
+            " FOR ",
+            layout!(from_until),
+            ")"
+        )
+    };
+}
+
+macro_rules! enqueue {
+    ($found:ident) => {
+        concat!(
+            "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE {table} AS lease
+SET waiters = CASE WHEN position($2 IN lease.waiters) = 0 THEN ",
+            with_entry!("lease.waiters", "$2", "$3"),
+            "
+    ELSE ",
+            with_entry_extended!("lease.waiters", "$2", "$3"),
+            " END
+FROM unsynced, (
+    SELECT lease.ctid
+    FROM unnest((SELECT $1::text[])) AS asked (lock_name)
+    ",
+            the_row!($found),
+            "
+    WHERE lease.lock_kind = 'insert' AND CASE WHEN position($2 IN lease.waiters) = 0
+        THEN length(lease.waiters) < ",
+            layout!(full),
+            " ELSE ",
+            is_alive!("lease.waiters", "$2"),
+            " END
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.ctid = unlocked.ctid
+RETURNING lease.lock_name::text"
+        )
+    };
+}
+const ENQUEUE: &str = enqueue!(from_behind);
+const ENQUEUE_MANY: &str = enqueue!(plainly);
+
+/// Replaces a queue only if it is still what was read before.
+macro_rules! set_waiters {
+    ($found:ident) => {
+        concat!(
+            "
+WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE {table} AS lease SET waiters = unlocked.after_it
+FROM unsynced, (
+    SELECT lease.ctid, asked.after_it
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::text[])) AS asked (lock_name, before_it, after_it)
+    ",
+            the_row!($found),
+            "
+    WHERE lease.lock_kind = 'insert' AND lease.waiters = asked.before_it
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.ctid = unlocked.ctid
+RETURNING lease.lock_name::text"
+        )
+    };
+}
+const SET_WAITERS: &str = set_waiters!(from_behind);
+const SET_WAITERS_MANY: &str = set_waiters!(plainly);
+
+macro_rules! dequeue {
+    ($found:ident) => {
+        concat!(
+            "
 WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE {table} AS lease
 SET waiters = ",
-    with_entry!("lease.waiters", "$2", "$3"),
+            without!("lease.waiters", "$2"),
+            "
+FROM unsynced, (
+    SELECT lease.ctid
+    FROM unnest((SELECT $1::text[])) AS asked (lock_name)
+    ",
+            the_row!($found),
+            "
+    WHERE position($2 IN lease.waiters) > 0
+    FOR NO KEY UPDATE OF lease SKIP LOCKED) AS unlocked
+WHERE lease.ctid = unlocked.ctid"
+        )
+    };
+}
+const DEQUEUE: &str = dequeue!(from_behind);
+const DEQUEUE_MANY: &str = dequeue!(plainly);
+
+/// Searched by name: this is for many names.
+const NEXT_IN_LINE: &str = concat!(
     "
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table}
-    WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND ",
-    has_room!("waiters", "$2"),
+SELECT lease.id
+FROM unnest((SELECT $1::text[])) AS asked (lock_name)
+",
+    the_row!(plainly),
     "
-    FOR NO KEY UPDATE SKIP LOCKED)"
+WHERE lease.lock_kind = 'insert' AND lease.expire_time <= clock_timestamp()
+    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00') AND ",
+    is_first!("lease.waiters", "$2")
 );
 
-/// Replaces the queue only if it is still what was read before.
-const SET_WAITERS: &str = concat!(
-    "
-WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE {table} AS lease SET waiters = $3
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table} WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND lock_kind = 'insert' AND waiters = $2
-    FOR NO KEY UPDATE SKIP LOCKED)"
-);
-
-const DEQUEUE: &str = concat!(
-    "
-WITH unsynced AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE {table} AS lease
-SET waiters = ",
-    without!("waiters", "$2"),
-    "
-FROM unsynced
-WHERE lease.ctid = (
-    SELECT ctid FROM {table} WHERE ctid = ",
-    newest!("$1"),
-    " AND lock_name = $1 AND position($2 IN waiters) > 0
-    FOR NO KEY UPDATE SKIP LOCKED)"
-);
+pub(super) async fn next_in_line(
+    connection: &mut PgConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<Vec<i64>> {
+    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(texts(names)).bind(key(secret));
+    Ok(query.fetch_all(connection).await?)
+}
 
 pub(super) async fn enqueue(
     connection: &mut PgConnection,
     server: &Server,
-    name: &str,
+    names: &[Name],
     entry: &QueueEntry,
-) -> driver::Result<bool> {
+) -> driver::Result<Vec<bool>> {
     let (key, rest) = QueueEntry::parts(Some(entry));
-    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name).bind(key).bind(rest);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
+    let statement = if is_plain(server, names.len()) { ENQUEUE_MANY } else { ENQUEUE };
+    let query = sqlx::query_scalar(server.table.sql(statement)).bind(texts(names)).bind(key).bind(rest);
+    let written: Vec<String> = query.fetch_all(connection).await?;
+    Ok(are_among(names.iter(), &written))
 }
 
 pub(super) async fn set_waiters(
     connection: &mut PgConnection,
     server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
+    changes: &[QueueChange],
+) -> driver::Result<Vec<bool>> {
+    let names: Vec<&str> = changes.iter().map(|change| &*change.name).collect();
+    let before: Vec<&str> = changes.iter().map(|change| &*change.before).collect();
+    let after: Vec<&str> = changes.iter().map(|change| &*change.after).collect();
+    let statement = if is_plain(server, changes.len()) { SET_WAITERS_MANY } else { SET_WAITERS };
+    let query = sqlx::query_scalar(server.table.sql(statement)).bind(names).bind(before).bind(after);
+    let written: Vec<String> = query.fetch_all(connection).await?;
+    Ok(are_among(changes.iter().map(|change| &change.name), &written))
 }
 
 pub(super) async fn dequeue(
     connection: &mut PgConnection,
     server: &Server,
-    name: &str,
+    names: &[Name],
     secret: &Secret,
 ) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(name).bind(key(secret));
+    let statement = if is_plain(server, names.len()) { DEQUEUE_MANY } else { DEQUEUE };
+    let query = sqlx::query(server.table.sql(statement)).bind(texts(names)).bind(key(secret));
     query.execute(connection).await?;
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::database::row::{self, lock_row};
 use crate::database::wait_queue::key;
 use crate::database::{
     BatchOutcome, Claim, Fault, Grant, LeaseStatus, LockRow, QueueEntry, ReleaseClaim, Renewal, Renewed,
-    Server, as_json, by_name, in_order, names_as_json, reliable_without_notice,
+    Server, are_among, as_json, by_name, in_order, names_as_json, reliable_without_notice,
 };
 use crate::name::Name;
 use crate::options::micros;
@@ -153,12 +153,14 @@ FROM (
     FROM {table}
     WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
         AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00.000000') AS due
-WHERE id = due.due_id AND (due.is_too_far OR (ttl_micros > 0 AND expire_time <= due.after_notice))";
+WHERE id = due.due_id AND (due.is_too_far OR (ttl_micros > 0 AND expire_time <= due.after_notice))
+RETURNING lock_name";
 
 const SETTLE: &str = "
 UPDATE {table}
 SET expire_time = '1970-01-01 00:00:00.000000', ttl_micros = 0, secret_key = ''
-WHERE lock_name = ?1 AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
+WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
+  AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
   AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000')";
 
 pub(super) async fn read(
@@ -252,18 +254,19 @@ pub(super) async fn give_notice(
     connection: &mut SqliteConnection,
     server: &Server,
     names: &[Name],
-) -> driver::Result<u64> {
-    let query = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names_as_json(names));
-    Ok(query.execute(connection).await?.rows_affected())
+) -> driver::Result<Vec<bool>> {
+    let query = sqlx::query_scalar(server.table.sql(GIVE_NOTICE)).bind(names_as_json(names));
+    let given: Vec<String> = query.fetch_all(connection).await?;
+    Ok(are_among(names.iter(), &given))
 }
 
 pub(super) async fn settle(
     connection: &mut SqliteConnection,
     server: &Server,
-    name: &str,
-) -> driver::Result<bool> {
-    let settled = sqlx::query(server.table.sql(SETTLE)).bind(name).execute(connection).await?;
-    Ok(settled.rows_affected() > 0)
+    names: &[Name],
+) -> driver::Result<()> {
+    sqlx::query(server.table.sql(SETTLE)).bind(names_as_json(names)).execute(connection).await?;
+    Ok(())
 }
 
 /// While another transaction writes, nothing can be renewed, but nothing can be taken either. The

@@ -29,8 +29,8 @@ use super::driver::{
 };
 use super::{
     BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueEntry, ReleaseClaim, Released, Renewal, Renewed, RowAttempt,
-    RowClaim, Server, TablePart,
+    PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
+    RowAttempt, RowClaim, Server, TablePart,
 };
 use crate::database::StepError;
 use crate::database::driver;
@@ -176,12 +176,16 @@ impl LeaseDriver for Sqlite {
         connection: &mut SqliteConnection,
         server: &Server,
         names: &[Name],
-    ) -> driver::Result<u64> {
+    ) -> driver::Result<Vec<bool>> {
         lease::give_notice(connection, server, names).await
     }
 
-    async fn settle(connection: &mut SqliteConnection, server: &Server, name: &str) -> driver::Result<bool> {
-        lease::settle(connection, server, name).await
+    async fn settle(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        names: &[Name],
+    ) -> driver::Result<()> {
+        lease::settle(connection, server, names).await
     }
 
     /// Always free, because there are no row locks. A write lock covers the whole database, and
@@ -235,29 +239,36 @@ impl QueueDriver for Sqlite {
     async fn enqueue(
         connection: &mut SqliteConnection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         entry: &QueueEntry,
-    ) -> driver::Result<bool> {
-        queue::enqueue(connection, server, name, entry).await
+    ) -> driver::Result<Vec<bool>> {
+        queue::enqueue(connection, server, names, entry).await
     }
 
     async fn set_waiters(
         connection: &mut SqliteConnection,
         server: &Server,
-        name: &str,
-        before: &str,
-        after: &str,
-    ) -> driver::Result<bool> {
-        queue::set_waiters(connection, server, name, before, after).await
+        changes: &[QueueChange],
+    ) -> driver::Result<Vec<bool>> {
+        queue::set_waiters(connection, server, changes).await
+    }
+
+    async fn next_in_line(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        names: &[Name],
+        secret: &Secret,
+    ) -> driver::Result<Vec<i64>> {
+        queue::next_in_line(connection, server, names, secret).await
     }
 
     async fn dequeue(
         connection: &mut SqliteConnection,
         server: &Server,
-        name: &str,
+        names: &[Name],
         secret: &Secret,
     ) -> driver::Result<()> {
-        queue::dequeue(connection, server, name, secret).await
+        queue::dequeue(connection, server, names, secret).await
     }
 }
 

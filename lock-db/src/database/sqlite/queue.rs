@@ -1,11 +1,15 @@
 //! The wait queue in a row, on private connections.
 
-use sqlx::sqlite::SqliteConnection;
+use sqlx::query::Query;
+use sqlx::sqlite::{SqliteArguments, SqliteConnection};
+use sqlx::{Connection, Sqlite};
 
 use super::lease::clock_micros;
 use crate::database::driver;
+use crate::database::driver::SessionDriver;
 use crate::database::wait_queue::key;
-use crate::database::{QueueEntry, Server};
+use crate::database::{QueueChange, QueueEntry, Server, names_as_json};
+use crate::name::Name;
 use crate::secret::Secret;
 
 /// Whether the queue begins with the entry of this key.
@@ -109,14 +113,77 @@ macro_rules! without {
     };
 }
 
+/// Whether the entry of this key, which the queue contains, has not expired. `$now` is in
+/// microseconds since 1970.
+macro_rules! is_alive {
+    ($waiters:literal, $key:literal, $now:literal) => {
+        concat!(
+            "substr(",
+            $waiters,
+            ", instr(",
+            $waiters,
+            ", ",
+            $key,
+            ") + ",
+            layout!(until_after_key),
+            ", ",
+            layout!(time),
+            ") > printf('%0",
+            layout!(time),
+            "d', ",
+            $now,
+            " / 1000)"
+        )
+    };
+}
+
+/// The queue with a new time and a new listener in the entry of this key, which it contains.
+macro_rules! with_entry_extended {
+    ($waiters:literal, $key:literal, $rest:literal, $now:literal) => {
+        concat!(
+            "substr(",
+            $waiters,
+            ", 1, instr(",
+            $waiters,
+            ", ",
+            $key,
+            ") + ",
+            layout!(until_after_key),
+            " - 1) || printf('%0",
+            layout!(time),
+            "d', ",
+            $now,
+            " / 1000 + ",
+            layout!(lasts),
+            ") || ",
+            $rest,
+            " || substr(",
+            $waiters,
+            ", instr(",
+            $waiters,
+            ", ",
+            $key,
+            ") + ",
+            layout!(entry),
+            ")"
+        )
+    };
+}
+
 const ENQUEUE: &str = concat!(
     "
-UPDATE {table} SET waiters = ",
+UPDATE {table} SET waiters = CASE WHEN instr(waiters, ?2) = 0 THEN ",
     with_entry!("waiters", "?2", "?3", "?4"),
     "
-WHERE lock_name = ?1 AND lock_kind = 'insert' AND ",
-    has_room!("waiters", "?2"),
-    ""
+    ELSE ",
+    with_entry_extended!("waiters", "?2", "?3", "?4"),
+    " END
+WHERE lock_name = ?1 AND lock_kind = 'insert' AND CASE WHEN instr(waiters, ?2) = 0 THEN length(waiters) < ",
+    layout!(full),
+    "
+    ELSE ",
+    is_alive!("waiters", "?2", "?4"),
+    " END"
 );
 
 /// Replaces the queue only if it is still what was read before.
@@ -132,35 +199,77 @@ SET waiters = ",
 WHERE lock_name = ?1 AND instr(waiters, ?2) > 0"
 );
 
+const NEXT_IN_LINE: &str = concat!(
+    "
+SELECT id FROM {table}
+WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
+    AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
+    AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000') AND ",
+    is_first!("waiters", "?2")
+);
+
+pub(super) async fn next_in_line(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    names: &[Name],
+    secret: &Secret,
+) -> driver::Result<Vec<i64>> {
+    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(names_as_json(names));
+    Ok(query.bind(key(secret)).fetch_all(connection).await?)
+}
+
 pub(super) async fn enqueue(
     connection: &mut SqliteConnection,
     server: &Server,
-    name: &str,
+    names: &[Name],
     entry: &QueueEntry,
-) -> driver::Result<bool> {
+) -> driver::Result<Vec<bool>> {
     let (key, rest) = QueueEntry::parts(Some(entry));
-    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name).bind(key).bind(rest);
-    Ok(query.bind(clock_micros()).execute(connection).await?.rows_affected() > 0)
+    let query = |name: &Name| {
+        let query = sqlx::query(server.table.sql(ENQUEUE)).bind((**name).to_owned()).bind(key.clone());
+        query.bind(rest.clone()).bind(clock_micros())
+    };
+    in_one_commit(connection, names.iter().map(query).collect()).await
 }
 
 pub(super) async fn set_waiters(
     connection: &mut SqliteConnection,
     server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name).bind(before).bind(after);
-    Ok(query.execute(connection).await?.rows_affected() > 0)
+    changes: &[QueueChange],
+) -> driver::Result<Vec<bool>> {
+    let query = |QueueChange { name, before, after }: &QueueChange| {
+        let query = sqlx::query(server.table.sql(SET_WAITERS)).bind((**name).to_owned());
+        query.bind(before.clone()).bind(after.clone())
+    };
+    in_one_commit(connection, changes.iter().map(query).collect()).await
 }
 
 pub(super) async fn dequeue(
     connection: &mut SqliteConnection,
     server: &Server,
-    name: &str,
+    names: &[Name],
     secret: &Secret,
 ) -> driver::Result<()> {
-    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(name).bind(key(secret));
-    query.execute(connection).await?;
-    Ok(())
+    let query =
+        |name: &Name| sqlx::query(server.table.sql(DEQUEUE)).bind((**name).to_owned()).bind(key(secret));
+    in_one_commit(connection, names.iter().map(query).collect()).await.map(drop)
+}
+
+/// Runs each statement. Returns which of them have written anything. Many of them use one
+/// transaction, because only the commit takes time.
+async fn in_one_commit(
+    connection: &mut SqliteConnection,
+    mut queries: Vec<Query<'_, Sqlite, SqliteArguments>>,
+) -> driver::Result<Vec<bool>> {
+    if queries.len() < 2 {
+        let Some(query) = queries.pop() else { return Ok(Vec::new()) };
+        return Ok(vec![query.execute(connection).await?.rows_affected() > 0]);
+    }
+    let mut transaction = connection.begin_with(Sqlite::BEGIN_SHORT).await?;
+    let mut written = Vec::with_capacity(queries.len());
+    for query in queries {
+        written.push(query.execute(&mut *transaction).await?.rows_affected() > 0);
+    }
+    transaction.commit().await?;
+    Ok(written)
 }

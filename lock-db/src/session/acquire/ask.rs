@@ -10,6 +10,7 @@ use crate::database::{Claim, Cluster, Fault, Grant, LeaseKey, LockRow, RowKey, W
 use crate::name::Name;
 use crate::secret::Secret;
 use crate::session::held_lease::Granted;
+use crate::session::wakeup::scan;
 
 pub(super) enum AttemptOutcome {
     Granted(Vec<Granted>),
@@ -296,9 +297,9 @@ impl AcquireAttempt {
         let Some(claim) = self.claims.get_mut(position) else { return false };
         let known = &self.actor.known_names;
         if exists {
-            known.insert(&claim.name)
+            known.insert(&claim.name);
         } else {
-            known.remove(&claim.name)
+            known.remove(&claim.name);
         }
         std::mem::replace(&mut claim.makes_row, !exists) == exists
     }
@@ -325,16 +326,18 @@ impl AcquireAttempt {
         if waits {
             self.signal = Some(actor.notifications.enqueue(name, row.id));
             actor.listen();
+            scan::begin(&actor);
         }
-        if waits && all_last && waiters.has_room() && waiters.position(secret).is_none() {
-            return (waiters.len(), actor.worker.enqueue(name, actor.queue_entry()).await);
-        }
-        let has_changed = waits && waiters.enqueue(&actor.queue_entry(), now);
+        let entry = actor.queue_entry();
+        let has_changed = waits && waiters.enqueue(&entry, now);
         // A try has no queue entry: it comes after all requests that have one.
         let ahead = waiters.position(secret).unwrap_or_else(|| waiters.len());
         // Expired entries in front are removed. Otherwise the row does not show that this process
         // is next.
         let is_known = !waiters.is_empty() && begins_with(&row.waiters, secret);
+        if has_changed && all_last {
+            return (ahead, actor.worker.enqueue(name, entry).await);
+        }
         if has_changed || (row.is_free() && ahead == 0 && !is_known) {
             return (ahead, actor.worker.set_waiters(name, &row.waiters, waiters.text()).await);
         }

@@ -26,7 +26,7 @@ use crate::jitter::jitter;
 use crate::name::Name;
 use crate::options::{FIRST_ANSWER, Wait};
 use crate::session::LeaseHandle;
-use crate::session::wakeup::user_lock;
+use crate::session::wakeup::{scan, user_lock};
 use crate::{Error, Kind};
 
 /// The shortest and the longest pause between two reads of a lock that another process holds.
@@ -377,6 +377,9 @@ impl AcquireAttempt {
     }
 
     fn in_a_crowd(&self) -> Duration {
+        if self.signal.is_some() && scan::is_told(&self.actor) {
+            return LONGEST_PAUSE_IN_A_CROWD;
+        }
         (PER_CONTENDER * self.actor.contenders.get()).min(LONGEST_PAUSE_IN_A_CROWD)
     }
 

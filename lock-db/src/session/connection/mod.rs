@@ -8,6 +8,7 @@ mod batch;
 mod connector;
 mod earlier;
 mod flush;
+mod groups;
 mod life;
 mod operations;
 mod worker;
@@ -75,7 +76,7 @@ enum OnRow {
     Read(Reply<Option<LockRow>>),
     Create(Kind, Reply<bool>),
     Ensure(Kind, Reply<Option<LockRow>>),
-    Settle(Reply<bool>),
+    Settle(Reply<()>),
     Probe(Reply<Probe>),
     Enqueue(QueueEntry, Reply<bool>),
     SetWaiters(String, String, Reply<bool>),
@@ -88,6 +89,7 @@ enum OnRows {
     Create(Kind, Reply<bool>),
     GiveNotice(Reply<u64>),
     Unlocked(Reply<HashSet<String>>),
+    NextInLine(Secret, Reply<Vec<i64>>),
 }
 
 impl OnRows {
@@ -97,6 +99,7 @@ impl OnRows {
             Self::Create(_, reply) => reply.is_closed(),
             Self::GiveNotice(reply) => reply.is_closed(),
             Self::Unlocked(reply) => reply.is_closed(),
+            Self::NextInLine(_, reply) => reply.is_closed(),
         }
     }
 }
@@ -106,10 +109,10 @@ impl OnRow {
         match self {
             Self::Read(reply) | Self::Ensure(_, reply) => reply.is_closed(),
             Self::Probe(reply) => reply.is_closed(),
-            Self::Create(_, reply)
-            | Self::Settle(reply)
-            | Self::Enqueue(_, reply)
-            | Self::SetWaiters(_, _, reply) => reply.is_closed(),
+            Self::Settle(reply) => reply.is_closed(),
+            Self::Create(_, reply) | Self::Enqueue(_, reply) | Self::SetWaiters(_, _, reply) => {
+                reply.is_closed()
+            }
             Self::RemoveWaiter(..) => false,
         }
     }
@@ -282,8 +285,19 @@ impl Worker {
         Ok(unlocked)
     }
 
-    /// Makes sure that nothing of the last holder of a free lock can be committed any more.
-    pub(super) async fn settle(&self, name: &Name) -> Result<bool, Failure> {
+    /// Returns the ids of those rows whose lock is free, and whose queue begins with the entry of
+    /// this secret.
+    pub(super) async fn next_in_line(&self, names: &[Name], secret: &Secret) -> Result<Vec<i64>, Failure> {
+        let mut free = Vec::new();
+        for names in names.chunks(TOGETHER) {
+            free.extend(self.on_rows(names, |reply| OnRows::NextInLine(secret.clone(), reply)).await?);
+        }
+        Ok(free)
+    }
+
+    /// Makes sure that nothing of the last holder of a free lock can be committed any more, unless
+    /// its row is locked.
+    pub(super) async fn settle(&self, name: &Name) -> Result<(), Failure> {
         self.on_row(name, OnRow::Settle).await
     }
 
@@ -297,7 +311,7 @@ impl Worker {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Mark(lease, reply)).await
     }
 
-    /// Adds an entry at the end of the queue of a name.
+    /// Adds an entry at the end of the queue of a name, or extends the one that is there.
     pub(super) async fn enqueue(&self, name: &Name, entry: QueueEntry) -> Result<bool, Failure> {
         self.on_row(name, |reply| OnRow::Enqueue(entry, reply)).await
     }

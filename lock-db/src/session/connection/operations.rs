@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use sqlx::Connection as _;
 
+use super::groups::Groups;
 use super::life::SILENCE;
 use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
@@ -150,21 +151,14 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 })
                 .await;
             }
-            OnRow::Settle(reply) => {
-                self.answer(reply, async |c, server| DB::settle(c, server, name).await).await;
-            }
             OnRow::Probe(reply) => {
                 self.answer(reply, async |c, server| DB::probe(c, server, name).await).await;
             }
-            OnRow::Enqueue(entry, reply) => {
-                self.answer(reply, async |c, server| DB::enqueue(c, server, name, &entry).await).await;
-            }
-            OnRow::SetWaiters(before, after, reply) => {
-                self.answer(reply, async |c, server| DB::set_waiters(c, server, name, &before, &after).await)
-                    .await;
-            }
-            OnRow::RemoveWaiter(secret, reply) => {
-                self.answer(reply, async |c, server| DB::dequeue(c, server, name, &secret).await).await;
+            // They come in groups, which may have one member.
+            other => {
+                let mut groups = Groups::default();
+                groups.take(Operation::OnRow(name.clone(), other));
+                self.send_groups(groups).await;
             }
         }
     }
@@ -177,8 +171,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             OnRows::Create(kind, reply) => {
                 self.answer(reply, async |c, server| DB::create_all(c, server, names, kind).await).await;
             }
-            OnRows::GiveNotice(reply) => {
-                self.answer(reply, async |c, server| DB::give_notice(c, server, names).await).await;
+            OnRows::GiveNotice(reply) => self.give_notice(vec![(names.to_vec(), reply)]).await,
+            OnRows::NextInLine(secret, reply) => {
+                self.answer(reply, async |c, server| DB::next_in_line(c, server, names, &secret).await).await;
             }
             OnRows::Unlocked(reply) => {
                 self.answer(reply, async |c, server| DB::unlocked(c, server, names).await).await;

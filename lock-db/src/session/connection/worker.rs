@@ -14,6 +14,7 @@ use super::batch::Batch;
 use super::connector::{Connector, WaitsForHook};
 use super::earlier::Earlier;
 use super::flush::Flusher;
+use super::groups::Groups;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{Failure, Fault, Location, LockDatabase};
@@ -96,7 +97,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
 
     /// Sends what belongs together in one statement each, and the rest one by one.
     async fn carry_out_round(&mut self, round: impl Iterator<Item = Operation>) {
-        let mut batch = Batch::default();
+        let (mut batch, mut groups) = (Batch::default(), Groups::default());
         let (mut flushes, mut reads, mut others) = (Vec::new(), Vec::new(), Vec::new());
         let (mut creations, mut ensured) = (Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
@@ -109,7 +110,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 Some(Operation::OnRow(name, OnRow::Ensure(kind, reply))) => {
                     ensured.push((name, kind, reply));
                 }
-                other => others.extend(other),
+                other => others.extend(other.and_then(|other| groups.take(other))),
             }
         }
         self.flush(flushes).await;
@@ -117,6 +118,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         self.read(reads).await;
         self.create(creations).await;
         self.ensure(ensured).await;
+        self.send_groups(groups).await;
         for operation in others {
             if !operation.is_forgotten() {
                 self.carry_out(operation).await;

@@ -101,6 +101,16 @@ impl Notifications {
         !self.waiters.borrow().is_empty()
     }
 
+    /// In how many queues this process probably has an entry.
+    pub(in crate::session) fn waiting(&self) -> usize {
+        self.waiters.borrow().len()
+    }
+
+    /// The names of these queues.
+    pub(in crate::session) fn names(&self) -> Vec<Name> {
+        self.waiters.borrow().keys().cloned().collect()
+    }
+
     pub(in crate::session) fn notify(&self, id: i64) {
         for signal in self.waiters.borrow().values().filter(|signal| signal.id == id) {
             // Stored for a waiter that is busy at the moment.

@@ -17,6 +17,8 @@
 //! the disk. Such a server gets the insert inside a transaction, in the same message: see
 //! `IN_TRANSACTION`.
 
+mod queue;
+
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -24,14 +26,18 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
+pub(super) use self::queue::{dequeue, enqueue, set_waiters};
 use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::lease::granted;
+use super::mysql_family::queue::which;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
+    names_as_json,
 };
+use crate::name::Name;
 use crate::options::micros;
 use crate::secret::Secret;
 
@@ -113,56 +119,18 @@ WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
         OR expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = VALUES(expire_time), ttl_micros = VALUES(ttl_micros)
-RETURNING id";
+RETURNING lock_name";
 
 const SETTLE: &str = "
 INSERT INTO {table} (id, lock_name)
-SELECT id, lock_name FROM {table} AS free FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
+SELECT id, lock_name
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS free FORCE INDEX (distributed_lock_name) ON free.lock_name = UNHEX(asked.asked_name)
+WHERE lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
     AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-LIMIT 1
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE expire_time = '1970-01-01 00:00:00', ttl_micros = 0, secret_key = ''
 RETURNING id";
-
-const ENQUEUE: &str = concat!(
-    "
-INSERT INTO {table} (id, lock_name, waiters)
-SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND ",
-    has_room!("waiters", "?"),
-    "
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = ",
-    with_entry!("distributed_lock.waiters", "VALUES(waiters)", "?"),
-    "
-RETURNING id"
-);
-
-/// Replaces the queue only if it is still what was read before.
-const SET_WAITERS: &str = "
-INSERT INTO {table} (id, lock_name, waiters)
-SELECT id, lock_name, ? FROM {table} AS queue FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
-RETURNING id";
-
-const DEQUEUE: &str = concat!(
-    "
-INSERT INTO {table} (id, lock_name, waiters)
-SELECT id, lock_name, ",
-    without!("waiters", "INSTR(waiters, ?)"),
-    "
-FROM {table} AS queue FORCE INDEX (distributed_lock_name)
-WHERE lock_name = ? AND INSTR(waiters, ?) > 0
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
-RETURNING id"
-);
 
 /// See `mysql::RENEW`.
 const RENEW: &str = "
@@ -384,55 +352,22 @@ pub(super) async fn release_later(
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
 }
 
-/// Gives notice for names as `names_as_json` writes them.
 pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
-    names: &str,
-) -> driver::Result<u64> {
-    let given = insert(server, GIVE_NOTICE).bind(names).fetch_all(connection).await?;
-    Ok(u64::try_from(given.len()).unwrap_or(u64::MAX))
+    names: &[Name],
+) -> driver::Result<Vec<bool>> {
+    let query = insert(server, GIVE_NOTICE).bind(names_as_json(names));
+    which(names.iter(), &query.fetch_all(connection).await?)
 }
 
+/// Settles names as `names_as_json` writes them.
 pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
-    name: &str,
-) -> driver::Result<bool> {
-    wrote(connection, insert(server, SETTLE).bind(name.as_bytes())).await
-}
-
-pub(super) async fn enqueue(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    entry: &QueueEntry,
-) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(entry));
-    let query = insert(server, ENQUEUE).bind(&key).bind(name.as_bytes());
-    wrote(connection, query.bind(&key).bind(rest)).await
-}
-
-pub(super) async fn set_waiters(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = insert(server, SET_WAITERS).bind(after).bind(name.as_bytes()).bind(before);
-    wrote(connection, query).await
-}
-
-pub(super) async fn dequeue(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    secret: &Secret,
+    names: &str,
 ) -> driver::Result<()> {
-    let key = key(secret);
-    let query = insert(server, DEQUEUE).bind(&key).bind(name.as_bytes()).bind(&key);
-    wrote(connection, query).await.map(drop)
+    wrote(connection, insert(server, SETTLE).bind(names)).await.map(drop)
 }
 
 pub(super) async fn renew(

@@ -2,23 +2,30 @@
 //!
 //! A statement that skips locked rows and writes the others is an UPDATE of a join with a SELECT.
 
+mod queue;
+
 use std::time::Duration;
 
 use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, MySql};
 
+use self::queue::all_or_none;
+pub(super) use self::queue::{dequeue, enqueue, set_waiters};
 use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
+use super::mysql_family::queue::which;
 use super::mysql_family::transaction::STILL_IN_TRANSACTION;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::wait_queue::key;
 use crate::database::{
-    Claim, Cluster, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
+    Claim, Cluster, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json,
+    in_order, names_as_json,
 };
+use crate::name::Name;
 use crate::options::micros;
 use crate::secret::Secret;
 
@@ -109,52 +116,25 @@ SET lease.expire_time = IF(due.is_too_far,
         TIMESTAMPADD(MICROSECOND, GREATEST(ABS(due.last_ttl), 1000000), SYSDATE(6)), GREATEST(lease.expire_time, due.notice)),
     lease.ttl_micros = IF(due.is_too_far, due.last_ttl, 0)";
 
+/// Which names have no notice due. Read after `GIVE_NOTICE`, which only counts.
+const NO_NOTICE_DUE: &str = "
+SELECT lease.lock_name
+FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+WHERE expire_time <= TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6))
+    AND (ttl_micros <= 0 OR expire_time > TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))";
+
 const SETTLE: &str = "
 UPDATE (
-    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
+    SELECT id
+    FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
+    STRAIGHT_JOIN {table} AS last FORCE INDEX (distributed_lock_name) ON last.lock_name = UNHEX(asked.asked_name)
+    WHERE lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
         AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS free
+    LIMIT 1000000
+    FOR UPDATE OF last SKIP LOCKED) AS free
 STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = free.id
 SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ''";
-
-const ENQUEUE: &str = concat!(
-    "
-UPDATE (
-    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND ",
-    has_room!("waiters", "?"),
-    "
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.waiters = ",
-    with_entry!("lease.waiters", "?", "?")
-);
-
-/// Replaces the queue only if it is still what was read before.
-const SET_WAITERS: &str = "
-UPDATE (
-    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND lock_kind = 'insert' AND waiters = ?
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.waiters = ?";
-
-const DEQUEUE: &str = concat!(
-    "
-UPDATE (
-    SELECT id, waiters AS last_waiters, INSTR(waiters, ?) AS position
-    FROM {table} FORCE INDEX (distributed_lock_name)
-    WHERE lock_name = ? AND INSTR(waiters, ?) > 0
-    LIMIT 1
-    FOR UPDATE SKIP LOCKED) AS unlocked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
-SET lease.waiters = ",
-    without!("unlocked.last_waiters", "unlocked.position")
-);
 
 /// One statement, which the server completes without the client. A client that is stopped or
 /// disconnected in the middle of a transaction would keep the rows locked. Locked rows are skipped,
@@ -330,22 +310,30 @@ pub(super) async fn acquire(
     row.as_ref().map(granted).transpose()
 }
 
-/// Gives notice for names as `names_as_json` writes them.
+/// If not all of them were given notice, those count that have none due now: another process may
+/// have given it.
 pub(super) async fn give_notice(
     connection: &mut MySqlConnection,
     server: &Server,
-    names: &str,
-) -> driver::Result<u64> {
-    let given = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(names).execute(connection).await?;
-    Ok(given.rows_affected())
+    names: &[Name],
+) -> driver::Result<Vec<bool>> {
+    let json = names_as_json(names);
+    let query = sqlx::query(server.table.sql(GIVE_NOTICE)).bind(&json);
+    let given = query.execute(&mut *connection).await?.rows_affected();
+    if let Some(all) = all_or_none(given, names.len()) {
+        return Ok(all);
+    }
+    let query = sqlx::query(server.table.sql(NO_NOTICE_DUE)).bind(json);
+    which(names.iter(), &query.fetch_all(connection).await?)
 }
 
+/// Settles names as `names_as_json` writes them.
 pub(super) async fn settle(
     connection: &mut MySqlConnection,
     server: &Server,
-    name: &str,
-) -> driver::Result<bool> {
-    wrote(connection, sqlx::query(server.table.sql(SETTLE)).bind(name.as_bytes())).await
+    names: &str,
+) -> driver::Result<()> {
+    wrote(connection, sqlx::query(server.table.sql(SETTLE)).bind(names)).await.map(drop)
 }
 
 pub(super) async fn release(
@@ -368,39 +356,6 @@ pub(super) async fn release_later(
 ) -> driver::Result<bool> {
     let query = sqlx::query(server.table.sql(RELEASE_LATER)).bind(micros(at_least));
     wrote(connection, query.bind(name.as_bytes()).bind(secret.as_str())).await
-}
-
-pub(super) async fn enqueue(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    entry: &QueueEntry,
-) -> driver::Result<bool> {
-    let (key, rest) = QueueEntry::parts(Some(entry));
-    let query = sqlx::query(server.table.sql(ENQUEUE)).bind(name.as_bytes()).bind(&key);
-    wrote(connection, query.bind(&key).bind(rest)).await
-}
-
-pub(super) async fn set_waiters(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    before: &str,
-    after: &str,
-) -> driver::Result<bool> {
-    let query = sqlx::query(server.table.sql(SET_WAITERS)).bind(name.as_bytes()).bind(before).bind(after);
-    wrote(connection, query).await
-}
-
-pub(super) async fn dequeue(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    name: &str,
-    secret: &Secret,
-) -> driver::Result<()> {
-    let key = key(secret);
-    let query = sqlx::query(server.table.sql(DEQUEUE)).bind(&key).bind(name.as_bytes()).bind(&key);
-    wrote(connection, query).await.map(drop)
 }
 
 pub(super) async fn renew(

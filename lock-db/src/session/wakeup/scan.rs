@@ -1,0 +1,85 @@
+//! Scans of the queues in which this process waits, which replace notifications for a process that
+//! waits for many locks.
+//!
+//! Without a scan each waiting request reads its own row. The connection worker would be busy with
+//! that, so the more requests there are, the less often each of them reads. A scan is one statement
+//! for all of them. It returns only the rows whose lock is free for this process.
+//!
+//! A scan only shortens pauses, as a notification does: a lock is granted by its row alone.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::select;
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use crate::session::actor::Actor;
+
+/// A process that waits for fewer locks does not scan. Each of its requests reads often enough.
+const CROWD: usize = 64;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// The pause is at least this many times what the last scan took, so that the connection worker has
+/// time for other work.
+const SHARE: u32 = 4;
+/// The pause is the time since a scan last found something, divided by this. Locks that are held
+/// for long need not be taken quickly.
+const SCANS: u32 = 16;
+
+#[derive(Debug, Default)]
+pub(in crate::session) struct Scan {
+    is_running: Cell<bool>,
+}
+
+/// Whether a request of this process that waits in a queue is told when the lock is free. It then
+/// reads only to keep its queue entry alive.
+pub(in crate::session) fn is_told(actor: &Actor) -> bool {
+    actor.notifications.waiting() >= CROWD
+        && (actor.notifications.listener() != 0 || actor.scan.is_running.get())
+}
+
+/// Scans, in the background, as long as this process waits for many locks and gets no
+/// notifications.
+pub(in crate::session) fn begin(actor: &Rc<Actor>) {
+    if !is_useful(actor) || actor.scan.is_running.replace(true) {
+        return;
+    }
+    let actor = Rc::clone(actor);
+    drop(spawn_local(async move {
+        select! {
+            () = actor.closed() => {}
+            () = scan_while_useful(&actor) => {}
+        }
+        actor.scan.is_running.set(false);
+    }));
+}
+
+fn is_useful(actor: &Actor) -> bool {
+    actor.notifications.waiting() >= CROWD && actor.notifications.listener() == 0
+}
+
+async fn scan_while_useful(actor: &Actor) {
+    let mut last_hit = Instant::now();
+    while is_useful(actor) {
+        let asked = Instant::now();
+        let names = actor.notifications.names();
+        match actor.worker.next_in_line(&names, actor.queues.queue_secret()).await {
+            Ok(free) => {
+                if !free.is_empty() {
+                    last_hit = Instant::now();
+                }
+                for id in free {
+                    actor.notifications.notify(id);
+                }
+            }
+            Err(failure) => {
+                tracing::debug!(error = %failure, "the queues could not be scanned: each request reads its row");
+                return;
+            }
+        }
+        let pause = (last_hit.elapsed() / SCANS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        sleep(pause.max(asked.elapsed() * SHARE)).await;
+    }
+}
