@@ -140,5 +140,5 @@ fn a_server_that_is_killed() {
 
 #[test]
 fn a_server_that_is_killed_and_answers_that_are_lost() {
-    holds(Protocol { crashes: 1, transactions: 1, losses: 1, foreign_locks: 1, ..Protocol::default() });
+    holds(Protocol { crashes: 1, transactions: 1, losses: 1, ..Protocol::default() });
 }

@@ -9,6 +9,9 @@
 //! sessions. So the second connection must have seen the first one's session, on its own server, and
 //! must be in the same session still. Otherwise the answers are errors, and the callers ask again, in
 //! the ordinary way.
+//!
+//! A grant then takes two round trips. So this is done only where the disk takes longer than half a
+//! round trip, which is measured now and then.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -28,7 +31,7 @@ use crate::database::{Failure, LockDatabase, StepError};
 const MANY: usize = 4;
 /// How long grants wait for the second connection.
 const LIMIT: Duration = Duration::from_secs(1);
-/// How long the second connection is not used after it failed.
+/// The time to the next measurement, also after the second connection has failed.
 const PAUSE: Duration = Duration::from_secs(30);
 
 /// The way from the first connection to the second.
@@ -38,13 +41,27 @@ pub(super) struct Flusher {
     state: Rc<Cell<State>>,
 }
 
+/// A request to flush what a session has committed.
+pub(super) struct Flush {
+    session: i64,
+    measures: bool,
+    reply: Reply<bool>,
+}
+
+impl Flush {
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.reply.is_closed()
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum State {
-    /// Not tried since this moment.
+    /// Until this moment, if any.
     Off(Option<Instant>),
-    /// Being tried.
+    /// Being measured.
     Asked,
-    Ready,
+    /// Until this moment.
+    Ready(Instant),
 }
 
 impl Flusher {
@@ -52,35 +69,46 @@ impl Flusher {
         Self { operations, state: Rc::new(Cell::new(State::Off(None))) }
     }
 
-    /// Whether the grants of so many claims can be flushed by the second connection. If that is not
-    /// known yet, it is tried in the background. `session` is that of the first connection.
+    /// Whether the grants of so many claims are better flushed by the second connection. If that is
+    /// not known, it is measured in the background. `session` is that of the first connection.
     pub(super) fn is_ready(&self, claims: usize, session: Option<i64>) -> bool {
         let Some(session) = session.filter(|_| claims >= MANY) else { return false };
+        let now = Instant::now();
         match self.state.get() {
-            State::Ready => return true,
-            State::Off(until) if until.is_none_or(|until| until <= Instant::now()) => {
+            State::Ready(until) if until > now => return true,
+            State::Off(Some(until)) if until > now => {}
+            State::Asked => {}
+            State::Ready(_) | State::Off(_) => {
                 self.state.set(State::Asked);
                 let flusher = self.clone();
-                drop(spawn_local(async move { flusher.flush(session).await }));
+                drop(spawn_local(async move {
+                    if let Ok(is_faster) = flusher.ask(session, true).await {
+                        let until = Instant::now() + PAUSE;
+                        let state = if is_faster { State::Ready(until) } else { State::Off(Some(until)) };
+                        flusher.state.set(state);
+                    }
+                }));
             }
-            State::Off(_) | State::Asked => {}
         }
         false
     }
 
     /// Waits until everything is durable that this session has committed.
     pub(super) async fn flush(&self, session: i64) -> Result<(), StepError> {
+        self.ask(session, false).await.map(drop)
+    }
+
+    /// With `measures`, returns whether this way is faster.
+    async fn ask(&self, session: i64, measures: bool) -> Result<bool, StepError> {
         let (reply, replied) = oneshot::channel();
-        let sent = self.operations.upgrade().map(|sender| sender.send(Operation::Flush(session, reply)));
+        let request = Flush { session, measures, reply };
+        let sent = self.operations.upgrade().map(|sender| sender.send(Operation::Flush(request)));
         let flushed = match sent {
             Some(Ok(())) => timeout(LIMIT, replied).await.ok().and_then(Result::ok),
             _ => None,
         };
         let why = match flushed {
-            Some(Ok(())) => {
-                self.state.set(State::Ready);
-                return Ok(());
-            }
+            Some(Ok(is_faster)) => return Ok(is_faster),
             Some(Err(failure)) => failure.to_string(),
             None => "no answer".to_owned(),
         };
@@ -92,33 +120,39 @@ impl Flusher {
 
 impl<DB: LockDatabase> WorkerLoop<DB> {
     /// One flush serves all requests of a round.
-    pub(super) async fn flush(&mut self, mut flushes: Vec<(i64, Reply<()>)>) {
-        while let Some((session, _)) = flushes.first() {
-            let session = *session;
-            let flushed = self.flush_session(session).await;
-            for (_, reply) in flushes.extract_if(.., |(other, _)| *other == session) {
-                let _ = reply.send(flushed.clone());
+    pub(super) async fn flush(&mut self, mut flushes: Vec<Flush>) {
+        while let Some(session) = flushes.first().map(|first| first.session) {
+            let (together, others): (Vec<_>, Vec<_>) =
+                flushes.into_iter().partition(|flush| flush.session == session);
+            let measures = together.iter().any(|flush| flush.measures);
+            let flushed = self.flush_session(session, measures).await;
+            for flush in together {
+                let _ = flush.reply.send(flushed.clone());
             }
+            flushes = others;
         }
     }
 
-    async fn flush_session(&mut self, session: i64) -> Result<(), Failure> {
+    async fn flush_session(&mut self, session: i64, measures: bool) -> Result<bool, Failure> {
         let seen = self.connection.as_ref().and_then(|connection| connection.seen);
+        let seen = seen.filter(|(other, _)| *other == session && !measures);
         let flushed = self.on_bare_connection(LIMIT, SILENCE, async |c| {
-            let own = match seen.filter(|(other, _)| *other == session) {
+            let asked = Instant::now();
+            let own = match seen {
                 Some((_, own)) => Some(own),
                 None => DB::has_session(c, session).await.map_err(Failure::new::<DB>)?,
             };
+            let (round_trip, asked) = (asked.elapsed(), Instant::now());
             let now = DB::flush(c).await.map_err(Failure::new::<DB>)?;
             match own.filter(|own| *own == now) {
-                Some(own) => Ok((session, own)),
+                Some(own) => Ok(((session, own), asked.elapsed() > round_trip / 2 * 3)),
                 None => Err(Failure::new::<DB>(StepError::disconnected("the two connections have not met"))),
             }
         });
-        let seen = flushed.await?;
+        let (seen, is_faster) = flushed.await?;
         if let Some(connection) = &mut self.connection {
             connection.seen = Some(seen);
         }
-        Ok(())
+        Ok(is_faster)
     }
 }

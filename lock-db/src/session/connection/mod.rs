@@ -24,7 +24,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout_at;
 
 use self::connector::WaitsForHook;
-use self::flush::Flusher;
+use self::flush::{Flush, Flusher};
 use self::worker::WorkerLoop;
 use super::wakeup::notify::Notifications;
 use crate::Kind;
@@ -56,8 +56,7 @@ enum Operation {
     OnRow(Name, OnRow),
     OnRows(Vec<Name>, OnRows),
     Mark(LeaseKey, Reply<bool>),
-    /// With the session whose commits are flushed.
-    Flush(i64, Reply<()>),
+    Flush(Flush),
     Listen(Reply<()>),
     Notification(Notification),
     TakeUserLock(i64, Reply<bool>),
@@ -128,7 +127,7 @@ impl Operation {
             Self::OnRows(_, operation) => operation.is_forgotten(),
             Self::TakeUserLock(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
             Self::Connect(_, reply) | Self::Listen(reply) => reply.is_closed(),
-            Self::Flush(_, reply) => reply.is_closed(),
+            Self::Flush(flush) => flush.is_forgotten(),
             Self::Check(_, reply) => reply.is_closed(),
             Self::ReadPart(_, _, reply) => reply.is_closed(),
             Self::RemoveRows(_, _, reply) => reply.is_closed(),
@@ -169,16 +168,8 @@ impl Worker {
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
         let waits_for_hook = WaitsForHook::default();
-        let worker_loop = WorkerLoop::new(
-            application,
-            location,
-            &answered,
-            notifications,
-            may_listen,
-            lost,
-            &waits_for_hook,
-            flusher,
-        );
+        let worker_loop =
+            WorkerLoop::new(application, location, &answered, notifications, lost, &waits_for_hook, flusher);
         tokio::task::spawn_local(worker_loop.serve(queue));
         Self {
             operations,

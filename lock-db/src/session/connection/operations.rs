@@ -34,7 +34,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             Operation::Mark(lease, reply) => {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
-            Operation::Flush(session, reply) => self.flush(vec![(session, reply)]).await,
+            Operation::Flush(flush) => self.flush(vec![flush]).await,
             Operation::Listen(reply) => self.listen_in_time(reply).await,
             Operation::Notification(notification) => self.notify(&[notification]).await,
             Operation::TakeUserLock(row, reply) => self.take_user_lock(row, reply).await,

@@ -35,7 +35,7 @@ pub(super) struct WorkerLoop<DB: LockDatabase> {
     pub(super) pace: Duration,
     pub(super) earlier: Earlier,
     pub(super) lost: Rc<Notify>,
-    /// Only of the first connection.
+    /// Only of the first connection. The second one listens.
     pub(super) flusher: Option<Flusher>,
 }
 
@@ -45,7 +45,6 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         location: &Arc<Location>,
         answered: &Rc<Cell<Option<Instant>>>,
         notifications: &Rc<Notifications>,
-        may_listen: bool,
         lost: &Rc<Notify>,
         waits_for_hook: &WaitsForHook,
         flusher: Option<Flusher>,
@@ -56,7 +55,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             location: Arc::clone(location),
             answered: Rc::clone(answered),
             notifications: Rc::clone(notifications),
-            may_listen,
+            may_listen: flusher.is_none(),
             deaf_until: None,
             pace: Duration::ZERO,
             earlier: Earlier::default(),
@@ -102,7 +101,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let (mut creations, mut ensured) = (Vec::new(), Vec::new());
         for operation in round.filter(|operation| !operation.is_forgotten()) {
             match batch.take(operation) {
-                Some(Operation::Flush(session, reply)) => flushes.push((session, reply)),
+                Some(Operation::Flush(flush)) => flushes.push(flush),
                 Some(Operation::OnRow(name, OnRow::Read(reply))) => reads.push((name, reply)),
                 Some(Operation::OnRow(name, OnRow::Create(kind, reply))) => {
                     creations.push((name, kind, reply));
