@@ -112,7 +112,7 @@ SELECT id, lock_name,
         GREATEST(expire_time, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))),
     IF(expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)), ttl_micros, 0)
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS due FORCE INDEX (distributed_lock_name) ON due.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS due FORCE INDEX (distributed_lock_name) ON due.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
     AND ((ttl_micros > 0
             AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
@@ -125,7 +125,7 @@ const SETTLE: &str = "
 INSERT INTO {table} (id, lock_name)
 SELECT id, lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS free FORCE INDEX (distributed_lock_name) ON free.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS free FORCE INDEX (distributed_lock_name) ON free.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
     AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
 FOR UPDATE SKIP LOCKED
@@ -207,7 +207,7 @@ BEGIN NOT ATOMIC
     DECLARE missing LONGTEXT CHARACTER SET ascii;
     DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
     SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
-    SELECT JSON_ARRAYAGG(asked.lock_name) INTO missing
+    SELECT JSON_ARRAYAGG(CONVERT(asked.lock_name USING ascii)) INTO missing
     FROM JSON_TABLE(asked, '$[*]' COLUMNS (
             lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
     LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
@@ -218,7 +218,7 @@ BEGIN NOT ATOMIC
     ) DO
         BEGIN
             DECLARE CONTINUE HANDLER FOR 1062, 1205 BEGIN END;
-            INSERT INTO {table} (lock_name) VALUES (UNHEX(made.new_name));
+            INSERT INTO {table} (lock_name) VALUES (UNHEX(CONVERT(made.new_name USING ascii)));
         END;
     END FOR;
     {statement};
@@ -288,7 +288,7 @@ END";
 const UNLOCKED: &str = "
 SELECT lease.lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 FOR UPDATE SKIP LOCKED";
 
 /// Which of the leases that `BATCH` skipped are ours.

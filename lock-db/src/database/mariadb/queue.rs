@@ -15,7 +15,7 @@ SELECT queue.id, queue.lock_name, ",
     with_entry_or_extended!("queue.waiters", "?", "?"),
     "
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE queue.lock_kind = 'insert' AND ",
     may_have_entry!("queue.waiters", "?"),
     "
@@ -27,11 +27,11 @@ RETURNING lock_name"
 /// Replaces a queue only if it is still what was read before.
 const SET_WAITERS: &str = "
 INSERT INTO {table} (id, lock_name, waiters)
-SELECT queue.id, queue.lock_name, CONVERT(UNHEX(asked.after_it) USING utf8mb4)
+SELECT queue.id, queue.lock_name, CONVERT(UNHEX(CONVERT(asked.after_it USING ascii)) USING utf8mb4)
 FROM JSON_TABLE(?, '$[*]' COLUMNS (
         lock_name VARCHAR(510) PATH '$[0]', before_it MEDIUMTEXT PATH '$[1]', after_it MEDIUMTEXT PATH '$[2]')) AS asked
-STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.lock_name)
-WHERE queue.lock_kind = 'insert' AND CAST(queue.waiters AS BINARY) = UNHEX(asked.before_it)
+STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.lock_name USING ascii))
+WHERE queue.lock_kind = 'insert' AND CAST(queue.waiters AS BINARY) = UNHEX(CONVERT(asked.before_it USING ascii))
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)
 RETURNING lock_name";
@@ -43,7 +43,7 @@ SELECT queue.id, queue.lock_name, ",
     without!("queue.waiters", "INSTR(queue.waiters, ?)"),
     "
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE INSTR(queue.waiters, ?) > 0
 FOR UPDATE SKIP LOCKED
 ON DUPLICATE KEY UPDATE waiters = VALUES(waiters)

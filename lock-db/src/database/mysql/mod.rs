@@ -104,7 +104,7 @@ UPDATE (
     SELECT id, ttl_micros AS last_ttl, TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)) AS notice,
         expire_time > TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6)) AS is_too_far
     FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS held FORCE INDEX (distributed_lock_name) ON held.lock_name = UNHEX(asked.asked_name)
+    STRAIGHT_JOIN {table} AS held FORCE INDEX (distributed_lock_name) ON held.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
     WHERE lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
         AND ((ttl_micros > 0
                 AND expire_time <= TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))
@@ -120,7 +120,7 @@ SET lease.expire_time = IF(due.is_too_far,
 const NO_NOTICE_DUE: &str = "
 SELECT lease.lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE expire_time <= TIMESTAMPADD(MICROSECOND, ABS(ttl_micros) + 2000000, SYSDATE(6))
     AND (ttl_micros <= 0 OR expire_time > TIMESTAMPADD(MICROSECOND, LEAST(ttl_micros DIV 5, 1000000), SYSDATE(6)))";
 
@@ -128,7 +128,7 @@ const SETTLE: &str = "
 UPDATE (
     SELECT id
     FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS last FORCE INDEX (distributed_lock_name) ON last.lock_name = UNHEX(asked.asked_name)
+    STRAIGHT_JOIN {table} AS last FORCE INDEX (distributed_lock_name) ON last.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
     WHERE lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
         AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00')
     LIMIT 1000000
@@ -270,7 +270,7 @@ WHERE lease.secret_key = asked.secret_key";
 const UNLOCKED: &str = "
 SELECT lease.lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 FOR UPDATE OF lease SKIP LOCKED";
 
 async fn wrote(

@@ -15,7 +15,7 @@ const ENQUEUE: &str = concat!(
 UPDATE (
     SELECT queue.id
     FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.asked_name)
+    STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
     WHERE queue.lock_kind = 'insert' AND ",
     may_have_entry!("queue.waiters", "?"),
     "
@@ -31,7 +31,7 @@ const ARE_QUEUED: &str = concat!(
     "
 SELECT queue.lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE INSTR(queue.waiters, ?) > 0 AND ",
     lasts_for!("queue.waiters", "?", concat!(layout!(lasts), " - 500"))
 );
@@ -60,7 +60,7 @@ const DEQUEUE: &str = concat!(
 UPDATE (
     SELECT queue.id, queue.waiters AS last_waiters, INSTR(queue.waiters, ?) AS position
     FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-    STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(asked.asked_name)
+    STRAIGHT_JOIN {table} AS queue FORCE INDEX (distributed_lock_name) ON queue.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
     WHERE INSTR(queue.waiters, ?) > 0
     LIMIT 1000000
     FOR UPDATE OF queue SKIP LOCKED) AS unlocked

@@ -34,7 +34,7 @@ pub(super) const READ_ALL: &str = concat!(
     columns!(),
     ", lock_name
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)"
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))"
 );
 
 /// Not `INSERT IGNORE`, which also ignores that a name was truncated. Not

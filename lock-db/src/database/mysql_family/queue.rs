@@ -179,7 +179,7 @@ const NEXT_IN_LINE: &str = concat!(
     "
 SELECT lease.id
 FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.asked_name)
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
 WHERE lease.lock_kind = 'insert' AND lease.expire_time <= UTC_TIMESTAMP(6)
     AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00') AND ",
     is_first!("lease.waiters", "?")

@@ -64,7 +64,8 @@ pub(super) async fn create(
     Ok(true)
 }
 
-/// `create` and `read` in one message. A name whose row is only seen by the dirty read is left out of
+/// `create` and `read` in one message. The names are converted because the database may have a
+/// character set in which JSON is not ASCII. A name whose row is only seen by the dirty read is left out of
 /// the result.
 pub(super) async fn ensure(
     connection: &mut MySqlConnection,
@@ -78,16 +79,18 @@ pub(super) async fn ensure(
         let (asked, kind, table) = (names_as_json(part), kind.as_str(), server.table.name());
         let sql = format!(
             "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
-            SELECT JSON_ARRAYAGG(asked.asked_name) INTO @lock_db_new
+            SELECT JSON_ARRAYAGG(CONVERT(asked.asked_name USING utf8mb4)) INTO @lock_db_new
             FROM JSON_TABLE('{asked}', '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
             LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name)
-                ON lease.lock_name = UNHEX(asked.asked_name)
+                ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
             WHERE lease.id IS NULL;
             INSERT IGNORE INTO {table} (lock_name, lock_kind)
-            SELECT UNHEX(new_name), '{kind}'
-            FROM JSON_TABLE(COALESCE(@lock_db_new, '[]'), '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made;
+            SELECT UNHEX(CONVERT(new_name USING utf8mb4)), '{kind}'
+            FROM JSON_TABLE(CONVERT(COALESCE(@lock_db_new, '[]') USING utf8mb4), '$[*]' COLUMNS (
+                new_name VARCHAR(510) PATH '$')) AS made;
             {read}",
-            read = READ_ALL.replace("JSON_TABLE(?", &format!("JSON_TABLE('{asked}'")).replace("{table}", table),
+            read =
+                READ_ALL.replace("JSON_TABLE(?", &format!("JSON_TABLE('{asked}'")).replace("{table}", table),
         );
         for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
             found.push((row.try_get(row::COLUMNS)?, row::lock_row(&row)?));

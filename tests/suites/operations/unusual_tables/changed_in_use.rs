@@ -128,7 +128,7 @@ async fn a_migration_repairs_a_sequence_in_use(database: &PostgresServer) {
 
 async fn a_row_lock_that_a_trigger_does_not_let_be_written_is_not_granted(database: &PostgresServer) {
     let keep = "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END';
-            CREATE TRIGGER keep BEFORE UPDATE ON distributed_lock FOR EACH ROW EXECUTE FUNCTION keep()";
+            CREATE TRIGGER keep BEFORE INSERT OR UPDATE ON distributed_lock FOR EACH ROW EXECUTE FUNCTION keep()";
     is_not_granted_under(database, keep).await;
 }
 
