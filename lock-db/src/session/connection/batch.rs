@@ -59,9 +59,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
     pub(super) async fn send_batch(&mut self, batch: Batch) {
         let Batch { releases, claims, .. } = batch;
         if releases.len() + claims.len() > 1 {
-            let session = self.earlier.current();
-            let flusher = self.flusher.as_ref().filter(|_| DB::FLUSHES);
-            let flusher = flusher.filter(|flusher| flusher.is_ready(claims.len(), session)).cloned();
+            let flusher = self.flusher.as_ref().filter(|_| DB::FLUSHES && self.connection.is_some());
+            let flusher =
+                flusher.filter(|flusher| flusher.is_ready(claims.len(), self.earlier.current())).cloned();
             let released_now: Vec<ReleaseClaim> = releases.iter().map(|(one, _)| one.clone()).collect();
             let answer = self
                 .on_connection(STATEMENT_LIMIT, async |connection, server| {
@@ -97,10 +97,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                             let _ = reply.send(Ok(answer));
                         }
                     }
-                    if let (Some(flusher), Some(session)) = (flusher, session)
-                        && !deferred.is_empty()
-                    {
-                        answer_when_durable::<DB>(flusher, session, deferred);
+                    if let Some(flusher) = flusher.filter(|_| !deferred.is_empty()) {
+                        // The session that has carried out the batch.
+                        answer_when_durable::<DB>(flusher, self.earlier.current(), deferred);
                     }
                     self.notify(&outcome.notifications).await;
                     return;
@@ -219,11 +218,15 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
 /// the same leases by their secrets.
 fn answer_when_durable<DB: LockDatabase>(
     flusher: Flusher,
-    session: i64,
+    session: Option<i64>,
     grants: Vec<(Acquired, Reply<Acquired>)>,
 ) {
     drop(spawn_local(async move {
-        let flushed = flusher.flush(session).await.map_err(Failure::new::<DB>);
+        let flushed = match session {
+            Some(session) => flusher.flush(session).await,
+            None => Err(StepError::disconnected("the session of the grants is not known")),
+        };
+        let flushed = flushed.map_err(Failure::new::<DB>);
         for (answer, reply) in grants {
             let _ = reply.send(flushed.clone().map(|()| answer));
         }
