@@ -92,11 +92,21 @@ pub(super) async fn ensure(
             read =
                 READ_ALL.replace("JSON_TABLE(?", &format!("JSON_TABLE('{asked}'")).replace("{table}", table),
         );
-        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+        for row in fetch_dirty(connection, sql).await? {
             found.push((row.try_get(row::COLUMNS)?, row::lock_row(&row)?));
         }
     }
     Ok(by_name(names, found))
+}
+
+/// For a message that begins with `SET TRANSACTION`. A statement that fails does not use that
+/// setting up, and the next one would read uncommitted data.
+async fn fetch_dirty(connection: &mut MySqlConnection, sql: String) -> driver::Result<Vec<MySqlRow>> {
+    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await;
+    if rows.is_err() {
+        sqlx::raw_sql("ROLLBACK").execute(connection).await?;
+    }
+    Ok(rows?)
 }
 
 /// Which of the names have rows, including those of open transactions. Waits for none of them.
@@ -114,7 +124,7 @@ pub(super) async fn find_dirty(
             server.table.name(),
             list.join(",")
         );
-        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+        for row in fetch_dirty(connection, sql).await? {
             found.insert(row.try_get(0)?);
         }
     }
