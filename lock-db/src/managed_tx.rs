@@ -224,8 +224,9 @@ async fn commit<DB: LockDatabase>(
             });
         }
         Ok(Guarded::Committed { notification }) => {
-            // There is nothing left to commit, but sqlx counts transactions.
-            let _committed = transaction.commit().await;
+            // There is nothing left to commit, but sqlx counts transactions. It sends the ROLLBACK of a
+            // dropped one together with the ping that returns the connection to the pool.
+            drop(transaction);
             return Ok(notification);
         }
         Ok(Guarded::NotOurs | Guarded::Stale | Guarded::Elsewhere) => {

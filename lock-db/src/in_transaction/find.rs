@@ -87,6 +87,19 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         if !is_own {
             return Ok(known(&self.ensure_row_for(connection, server).await?));
         }
+        self.make_row().await
+    }
+
+    /// Finds or makes the row before a transaction of lock-db begins, where the session has to do it.
+    /// So a connection of the pool does not wait for that.
+    pub(crate) async fn prepare_row(&self) -> Result<(), Error> {
+        if !DB::ROW_IS_MADE_IN_TRANSACTION && self.context.row_ids().get(self.name).is_none() {
+            self.make_row().await?;
+        }
+        Ok(())
+    }
+
+    async fn make_row(&self) -> Result<RowId, Error> {
         let row = known(&self.ensure_row().await?);
         self.context.row_ids().insert(self.name.clone(), row);
         Ok(row)

@@ -124,6 +124,10 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
 
     /// `None`: one of the locks is not free, or the caller is gone.
     async fn attempt(&mut self, permits: &Permits) -> Result<Option<Taken<DB>>, Failed> {
+        for (index, name) in self.request.names.iter().enumerate() {
+            self.request.turn_to(index);
+            self.request.attempt(name).prepare_row().await.map_err(Failed::NotLocked)?;
+        }
         self.request.turn_to(0);
         let connection = begin::connect(self.request, permits, self.answer).await;
         let Some(connection) = connection.map_err(Failed::NotBegun)? else { return Ok(None) };

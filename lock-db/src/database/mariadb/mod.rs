@@ -17,6 +17,7 @@
 //! the disk. Such a server gets the insert inside a transaction, in the same message: see
 //! `IN_TRANSACTION`.
 
+mod new_rows;
 mod queue;
 
 use std::collections::HashSet;
@@ -26,6 +27,7 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{MySql, Row};
 
+pub(super) use self::new_rows::acquire as acquire_or_make;
 pub(super) use self::queue::{dequeue, enqueue, set_waiters};
 use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::lease::granted;
@@ -189,41 +191,8 @@ RETURNING secret_key, fencing_token, id, TRUE, waiters <> '', fencing_token - pr
     };
 }
 const BATCH: &str = batch!("?");
-/// For `MAKE_AND_BATCH`.
+/// For `new_rows`.
 const BATCH_OF_ASKED: &str = batch!("asked");
-
-/// `BATCH` in one transaction with the rows that it needs, in one message. `{statement}` is `BATCH`,
-/// which reads the variable `asked`.
-///
-/// Names are looked for with a dirty read, which also finds the row that an open transaction has
-/// made, and does not wait for that transaction. `group_concat_max_len` limits the list of names.
-///
-/// The rows are made free, one by one. An INSERT of many rows would lock the counter of the table and
-/// use up numbers. A row that another transaction makes at the same time is left to that one. A row
-/// that can't be made for its id is found missing by the next attempt, which reports it.
-const MAKE_AND_BATCH: &str = "
-BEGIN NOT ATOMIC
-    DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
-    DECLARE missing LONGTEXT CHARACTER SET ascii;
-    DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
-    SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
-    SELECT JSON_ARRAYAGG(CONVERT(asked.lock_name USING ascii)) INTO missing
-    FROM JSON_TABLE(asked, '$[*]' COLUMNS (
-            lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
-    LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
-    WHERE asked.makes_row AND lease.id IS NULL;
-    START TRANSACTION;
-    FOR made IN (
-        SELECT new_name FROM JSON_TABLE(COALESCE(missing, '[]'), '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS new_names
-    ) DO
-        BEGIN
-            DECLARE CONTINUE HANDLER FOR 1062, 1205 BEGIN END;
-            INSERT INTO {table} (lock_name) VALUES (UNHEX(CONVERT(made.new_name USING ascii)));
-        END;
-    END FOR;
-    {statement};
-    COMMIT;
-END";
 
 /// `ACQUIRE` for several names, which have no queue entries: takes those that are free.
 macro_rules! acquire_all {
@@ -320,14 +289,33 @@ pub(super) async fn acquire(
     server: &Server,
     claim: &Claim,
 ) -> driver::Result<Option<Grant>> {
-    let (secret, key) = (claim.secret.as_str(), claim.entry.as_ref().map(key).unwrap_or_default());
-    let (name, ttl) = (claim.name.as_bytes(), micros(claim.ttl));
-    let query = insert(server, ACQUIRE).bind(secret).bind(server.storable(&claim.owner)).bind(ttl).bind(ttl);
-    let query = query.bind(&key).bind(name).bind(secret).bind(key.is_empty()).bind(&key);
+    taken(connection, bind_claim(insert(server, ACQUIRE), server, claim), claim).await
+}
+
+/// Binds the values of `ACQUIRE`.
+fn bind_claim<'q>(
+    query: Query<'q, MySql, MySqlArguments>,
+    server: &Server,
+    claim: &Claim,
+) -> Query<'q, MySql, MySqlArguments> {
+    let (secret, key) = (claim.secret.as_str().to_owned(), claim.entry.as_ref().map(key).unwrap_or_default());
+    let (name, ttl, may_overtake) = (claim.name.as_bytes().to_vec(), micros(claim.ttl), key.is_empty());
+    let owner = server.storable(&claim.owner).into_owned();
+    let query = query.bind(secret.clone()).bind(owner).bind(ttl).bind(ttl).bind(key.clone());
+    query.bind(name).bind(secret).bind(may_overtake).bind(key)
+}
+
+/// The grant of a claim, if its statement has written the row.
+async fn taken(
+    connection: &mut MySqlConnection,
+    query: Query<'_, MySql, MySqlArguments>,
+    claim: &Claim,
+) -> driver::Result<Option<Grant>> {
     // Reads the result to its end, as `wrote` does.
     let rows = query.fetch_all(connection).await?;
     // A trigger may have changed the row.
-    let is_ours = |row: &&MySqlRow| matches!(row.try_get::<&str, _>(4), Ok(found) if found == secret);
+    let is_ours =
+        |row: &&MySqlRow| matches!(row.try_get::<&str, _>(4), Ok(found) if found == claim.secret.as_str());
     rows.first().filter(is_ours).map(granted).transpose()
 }
 
@@ -397,26 +385,26 @@ pub(super) async fn renew(
 pub(super) async fn batch(
     connection: &mut MySqlConnection,
     server: &Server,
-    asked: &str,
+    releases: &[ReleaseClaim],
+    claims: &[Claim],
     owner: &str,
     rest: &str,
-    releases: &[ReleaseClaim],
     makes_rows: bool,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let query = if makes_rows {
-        sqlx::query(server.table.sql_in(MAKE_AND_BATCH, BATCH_OF_ASKED))
+    let known = batch_as_json(releases, claims.iter().filter(|claim| !(makes_rows && claim.makes_row)));
+    let mut rows = if makes_rows {
+        new_rows::batch(connection, server, &known, claims, owner, rest).await?
     } else {
-        insert(server, BATCH)
+        let query = insert(server, BATCH).bind(&known).bind(owner).bind(rest);
+        query.fetch_all(&mut *connection).await?
     };
-    let query = query.bind(asked).bind(owner).bind(rest);
-    let mut rows = query.fetch_all(&mut *connection).await?;
     let mut done = HashSet::with_capacity(rows.len());
     for row in &rows {
         done.insert(row.try_get::<String, _>(0)?);
     }
     if releases.iter().any(|one| !done.contains(one.secret.as_str())) {
         // The statement above is already committed.
-        let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(asked).fetch_all(connection).await;
+        let ours = sqlx::query(server.table.sql(WHICH_ARE_OURS)).bind(known).fetch_all(connection).await;
         rows.extend(ours.map_err(StepError::outcome_unknown)?);
     }
     Ok(rows)
@@ -431,7 +419,7 @@ pub(super) async fn acquire_all(
     claims: &[Claim],
     is_whole: bool,
 ) -> driver::Result<Option<Vec<MySqlRow>>> {
-    let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let (asked, all) = (batch_as_json(&[], claims.iter()), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let query = if is_whole {
         // Inside it, `asked` is a variable.

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, MySql};
 
 use self::queue::all_or_none;
 pub(super) use self::queue::{dequeue, enqueue, set_waiters};
-use super::mysql_family::batch::{batch_as_json, still_ours};
+use super::mysql_family::batch::{batch_as_json, batch_part, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
@@ -377,17 +377,27 @@ pub(super) async fn renew(
     Ok(in_order(leases, found, Some(read_at)))
 }
 
+/// `acquire`, or makes the row.
+pub(super) async fn acquire_or_make(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claim: &Claim,
+) -> driver::Result<Option<Grant>> {
+    let taken = batch_part(connection, server, &[], std::slice::from_ref(claim)).await?;
+    Ok(taken.grants.into_iter().next().flatten())
+}
+
 /// Returns all rows that are ours now.
 pub(super) async fn batch(
     connection: &mut MySqlConnection,
     server: &Server,
-    asked: &str,
+    releases: &[ReleaseClaim],
+    claims: &[Claim],
     owner: &str,
     rest: &str,
-    _releases: &[ReleaseClaim],
     makes_rows: bool,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let (owner, rest) = (literal(owner), literal(rest));
+    let (asked, owner, rest) = (batch_as_json(releases, claims.iter()), literal(owner), literal(rest));
     let ([begin, end], commit) = match server.cluster {
         Cluster::SinglePrimary => (["", "; COMMIT"], None),
         Cluster::MultiPrimary => (STILL_IN_TRANSACTION, Some("COMMIT")),
@@ -450,7 +460,7 @@ pub(super) async fn acquire_all(
     claims: &[Claim],
     _is_whole: bool,
 ) -> driver::Result<Option<Vec<MySqlRow>>> {
-    let (asked, all) = (batch_as_json(&[], claims), i64::try_from(claims.len()).unwrap_or(i64::MAX));
+    let (asked, all) = (batch_as_json(&[], claims.iter()), i64::try_from(claims.len()).unwrap_or(i64::MAX));
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     let ttl = claims.first().map_or(0, |claim| micros(claim.ttl));
     let query = sqlx::query(server.table.sql(ACQUIRE_ALL)).bind(&asked).bind(owner.as_ref());

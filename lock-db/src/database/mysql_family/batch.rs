@@ -8,6 +8,7 @@ use std::time::Instant;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{Connection, MySql, Row};
 
+use super::lease::has_no_id;
 use super::parts;
 use super::several::in_json;
 use crate::database::StepError;
@@ -97,26 +98,41 @@ pub(super) async fn batch(
     Ok(all)
 }
 
-async fn batch_part(
+/// `acquire`, for a name whose row may be new.
+pub(super) async fn acquire(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    claim: &Claim,
+) -> driver::Result<Option<Grant>> {
+    let mut makes_row = claim.makes_row && makes_rows(server);
+    loop {
+        let taken = if makes_row {
+            in_dialect!(server, acquire_or_make(connection, server, claim))
+        } else {
+            in_dialect!(server, acquire(connection, server, claim))
+        };
+        match taken {
+            Err(error) if makes_row && is_for_a_new_row(&error) => makes_row = false,
+            taken => return taken,
+        }
+    }
+}
+
+pub(in crate::database) async fn batch_part(
     connection: &mut MySqlConnection,
     server: &Server,
     releases: &[ReleaseClaim],
     claims: &[Claim],
 ) -> driver::Result<BatchOutcome> {
-    let asked = batch_as_json(releases, claims);
     let owner = claims.first().map_or("".into(), |claim| server.storable(&claim.owner));
     // All entries are of this process, so they differ only in their times.
     let rest = QueueEntry::parts(releases.iter().find_map(|one| one.entry.as_ref())).1;
-    let makes_rows = makes_rows(server) && claims.iter().any(|claim| claim.makes_row);
-    let mut send = async |makes_rows| {
-        in_dialect!(server, batch(connection, server, &asked, &owner, &rest, releases, makes_rows))
-    };
-    let rows = match send(makes_rows).await {
-        // Another transaction makes one of the rows at this moment. The others don't wait for it.
-        Err(error) if makes_rows && matches!(error.fault::<MySql>(), Fault::Deadlock | Fault::Busy) => {
-            send(false).await
+    let mut makes_rows = makes_rows(server) && claims.iter().any(|claim| claim.makes_row);
+    let rows = loop {
+        match in_dialect!(server, batch(connection, server, releases, claims, &owner, &rest, makes_rows)) {
+            Err(error) if makes_rows && is_for_a_new_row(&error) => makes_rows = false,
+            rows => break rows,
         }
-        rows => rows,
     };
     let rows = match rows {
         // Callers then ask one by one, and the error goes to those that cause it.
@@ -147,6 +163,13 @@ async fn batch_part(
     })
 }
 
+/// Whether a request should be sent again without making rows. Another transaction may make one of
+/// them at this moment, and the others don't wait for it. If the ids are used up, the next attempt
+/// reports that.
+fn is_for_a_new_row(error: &StepError) -> bool {
+    has_no_id(error) || matches!(error.fault::<MySql>(), Fault::Deadlock | Fault::Busy)
+}
+
 /// Whether rows can be made together with the grants. On a cluster, the write of another node could
 /// end the transaction between the two, and no answer would tell.
 pub(super) fn makes_rows(server: &Server) -> bool {
@@ -156,12 +179,14 @@ pub(super) fn makes_rows(server: &Server) -> bool {
 /// Encodes a batch as `[["6e616d65", "secret", 30000000, "key of the queue entry", 1], …]`. A release
 /// has a `ttl` of zero. The last value is 1 if the row is made when there is none. Sorted by name,
 /// so that every process makes rows in the same order.
-pub(in crate::database) fn batch_as_json(releases: &[ReleaseClaim], claims: &[Claim]) -> String {
+pub(in crate::database) fn batch_as_json<'a>(
+    releases: &[ReleaseClaim],
+    claims: impl Iterator<Item = &'a Claim>,
+) -> String {
     let released = releases
         .iter()
         .map(|one| (&one.name, &one.secret, 0, one.entry.as_ref().map(|entry| &entry.secret), false));
     let claimed = claims
-        .iter()
         .map(|claim| (&claim.name, &claim.secret, micros(claim.ttl), claim.entry.as_ref(), claim.makes_row));
     let mut all: Vec<_> = released.chain(claimed).collect();
     all.sort_unstable_by_key(|(name, ..)| *name);

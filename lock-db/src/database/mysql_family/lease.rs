@@ -105,7 +105,8 @@ pub(super) async fn insert(
 }
 
 /// Whether the ids are used up. If the row already exists, the duplicate key is its name.
-fn has_no_id(error: &sqlx::Error) -> bool {
+pub(super) fn has_no_id<'e>(error: impl Into<Option<&'e sqlx::Error>>) -> bool {
+    let error = error.into();
     match number(error) {
         Some(DUPLICATE_KEY) => says(error, "PRIMARY'"),
         Some(TOO_LARGE) => says(error, "'id'"),

@@ -184,11 +184,7 @@ impl LeaseDriver for MySql {
         server: &Server,
         claim: &Claim,
     ) -> driver::Result<Option<Grant>> {
-        if claim.makes_row && batch::makes_rows(server) {
-            let taken = batch::batch(connection, server, &[], std::slice::from_ref(claim)).await?;
-            return Ok(taken.grants.into_iter().next().flatten());
-        }
-        in_dialect!(server, acquire(connection, server, claim))
+        batch::acquire(connection, server, claim).await
     }
 
     async fn read_all(

@@ -19,11 +19,11 @@ use crate::session::actor::Actor;
 
 /// A process that waits for fewer locks does not scan. Each of its requests reads often enough.
 const CROWD: usize = 64;
-const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// The pause is at least this many times what the last scan took, so that the connection worker has
 /// time for other work.
-const SHARE: u32 = 4;
+const SHARE: u32 = 1;
 /// The pause is the time since a scan last found something, divided by this. Locks that are held
 /// for long need not be taken quickly.
 const SCANS: u32 = 16;
