@@ -31,12 +31,12 @@ pub trait QueueDriver: sqlx::Database + Sized {
         changes: &[QueueChange],
     ) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
-    /// Returns the ids of the rows whose lock can be taken, and whose queue begins with the entry of
+    /// Returns the ids of those rows whose lock can be taken, and whose queue begins with the entry of
     /// this secret. Locks nothing.
     fn next_in_line(
         connection: &mut Self::Connection,
         server: &Server,
-        names: &[Name],
+        ids: &[i64],
         secret: &Secret,
     ) -> impl Future<Output = Result<Vec<i64>>> + Send;
 

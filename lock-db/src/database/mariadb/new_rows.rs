@@ -11,11 +11,14 @@
 //! New rows are a list of values. An INSERT with a SELECT would lock the counter of the table and use
 //! up numbers.
 
+use std::fmt::Write as _;
+
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::{ACQUIRE, BATCH_OF_ASKED, bind_claim, taken};
 use crate::database::driver;
 use crate::database::mysql_family::batch::batch_as_json;
+use crate::database::mysql_family::literal;
 use crate::database::{Claim, Grant, Server};
 use crate::options::micros;
 
@@ -43,28 +46,36 @@ END";
 /// `BATCH`, which is `{statement}` and reads the variable `asked`, and the rows that are new. A claim
 /// whose row turns out to exist becomes a part of the batch.
 ///
-/// The texts that make up the INSERT are digits and letters. `group_concat_max_len` limits them.
+/// The client sends what it takes if all of them are new: a query for their rows, and the values of the
+/// INSERT, as text. Reading JSON takes several times as long, so the server only does that if the query
+/// has found a row. All texts are digits and letters. `group_concat_max_len` limits those that the
+/// server makes.
 const BATCH_AND_MAKE: &str = concat!(
     r#"
 BEGIN NOT ATOMIC
     DECLARE new LONGTEXT CHARACTER SET ascii DEFAULT ?;
+    DECLARE made LONGTEXT CHARACTER SET ascii DEFAULT ?;
     DECLARE asked LONGTEXT CHARACTER SET ascii DEFAULT ?;
-    DECLARE made, found LONGTEXT CHARACTER SET ascii;
+    DECLARE found LONGTEXT CHARACTER SET ascii;
     DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; RESIGNAL; END;
     SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
-    SELECT GROUP_CONCAT(CASE WHEN lease.id IS NULL THEN CONCAT(
-            '(x''', new.lock_name, ''',''', new.secret_key, ''',@lock_db_owner,', new.ttl, ',TIMESTAMPADD(MICROSECOND,',
-            new.ttl, ',@lock_db_now),@lock_db_token)') END),
-        GROUP_CONCAT(CASE WHEN lease.id IS NOT NULL THEN CONCAT(
-            '["', new.lock_name, '","', new.secret_key, '",', new.ttl, ',"', new.queue_key, '"]') END)
-    INTO made, found
-    FROM JSON_TABLE(new, '$[*]' COLUMNS (
-            lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
-            secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
-            queue_key VARCHAR("#,
+    EXECUTE IMMEDIATE ?;
+    IF @lock_db_found > 0 THEN
+        SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED;
+        SELECT GROUP_CONCAT(CASE WHEN lease.id IS NULL THEN CONCAT(
+                '(x''', new.lock_name, ''',''', new.secret_key, ''',@lock_db_owner,', new.ttl, ',TIMESTAMPADD(MICROSECOND,',
+                new.ttl, ',@lock_db_now),@lock_db_token)') END),
+            GROUP_CONCAT(CASE WHEN lease.id IS NOT NULL THEN CONCAT(
+                '["', new.lock_name, '","', new.secret_key, '",', new.ttl, ',"', new.queue_key, '"]') END)
+        INTO made, found
+        FROM JSON_TABLE(new, '$[*]' COLUMNS (
+                lock_name VARCHAR(510) /*M!101100 CHARACTER SET ascii */ PATH '$[0]',
+                secret_key VARCHAR(32) /*M!101100 CHARACTER SET ascii */ PATH '$[1]', ttl BIGINT PATH '$[2]',
+                queue_key VARCHAR("#,
     layout!(key),
     r#") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS new
-    LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(new.lock_name);
+        LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(new.lock_name);
+    END IF;
     START TRANSACTION;
     SET @lock_db_owner = ?, @lock_db_now = UTC_TIMESTAMP(6),
         @lock_db_token = TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6));
@@ -82,8 +93,11 @@ BEGIN NOT ATOMIC
 END"#
 );
 
-const INSERT: &str =
-    "INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
+const FIND: &str = "
+SELECT COUNT(*) INTO @lock_db_found FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name IN ";
+
+const INSERT: &str = "
+INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
 
 pub(in crate::database) async fn acquire(
     connection: &mut MySqlConnection,
@@ -106,8 +120,22 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let new = batch_as_json(&[], claims.iter().filter(|claim| claim.makes_row));
-    let query = sqlx::query(server.table.sql_in(BATCH_AND_MAKE, BATCH_OF_ASKED)).bind(new).bind(known);
+    let mut new: Vec<&Claim> = claims.iter().filter(|claim| claim.makes_row).collect();
+    // So that every process makes rows in the same order.
+    new.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+    let (mut find, mut made) = (server.table.sql(FIND).0.to_string(), String::new());
+    for (position, claim) in new.iter().enumerate() {
+        let (name, secret, ttl) = (literal(&claim.name), claim.secret.as_str(), micros(claim.ttl));
+        let [open, comma] = if position > 0 { ["", ","] } else { ["(", ""] };
+        let _infallible = write!(find, "{open}{comma}{name}");
+        let _infallible = write!(
+            made,
+            "{comma}({name},'{secret}',@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},@lock_db_now),@lock_db_token)"
+        );
+    }
+    find.push(')');
+    let query = sqlx::query(server.table.sql_in(BATCH_AND_MAKE, BATCH_OF_ASKED));
+    let query = query.bind(batch_as_json(&[], new.into_iter())).bind(made).bind(known).bind(find);
     let query = query.bind(owner).bind(server.table.sql(INSERT).0.to_string()).bind(owner).bind(rest);
     Ok(query.fetch_all(connection).await?)
 }

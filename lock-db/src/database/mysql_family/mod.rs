@@ -314,10 +314,10 @@ impl QueueDriver for MySql {
     async fn next_in_line(
         connection: &mut MySqlConnection,
         server: &Server,
-        names: &[Name],
+        ids: &[i64],
         secret: &Secret,
     ) -> driver::Result<Vec<i64>> {
-        queue::next_in_line(connection, server, names, secret).await
+        queue::next_in_line(connection, server, ids, secret).await
     }
 
     async fn dequeue(

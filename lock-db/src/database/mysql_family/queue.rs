@@ -1,7 +1,9 @@
 //! The wait queue in a row: what MySQL and MariaDB share.
 
-use sqlx::Row;
+use std::fmt::Write as _;
+
 use sqlx::mysql::{MySqlConnection, MySqlRow};
+use sqlx::{AssertSqlSafe, Row};
 
 use super::parts;
 use super::several::in_json;
@@ -175,29 +177,41 @@ macro_rules! may_have_entry {
     };
 }
 
-const NEXT_IN_LINE: &str = concat!(
+/// Free rows, and the first keys of their queues. The rows are a list, because reading JSON would take
+/// most of the time. The keys are compared here, because the text of a statement contains no secret.
+const FREE: &str = concat!(
     "
-SELECT lease.id
-FROM JSON_TABLE(?, '$[*]' COLUMNS (asked_name VARCHAR(510) PATH '$')) AS asked
-STRAIGHT_JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(CONVERT(asked.asked_name USING ascii))
-WHERE lease.lock_kind = 'insert' AND lease.expire_time <= UTC_TIMESTAMP(6)
-    AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00') AND ",
-    is_first!("lease.waiters", "?")
+SELECT id, LEFT(waiters, ",
+    layout!(key),
+    ")
+FROM {table}
+WHERE lock_kind = 'insert' AND expire_time <= UTC_TIMESTAMP(6)
+    AND (ttl_micros <= 0 OR expire_time = '1970-01-01 00:00:00') AND id IN ("
 );
+/// In bytes, with a comma.
+const LONGEST_ID: usize = 20;
 
 pub(super) async fn next_in_line(
     connection: &mut MySqlConnection,
     server: &Server,
-    names: &[Name],
+    ids: &[i64],
     secret: &Secret,
 ) -> driver::Result<Vec<i64>> {
-    let mut free = Vec::new();
-    for part in parts(names, server, in_json) {
-        let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(names_as_json(part));
-        let found: Vec<i64> = query.bind(key(secret)).fetch_all(&mut *connection).await?;
-        free.extend(found);
+    let (mut next, key) = (Vec::new(), key(secret));
+    for part in parts(ids, server, |_| LONGEST_ID) {
+        let mut sql = FREE.replace("{table}", server.table.name());
+        for (position, id) in part.iter().enumerate() {
+            let comma = if position > 0 { "," } else { "" };
+            let _infallible = write!(sql, "{comma}{id}");
+        }
+        sql.push(')');
+        for row in sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *connection).await? {
+            if row.try_get::<&str, _>(1)? == key {
+                next.push(row.try_get(0)?);
+            }
+        }
     }
-    Ok(free)
+    Ok(next)
 }
 
 pub(super) async fn enqueue(

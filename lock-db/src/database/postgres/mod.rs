@@ -336,10 +336,10 @@ impl QueueDriver for Postgres {
     async fn next_in_line(
         connection: &mut PgConnection,
         server: &Server,
-        names: &[Name],
+        ids: &[i64],
         secret: &Secret,
     ) -> driver::Result<Vec<i64>> {
-        queue::next_in_line(connection, server, names, secret).await
+        queue::next_in_line(connection, server, ids, secret).await
     }
 
     async fn dequeue(

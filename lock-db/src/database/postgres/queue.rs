@@ -255,10 +255,7 @@ const DEQUEUE_MANY: &str = dequeue!(plainly);
 const NEXT_IN_LINE: &str = concat!(
     "
 SELECT lease.id
-FROM unnest((SELECT $1::text[])) AS asked (lock_name)
-",
-    the_row!(plainly),
-    "
+FROM unnest((SELECT $1::bigint[])) AS asked (id) JOIN {table} AS lease ON lease.id = asked.id
 WHERE lease.lock_kind = 'insert' AND lease.expire_time <= clock_timestamp()
     AND (lease.ttl_micros <= 0 OR lease.expire_time = '1970-01-01 00:00:00+00') AND ",
     is_first!("lease.waiters", "$2")
@@ -267,10 +264,10 @@ WHERE lease.lock_kind = 'insert' AND lease.expire_time <= clock_timestamp()
 pub(super) async fn next_in_line(
     connection: &mut PgConnection,
     server: &Server,
-    names: &[Name],
+    ids: &[i64],
     secret: &Secret,
 ) -> driver::Result<Vec<i64>> {
-    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(texts(names)).bind(key(secret));
+    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(ids).bind(key(secret));
     Ok(query.fetch_all(connection).await?)
 }
 

@@ -256,10 +256,10 @@ impl QueueDriver for Sqlite {
     async fn next_in_line(
         connection: &mut SqliteConnection,
         server: &Server,
-        names: &[Name],
+        ids: &[i64],
         secret: &Secret,
     ) -> driver::Result<Vec<i64>> {
-        queue::next_in_line(connection, server, names, secret).await
+        queue::next_in_line(connection, server, ids, secret).await
     }
 
     async fn dequeue(

@@ -8,7 +8,7 @@ use super::lease::clock_micros;
 use crate::database::driver;
 use crate::database::driver::SessionDriver;
 use crate::database::wait_queue::key;
-use crate::database::{QueueChange, QueueEntry, Server, names_as_json};
+use crate::database::{QueueChange, QueueEntry, Server, ids_as_json};
 use crate::name::Name;
 use crate::secret::Secret;
 
@@ -202,7 +202,7 @@ WHERE lock_name = ?1 AND instr(waiters, ?2) > 0"
 const NEXT_IN_LINE: &str = concat!(
     "
 SELECT id FROM {table}
-WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
+WHERE id IN (SELECT value FROM json_each(?1))
     AND lock_kind = 'insert' AND expire_time <= strftime('%Y-%m-%d %H:%M:%f000', 'now')
     AND (ttl_micros <= 0 OR expire_time <= '1970-01-01 00:00:00.000000') AND ",
     is_first!("waiters", "?2")
@@ -211,10 +211,10 @@ WHERE lock_name IN (SELECT CAST(unhex(value) AS TEXT) FROM json_each(?1))
 pub(super) async fn next_in_line(
     connection: &mut SqliteConnection,
     server: &Server,
-    names: &[Name],
+    ids: &[i64],
     secret: &Secret,
 ) -> driver::Result<Vec<i64>> {
-    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(names_as_json(names));
+    let query = sqlx::query_scalar(server.table.sql(NEXT_IN_LINE)).bind(ids_as_json(ids));
     Ok(query.bind(key(secret)).fetch_all(connection).await?)
 }
 

@@ -66,6 +66,7 @@ enum Operation {
     Migrate(Reply<()>),
     Check(bool, Reply<Vec<String>>),
     OldSnapshots(Reply<OldSnapshots>),
+    NextInLine(Vec<i64>, Secret, Reply<Vec<i64>>),
     ReadPart(PruneScope, i64, Reply<TablePart>),
     RemoveRows(PruneScope, Vec<i64>, Reply<u64>),
 }
@@ -88,7 +89,6 @@ enum OnRows {
     Create(Kind, Reply<bool>),
     GiveNotice(Reply<u64>),
     Unlocked(Reply<HashSet<String>>),
-    NextInLine(Secret, Reply<Vec<i64>>),
 }
 
 impl OnRows {
@@ -98,7 +98,6 @@ impl OnRows {
             Self::Create(_, reply) => reply.is_closed(),
             Self::GiveNotice(reply) => reply.is_closed(),
             Self::Unlocked(reply) => reply.is_closed(),
-            Self::NextInLine(_, reply) => reply.is_closed(),
         }
     }
 }
@@ -133,6 +132,7 @@ impl Operation {
             Self::RemoveRows(_, _, reply) => reply.is_closed(),
             Self::OldSnapshots(reply) => reply.is_closed(),
             Self::Renew(_, _, reply) => reply.is_closed(),
+            Self::NextInLine(_, _, reply) => reply.is_closed(),
             Self::Release(..) | Self::ReleaseUserLock(_) | Self::Notification(_) | Self::Migrate(_) => false,
         }
     }
@@ -278,10 +278,11 @@ impl Worker {
 
     /// Returns the ids of those rows whose lock is free, and whose queue begins with the entry of
     /// this secret.
-    pub(super) async fn next_in_line(&self, names: &[Name], secret: &Secret) -> Result<Vec<i64>, Failure> {
+    pub(super) async fn next_in_line(&self, ids: &[i64], secret: &Secret) -> Result<Vec<i64>, Failure> {
         let mut free = Vec::new();
-        for names in names.chunks(TOGETHER) {
-            free.extend(self.on_rows(names, |reply| OnRows::NextInLine(secret.clone(), reply)).await?);
+        for ids in ids.chunks(TOGETHER) {
+            let ask = |reply| Operation::NextInLine(ids.to_vec(), secret.clone(), reply);
+            free.extend(self.ask(STATEMENT_LIMIT, ask).await?);
         }
         Ok(free)
     }

@@ -31,6 +31,9 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             }
             Operation::OnRow(name, operation) => self.on_row(&name, operation).await,
             Operation::OnRows(names, operation) => self.on_rows(&names, operation).await,
+            Operation::NextInLine(ids, secret, reply) => {
+                self.answer(reply, async |c, server| DB::next_in_line(c, server, &ids, &secret).await).await;
+            }
             Operation::Mark(lease, reply) => {
                 self.answer(reply, async |c, _| DB::mark(c, &lease).await).await;
             }
@@ -172,9 +175,6 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 self.answer(reply, async |c, server| DB::create_all(c, server, names, kind).await).await;
             }
             OnRows::GiveNotice(reply) => self.give_notice(vec![(names.to_vec(), reply)]).await,
-            OnRows::NextInLine(secret, reply) => {
-                self.answer(reply, async |c, server| DB::next_in_line(c, server, names, &secret).await).await;
-            }
             OnRows::Unlocked(reply) => {
                 self.answer(reply, async |c, server| DB::unlocked(c, server, names).await).await;
             }

@@ -106,13 +106,17 @@ impl Notifications {
         self.waiters.borrow().len()
     }
 
-    /// The names of these queues.
-    pub(in crate::session) fn names(&self) -> Vec<Name> {
-        self.waiters.borrow().keys().cloned().collect()
+    /// The ids of the rows of these queues.
+    pub(in crate::session) fn rows(&self) -> Vec<i64> {
+        self.waiters.borrow().values().map(|signal| signal.id).collect()
     }
 
     pub(in crate::session) fn notify(&self, id: i64) {
-        for signal in self.waiters.borrow().values().filter(|signal| signal.id == id) {
+        self.notify_all(&[id]);
+    }
+
+    pub(in crate::session) fn notify_all(&self, ids: &[i64]) {
+        for signal in self.waiters.borrow().values().filter(|signal| ids.contains(&signal.id)) {
             // Stored for a waiter that is busy at the moment.
             signal.notify.notify_one();
         }

@@ -56,7 +56,7 @@ pub(in crate::session) fn begin(actor: &Rc<Actor>) {
     }));
 }
 
-fn is_useful(actor: &Actor) -> bool {
+pub(super) fn is_useful(actor: &Actor) -> bool {
     actor.notifications.waiting() >= CROWD && actor.notifications.listener() == 0
 }
 
@@ -64,14 +64,13 @@ async fn scan_while_useful(actor: &Actor) {
     let mut last_hit = Instant::now();
     while is_useful(actor) {
         let asked = Instant::now();
-        let names = actor.notifications.names();
-        match actor.worker.next_in_line(&names, actor.queues.queue_secret()).await {
+        let rows = actor.notifications.rows();
+        // On the connection for renewals: the other one is busy with the locks that change hands.
+        match actor.renewals.next_in_line(&rows, actor.queues.queue_secret()).await {
             Ok(free) => {
                 if !free.is_empty() {
                     last_hit = Instant::now();
-                }
-                for id in free {
-                    actor.notifications.notify(id);
+                    actor.notifications.notify_all(&free);
                 }
             }
             Err(failure) => {

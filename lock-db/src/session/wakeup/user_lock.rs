@@ -16,6 +16,7 @@ use tokio::time::sleep;
 
 use crate::database::Fault;
 use crate::name::Name;
+use super::scan;
 use crate::session::actor::Actor;
 
 /// While a lease with a shorter TTL is held, the renewal connection does not wait for a user lock.
@@ -53,8 +54,9 @@ pub(in crate::session) fn is_in_the_way(actor: &Actor) -> bool {
     is_awaited && !may_wait(actor)
 }
 
+/// Not while many requests wait: then the renewal connection scans for all of them.
 fn may_wait(actor: &Actor) -> bool {
-    actor.shortest_ttl().is_none_or(|ttl| ttl >= SHORTEST_TTL)
+    actor.shortest_ttl().is_none_or(|ttl| ttl >= SHORTEST_TTL) && !scan::is_useful(actor)
 }
 
 /// Waits for the user lock of a row in whose queue this process has an entry, and notifies the
