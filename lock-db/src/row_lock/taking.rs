@@ -1,6 +1,8 @@
 //! The task that takes row locks: local permits, a connection, a transaction, and the rows.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::SemaphorePermit;
@@ -124,11 +126,8 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
 
     /// `None`: one of the locks is not free, or the caller is gone.
     async fn attempt(&mut self, permits: &Permits) -> Result<Option<Taken<DB>>, Failed> {
-        for (index, name) in self.request.names.iter().enumerate() {
-            self.request.turn_to(index);
-            self.request.attempt(name).prepare_row().await.map_err(Failed::NotLocked)?;
-        }
         self.request.turn_to(0);
+        self.prepare_rows().await.map_err(Failed::NotLocked)?;
         let connection = begin::connect(self.request, permits, self.answer).await;
         let Some(connection) = connection.map_err(Failed::NotBegun)? else { return Ok(None) };
         let begun = begin::begin(self.request, connection, self.runtime).await;
@@ -144,6 +143,25 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
         // None of them is locked any more.
         permits.iter().for_each(|permit| self.is_queued(permit));
         locked
+    }
+
+    /// Finds or makes the rows of all names at once, where that needs no transaction. The session does so
+    /// in one message.
+    async fn prepare_rows(&self) -> Result<(), Error> {
+        let prepare = |name| async move { self.request.attempt(name).prepare_row().await };
+        let mut rows: Vec<_> = self.request.names.iter().map(|name| Box::pin(prepare(name))).collect();
+        poll_fn(|context| {
+            let mut position = 0;
+            while let Some(row) = rows.get_mut(position) {
+                match row.as_mut().poll(context) {
+                    Poll::Ready(Ok(())) => drop(rows.swap_remove(position)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => position += 1,
+                }
+            }
+            if rows.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        })
+        .await
     }
 
     /// Locks all rows in the transaction. `None` as for [`attempt`](Self::attempt).

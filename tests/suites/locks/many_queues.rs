@@ -16,6 +16,7 @@ lock_tests::cases! {
     on every server:
     many_waiters_enqueue_and_leave_in_a_few_messages,
     many_waiters_renew_their_entries_in_a_few_messages,
+    many_locks_that_become_free_are_taken_in_a_few_messages,
     locked_rows_do_not_delay_the_queues_of_others;
 }
 
@@ -100,6 +101,27 @@ async fn many_waiters_renew_their_entries_in_a_few_messages<T: TestServer>(datab
     assert_eq!(with_entries(database, "many", 1).await, MANY);
     held.release().await.unwrap();
     release_each::<T>(waiting).await;
+}
+
+/// The process is told of all of them at once, by notifications or by a scan.
+async fn many_locks_that_become_free_are_taken_in_a_few_messages<T: TestServer>(database: &T) {
+    let proxy = database.proxy();
+    let far = far(database, &proxy).await;
+    let near = database.locks().await;
+    let names = names("many", MANY);
+    let held = near.insert_locks(&names).ttl(LONG).acquire().await.unwrap();
+    let mut waiting = wait_for::<T>(&far, &names);
+    eventually(PATIENCE, async || with_entries(database, "many", 1).await == MANY).await;
+    proxy.delay(Direction::ToServer, Duration::from_millis(5));
+    held.release().await.unwrap();
+    let before = proxy.reads(Direction::ToServer);
+    let mut taken = Vec::new();
+    while let Some(lease) = waiting.join_next().await {
+        taken.push(lease.unwrap().unwrap());
+    }
+    let sent = proxy.reads(Direction::ToServer) - before;
+    assert!(sent < MANY, "{sent} messages to take {MANY} locks that became free");
+    assert_eq!(with_entries(database, "many", 0).await, MANY);
 }
 
 /// Some are held, some are free, some have no row, some queues are full, and some have only entries

@@ -237,10 +237,14 @@ pub(super) async fn acquire(
         let query = sqlx::query(server.table.sql(statement)).bind(&*claim.name).bind(claim.secret.as_str());
         query.bind(&*claim.owner).bind(later_by(claim.ttl)).bind(clock_micros())
     };
-    let taken = query(ACQUIRE).bind(claim.entry.as_ref().map(key)).bind(micros(claim.ttl));
-    let mut rows = taken.fetch_all(&mut *connection).await?;
-    if rows.is_empty() && claim.makes_row {
-        rows = query(MAKE).bind(micros(claim.ttl)).fetch_all(connection).await?;
+    // A claim that may be the first one of its name usually is.
+    let mut rows = Vec::new();
+    if claim.makes_row {
+        rows = query(MAKE).bind(micros(claim.ttl)).fetch_all(&mut *connection).await?;
+    }
+    if rows.is_empty() {
+        let taken = query(ACQUIRE).bind(claim.entry.as_ref().map(key)).bind(micros(claim.ttl));
+        rows = taken.fetch_all(connection).await?;
     }
     let Some(row) = rows.first() else { return Ok(None) };
     if row.try_get::<&str, _>(0)? != &*claim.name || row.try_get::<&str, _>(1)? != claim.secret.as_str() {

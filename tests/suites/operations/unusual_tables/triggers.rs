@@ -27,8 +27,11 @@ fn triggers<T: TestDatabase>() -> Vec<&'static str> {
         ],
         _ => vec![
             "CREATE TRIGGER keep BEFORE UPDATE ON distributed_lock FOR EACH ROW
-            SET NEW.secret_key = OLD.secret_key, NEW.expire_time = OLD.expire_time, NEW.fencing_token = OLD.fencing_token",
+            SET NEW.secret_key = OLD.secret_key, NEW.expire_time = OLD.expire_time, NEW.fencing_token = OLD.fencing_token;
+            CREATE TRIGGER keep_new BEFORE INSERT ON distributed_lock FOR EACH ROW SET NEW.secret_key = ''",
             "CREATE TRIGGER refuse BEFORE UPDATE ON distributed_lock FOR EACH ROW
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'frozen';
+            CREATE TRIGGER refuse_new BEFORE INSERT ON distributed_lock FOR EACH ROW
             SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'frozen'",
         ],
     }

@@ -181,12 +181,10 @@ impl<DB: Backend> Holder<DB> {
         id: i64,
         phase: &watch::Sender<Phase>,
     ) -> i64 {
-        let ending = || {
-            phase.send_replace(Phase::Ending);
-        };
+        let ending = || drop(phase.send_replace(Phase::Ending));
         let increments = match held {
             Held::Nothing => 0,
-            Held::Lease { lease, next } => self.end_lease(lease, next, way, end, id, &ending).await,
+            Held::Lease { lease, next } => self.end_lease(lease, next, way, end, id, phase).await,
             Held::Guard(mut guard) => {
                 increment::<DB>(&mut guard, id).await.unwrap();
                 ending();
@@ -219,8 +217,9 @@ impl<DB: Backend> Holder<DB> {
         way: Way,
         end: End,
         id: i64,
-        ending: impl Fn(),
+        phase: &watch::Sender<Phase>,
     ) -> i64 {
+        let ending = || drop(phase.send_replace(Phase::Ending));
         match (end, way) {
             (End::CommitAndRelease, _) => {
                 let mut transaction = lease.begin().await.unwrap();
@@ -251,8 +250,14 @@ impl<DB: Backend> Holder<DB> {
         let (lease, increments) = match next {
             None => (lease, 1),
             Some(next) => {
+                // It goes to the next one by the database, because the library does not know how the verified
+                // transaction has ended. Others may have it in between.
+                if way == Way::VerifiedTransaction {
+                    ending();
+                }
                 lease.release().await.unwrap();
                 let lease = next.await.unwrap();
+                phase.send_replace(Phase::Holding);
                 commit_under(&lease, &self.pool, way, id).await;
                 (lease, 2)
             }
