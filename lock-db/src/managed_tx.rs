@@ -225,7 +225,8 @@ async fn commit<DB: LockDatabase>(
         }
         Ok(Guarded::Committed { notification }) => {
             // There is nothing left to commit, but sqlx counts transactions. It sends the ROLLBACK of a
-            // dropped one together with the ping that returns the connection to the pool.
+            // dropped one when the connection returns to the pool. Nobody waits for that, and on
+            // PostgreSQL it travels with the ping.
             drop(transaction);
             return Ok(notification);
         }

@@ -91,11 +91,16 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     }
 
     /// Finds or makes the row before a transaction of lock-db begins, where the session has to do it.
-    /// So a connection of the pool does not wait for that.
+    /// So a connection of the pool does not wait for that. Asks once: the caller knows how to go on after
+    /// an error.
     pub(crate) async fn prepare_row(&self) -> Result<(), Error> {
-        if !DB::ROW_IS_MADE_IN_TRANSACTION && self.context.row_ids().get(self.name).is_none() {
-            self.make_row().await?;
+        if DB::ROW_IS_MADE_IN_TRANSACTION || self.context.row_ids().get(self.name).is_some() {
+            return Ok(());
         }
+        let limit = self.left().unwrap_or(TRY_LIMIT).max(SHORTEST_ANSWER);
+        let row = self.ask_within(limit, self.ensure()).await;
+        let row = known(&row.map_err(|error| error.about(self.name.shown()))?);
+        self.context.row_ids().insert(self.name.clone(), row);
         Ok(())
     }
 
@@ -103,6 +108,11 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         let row = known(&self.ensure_row().await?);
         self.context.row_ids().insert(self.name.clone(), row);
         Ok(row)
+    }
+
+    fn ensure(&self) -> impl Fn(AnswerSender<LockRow>) -> Request {
+        let (name, kind) = (self.name.clone(), self.kind);
+        move |answer| Request::EnsureRow { name: name.clone(), kind, instead_of: None, answer }
     }
 
     /// Finds the row of a name for a caller's transaction. That transaction may have locks already,
@@ -349,9 +359,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
     /// the session and never the caller's transaction, because others would wait for that with
     /// locks that end in deadlocks. Returns the row.
     async fn ensure_row(&self) -> Result<LockRow, Error> {
-        let (name, kind) = (self.name, self.kind);
-        let ensure = |answer| Request::EnsureRow { name: name.clone(), kind, instead_of: None, answer };
-        self.ask(ensure).await
+        self.ask(self.ensure()).await
     }
 
     /// Asks the session, for about as long as the wait. Asks again after an error that passes.

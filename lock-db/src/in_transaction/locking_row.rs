@@ -175,6 +175,8 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
     /// connections see is visible to a locking read, too.
     async fn find_row_again(&mut self) -> Result<Progress, Error> {
         self.found_anew += 1;
+        // The transaction has read something.
+        self.claim.is_own = false;
         let found = self.attempt.find_row_instead(self.connection, &mut self.claim).await;
         match found {
             Ok(true) => Err(self.foreign_transaction()),
@@ -191,6 +193,7 @@ impl<'a, DB: LockDatabase> LockingRow<'a, DB> {
         self.server = self.attempt.ask_for(self.connection, located).await?;
         let is_same_row = self.attempt.read_row_again(self.connection, &mut self.claim).await?;
         self.found_anew += 1;
+        self.claim.is_own = false;
         let is_same = is_same_row && self.server.table.identity == before;
         // If the session finds another table each time, none of them is this transaction's.
         if is_same || self.found_anew > MOST_TABLES {

@@ -127,7 +127,11 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
     /// `None`: one of the locks is not free, or the caller is gone.
     async fn attempt(&mut self, permits: &Permits) -> Result<Option<Taken<DB>>, Failed> {
         self.request.turn_to(0);
-        self.prepare_rows().await.map_err(Failed::NotLocked)?;
+        let prepared = self.request.in_time(self.answer, prepare_rows(self.request)).await;
+        match prepared.map_err(Failed::Final)? {
+            Some(prepared) => prepared.map_err(Failed::NotLocked)?,
+            None => return Ok(None),
+        }
         let connection = begin::connect(self.request, permits, self.answer).await;
         let Some(connection) = connection.map_err(Failed::NotBegun)? else { return Ok(None) };
         let begun = begin::begin(self.request, connection, self.runtime).await;
@@ -143,25 +147,6 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
         // None of them is locked any more.
         permits.iter().for_each(|permit| self.is_queued(permit));
         locked
-    }
-
-    /// Finds or makes the rows of all names at once, where that needs no transaction. The session does so
-    /// in one message.
-    async fn prepare_rows(&self) -> Result<(), Error> {
-        let prepare = |name| async move { self.request.attempt(name).prepare_row().await };
-        let mut rows: Vec<_> = self.request.names.iter().map(|name| Box::pin(prepare(name))).collect();
-        poll_fn(|context| {
-            let mut position = 0;
-            while let Some(row) = rows.get_mut(position) {
-                match row.as_mut().poll(context) {
-                    Poll::Ready(Ok(())) => drop(rows.swap_remove(position)),
-                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                    Poll::Pending => position += 1,
-                }
-            }
-            if rows.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
-        })
-        .await
     }
 
     /// Locks all rows in the transaction. `None` as for [`attempt`](Self::attempt).
@@ -294,4 +279,23 @@ impl<'a, DB: LockDatabase> Taking<'a, DB> {
     fn may_be_another_dead(&self) -> bool {
         self.dead <= self.request.context.pool().options().get_max_connections()
     }
+}
+
+/// Finds or makes the rows of all names at once, where that needs no transaction. The session does so
+/// in one message.
+async fn prepare_rows<DB: LockDatabase>(request: &TransactionRequest<DB>) -> Result<(), Error> {
+    let prepare = |name| async move { request.attempt(name).prepare_row().await };
+    let mut rows: Vec<_> = request.names.iter().map(|name| Box::pin(prepare(name))).collect();
+    poll_fn(|context| {
+        let mut position = 0;
+        while let Some(row) = rows.get_mut(position) {
+            match row.as_mut().poll(context) {
+                Poll::Ready(Ok(())) => drop(rows.swap_remove(position)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => position += 1,
+            }
+        }
+        if rows.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    })
+    .await
 }

@@ -1,5 +1,6 @@
 //! The row lock, in a transaction of its own and in the caller's.
 
+use std::pin::pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ lock_tests::cases! {
     settings_of_the_callers_connection_stay;
 
     on every server:
+    a_row_that_was_made_anew_is_locked_with_a_new_snapshot,
     requests_behind_one_for_several_end_in_time;
 
     in modules: on_postgres
@@ -281,6 +283,31 @@ async fn a_deleted_row_is_created_again<T: TestDatabase>(database: &T) {
             tries += 1;
             assert!(tries < 3, "running it again helps");
         }
+    }
+}
+
+/// The first statement of the waiter looks for the row that it remembers, and finds none. What it reads
+/// later must be what the holder of the new row has committed.
+async fn a_row_that_was_made_anew_is_locked_with_a_new_snapshot<T: TestServer>(database: &T) {
+    let (locks, others) = (database.locks().await, database.locks().await);
+    counter(database).await;
+    locks.row_lock("a").acquire().await.unwrap().commit().await.unwrap();
+    for round in 0..5 {
+        database.run("DELETE FROM distributed_lock").await;
+        let mut holder = others.row_lock("a").wait(PATIENCE).acquire().await.unwrap();
+        increment::<T::Database>(&mut holder).await;
+        let mut waiter = pin!(locks.row_lock("a").wait(PATIENCE).acquire());
+        let waits = async { eventually(PATIENCE, async || database.activity().await.waiting > 0).await };
+        tokio::select! {
+            biased;
+            taken = &mut waiter => panic!("{taken:?} while it is held"),
+            () = waits => {}
+        }
+        holder.commit().await.unwrap();
+        let mut next = waiter.await.unwrap();
+        increment::<T::Database>(&mut next).await;
+        next.commit().await.unwrap();
+        assert_eq!(database.number("SELECT n FROM counter").await, 2 * (round + 1));
     }
 }
 

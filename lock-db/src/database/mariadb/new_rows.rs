@@ -3,7 +3,8 @@
 //! Each is one message, which the server completes without the client. Names are looked for with a
 //! dirty read. It also finds the row that an open transaction has made, and does not wait for that
 //! transaction. If another transaction makes one of the rows at the same time, the INSERT waits for
-//! its commit, and leaves that row as it is. It then returns that row, which has another secret.
+//! its commit, and leaves that row as it is. It then returns that row, which has another secret. (With
+//! the same secret it is an earlier copy of the same claim.)
 //!
 //! `ON DUPLICATE KEY UPDATE` also needs the privilege without which the lease could neither be renewed
 //! nor released.
@@ -35,7 +36,9 @@ BEGIN NOT ATOMIC
         INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token)
         VALUES (wanted, ?, ?, ?, TIMESTAMPADD(MICROSECOND, ?, UTC_TIMESTAMP(6)),
             TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6)))
-        ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key
+        ON DUPLICATE KEY UPDATE
+            expire_time = IF(distributed_lock.secret_key = VALUES(secret_key), VALUES(expire_time), distributed_lock.expire_time),
+            ttl_micros = IF(distributed_lock.secret_key = VALUES(secret_key), VALUES(ttl_micros), distributed_lock.ttl_micros)
         RETURNING fencing_token, id, FALSE, fencing_token - previous_token, secret_key;
     ELSE
         {statement};
@@ -50,6 +53,9 @@ END";
 /// INSERT, as text. Reading JSON takes several times as long, so the server only does that if the query
 /// has found a row. All texts are digits and letters. `group_concat_max_len` limits those that the
 /// server makes.
+///
+/// The new rows come last. While other transactions wait for them, this one waits for nothing any more,
+/// such as the counter of the table.
 const BATCH_AND_MAKE: &str = concat!(
     r#"
 BEGIN NOT ATOMIC
@@ -76,18 +82,20 @@ BEGIN NOT ATOMIC
     r#") /*M!101100 CHARACTER SET ascii */ PATH '$[3]')) AS new
         LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(new.lock_name);
     END IF;
-    START TRANSACTION;
-    SET @lock_db_owner = ?, @lock_db_now = UTC_TIMESTAMP(6),
-        @lock_db_token = TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6));
-    IF made IS NOT NULL THEN
-        EXECUTE IMMEDIATE CONCAT(?, made, ' ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key
-            RETURNING secret_key, fencing_token, id, TRUE, FALSE, fencing_token - previous_token');
-    END IF;
     IF found IS NOT NULL THEN
         SET asked = CONCAT(LEFT(asked, LENGTH(asked) - 1), IF(asked = '[]', '', ','), found, ']');
     END IF;
+    START TRANSACTION;
     IF asked <> '[]' THEN
         {statement};
+    END IF;
+    SET @lock_db_owner = ?, @lock_db_now = UTC_TIMESTAMP(6),
+        @lock_db_token = TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6));
+    IF made IS NOT NULL THEN
+        EXECUTE IMMEDIATE CONCAT(?, made, ' ON DUPLICATE KEY UPDATE
+            expire_time = IF(distributed_lock.secret_key = VALUES(secret_key), VALUES(expire_time), distributed_lock.expire_time),
+            ttl_micros = IF(distributed_lock.secret_key = VALUES(secret_key), VALUES(ttl_micros), distributed_lock.ttl_micros)
+            RETURNING secret_key, fencing_token, id, TRUE, FALSE, fencing_token - previous_token');
     END IF;
     COMMIT;
 END"#
@@ -136,6 +144,6 @@ pub(super) async fn batch(
     find.push(')');
     let query = sqlx::query(server.table.sql_in(BATCH_AND_MAKE, BATCH_OF_ASKED));
     let query = query.bind(batch_as_json(&[], new.into_iter())).bind(made).bind(known).bind(find);
-    let query = query.bind(owner).bind(server.table.sql(INSERT).0.to_string()).bind(owner).bind(rest);
+    let query = query.bind(owner).bind(rest).bind(owner).bind(server.table.sql(INSERT).0.to_string());
     Ok(query.fetch_all(connection).await?)
 }

@@ -178,7 +178,7 @@ macro_rules! may_have_entry {
 }
 
 /// Free rows, and the first keys of their queues. The rows are a list, because reading JSON would take
-/// most of the time. The keys are compared here, because the text of a statement contains no secret.
+/// most of the time. The keys are compared here: a text that is sent so often need not contain them.
 const FREE: &str = concat!(
     "
 SELECT id, LEFT(waiters, ",

@@ -108,7 +108,8 @@ async fn lock_and_write(
 }
 
 /// The same in one message, for a transaction of lock-db that has done nothing yet. It has no snapshot
-/// that could be older than the lock. What `free_row` tests is tested here by the UPDATE, too.
+/// that could be older than the lock, and all of these statements read the newest rows. What `free_row`
+/// tests is tested here by the UPDATE, too.
 async fn lock_and_write_at_once(
     connection: &mut MySqlConnection,
     server: &Server,
@@ -117,7 +118,7 @@ async fn lock_and_write_at_once(
 ) -> driver::Result<RowAttempt> {
     let (id, table) = (claim.row.id, server.table.name());
     let sql = format!(
-        "{}; {}; SELECT fencing_token, secret_key FROM {table} WHERE id = {id} AND secret_key = {SECRET}{}",
+        "{}; {}; SELECT fencing_token, secret_key FROM {table} WHERE id = {id} AND secret_key = {SECRET} FOR UPDATE{}",
         lock(server, id, slice),
         write(
             server,

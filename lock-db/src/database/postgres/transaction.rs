@@ -75,7 +75,7 @@ const ENDED: &str = "lock_db: ended";
 const CHECK_MARK: &str = "
 SELECT CAST(CASE current_setting('lock_db.mark', true) WHEN '1' THEN '1' ELSE 'lock_db: ended' END AS integer)";
 
-/// Commits, and begins an empty transaction. That one is for the COMMIT of the transaction's
+/// Commits, and begins an empty transaction. That one is for the ROLLBACK of the transaction's
 /// handle, which would otherwise cause a warning.
 const COMMIT: &str = "COMMIT AND CHAIN";
 

@@ -14,9 +14,9 @@ use tokio::select;
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
+use super::scan;
 use crate::database::Fault;
 use crate::name::Name;
-use super::scan;
 use crate::session::actor::Actor;
 
 /// While a lease with a shorter TTL is held, the renewal connection does not wait for a user lock.
@@ -50,8 +50,12 @@ impl UserLock {
 
 /// Whether the renewal connection is waiting while a lease is held that can't wait for it.
 pub(in crate::session) fn is_in_the_way(actor: &Actor) -> bool {
-    let is_awaited = actor.user_lock.wish.borrow().as_ref().is_some_and(|wish| !wish.is_ours);
-    is_awaited && !may_wait(actor)
+    is_awaited(actor) && !may_wait(actor)
+}
+
+/// Whether the renewal connection is waiting.
+pub(super) fn is_awaited(actor: &Actor) -> bool {
+    actor.user_lock.wish.borrow().as_ref().is_some_and(|wish| !wish.is_ours)
 }
 
 /// Not while many requests wait: then the renewal connection scans for all of them.

@@ -181,7 +181,9 @@ impl<DB: Backend> Holder<DB> {
         id: i64,
         phase: &watch::Sender<Phase>,
     ) -> i64 {
-        let ending = || drop(phase.send_replace(Phase::Ending));
+        let ending = || {
+            phase.send_replace(Phase::Ending);
+        };
         let increments = match held {
             Held::Nothing => 0,
             Held::Lease { lease, next } => self.end_lease(lease, next, way, end, id, phase).await,
@@ -219,7 +221,9 @@ impl<DB: Backend> Holder<DB> {
         id: i64,
         phase: &watch::Sender<Phase>,
     ) -> i64 {
-        let ending = || drop(phase.send_replace(Phase::Ending));
+        let ending = || {
+            phase.send_replace(Phase::Ending);
+        };
         match (end, way) {
             (End::CommitAndRelease, _) => {
                 let mut transaction = lease.begin().await.unwrap();
