@@ -83,8 +83,11 @@ impl Cell {
 
     pub fn expected<T: TestDatabase>(&self, level: Level) -> Expected {
         if level.has_a_snapshot_for_each_statement() {
-            // On InnoDB a transaction is refused when another holder comes between its look and its lock.
-            let may_be_beaten = self.end == End::Takeover && self.moment == Moment::Waiting;
+            // On InnoDB a transaction is refused when another holder comes between its look and its lock. A
+            // lease under which something was verified goes to its next holder by the database.
+            let is_free_for_a_moment = self.end == End::Takeover
+                || (self.way == Way::VerifiedTransaction && self.end == End::HandOff);
+            let may_be_beaten = is_free_for_a_moment && self.moment == Moment::Waiting;
             return if may_be_beaten { Expected::Either } else { Expected::Committed };
         }
         if !self.reads_first {
