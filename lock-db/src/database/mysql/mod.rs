@@ -4,6 +4,7 @@
 
 mod queue;
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
@@ -196,20 +197,30 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.queue_key", "CONVERT(@lock_db_rest USING ascii)"), "
         ELSE lease.waiters END");
 
-/// The names of the batch that ask for their rows and have none, as JSON in a variable. A dirty
-/// read, which locks nothing. It also finds the row that an open transaction has made, so that
-/// nothing waits for that transaction. An INSERT that reads the table itself would lock the gaps in which
-/// the rows belong, and two of them would wait for each other.
+/// How many rows of the names there are that may be new. A dirty read, which locks nothing. It also
+/// finds the row that an open transaction has made, so that nothing waits for that transaction.
+const FIND: &str = "
+SELECT COUNT(*) INTO @lock_db_found FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name IN ";
+
+/// Makes the rows, granted, if there are none. IGNORE skips rows that others make at the same time. It
+/// can't hide a truncated name, because the column was checked to hold the longest name. A row that
+/// it skips for its id is found missing by the next attempt, which reports it.
+///
+/// A list of values: an INSERT with a SELECT uses up numbers of the counter.
+const INSERT: &str = "
+INSERT IGNORE INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
+
+/// If some of the rows are there: the names of the others, as JSON in a variable. Also a dirty read. An
+/// INSERT that reads the table itself would lock the gaps in which the rows belong, and two of them
+/// would wait for each other.
 const NEW: &str = "
 SELECT JSON_ARRAYAGG(asked.lock_name) INTO @lock_db_new
-FROM JSON_TABLE(@lock_db_asked, '$[*]' COLUMNS (
+FROM JSON_TABLE(@lock_db_maybe, '$[*]' COLUMNS (
         lock_name VARCHAR(510) PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
 LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE asked.makes_row AND lease.id IS NULL";
 
-/// Makes those rows, free, for `BATCH` to take. IGNORE skips rows that others make at the same
-/// time. It can't hide a truncated name, because the column was checked to hold the longest name. A
-/// row that it skips for its id is found missing by the next attempt, which reports it.
+/// Makes those rows, free, for `BATCH` to take.
 const MAKE: &str = "
 INSERT IGNORE INTO {table} (lock_name)
 SELECT UNHEX(new_name) FROM JSON_TABLE(@lock_db_new, '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made";
@@ -387,6 +398,8 @@ pub(super) async fn acquire_or_make(
     Ok(taken.grants.into_iter().next().flatten())
 }
 
+const DIRTY: &str = "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED";
+
 /// Returns all rows that are ours now.
 pub(super) async fn batch(
     connection: &mut MySqlConnection,
@@ -397,23 +410,32 @@ pub(super) async fn batch(
     rest: &str,
     makes_rows: bool,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let (asked, owner, rest) = (batch_as_json(releases, claims.iter()), literal(owner), literal(rest));
+    let (all, owner, rest) = (batch_as_json(releases, claims.iter()), literal(owner), literal(rest));
     let ([begin, end], commit) = match server.cluster {
         Cluster::SinglePrimary => (["", "; COMMIT"], None),
         Cluster::MultiPrimary => (STILL_IN_TRANSACTION, Some("COMMIT")),
     };
-    let (find, make) = if makes_rows {
-        ("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED; EXECUTE lock_db_new;", "EXECUTE lock_db_make;")
-    } else {
-        ("", "")
-    };
-    // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
-    // happens to this process. Nothing in it needs escaping.
-    let sql = format!(
-        "SET @lock_db_asked = '{asked}', @lock_db_owner = CONVERT({owner} USING utf8mb4),
-            @lock_db_rest = {rest};
-        {find} START TRANSACTION{begin}; {make} EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}"
+    let set = format!(
+        "SET @lock_db_asked = '{all}', @lock_db_owner = CONVERT({owner} USING utf8mb4), @lock_db_rest = {rest}"
     );
+    // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
+    // happens to this process. Nothing in it needs escaping, except the quotes of a text in a text.
+    let sql = if makes_rows {
+        let known = batch_as_json(releases, claims.iter().filter(|claim| !claim.makes_row));
+        let (find, insert) = find_and_insert(server, claims);
+        let insert = insert.replace('\'', "''");
+        format!(
+            "{set}; {DIRTY}; {find};
+            SET @lock_db_all = @lock_db_asked, @lock_db_maybe = IF(@lock_db_found = 0, '[]', @lock_db_asked),
+                @lock_db_insert = IF(@lock_db_found = 0, '{insert}', 'DO 0'),
+                @lock_db_asked = IF(@lock_db_found = 0, '{known}', @lock_db_asked);
+            {DIRTY}; EXECUTE lock_db_new; PREPARE lock_db_insert FROM @lock_db_insert;
+            START TRANSACTION{begin}; EXECUTE lock_db_make; EXECUTE lock_db_batch; EXECUTE lock_db_insert;
+            SET @lock_db_asked = @lock_db_all; EXECUTE lock_db_outcome{end}"
+        )
+    } else {
+        format!("{set}; START TRANSACTION{begin}; EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}")
+    };
     match all_or_nothing(connection, &sql, commit).await {
         Err(error) if number(&error) == Some(UNKNOWN_STATEMENT) => {
             // The first time on this connection. Parsing takes as long as executing, so it is done
@@ -433,6 +455,27 @@ pub(super) async fn batch(
         }
         rows => rows,
     }
+}
+
+/// `FIND` and `INSERT` for the claims whose rows may be new. All processes make rows in the order of
+/// their names.
+fn find_and_insert(server: &Server, claims: &[Claim]) -> (String, String) {
+    let mut new: Vec<&Claim> = claims.iter().filter(|claim| claim.makes_row).collect();
+    new.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+    let (mut find, mut insert) =
+        (server.table.sql(FIND).0.to_string(), server.table.sql(INSERT).0.to_string());
+    for (position, claim) in new.into_iter().enumerate() {
+        let (name, secret, ttl) = (literal(&claim.name), literal(claim.secret.as_str()), micros(claim.ttl));
+        let [open, comma] = if position > 0 { ["", ","] } else { ["(", ""] };
+        let _infallible = write!(find, "{open}{comma}{name}");
+        let _infallible = write!(
+            insert,
+            "{comma}({name},{secret},@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},UTC_TIMESTAMP(6)),
+            TIMESTAMPDIFF(MICROSECOND,'1970-01-01 00:00:00',UTC_TIMESTAMP(6)))"
+        );
+    }
+    find.push(')');
+    (find, insert)
 }
 
 async fn all_or_nothing(

@@ -81,8 +81,8 @@ pub(super) async fn batch(
     claims: &[Claim],
 ) -> driver::Result<BatchOutcome> {
     let released = |one: &ReleaseClaim| in_json(&one.name);
-    // MariaDB gets the name of a new row in three forms.
-    let claimed = |claim: &Claim| in_json(&claim.name) * if claim.makes_row { 3 } else { 1 };
+    // The server gets the name of a new row in three forms, and some text for each.
+    let claimed = |claim: &Claim| in_json(&claim.name) * if claim.makes_row { 4 } else { 1 };
     let bytes = releases.iter().map(released).chain(claims.iter().map(claimed)).sum::<usize>();
     if bytes <= server.longest_message {
         return batch_part(connection, server, releases, claims).await;

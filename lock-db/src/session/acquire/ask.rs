@@ -54,7 +54,12 @@ impl AcquireAttempt {
         // The second round uses the rows that the first one created.
         let mut free = Vec::new();
         for _ in 0..2 {
-            match self.claim().await {
+            let claimed = match self.make_rows().await {
+                Ok(Some(name)) => return Ok(AttemptOutcome::RowIsMade(name)),
+                Ok(None) => self.claim().await,
+                Err(failure) => Err(failure),
+            };
+            match claimed {
                 Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => {}
                 // What blocks a write does not block a read, which shows whether there is a holder.
@@ -157,7 +162,10 @@ impl AcquireAttempt {
         let (mut missing, mut free, mut over, mut held) = (Vec::new(), Vec::new(), Vec::new(), None);
         for (position, (name, row)) in names.into_iter().zip(rows).enumerate() {
             match row {
-                None => missing.push(name),
+                None => {
+                    self.actor.known_names.remove(&name);
+                    missing.push(name);
+                }
                 Some(row) if row.kind != Kind::Insert => {
                     return Ok(Some(AttemptOutcome::WrongKind(name, row.kind)));
                 }
@@ -196,6 +204,23 @@ impl AcquireAttempt {
             return Ok(Some(AttemptOutcome::RowIsMade(name)));
         }
         Ok(None)
+    }
+
+    /// Makes the rows of several names that are probably new. A claim for all or none makes no rows, and
+    /// would only find that they are missing. Returns a name as [`create_rows`](Self::create_rows) does.
+    async fn make_rows(&mut self) -> Result<Option<Name>, Failure> {
+        let new: Vec<Name> =
+            self.claims.iter().filter(|claim| claim.makes_row).map(|claim| claim.name.clone()).collect();
+        if self.claims.len() < 2 || new.is_empty() {
+            return Ok(None);
+        }
+        let in_the_way = self.create_rows(&new).await?;
+        if in_the_way.is_none() {
+            for position in 0..self.claims.len() {
+                self.note_row(position, true);
+            }
+        }
+        Ok(in_the_way)
     }
 
     /// Returns a name whose row an open transaction has created. The name of the last time is tried

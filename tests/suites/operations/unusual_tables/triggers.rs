@@ -28,7 +28,8 @@ fn triggers<T: TestDatabase>() -> Vec<&'static str> {
         _ => vec![
             "CREATE TRIGGER keep BEFORE UPDATE ON distributed_lock FOR EACH ROW
             SET NEW.secret_key = OLD.secret_key, NEW.expire_time = OLD.expire_time, NEW.fencing_token = OLD.fencing_token;
-            CREATE TRIGGER keep_new BEFORE INSERT ON distributed_lock FOR EACH ROW SET NEW.secret_key = ''",
+            CREATE TRIGGER keep_new BEFORE INSERT ON distributed_lock FOR EACH ROW
+            SET NEW.secret_key = '', NEW.expire_time = '1970-01-01 00:00:00', NEW.ttl_micros = 0, NEW.fencing_token = 0",
             "CREATE TRIGGER refuse BEFORE UPDATE ON distributed_lock FOR EACH ROW
             SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'frozen';
             CREATE TRIGGER refuse_new BEFORE INSERT ON distributed_lock FOR EACH ROW
