@@ -202,13 +202,13 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
 const FIND: &str = "
 SELECT COUNT(*) INTO @lock_db_found FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name IN ";
 
-/// Makes the rows, granted, if there are none. IGNORE skips rows that others make at the same time. It
-/// can't hide a truncated name, because the column was checked to hold the longest name. A row that
-/// it skips for its id is found missing by the next attempt, which reports it.
+/// Makes the rows, granted, if there are none. `ON DUPLICATE` leaves rows as they are that others make
+/// at the same time. IGNORE would also hide that a secret was truncated. A row that is not made for its
+/// id is found missing by the next attempt, which reports it.
 ///
 /// A list of values: an INSERT with a SELECT uses up numbers of the counter.
 const INSERT: &str = "
-INSERT IGNORE INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
+INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
 
 /// If some of the rows are there: the names of the others, as JSON in a variable. Also a dirty read. An
 /// INSERT that reads the table itself would lock the gaps in which the rows belong, and two of them
@@ -220,7 +220,8 @@ FROM JSON_TABLE(@lock_db_maybe, '$[*]' COLUMNS (
 LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
 WHERE asked.makes_row AND lease.id IS NULL";
 
-/// Makes those rows, free, for `BATCH` to take.
+/// Makes those rows, free, for `BATCH` to take. IGNORE can't hide a truncated name, because the column
+/// was checked to hold the longest name.
 const MAKE: &str = "
 INSERT IGNORE INTO {table} (lock_name)
 SELECT UNHEX(new_name) FROM JSON_TABLE(@lock_db_new, '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made";
@@ -465,16 +466,17 @@ fn find_and_insert(server: &Server, claims: &[Claim]) -> (String, String) {
     let (mut find, mut insert) =
         (server.table.sql(FIND).0.to_string(), server.table.sql(INSERT).0.to_string());
     for (position, claim) in new.into_iter().enumerate() {
-        let (name, secret, ttl) = (literal(&claim.name), literal(claim.secret.as_str()), micros(claim.ttl));
+        let (name, secret, ttl) = (literal(&claim.name), claim.secret.as_str(), micros(claim.ttl));
         let [open, comma] = if position > 0 { ["", ","] } else { ["(", ""] };
         let _infallible = write!(find, "{open}{comma}{name}");
         let _infallible = write!(
             insert,
-            "{comma}({name},{secret},@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},UTC_TIMESTAMP(6)),
+            "{comma}({name},'{secret}',@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},UTC_TIMESTAMP(6)),
             TIMESTAMPDIFF(MICROSECOND,'1970-01-01 00:00:00',UTC_TIMESTAMP(6)))"
         );
     }
     find.push(')');
+    insert.push_str(" ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key");
     (find, insert)
 }
 
