@@ -3,7 +3,7 @@
 //! A notification only shortens a pause. A waiter that gets none polls.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use tokio::sync::Notify;
@@ -112,10 +112,10 @@ impl Notifications {
     }
 
     pub(in crate::session) fn notify(&self, id: i64) {
-        self.notify_all(&[id]);
+        self.notify_all(&HashSet::from([id]));
     }
 
-    pub(in crate::session) fn notify_all(&self, ids: &[i64]) {
+    pub(in crate::session) fn notify_all(&self, ids: &HashSet<i64>) {
         for signal in self.waiters.borrow().values().filter(|signal| ids.contains(&signal.id)) {
             // Stored for a waiter that is busy at the moment.
             signal.notify.notify_one();

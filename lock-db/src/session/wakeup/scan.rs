@@ -24,6 +24,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// How long the connection for renewals may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the other connection scans after that one has failed.
+const WITHOUT_SECOND: Duration = Duration::from_secs(30);
 /// The pause is the time since a scan last found something, divided by this. Locks that are held
 /// for long need not be taken quickly.
 const SCANS: u32 = 16;
@@ -66,16 +68,16 @@ pub(super) fn is_useful(actor: &Actor) -> bool {
 /// The connection for renewals scans, because the other one is busy with the locks that change hands. One
 /// connection is enough: if that one can't be used, or waits for a user lock, the other one scans.
 async fn scan_while_useful(actor: &Actor) {
-    let (mut last_hit, mut has_second) = (Instant::now(), true);
+    let (mut last_hit, mut second_from) = (Instant::now(), Instant::now());
     while is_useful(actor) {
         let asked = Instant::now();
         let rows = actor.notifications.rows();
         let secret = actor.queues.queue_secret();
         let mut free = None;
-        if has_second && !user_lock::is_awaited(actor) {
+        if second_from <= asked && !user_lock::is_awaited(actor) {
             match timeout(PATIENCE, actor.renewals.next_in_line(&rows, secret)).await {
                 Ok(Ok(found)) => free = Some(found),
-                Ok(Err(_)) | Err(_) => has_second = false,
+                Ok(Err(_)) | Err(_) => second_from = Instant::now() + WITHOUT_SECOND,
             }
         }
         let free = match free {
@@ -92,7 +94,7 @@ async fn scan_while_useful(actor: &Actor) {
         actor.scan.is_answered.set(true);
         if !free.is_empty() {
             last_hit = Instant::now();
-            actor.notifications.notify_all(&free);
+            actor.notifications.notify_all(&free.into_iter().collect());
         }
         let pause = (last_hit.elapsed() / SCANS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
         // At least as long as the scan took, so that there is time for other work.
