@@ -12,14 +12,11 @@
 //! New rows are a list of values. An INSERT with a SELECT would lock the counter of the table and use
 //! up numbers.
 
-use std::fmt::Write as _;
-
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::{ACQUIRE, BATCH_OF_ASKED, bind_claim, taken};
 use crate::database::driver;
-use crate::database::mysql_family::batch::batch_as_json;
-use crate::database::mysql_family::literal;
+use crate::database::mysql_family::batch::{NewRows, batch_as_json};
 use crate::database::{Claim, Grant, Server};
 use crate::options::micros;
 
@@ -128,22 +125,12 @@ pub(super) async fn batch(
     owner: &str,
     rest: &str,
 ) -> driver::Result<Vec<MySqlRow>> {
-    let mut new: Vec<&Claim> = claims.iter().filter(|claim| claim.makes_row).collect();
-    // So that every process makes rows in the same order.
-    new.sort_unstable_by(|one, other| one.name.cmp(&other.name));
-    let (mut find, mut made) = (server.table.sql(FIND).0.to_string(), String::new());
-    for (position, claim) in new.iter().enumerate() {
-        let (name, secret, ttl) = (literal(&claim.name), claim.secret.as_str(), micros(claim.ttl));
-        let [open, comma] = if position > 0 { ["", ","] } else { ["(", ""] };
-        let _infallible = write!(find, "{open}{comma}{name}");
-        let _infallible = write!(
-            made,
-            "{comma}({name},'{secret}',@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},@lock_db_now),@lock_db_token)"
-        );
-    }
-    find.push(')');
+    let NewRows { names, values } = NewRows::of(claims);
+    let new = batch_as_json(&[], claims.iter().filter(|claim| claim.makes_row));
+    let (find, insert) =
+        (format!("{}{names}", server.table.sql(FIND).0), server.table.sql(INSERT).0.to_string());
     let query = sqlx::query(server.table.sql_in(BATCH_AND_MAKE, BATCH_OF_ASKED));
-    let query = query.bind(batch_as_json(&[], new.into_iter())).bind(made).bind(known).bind(find);
-    let query = query.bind(owner).bind(rest).bind(owner).bind(server.table.sql(INSERT).0.to_string());
+    let query = query.bind(new).bind(values).bind(known).bind(find);
+    let query = query.bind(owner).bind(rest).bind(owner).bind(insert);
     Ok(query.fetch_all(connection).await?)
 }

@@ -4,7 +4,6 @@
 
 mod queue;
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
@@ -13,7 +12,7 @@ use sqlx::{AssertSqlSafe, MySql};
 
 use self::queue::all_or_none;
 pub(super) use self::queue::{dequeue, enqueue, set_waiters};
-use super::mysql_family::batch::{batch_as_json, batch_part, still_ours};
+use super::mysql_family::batch::{NewRows, batch_as_json, batch_part, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
@@ -209,6 +208,8 @@ SELECT COUNT(*) INTO @lock_db_found FROM {table} FORCE INDEX (distributed_lock_n
 /// A list of values: an INSERT with a SELECT uses up numbers of the counter.
 const INSERT: &str = "
 INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
+
+const OR_LEAVE: &str = " ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key";
 
 /// If some of the rows are there: the names of the others, as JSON in a variable. Also a dirty read. An
 /// INSERT that reads the table itself would lock the gaps in which the rows belong, and two of them
@@ -423,15 +424,19 @@ pub(super) async fn batch(
     // happens to this process. Nothing in it needs escaping, except the quotes of a text in a text.
     let sql = if makes_rows {
         let known = batch_as_json(releases, claims.iter().filter(|claim| !claim.makes_row));
-        let (find, insert) = find_and_insert(server, claims);
-        let insert = insert.replace('\'', "''");
+        let NewRows { names, values } = NewRows::of(claims);
+        let find = format!("{}{names}", server.table.sql(FIND).0);
+        let insert = format!("{}{values}{OR_LEAVE}", server.table.sql(INSERT).0).replace('\'', "''");
         format!(
             "{set}; {DIRTY}; {find};
             SET @lock_db_all = @lock_db_asked, @lock_db_maybe = IF(@lock_db_found = 0, '[]', @lock_db_asked),
                 @lock_db_insert = IF(@lock_db_found = 0, '{insert}', 'DO 0'),
                 @lock_db_asked = IF(@lock_db_found = 0, '{known}', @lock_db_asked);
             {DIRTY}; EXECUTE lock_db_new; PREPARE lock_db_insert FROM @lock_db_insert;
-            START TRANSACTION{begin}; EXECUTE lock_db_make; EXECUTE lock_db_batch; EXECUTE lock_db_insert;
+            START TRANSACTION{begin}; EXECUTE lock_db_make; EXECUTE lock_db_batch;
+            SET @lock_db_now = UTC_TIMESTAMP(6),
+                @lock_db_token = TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6));
+            EXECUTE lock_db_insert;
             SET @lock_db_asked = @lock_db_all; EXECUTE lock_db_outcome{end}"
         )
     } else {
@@ -456,28 +461,6 @@ pub(super) async fn batch(
         }
         rows => rows,
     }
-}
-
-/// `FIND` and `INSERT` for the claims whose rows may be new. All processes make rows in the order of
-/// their names.
-fn find_and_insert(server: &Server, claims: &[Claim]) -> (String, String) {
-    let mut new: Vec<&Claim> = claims.iter().filter(|claim| claim.makes_row).collect();
-    new.sort_unstable_by(|one, other| one.name.cmp(&other.name));
-    let (mut find, mut insert) =
-        (server.table.sql(FIND).0.to_string(), server.table.sql(INSERT).0.to_string());
-    for (position, claim) in new.into_iter().enumerate() {
-        let (name, secret, ttl) = (literal(&claim.name), claim.secret.as_str(), micros(claim.ttl));
-        let [open, comma] = if position > 0 { ["", ","] } else { ["(", ""] };
-        let _infallible = write!(find, "{open}{comma}{name}");
-        let _infallible = write!(
-            insert,
-            "{comma}({name},'{secret}',@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},UTC_TIMESTAMP(6)),
-            TIMESTAMPDIFF(MICROSECOND,'1970-01-01 00:00:00',UTC_TIMESTAMP(6)))"
-        );
-    }
-    find.push(')');
-    insert.push_str(" ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key");
-    (find, insert)
 }
 
 async fn all_or_nothing(

@@ -9,8 +9,8 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use sqlx::{Connection, MySql, Row};
 
 use super::lease::has_no_id;
-use super::parts;
 use super::several::in_json;
+use super::{literal, parts};
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::wait_queue::key;
@@ -201,4 +201,32 @@ pub(in crate::database) fn batch_as_json<'a>(
     }
     json.push(']');
     json
+}
+
+/// The rows of a batch that may be new, as text for a statement: a list of their names, and the values of
+/// `lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token` for an INSERT, which are partly in
+/// variables. Sorted by name, so that every process makes rows in the same order. The secrets are
+/// text: hexadecimal digits would be bytes to a column of another character set.
+pub(in crate::database) struct NewRows {
+    pub(in crate::database) names: String,
+    pub(in crate::database) values: String,
+}
+
+impl NewRows {
+    pub(in crate::database) fn of(claims: &[Claim]) -> Self {
+        let mut new: Vec<&Claim> = claims.iter().filter(|claim| claim.makes_row).collect();
+        new.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        let (mut names, mut values) = (String::from("("), String::new());
+        for (position, claim) in new.into_iter().enumerate() {
+            let (name, secret, ttl) = (literal(&claim.name), claim.secret.as_str(), micros(claim.ttl));
+            let comma = if position > 0 { "," } else { "" };
+            let _infallible = write!(names, "{comma}{name}");
+            let _infallible = write!(
+                values,
+                "{comma}({name},'{secret}',@lock_db_owner,{ttl},TIMESTAMPADD(MICROSECOND,{ttl},@lock_db_now),@lock_db_token)"
+            );
+        }
+        names.push(')');
+        Self { names, values }
+    }
 }
