@@ -70,6 +70,7 @@
 //! - `sqlite-unbundled`: instead of `sqlite`, for a program that enables `sqlite-unbundled` of sqlx to
 //!   link the SQLite of the system.
 //! - `macros` (default): the attribute [`distributed_lock`].
+//! - `serde`: `serde::Serialize` for [`LockInfo`], [`CheckReport`], [`Health`] and their parts.
 //! - `testing`: `lock_db::testing`, for `[dev-dependencies]`.
 //! - `testing-without-locks`: `testing::without_locks`, for `[dev-dependencies]`.
 //!
@@ -125,14 +126,17 @@ pub use sqlx;
 
 pub use self::database::LockDatabase;
 pub use self::error::{Action, Error, Loss, NoReentry, WaitingFor};
-pub use self::global::{AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks};
+pub use self::global::{AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyListLocks, AnyLocks};
 
 /// What `lease = …` binds in an annotated function that uses the installed or scoped [`Locks`].
 pub type AmbientLease = AnyLease;
 pub use self::in_transaction::HeldInTransaction;
-pub use self::info::{CheckReport, Kind, LockInfo};
+pub use self::info::{
+    CheckReport, CommitGuard, DatabaseSession, Finding, FindingKind, Health, Holder, Kind, LockInfo,
+    RowHolder, Waiter,
+};
 pub use self::lease::{GuardedTransaction, InsertLock, InsertLocks, Lease, LeaseWatch, Leases};
-pub use self::locks::{Locks, LocksBuilder};
+pub use self::locks::{ListLocks, Locks, LocksBuilder};
 pub use self::reentrancy::ReentryContext;
 pub use self::row_lock::{RowGuard, RowGuards, RowLock, RowLocks};
 pub use self::skippable::Skippable;

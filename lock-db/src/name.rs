@@ -23,6 +23,11 @@ pub struct Name {
 }
 
 impl Name {
+    /// A name that was found in the table, whose first bytes are the prefix.
+    pub(crate) fn found(whole: String, prefix: usize) -> Self {
+        Self { whole: whole.into(), prefix }
+    }
+
     /// The name as the caller gave it, for the fields of errors. (Messages use `Display`, which
     /// escapes it.)
     pub(crate) fn given(&self) -> String {

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 pub(crate) use self::driver::StepError;
 pub(crate) use self::failure::{Failure, Fault, HookFailure};
+pub(crate) use self::lock_row::{LockRow, reliable_without_notice};
 pub(crate) use self::server::{Cluster, Location, Server};
 pub(crate) use self::types::{
-    BatchOutcome, Claim, ExpiredQueue, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
+    BatchOutcome, Claim, ExpiredQueue, Grant, Guarded, LeaseKey, LeaseStatus, ListPage, Notification,
     PruneScope, QueueChange, ReleaseClaim, Released, Renewal, Renewed, RowAttempt, RowClaim, RowKey,
-    TablePart, reliable_without_notice,
+    TablePart,
 };
 pub(crate) use self::wait_queue::{QueueEntry, WaitQueue, begins_with};
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
@@ -24,6 +25,7 @@ mod wait_queue;
 mod columns;
 pub(crate) mod driver;
 mod failure;
+mod lock_row;
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "_sqlite"))]
 mod migration;
 #[cfg(feature = "postgres")]

@@ -27,11 +27,12 @@ where
         remaining: row.try_get(8)?,
         ttl: row.try_get(9)?,
         waiters: text(10)?,
+        previous_token: row.try_get(11)?,
     })
 }
 
 /// How many columns [`lock_row`] decodes: the index of the next one.
-pub(super) const COLUMNS: usize = 11;
+pub(super) const COLUMNS: usize = 12;
 
 /// Decodes what each database's `READ_PART` selects: the id, whether the row may be removed, its
 /// name and queue, and the time.

@@ -3,14 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
-
 use super::Server;
-use super::wait_queue::{self, QueueEntry};
+use super::wait_queue::QueueEntry;
+use crate::Kind;
 use crate::name::Name;
-use crate::options::{SHORTEST_PRUNE, micros};
 use crate::secret::Secret;
-use crate::{Kind, LockInfo};
 
 /// An attempt to take a lease.
 #[derive(Debug, Clone)]
@@ -252,28 +249,41 @@ pub enum RowAttempt {
     ForeignTransaction,
 }
 
-/// A row as it was read.
+/// Which rows to list: those whose whole names match, in the order of the bytes of the names.
 #[derive(Debug, Clone)]
-pub struct LockRow {
-    pub id: i64,
-    pub kind: Kind,
-    pub secret_key: String,
-    pub owner: String,
-    pub fencing_token: i64,
-    /// All times are in microseconds since 1970, by the database's clock.
-    pub created: i64,
-    pub acquired: i64,
-    pub expires: i64,
-    /// Time until `expires`; zero or less if that has passed.
-    pub remaining: i64,
-    /// How far ahead the deadline can be, if the clock is right:
-    ///
-    /// - the TTL of the present lease;
-    /// - negative: how long `at_least` keeps the lock after the release;
-    /// - zero once a takeover has given notice, and when the row is settled.
-    pub ttl: i64,
-    /// The processes that wait: see [`WaitQueue`](super::WaitQueue).
-    pub waiters: String,
+pub struct ListPage {
+    /// The parts of the name that stand between its stars: the first one at its beginning, the last one
+    /// at its end. A single part is the whole name.
+    pub parts: Vec<String>,
+    /// Only names behind this one.
+    pub after: String,
+    /// Only locks that are held, as far as the server tells.
+    pub held_only: bool,
+    pub limit: i64,
+}
+
+impl ListPage {
+    /// The bounds between which all names with the first part lie. The upper one is longer than any
+    /// name, and of the largest character.
+    pub(super) fn bounds(&self) -> (&str, String) {
+        let first = self.parts.first().map_or("", String::as_str);
+        let above = if self.parts.len() > 1 { "\u{10FFFF}".repeat(64) } else { String::new() };
+        (first, format!("{first}{above}"))
+    }
+
+    /// The names as LIKE writes them, with `!` as its escape character.
+    #[cfg(any(feature = "postgres", feature = "mysql"))]
+    pub(super) fn like(&self) -> String {
+        let escaped = |part: &String| part.replace('!', "!!").replace('%', "!%").replace('_', "!_");
+        self.parts.iter().map(escaped).collect::<Vec<_>>().join("%")
+    }
+
+    /// The names as GLOB writes them.
+    #[cfg(feature = "_sqlite")]
+    pub(super) fn glob(&self) -> String {
+        let escaped = |part: &String| part.replace('[', "[[]").replace('?', "[?]");
+        self.parts.iter().map(escaped).collect::<Vec<_>>().join("*")
+    }
 }
 
 /// Which rows may be removed: those whose names begin with `prefix` and that were not used for
@@ -307,100 +317,4 @@ pub struct ExpiredQueue {
     pub id: i64,
     pub name: String,
     pub waiters: String,
-}
-
-/// How long a takeover gives notice, at most. For shorter TTLs it is a fifth of the TTL.
-const LONGEST_NOTICE: i64 = 1_000_000;
-/// How far a deadline may be ahead of now beyond its TTL. Beyond that, the clock counts as set
-/// back.
-const CLOCK_SLACK: i64 = 2_000_000;
-
-impl LockRow {
-    /// Whether any process may take it now. It was released, its minimum hold time is over, or it
-    /// expired after a takeover gave notice.
-    pub(crate) fn is_free(&self) -> bool {
-        self.remaining <= 0 && (self.expires == 0 || self.ttl <= 0)
-    }
-
-    /// Whether this acquisition and this grant hold it.
-    pub(crate) fn is_of(&self, secret: &Secret, fencing_token: i64) -> bool {
-        self.secret_key == secret.as_str() && self.fencing_token == fencing_token && self.expires != 0
-    }
-
-    /// How long it stays as it is without another renewal. Zero when it is free, or when notice may
-    /// be given.
-    pub(crate) fn remaining(&self) -> Duration {
-        let micros = if self.ttl > 0 { self.remaining - notice(self.ttl) } else { self.remaining };
-        Duration::from_micros(u64::try_from(micros).unwrap_or(0))
-    }
-
-    /// Whether another process may remove it: it was not used for the shortest time after which
-    /// rows are removed.
-    pub(crate) fn may_be_removed(&self) -> bool {
-        let used = self.created.max(self.acquired).max(self.expires);
-        self.now().saturating_sub(used) >= micros(SHORTEST_PRUNE)
-    }
-
-    /// Whether no transaction of the last holder can commit any more, and the row says so.
-    /// Everything that such a transaction has written is older than this state of the row.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.expires == 0 && self.ttl == 0
-    }
-
-    /// Whether a takeover should give notice now, or the deadline is further ahead than it can be.
-    ///
-    /// An expired lease may still be held: its holder can't renew it while another transaction has
-    /// the row locked, but can read that no notice was given. A takeover therefore has two steps.
-    /// It gives notice, for which it needs the row. Then the holder has a short time in which to
-    /// renew.
-    pub(crate) fn notice_is_due(&self) -> bool {
-        let is_over = self.ttl > 0 && self.expires != 0 && self.remaining <= notice(self.ttl);
-        is_over || (self.expires != 0 && self.remaining > self.ttl.abs() + CLOCK_SLACK)
-    }
-
-    /// How long a takeover gives notice, when that is due.
-    pub(crate) fn notice(&self) -> Duration {
-        Duration::from_micros(u64::try_from(notice(self.ttl)).unwrap_or(0))
-    }
-
-    /// The process that a release would notify.
-    pub(crate) fn first_waiter(&self) -> Option<Notification> {
-        wait_queue::first_notification(&self.waiters, self.id)
-    }
-
-    /// When it was read: microseconds since 1970, by the database's clock.
-    pub(crate) fn now(&self) -> i64 {
-        self.expires.saturating_sub(self.remaining)
-    }
-
-    pub(crate) fn into_info(self, name: &Name) -> LockInfo {
-        let held = self.kind != Kind::Row && self.remaining > 0;
-        LockInfo {
-            name: name.given(),
-            kind: self.kind,
-            owner: self.owner,
-            fencing_token: self.fencing_token,
-            created_at: timestamp(self.created),
-            acquired_at: timestamp(self.acquired),
-            held_until: held.then(|| timestamp(self.expires)),
-            finished_at: (held && self.ttl < 0).then(|| timestamp(self.expires.saturating_add(self.ttl))),
-            is_here: false,
-        }
-    }
-}
-
-/// Length of the notice for a TTL, both in microseconds. The `GIVE_NOTICE` statements compute the
-/// same.
-fn notice(ttl: i64) -> i64 {
-    (ttl / 5).min(LONGEST_NOTICE)
-}
-
-/// How long a holder may rely on a row that has just been read, was locked by another transaction,
-/// and showed no notice.
-pub(crate) fn reliable_without_notice(ttl: Duration) -> Duration {
-    Duration::from_micros(u64::try_from(notice(micros(ttl))).unwrap_or(0)) * 9 / 10
-}
-
-fn timestamp(micros: i64) -> DateTime<Utc> {
-    DateTime::from_timestamp_micros(micros).unwrap_or_default()
 }

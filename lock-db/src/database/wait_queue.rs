@@ -200,6 +200,15 @@ impl WaitQueue {
         self.0.iter().position(|waiter| waiter.secret == secret.as_str())
     }
 
+    /// The entries for people.
+    pub(crate) fn waiting(&self) -> Vec<crate::Waiter> {
+        let waiting = |Waiter { owner, since, .. }: &Waiter| crate::Waiter {
+            owner: owner.clone(),
+            since: super::lock_row::timestamp(since.saturating_mul(1000)),
+        };
+        self.0.iter().map(waiting).collect()
+    }
+
     pub(crate) fn has_room(&self) -> bool {
         self.0.len() < MOST
     }

@@ -32,6 +32,10 @@ pub enum Action {
     FindTable,
     /// Read a row of the table.
     ReadRow,
+    /// Read a list of locks.
+    List,
+    /// Release a lock by force.
+    ForceRelease,
     /// Insert the row of a name.
     MakeRow,
     /// Apply the migrations.
@@ -78,6 +82,8 @@ impl Action {
             Self::TakeOver => "take over",
             Self::FindTable => "find the table `distributed_lock`",
             Self::ReadRow => "read the row",
+            Self::List => "list the locks",
+            Self::ForceRelease => "release by force",
             Self::MakeRow => "make the row",
             Self::Migrate => "create `distributed_lock`",
             Self::Check => "check the table `distributed_lock`",

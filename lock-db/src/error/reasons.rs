@@ -78,6 +78,8 @@ pub enum Loss {
     TakenOver,
     /// The row says that the lock was released, and this process did not release it.
     ReleasedByHand,
+    /// Somebody has ended the lease: see [`Locks::force_release`](crate::Locks::force_release).
+    ForceReleased,
     /// The row was deleted from `distributed_lock`.
     RowDeleted,
     /// The transaction or connection that held it has ended.
@@ -102,6 +104,7 @@ impl Loss {
             Self::NotRenewed => "not_renewed",
             Self::TakenOver => "taken_over",
             Self::ReleasedByHand => "released_by_hand",
+            Self::ForceReleased => "force_released",
             Self::RowDeleted => "row_deleted",
             Self::TransactionEnded => "transaction_ended",
             Self::Closed => "closed",
@@ -118,6 +121,7 @@ impl fmt::Display for Loss {
             Self::NotRenewed => "its lease could not be renewed in time",
             Self::TakenOver => "the table names another owner, or it was released by hand",
             Self::ReleasedByHand => "released by hand",
+            Self::ForceReleased => "somebody has released it by force",
             Self::RowDeleted => "its row was deleted from `distributed_lock`",
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",

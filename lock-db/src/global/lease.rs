@@ -75,6 +75,15 @@ impl AnyLease {
         self.lease.lost().await;
     }
 
+    /// Resolves as soon as somebody else waits for this lock, as [`Lease::wanted`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Lease::wanted`].
+    pub async fn wanted(&self) {
+        self.lease.handle().wanted().await;
+    }
+
     /// Returns the lease itself, as the lease of this database.
     ///
     /// # Errors

@@ -4,9 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{AnyInsertLock, AnyInsertLocks, ErasedLocks, SCOPED, install};
+use super::{AnyInsertLock, AnyInsertLocks, AnyListLocks, ErasedLocks, SCOPED, install};
 use crate::database::LockDatabase;
-use crate::{CheckReport, Error, LockInfo, Locks};
+use crate::{CheckReport, Error, Health, LockInfo, Locks};
 
 /// A [`Locks`] whose database is known only at run time. Cloning is cheap.
 ///
@@ -131,6 +131,51 @@ impl AnyLocks {
     /// The future may be dropped at any time.
     pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
         self.0.info(name.as_ref()).await
+    }
+
+    /// Returns a request for a list of locks, as [`Locks::list`]. It is sent by `.await`.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let of_test = lock_db::testing::locks().await?;
+    /// # let locks = lock_db::AnyLocks::from((*of_test).clone());
+    /// let lease = locks.insert_lock("order:41").acquire().await?;
+    /// let held = locks.list("order:*").held_only().limit(100).await?;
+    /// assert_eq!(held[0].name, "order:41");
+    /// # drop(lease);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Locks::list`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The request may be dropped at any time.
+    pub fn list(&self, pattern: impl AsRef<str>) -> AnyListLocks {
+        AnyListLocks::new(Arc::clone(&self.0), pattern.as_ref())
+    }
+
+    /// Ends a lease by force, as [`Locks::force_release`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locks::force_release`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Locks::force_release`].
+    pub async fn force_release(&self, name: impl AsRef<str>, fencing_token: i64) -> Result<bool, Error> {
+        self.0.force_release(name.as_ref(), fencing_token).await
+    }
+
+    /// How this is doing, as [`Locks::health`].
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.0.health()
     }
 
     /// Removes the rows of names that were not used for this long, as [`Locks::prune`].

@@ -5,6 +5,7 @@ mod held_lock;
 mod insert_lock;
 mod lease;
 mod leases;
+mod list;
 mod locks;
 // The macro's code calls it; nothing of it is public.
 #[allow(missing_docs, missing_debug_implementations)]
@@ -23,13 +24,14 @@ use crate::options::Wait;
 use crate::reentrancy::{self, Entered, Held, ReentryKey};
 use crate::runtime::Runtime;
 use crate::session::LeaseHandle;
-use crate::{CheckReport, Error, Lease, LockInfo, Locks};
+use crate::{CheckReport, Error, Health, Lease, LockInfo, Locks};
 
 pub(crate) use self::held_lock::{HeldLock, TakingLock};
 pub use self::insert_lock::{AnyInsertLock, AnyInsertLocks};
 use self::lease::ErasedLease;
 pub use self::lease::{AnyLease, IntoLease};
 pub use self::leases::AnyLeases;
+pub use self::list::AnyListLocks;
 pub use self::locks::AnyLocks;
 pub use self::request::{CallRequest, ask};
 pub(crate) use self::shared_transaction::RowCall;
@@ -84,6 +86,18 @@ pub(crate) trait ErasedLocks: Send + Sync {
     fn check(&self) -> BoxFuture<'_, Result<CheckReport, Error>>;
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>>;
+
+    fn list(
+        &self,
+        pattern: &str,
+        held_only: bool,
+        limit: Option<usize>,
+        after: Option<&str>,
+    ) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>>;
+
+    fn force_release<'a>(&'a self, name: &'a str, fencing_token: i64) -> BoxFuture<'a, Result<bool, Error>>;
+
+    fn health(&self) -> Health;
 
     fn prune(&self, older_than: Duration) -> BoxFuture<'_, Result<u64, Error>>;
 
@@ -166,6 +180,34 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>> {
         Box::pin(self.info(name))
+    }
+
+    fn list(
+        &self,
+        pattern: &str,
+        held_only: bool,
+        limit: Option<usize>,
+        after: Option<&str>,
+    ) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>> {
+        let mut list = self.list(pattern);
+        if held_only {
+            list = list.held_only();
+        }
+        if let Some(limit) = limit {
+            list = list.limit(limit);
+        }
+        if let Some(after) = after {
+            list = list.after(after);
+        }
+        list.into_future()
+    }
+
+    fn force_release<'a>(&'a self, name: &'a str, fencing_token: i64) -> BoxFuture<'a, Result<bool, Error>> {
+        Box::pin(self.force_release(name, fencing_token))
+    }
+
+    fn health(&self) -> Health {
+        self.health()
     }
 
     fn prune(&self, older_than: Duration) -> BoxFuture<'_, Result<u64, Error>> {

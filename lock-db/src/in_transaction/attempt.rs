@@ -52,6 +52,7 @@ impl<DB: LockDatabase> Attempt<'_, DB> {
         &self,
         transaction: &mut DB::Connection,
     ) -> Result<Option<HeldInTransaction>, Error> {
+        let _waits = self.context.session().vitals().wait();
         let Some(row) = self.find_in(transaction).await? else { return Ok(None) };
         self.lock_found(transaction, row).await
     }

@@ -148,6 +148,41 @@ impl<DB: LockDatabase> Lease<DB> {
         self.handle.lease.loss()
     }
 
+    /// Resolves as soon as another caller of this process, or another process, waits for this lock. So
+    /// a long job can step down at a point where it may be interrupted. The lock does not change.
+    ///
+    /// It resolves again at once as long as somebody waits. Waiters of this process are noticed at
+    /// once, those of other processes within about half a second, for which the row is read twice a
+    /// second while this is awaited. Requests for several locks, and requests that are not
+    /// [`fair`](crate::InsertLock::fair), are not in the queue and not noticed. After the lease was
+    /// lost it may never resolve: see [`lost`](Self::lost).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = lock_db::testing::locks().await?;
+    /// # async fn next_part() -> bool { false }
+    /// let lease = locks.insert_lock("reindex").acquire().await?;
+    /// loop {
+    ///     tokio::select! {
+    ///         biased;
+    ///         () = lease.lost() => break,
+    ///         () = lease.wanted() => break,
+    ///         is_left = next_part() => if !is_left { break },
+    ///     }
+    /// }
+    /// lease.release().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time, and this may be called any number of times.
+    pub async fn wanted(&self) {
+        self.handle.wanted().await;
+    }
+
     /// Returns a watch, for child tasks of the holder that have to end with the lease.
     #[must_use]
     pub fn watch(&self) -> LeaseWatch {

@@ -1,6 +1,8 @@
 //! `Locks`, the entry point.
 
 mod builder;
+mod list;
+mod operate;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +10,7 @@ use std::time::Duration;
 use sqlx::Pool;
 
 pub use self::builder::LocksBuilder;
+pub use self::list::ListLocks;
 use crate::context::Context;
 use crate::database::LockDatabase;
 use crate::database::PruneScope;
@@ -15,7 +18,7 @@ use crate::lease::{InsertLock, InsertLocks};
 use crate::options::check_prune;
 use crate::row_lock::{RowLock, RowLocks};
 use crate::session::{self, Request};
-use crate::{CheckReport, Error, LockInfo};
+use crate::{CheckReport, Error};
 
 /// The locks of a database.
 ///
@@ -115,14 +118,18 @@ impl<DB: LockDatabase> Locks<DB> {
     /// Call it when a service starts, especially when the migrations are applied by other means. It
     /// inserts a row, locks and writes it, and rolls that back.
     ///
-    /// The report lists what works and could be better. For example, it names the transaction,
-    /// replication slot or reader that keeps old row versions alive, which makes hot locks slow.
+    /// The report names the server and how it holds other holders off while a guarded transaction
+    /// commits. It lists what works and could be better: commits that do not wait for the disk or for
+    /// standbys, a transaction, replication slot or reader that keeps old row versions alive, which makes
+    /// hot locks slow, a clock that is wrong, missing rights.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let locks = lock_db::testing::locks().await?;
-    /// for warning in locks.check().await?.warnings() {
+    /// let report = locks.check().await?;
+    /// println!("locks are kept by {}", report.server());
+    /// for warning in report.warnings() {
     ///     eprintln!("{warning}");
     /// }
     /// # Ok(())
@@ -152,8 +159,7 @@ impl<DB: LockDatabase> Locks<DB> {
         self.context.settings().check()?;
         let prunes = self.context.settings().prune_after.is_some();
         let check = |answer| Request::Check { prunes, answer };
-        let warnings = self.context.session().ask(check).await?;
-        Ok(CheckReport { warnings })
+        self.context.session().ask(check).await
     }
 
     /// Returns a request for an insert lock, which is a lease.
@@ -243,41 +249,6 @@ impl<DB: LockDatabase> Locks<DB> {
     /// ```
     pub fn row_locks(&self, names: impl IntoIterator<Item = impl AsRef<str>>) -> RowLocks<DB> {
         RowLocks::new(Arc::clone(&self.context), owned(names))
-    }
-
-    /// Reads the row of a name. Returns `None` if the name was never used.
-    ///
-    /// The result is for dashboards and logs. It is out of date as soon as it is returned, so do
-    /// not use it to decide whether work may continue.
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let locks = lock_db::testing::locks().await?;
-    /// let lease = locks.insert_lock("report:daily").acquire().await?;
-    /// if let Some(info) = locks.info("report:daily").await? {
-    ///     println!("{} is held by {} until {:?}", info.name, info.owner, info.held_until);
-    /// }
-    /// # drop(lease);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// - [`Error::InvalidName`] when the name is not valid.
-    /// - [`Error::SchemaMissing`] and [`Error::UnsupportedTable`] when the table can't be used.
-    /// - [`Error::Unreachable`], [`Error::Refused`] and [`Error::Database`] when the row can't be
-    ///   read.
-    /// - [`Error::Closed`] after [`close`](Self::close).
-    ///
-    /// # Cancel safety
-    ///
-    /// The future may be dropped at any time.
-    pub async fn info(&self, name: impl AsRef<str>) -> Result<Option<LockInfo>, Error> {
-        let name = self.context.checked_name(name.as_ref())?;
-        let row = self.context.session().ask(|answer| Request::Read { name: name.clone(), answer }).await?;
-        Ok(row.map(|row| row.into_info(&name)))
     }
 
     /// Removes the rows of names that were not used for `older_than`, and returns how many it has

@@ -52,6 +52,7 @@ impl<DB: LockDatabase> TransactionRequest<DB> {
     pub(super) async fn take(self) -> Result<Option<LockedRows<DB>>, Error> {
         self.context.settings().warn_after.check()?;
         check_prune_after(self.context.settings().prune_after)?;
+        let _waits = self.context.session().vitals().wait();
         let runtime = Runtime::current()?;
         let request = Arc::new(self);
         let (mut answer, mut answered) = oneshot::channel();
@@ -169,7 +170,12 @@ impl<DB: LockDatabase> TransactionRequest<DB> {
             created_at: now,
             acquired_at: now,
             held_until: None,
+            expires_in: None,
+            held_for: None,
             finished_at: None,
+            holders: Vec::new(),
+            waiting: Vec::new(),
+            row_holder: None,
             is_here: true,
         })))
     }

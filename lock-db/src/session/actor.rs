@@ -20,6 +20,7 @@ use super::local_queue::{LocalQueues, Permit};
 use super::request::Request;
 use super::snapshot_watch::SnapshotWatch;
 use super::task_tracker::TaskTracker;
+use super::vitals::Vitals;
 use super::wakeup::notify::Notifications;
 use super::wakeup::scan::Scan;
 use super::wakeup::user_lock::{self, UserLock};
@@ -28,8 +29,10 @@ use crate::error::{Loss, lost_how};
 use crate::hold_warning::HoldWarning;
 use crate::session::{LeaseHandle, SessionChannel};
 
-/// How long the report of a loss waits for what has become of the lock.
-const READ_LIMIT: Duration = Duration::from_millis(100);
+/// How long a holder that has to stop waits for what has become of its lock, and how long one that has
+/// stopped by itself.
+const BEFORE_THE_REPORT: Duration = Duration::from_millis(300);
+pub(super) const READ_LIMIT: Duration = Duration::from_secs(1);
 
 /// The state of a session. All of it lives on its own thread.
 pub(super) struct Actor {
@@ -40,6 +43,7 @@ pub(super) struct Actor {
     /// Notified when a private connection is lost. A different server may answer the next
     /// connection.
     pub(super) lost: Rc<Notify>,
+    pub(super) vitals: Arc<Vitals>,
     pub(super) not_written: fn() -> Failure,
     pub(super) notifications: Rc<Notifications>,
     pub(super) user_lock: UserLock,
@@ -78,13 +82,16 @@ impl Actor {
         location: &Arc<Location>,
         requests: mpsc::WeakUnboundedSender<Request>,
         queues: Arc<LocalQueues>,
+        vitals: Arc<Vitals>,
     ) -> Rc<Self> {
         let (notifications, lost) = (Rc::new(Notifications::new()), Rc::default());
-        let renewals = Worker::start(pool.clone(), location, &notifications, None, &lost);
+        let watched = (&lost, &vitals);
+        let renewals = Worker::start(pool.clone(), location, &notifications, None, watched);
         Rc::new(Self {
-            worker: Worker::start(pool, location, &notifications, Some(&renewals), &lost),
+            worker: Worker::start(pool, location, &notifications, Some(&renewals), watched),
             renewals,
             lost,
+            vitals,
             not_written: Failure::not_written::<DB>,
             notifications,
             user_lock: UserLock::default(),
@@ -155,7 +162,10 @@ impl Actor {
         if self.may_connect_ahead() {
             self.due.no_later_than(held.second_needed_from());
         }
-        self.leases.borrow_mut().insert(number, held);
+        let mut leases = self.leases.borrow_mut();
+        leases.insert(number, held);
+        self.vitals.set_held(leases.len());
+        drop(leases);
         self.queues.set_lease(&state);
         Some(LeaseHandle::new(state, requests, Arc::clone(&self.queues)))
     }
@@ -168,9 +178,17 @@ impl Actor {
         }
     }
 
+    /// Removes a lease, which is not renewed any more.
+    pub(super) fn forget(&self, number: u64) -> Option<HeldLease> {
+        let mut leases = self.leases.borrow_mut();
+        let removed = leases.remove(&number);
+        self.vitals.set_held(leases.len());
+        removed
+    }
+
     /// Like `lose`, but the permit stays in the returned lease.
     pub(super) fn end(&self, number: u64, loss: Loss) -> Option<HeldLease> {
-        let ended = self.leases.borrow_mut().remove(&number);
+        let ended = self.forget(number);
         if let Some(held) = &ended {
             self.tell_operator(&held.state, loss);
             if loss == Loss::Released {
@@ -232,20 +250,17 @@ impl Actor {
         tracing::warn!(%lock, fencing_token, error, "lock lost: {how}");
     }
 
-    /// Reads the row of a lease that is no longer ours, to find out what became of it. The report
-    /// of the loss waits for that for `READ_LIMIT` at most.
-    pub(super) async fn find_out(&self, lease: &LeaseState) -> Loss {
-        let Ok(Ok(row)) = timeout(READ_LIMIT, self.worker.read(lease.name())).await else {
+    /// Reads the row of a lease that is no longer ours, to find out what became of it, within `limit`.
+    pub(super) async fn find_out(&self, lease: &LeaseState, limit: Duration) -> Loss {
+        let Ok(Ok(row)) = timeout(limit, self.worker.read(lease.name())).await else {
             return Loss::TakenOver;
         };
         let Some(row) = row else { return Loss::RowDeleted };
-        if row.secret_key == lease.key.secret.as_str() {
-            return if row.expires == 0 { Loss::ReleasedByHand } else { Loss::TakenOver };
-        }
-        if row.fencing_token > lease.key.fencing_token {
+        let loss = row.loss_of(&lease.key);
+        if row.has_new_holder(&lease.key) {
             lease.set_new_holder(Box::new(row.into_info(lease.name())));
         }
-        Loss::TakenOver
+        loss
     }
 
     /// The row of a lease is no longer ours. The lease counts as lost from now on. Its holder is
@@ -256,7 +271,7 @@ impl Actor {
         }
         let (actor, lease) = (Rc::clone(self), Arc::clone(lease));
         drop(spawn_local(async move {
-            let loss = actor.find_out(&lease).await;
+            let loss = actor.find_out(&lease, BEFORE_THE_REPORT).await;
             actor.lose(lease.number, loss);
         }));
     }

@@ -10,16 +10,20 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::{ASK_LIMIT, LeaseState, LocalQueues, Request, answer_to};
+use crate::clock;
 use crate::database::{LeaseKey, Notification};
 use crate::error::Action;
 use crate::error::Loss;
+use crate::jitter::jitter;
 use crate::name::Name;
 use crate::reentrancy::Held;
 use crate::sync::{AtomicBool, AtomicUsize};
 use crate::{Error, Kind};
 
-/// How long the report of a loss waits for what has become of the lock.
-const READ_LIMIT: Duration = Duration::from_millis(100);
+/// How long the error for a loss waits for what has become of the lock.
+const READ_LIMIT: Duration = Duration::from_secs(1);
+/// The time between two looks at the queue of other processes, for a holder that would step down.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Keeps a lease. The last owner of this releases the lease.
 pub(crate) struct LeaseHandle {
@@ -130,6 +134,25 @@ impl LeaseHandle {
         &self.lease.key.row.name
     }
 
+    /// Resolves while another caller of this process, or another process, waits for the lease.
+    pub(crate) async fn wanted(&self) {
+        loop {
+            let arrival = self.queues.arrival();
+            if self.queues.has_waiters(self.name()) || self.is_wanted_elsewhere().await {
+                return;
+            }
+            let pause = clock::timeout(jitter(LOOK_AGAIN), arrival);
+            let _arrived_or_not = pause.await;
+        }
+    }
+
+    async fn is_wanted_elsewhere(&self) -> bool {
+        let (answer, answered) = oneshot::channel();
+        let name = self.name().clone();
+        let _session_may_be_gone = self.session.send(Request::IsWanted { name, answer });
+        answered.await.is_ok_and(|is_wanted| is_wanted.unwrap_or(false))
+    }
+
     pub(crate) fn ttl(&self) -> Duration {
         self.lease.ttl
     }
@@ -156,6 +179,7 @@ impl LeaseHandle {
             Some(
                 reason @ (Loss::TakenOver
                 | Loss::ReleasedByHand
+                | Loss::ForceReleased
                 | Loss::RowDeleted
                 | Loss::HeldTooLong
                 | Loss::Released),
@@ -169,17 +193,22 @@ impl LeaseHandle {
     }
 
     /// The error for a lease that the database has reported as not ours. It waits a moment to find
-    /// out the new holder.
+    /// out the new holder, and whether the lease was ended by force.
     pub(crate) async fn taken_over_error(&self) -> Error {
         let (answer, answered) = oneshot::channel();
         let name = self.name().clone();
         let _session_may_be_gone = self.session.send(Request::Read { name, answer });
-        if let Ok(Ok(Ok(Some(row)))) = timeout(READ_LIMIT, answered).await
-            && row.fencing_token > self.lease.key.fencing_token
-        {
-            self.lease.set_new_holder(Box::new(row.into_info(self.name())));
+        let mut reason = Loss::TakenOver;
+        if let Ok(Ok(Ok(Some(row)))) = timeout(READ_LIMIT, answered).await {
+            if row.loss_of(&self.lease.key) == Loss::ForceReleased {
+                reason = Loss::ForceReleased;
+                self.lease.report_loss(reason);
+            }
+            if row.has_new_holder(&self.lease.key) {
+                self.lease.set_new_holder(Box::new(row.into_info(self.name())));
+            }
         }
-        self.lost_error(Loss::TakenOver)
+        self.lost_error(reason)
     }
 
     /// Gives up one handle. The last one releases the lease.

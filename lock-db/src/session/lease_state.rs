@@ -13,7 +13,7 @@ use crate::database::{Cluster, LeaseKey, ReleaseClaim};
 use crate::error::Loss;
 use crate::name::Name;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard};
-use crate::{Error, Kind, LockInfo};
+use crate::{Error, Holder, Kind, LockInfo};
 
 /// A lease as its guard sees it, and the guards of the holders that it is handed on to.
 #[derive(Debug)]
@@ -108,15 +108,22 @@ impl LeaseState {
     pub(super) fn info(&self, owner: &str) -> LockInfo {
         let (now, held_for) = (Utc::now(), self.hold_time.since().elapsed());
         let since = now - held_for;
+        let (fencing_token, expires_in) = (self.last_fencing_token(), Some(self.deadline.left()));
+        let holder = Holder { owner: owner.to_owned(), fencing_token, since, expires_in };
         LockInfo {
             name: self.name().given(),
             kind: Kind::Insert,
             owner: owner.to_owned(),
-            fencing_token: self.last_fencing_token(),
+            fencing_token,
             created_at: since,
             acquired_at: since,
             held_until: Some(now + self.deadline.left()),
+            expires_in,
+            held_for: Some(held_for),
             finished_at: None,
+            holders: vec![holder],
+            waiting: Vec::new(),
+            row_holder: None,
             is_here: true,
         }
     }
@@ -277,7 +284,11 @@ impl LeaseState {
 
     /// The error for its holder.
     pub(crate) fn lost_error(&self, reason: Loss) -> Error {
-        let taken_over_by = self.taken_over_by.get().filter(|_| reason == Loss::TakenOver).cloned();
+        let taken_over_by = self
+            .taken_over_by
+            .get()
+            .filter(|_| matches!(reason, Loss::TakenOver | Loss::ForceReleased))
+            .cloned();
         Error::Lost { name: self.name().given(), reason, taken_over_by }
     }
 

@@ -16,6 +16,7 @@ mod known_names;
 mod lease_handle;
 mod lease_state;
 mod local_queue;
+mod operate;
 mod prune;
 mod release;
 mod renewal;
@@ -25,6 +26,7 @@ mod row_requests;
 mod snapshot_watch;
 mod task_tracker;
 mod thread;
+mod vitals;
 mod wakeup;
 
 use std::sync::{Arc, PoisonError};
@@ -41,6 +43,7 @@ pub(crate) use self::local_queue::LocalQueues;
 pub(crate) use self::prune::{BY_CALL, BY_ITSELF, Pruning};
 use self::request::Acquire;
 pub(crate) use self::request::{AnswerSender, Request};
+pub(crate) use self::vitals::Vitals;
 use crate::Error;
 use crate::clock;
 use crate::database::{Claim, Location, LockDatabase};
@@ -75,6 +78,7 @@ pub(crate) struct LeaseRequest {
 /// senders are gone.
 pub(crate) struct Session {
     state: Mutex<SessionState>,
+    vitals: Arc<Vitals>,
 }
 
 enum SessionState {
@@ -121,13 +125,23 @@ impl Session {
         watched: HoldWatch,
         pruning: Option<Pruning>,
     ) -> Self {
-        let start = move || thread::start(&pool, &location, hand_off, &owner, &watched, pruning.as_ref());
-        Self { state: Mutex::new(SessionState::Idle(Box::new(start))) }
+        let vitals = Vitals::new();
+        let start = {
+            let vitals = Arc::clone(&vitals);
+            move || thread::start(&pool, &location, hand_off, &owner, &watched, pruning.as_ref(), &vitals)
+        };
+        Self { state: Mutex::new(SessionState::Idle(Box::new(start))), vitals }
     }
 
     /// Takes leases, all or none.
     pub(crate) async fn acquire(&self, ask: LeaseRequest) -> Result<Option<Vec<LeaseHandle>>, Error> {
+        let _waits = self.vitals.wait();
         self.channel()?.acquire(ask).await
+    }
+
+    /// How it is doing, and who waits.
+    pub(crate) fn vitals(&self) -> &Arc<Vitals> {
+        &self.vitals
     }
 
     /// Sends a request and waits for its answer.

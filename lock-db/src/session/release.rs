@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout_at};
 
-use super::actor::Actor;
+use super::actor::{Actor, READ_LIMIT};
 use super::held_lease::HeldLease;
 use super::lease_state::LeaseState;
 use super::request::AnswerSender;
@@ -74,7 +74,7 @@ async fn release(
         // not and the release is left to us.
         (None, Ok(LeaseStatus::Ours))
         | (Some(Loss::Released), Ok(LeaseStatus::Ours | LeaseStatus::NotOurs)) => Ok(()),
-        (None, Ok(LeaseStatus::NotOurs)) => Err(lost(actor.find_out(lease).await)),
+        (None, Ok(LeaseStatus::NotOurs)) => Err(lost(actor.find_out(lease, READ_LIMIT).await)),
         (None | Some(Loss::Released), not_released) => {
             release_in_background(actor, lease.release_claim(), lease.at_least(), ttl);
             Err(match not_released {
@@ -115,7 +115,7 @@ struct RemovedLease {
 /// the next waiter at the end, when the row is free.
 fn remove_from_renewal(actor: &Actor, lease: &LeaseState) -> RemovedLease {
     let loss = lease.loss();
-    let held = actor.leases.borrow_mut().remove(&lease.number);
+    let held = actor.forget(lease.number);
     RemovedLease { was_told: held.is_none(), held, loss }
 }
 

@@ -9,11 +9,11 @@ use tokio::sync::{oneshot, watch};
 use super::local_queue::Permit;
 
 use super::prune::Walk;
-use crate::database::{Claim, LeaseKey, LockRow, Notification, PruneScope, Server};
+use crate::database::{Claim, LeaseKey, ListPage, LockRow, Notification, PruneScope, Server};
 use crate::name::Name;
 use crate::options::{FIRST_ANSWER, LONGEST_TRY, Wait};
 use crate::session::LeaseHandle;
-use crate::{Error, Kind};
+use crate::{CheckReport, Error, Kind, LockInfo};
 
 use super::LeaseState;
 
@@ -73,14 +73,35 @@ pub(crate) enum Request {
         name: Name,
         answer: AnswerSender<Option<LockRow>>,
     },
+    /// Reads the lock of a name, for people.
+    Info {
+        name: Name,
+        answer: AnswerSender<Option<LockInfo>>,
+    },
+    /// Reads a page of locks, for people. The names begin with a prefix of that many bytes.
+    List {
+        page: ListPage,
+        prefix: usize,
+        answer: AnswerSender<Vec<LockInfo>>,
+    },
+    /// Ends the lease whose grant has this number. Answers whether it was the present one.
+    ForceRelease {
+        name: Name,
+        fencing_token: i64,
+        answer: AnswerSender<bool>,
+    },
+    /// Whether another process waits for a lease.
+    IsWanted {
+        name: Name,
+        answer: AnswerSender<bool>,
+    },
     Migrate {
         answer: AnswerSender<()>,
     },
-    /// Returns warnings about the table and its database. With `prunes` also about the right to
-    /// delete rows.
+    /// Reports on the table and its database. With `prunes` also on the right to delete rows.
     Check {
         prunes: bool,
-        answer: AnswerSender<Vec<String>>,
+        answer: AnswerSender<CheckReport>,
     },
     /// Carries out the next statement of a walk that removes unused rows.
     Prune {

@@ -12,7 +12,7 @@ use crate::database::{Failure, LeaseKey, LockRow, PruneScope, Server};
 use crate::error::Action;
 use crate::name::Name;
 use crate::options::LONGEST;
-use crate::{Error, Kind};
+use crate::{CheckReport, Error, Kind};
 
 /// How long the session tries to mark a row. An open transaction of the caller waits for it.
 const MARK_PATIENCE: Duration = Duration::from_secs(1);
@@ -142,7 +142,7 @@ impl Actor {
         found.map(drop).map_err(|failure| failure.into_error(Action::FindTable, None))
     }
 
-    pub(super) async fn check(&self, prunes: bool) -> Result<Vec<String>, Error> {
+    pub(super) async fn check(&self, prunes: bool) -> Result<CheckReport, Error> {
         let checked = patiently(async || self.worker.check(prunes).await).await;
         checked.map_err(|failure| failure.into_error(Action::Check, None))
     }

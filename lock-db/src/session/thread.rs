@@ -15,6 +15,7 @@ use super::hold_watch::{self, HoldWatch};
 use super::local_queue::{LocalQueues, Reports};
 use super::prune::{self, Pruning};
 use super::request::{AnswerSender, Request};
+use super::vitals::Vitals;
 use super::{SessionChannel, acquire, release, renewal, snapshot_watch};
 use crate::Error;
 use crate::database::{Failure, Location, LockDatabase};
@@ -35,6 +36,7 @@ pub(super) fn start<DB: LockDatabase>(
     owner: &Arc<str>,
     watched: &HoldWatch,
     pruning: Option<&Pruning>,
+    vitals: &Arc<Vitals>,
 ) -> Result<SessionChannel, Error> {
     DB::check_options(&application.connect_options(), location.schema().as_deref())?;
     let application = application.clone();
@@ -43,7 +45,7 @@ pub(super) fn start<DB: LockDatabase>(
     let reports = Reports { owner: Arc::clone(owner), no_answer: Failure::no_answer::<DB> };
     let queues = LocalQueues::new(weak.clone(), hand_off, Secret::generate()?, reports);
     let (location, watched) = (Arc::clone(location), watched.clone());
-    let pruning = pruning.cloned();
+    let (pruning, vitals) = (pruning.cloned(), Arc::clone(vitals));
     let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
     let runtime = Builder::new_current_thread()
         .enable_all()
@@ -59,7 +61,7 @@ pub(super) fn start<DB: LockDatabase>(
             runtime.block_on(async {
                 local
                     .run_until(async move {
-                        let actor = Actor::new(application, &location, weak, queues);
+                        let actor = Actor::new(application, &location, weak, queues, vitals);
                         serve(&actor, requests, watched, pruning).await;
                     })
                     .await;
@@ -136,6 +138,18 @@ fn dispatch(actor: Rc<Actor>, request: Request) -> Option<watch::Sender<()>> {
         }
         Request::Read { name, answer } => {
             answer_in_task(answer, async move { actor.read_row(&name).await });
+        }
+        Request::Info { name, answer } => {
+            answer_in_task(answer, async move { actor.info(&name).await });
+        }
+        Request::List { page, prefix, answer } => {
+            answer_in_task(answer, async move { actor.list(&page, prefix).await });
+        }
+        Request::ForceRelease { name, fencing_token, answer } => {
+            answer_in_task(answer, async move { actor.force_release(&name, fencing_token).await });
+        }
+        Request::IsWanted { name, answer } => {
+            answer_in_task(answer, async move { actor.is_wanted(&name).await });
         }
         Request::Migrate { answer } => answer_in_task(answer, async move { actor.migrate().await }),
         Request::Check { prunes, answer } => {

@@ -60,6 +60,9 @@ fn futures_are_send<DB: LockDatabase>(
     is_send(locks.check());
     is_send(locks.close());
     is_send(locks.info("a"));
+    is_send(locks.list("*").into_future());
+    is_send(locks.force_release("a", 1));
+    is_send(lease.wanted());
     is_send(locks.insert_lock("a").acquire());
     is_send(locks.insert_lock("a").try_acquire());
     is_send(locks.row_lock("a").acquire());

@@ -7,6 +7,7 @@ mod failed_notifications;
 mod mysql_user_lock;
 mod one_table;
 mod online_ddl;
+mod operate;
 mod pgbouncer;
 mod postgres_notify;
 mod private_connections;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
             mysql_user_lock::cases(),
             one_table::cases(),
             online_ddl::cases(),
+            operate::cases(),
             pgbouncer::cases(),
             postgres_notify::cases(),
             private_connections::cases(),

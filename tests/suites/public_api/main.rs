@@ -7,10 +7,10 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use lock_db::{
-    Action, AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyLocks, CheckReport, Error,
-    HeldInTransaction, InsertLock, InsertLocks, Kind, Lease, LeaseWatch, Leases, LockInfo, Locks,
-    LocksBuilder, Loss, NoReentry, ReentryContext, RowGuard, RowGuards, RowLock, RowLocks, WaitingFor,
-    distributed_lock,
+    Action, AnyInsertLock, AnyInsertLocks, AnyLease, AnyLeases, AnyListLocks, AnyLocks, CheckReport,
+    CommitGuard, DatabaseSession, Error, Finding, FindingKind, Health, HeldInTransaction, Holder, InsertLock,
+    InsertLocks, Kind, Lease, LeaseWatch, Leases, ListLocks, LockInfo, Locks, LocksBuilder, Loss, NoReentry,
+    ReentryContext, RowGuard, RowGuards, RowHolder, RowLock, RowLocks, Waiter, WaitingFor, distributed_lock,
 };
 use lock_tests::{Backend, TestDatabase};
 
@@ -556,6 +556,7 @@ fn common_traits() {
         request::<RowLock<DB>>();
         request::<RowLocks<DB>>();
         request::<Locks<DB>>();
+        request::<ListLocks<DB>>();
         request::<LocksBuilder<DB>>();
         guard::<Lease<DB>>();
         guard::<Leases<DB>>();
@@ -570,6 +571,15 @@ fn common_traits() {
     key::<Action>();
     value::<LockInfo>();
     value::<CheckReport>();
+    value::<Finding>();
+    value::<Holder>();
+    value::<Waiter>();
+    value::<RowHolder>();
+    value::<DatabaseSession>();
+    value::<Health>();
+    key::<CommitGuard>();
+    key::<FindingKind>();
+    request::<AnyListLocks>();
     value::<HeldInTransaction>();
     request::<AnyLocks>();
     request::<AnyInsertLock>();

@@ -6,6 +6,7 @@
 
 mod error;
 mod lease;
+mod operate;
 mod prune;
 mod queue;
 mod row_lock;
@@ -16,6 +17,7 @@ mod wakeup;
 
 pub(crate) use self::error::{Result, StepError};
 pub(crate) use self::lease::LeaseDriver;
+pub(crate) use self::operate::OperateDriver;
 pub(crate) use self::prune::PruneDriver;
 pub(crate) use self::queue::QueueDriver;
 pub(crate) use self::row_lock::RowLockDriver;
@@ -34,6 +36,7 @@ pub trait Driver:
     + RowLockDriver
     + TransactionDriver
     + PruneDriver
+    + OperateDriver
 {
 }
 
@@ -46,5 +49,6 @@ impl<DB> Driver for DB where
         + RowLockDriver
         + TransactionDriver
         + PruneDriver
+        + OperateDriver
 {
 }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::future::Future;
 
 use super::Result;
+use crate::Finding;
 use crate::database::{Fault, Found, OldSnapshots, Server};
 
 /// The table: where it is, how it is made, whether it can keep locks; and what errors mean.
@@ -53,7 +54,7 @@ pub trait SchemaDriver: sqlx::Database + Sized {
     fn check(
         connection: &mut Self::Connection,
         server: &Server,
-    ) -> impl Future<Output = Result<Vec<String>>> + Send;
+    ) -> impl Future<Output = Result<Vec<Finding>>> + Send;
 
     /// Whether this error says that a privilege is missing without naming it. `check` names it.
     #[must_use]

@@ -6,10 +6,10 @@ use sqlx::{Connection, Row};
 
 use super::errors::number;
 use super::lease;
-use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::{Server, foreign_write, name_for_check};
+use crate::{Finding, FindingKind, Kind};
 
 /// What locks do to the table, without a row. Each statement needs privileges of its own.
 const USES: [&str; 3] = [
@@ -30,12 +30,17 @@ const WRITE: &str = "UPDATE {table} SET owner = 'lock-db', guard_count = guard_c
 
 const SETTINGS: &str = "
 SHOW GLOBAL VARIABLES WHERE Variable_name IN (
-    'read_only', 'innodb_flush_log_at_trx_commit', 'innodb_deadlock_detect', 'wait_timeout')";
+    'read_only', 'innodb_flush_log_at_trx_commit', 'innodb_deadlock_detect', 'wait_timeout',
+    'rpl_semi_sync_master_enabled', 'rpl_semi_sync_source_enabled')";
+
+/// The connections of replicas that ask for the binary log.
+const REPLICAS: &str =
+    "SELECT CAST(COUNT(*) AS SIGNED) FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%'";
 
 /// Below this, the server closes connections that a service uses only now and then.
 const SHORT_WAIT_TIMEOUT: u64 = 60;
 
-pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<Finding>> {
     let mut denied: Vec<String> = Vec::new();
     for statement in USES {
         match sqlx::raw_sql(server.table.sql(statement)).execute(&mut *connection).await {
@@ -55,7 +60,7 @@ pub(super) async fn check(connection: &mut MySqlConnection, server: &Server) -> 
         return Err(StepError::refused(message));
     }
     try_out(connection, server).await?;
-    warnings(connection).await
+    findings(connection).await
 }
 
 pub(super) fn is_denied(error: &sqlx::Error) -> bool {
@@ -76,33 +81,63 @@ async fn try_out(connection: &mut MySqlConnection, server: &Server) -> driver::R
     if locked.is_some() && written.rows_affected() == 1 { Ok(()) } else { Err(foreign_write()) }
 }
 
-async fn warnings(connection: &mut MySqlConnection) -> driver::Result<Vec<String>> {
-    let mut warnings = Vec::new();
-    for row in sqlx::raw_sql(SETTINGS).fetch_all(connection).await? {
+async fn findings(connection: &mut MySqlConnection) -> driver::Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let (mut copies_at_once, mut replicas) = (false, 0);
+    for row in sqlx::raw_sql(SETTINGS).fetch_all(&mut *connection).await? {
         let (setting, value): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
         match (setting, value) {
-            ("read_only", "ON" | "NO_LOCK" | "NO_LOCK_NO_ADMIN") => warnings.push(format!(
-                "the server is `read_only` ({value}), as a replica is, and this account writes there all the same: locks on a \
-                 replica do not exclude users of the primary; take an account without SUPER and READ ONLY ADMIN"
+            ("read_only", "ON" | "NO_LOCK" | "NO_LOCK_NO_ADMIN") => findings.push(Finding::of_setting(
+                FindingKind::Replica,
+                "read_only",
+                format!(
+                    "the server is `read_only` ({value}), as a replica is, and this account writes there all the same: locks on \
+                     a replica do not exclude users of the primary; take an account without SUPER and READ ONLY ADMIN"
+                ),
             )),
-            ("innodb_flush_log_at_trx_commit", "0" | "2") => warnings.push(format!(
-                "`innodb_flush_log_at_trx_commit` is {value}: a crash of the server's host{} forgets the newest grants, and then a \
-                 lock may be granted twice; 1 is safe",
-                if value == "0" { ", or of the server," } else { "" }
+            ("innodb_flush_log_at_trx_commit", "0" | "2") => findings.push(Finding::of_setting(
+                FindingKind::NotDurable,
+                "innodb_flush_log_at_trx_commit",
+                format!(
+                    "`innodb_flush_log_at_trx_commit` is {value}: a crash of the server's host{} forgets the newest grants, and \
+                     then a lock may be granted twice; 1 is safe",
+                    if value == "0" { ", or of the server," } else { "" }
+                ),
             )),
-            ("innodb_deadlock_detect", "OFF") => warnings.push(
+            ("innodb_deadlock_detect", "OFF") => findings.push(Finding::of_setting(
+                FindingKind::DeadlockDetection,
+                "innodb_deadlock_detect",
                 "`innodb_deadlock_detect` is OFF: transactions that lock several names in different orders wait for each other \
-                 until their waits are over"
-                    .into(),
-            ),
+                 until their waits are over",
+            )),
             ("wait_timeout", value) if value.parse().is_ok_and(|seconds: u64| seconds < SHORT_WAIT_TIMEOUT) => {
-                warnings.push(format!(
-                    "`wait_timeout` is {value} s: the server closes the connections of lock-db when nothing is locked for so \
-                     long, and the next lock waits for a new one"
+                findings.push(Finding::of_setting(
+                    FindingKind::IdleTimeout,
+                    "wait_timeout",
+                    format!(
+                        "`wait_timeout` is {value} s: the server closes the connections of lock-db when nothing is locked for \
+                         so long, and the next lock waits for a new one"
+                    ),
                 ));
             }
+            ("rpl_semi_sync_master_enabled" | "rpl_semi_sync_source_enabled", "ON") => copies_at_once = true,
             _ => {}
         }
     }
-    Ok(warnings)
+    // An account without the right to see other sessions sees no replicas.
+    if !copies_at_once && let Ok(count) = sqlx::query_scalar(REPLICAS).fetch_one(connection).await {
+        replicas = count;
+    }
+    if replicas > 0 {
+        findings.push(Finding::of_setting(
+            FindingKind::AsynchronousStandby,
+            "rpl_semi_sync_source_enabled",
+            format!(
+                "{replicas} replicas follow asynchronously, and commits do not wait for them (`rpl_semi_sync_source_enabled`, \
+                 `rpl_semi_sync_master_enabled` on MariaDB): a failover forgets the newest grants, and then a lock may be \
+                 granted twice"
+            ),
+        ));
+    }
+    Ok(findings)
 }

@@ -20,7 +20,8 @@ macro_rules! columns {
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', create_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', acquire_time),
        TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', expire_time),
-       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), ttl_micros, waiters"
+       TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), expire_time), ttl_micros, waiters,
+       previous_token"
     };
 }
 

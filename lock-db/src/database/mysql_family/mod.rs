@@ -23,8 +23,10 @@ pub(super) mod queue;
 pub(super) mod batch;
 mod check;
 pub(super) mod errors;
+#[macro_use]
 pub(super) mod lease;
 mod migrate;
+mod operate;
 mod prune;
 mod row_lock;
 mod schema;
@@ -35,7 +37,7 @@ pub(super) mod transaction;
 mod user_lock;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -43,19 +45,19 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use sqlx::{MySql, Pool, Row};
 
 use super::driver::{
-    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
-    WakeUpDriver,
+    LeaseDriver, OperateDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver,
+    TransactionDriver, WakeUpDriver,
 };
 use super::{
-    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
-    RowAttempt, RowClaim, Server, TablePart, hexadecimal, names_as_json,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, ListPage, LockRow,
+    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released,
+    Renewal, Renewed, RowAttempt, RowClaim, Server, TablePart, hexadecimal, names_as_json,
 };
-use crate::Kind;
 use crate::database::StepError;
 use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
+use crate::{Finding, Kind, RowHolder};
 
 impl SchemaDriver for MySql {
     const FOLDER: &'static str = "mysql";
@@ -72,7 +74,7 @@ impl SchemaDriver for MySql {
         migrate::migrate(connection, schema).await
     }
 
-    async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<String>> {
+    async fn check(connection: &mut MySqlConnection, server: &Server) -> driver::Result<Vec<Finding>> {
         check::check(connection, server).await
     }
 
@@ -354,6 +356,41 @@ impl PruneDriver for MySql {
         server: &Server,
     ) -> driver::Result<Option<String>> {
         prune::lacks_right(connection, server).await
+    }
+}
+
+impl OperateDriver for MySql {
+    async fn list(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Vec<(String, LockRow)>> {
+        operate::list(connection, server, page).await
+    }
+
+    async fn row_holders(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        ids: &[i64],
+    ) -> driver::Result<HashMap<i64, RowHolder>> {
+        operate::row_holders(connection, server, ids).await
+    }
+
+    async fn force_release(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        name: &str,
+        row: &LockRow,
+    ) -> driver::Result<bool> {
+        operate::force_release(connection, server, name, row).await
+    }
+
+    async fn describe(connection: &mut MySqlConnection, server: &Server) -> driver::Result<String> {
+        operate::describe(connection, server).await
+    }
+
+    async fn time(connection: &mut MySqlConnection) -> driver::Result<i64> {
+        operate::time(connection).await
     }
 }
 

@@ -10,6 +10,7 @@ use super::sequence::{self, Behind};
 use crate::database::StepError;
 use crate::database::driver;
 use crate::database::{Server, foreign_write, name_for_check};
+use crate::{Finding, FindingKind};
 
 /// The privileges that locks need and this role lacks, and the role's name. Column privileges are
 /// not enough: LOCK TABLE needs table privileges.
@@ -41,11 +42,14 @@ UPDATE {table} SET secret_key = secret_key, fencing_token = fencing_token, previ
     acquire_time = acquire_time, expire_time = expire_time, ttl_micros = ttl_micros, waiters = waiters
 WHERE lock_name = $1";
 
+/// The connections of standbys, and of tools that copy the log, are visible to every role.
 const SETTINGS: &str = "
 SELECT current_setting('fsync') = 'off', current_setting('synchronous_commit') = 'off',
-    COALESCE(current_setting('idle_session_timeout', true), '0')";
+    COALESCE(current_setting('idle_session_timeout', true), '0'),
+    current_setting('synchronous_commit') = 'local', current_setting('synchronous_standby_names') = '',
+    (SELECT count(*) FROM pg_stat_replication)";
 
-pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<String>> {
+pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<Finding>> {
     let table = server.table.name();
     let row = sqlx::query(RIGHTS).bind(table).fetch_one(&mut *connection).await?;
     let (missing, role): (Vec<String>, String) = (row.try_get(0)?, row.try_get(1)?);
@@ -70,13 +74,16 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> dri
     if !lacks.is_empty() {
         return Err(StepError::refused(lacks));
     }
-    let mut warnings = Vec::new();
+    let mut findings = Vec::new();
     match sequence::is_behind(connection, server).await? {
         Behind::No => {}
-        Behind::Later => warnings.push(format!(
+        Behind::Later => findings.push(Finding::new(
+            FindingKind::Sequence,
+            format!(
             "the sequence of the column `id` of {table} is behind the rows: some day new names can't be locked; mend it by \
              `{}`",
             sequence::remedy(server)
+        ),
         )),
         Behind::Now => {
             let message = format!(
@@ -88,8 +95,8 @@ pub(super) async fn check(connection: &mut PgConnection, server: &Server) -> dri
         }
     }
     try_out(connection, server).await?;
-    settings(connection, &mut warnings).await?;
-    Ok(warnings)
+    settings(connection, &mut findings).await?;
+    Ok(findings)
 }
 
 /// Creates a row, locks and writes it, and rolls back. Any obstacle to one of these steps shows as
@@ -108,26 +115,50 @@ async fn try_out(connection: &mut PgConnection, server: &Server) -> driver::Resu
     Err(foreign_write())
 }
 
-async fn settings(connection: &mut PgConnection, warnings: &mut Vec<String>) -> driver::Result<()> {
+async fn settings(connection: &mut PgConnection, findings: &mut Vec<Finding>) -> driver::Result<()> {
+    let row = sqlx::query(SETTINGS).fetch_one(connection).await?;
     let (no_fsync, is_asynchronous, idle): (bool, bool, String) =
-        sqlx::query_as(SETTINGS).fetch_one(connection).await?;
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let (is_only_local, no_standby_counts, standbys): (bool, bool, i64) =
+        (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
     if no_fsync {
-        warnings.push(
-            "`fsync` is off: a crash of the server's host may damage the database, with the locks in it"
-                .into(),
-        );
+        findings.push(Finding::of_setting(
+            FindingKind::NotDurable,
+            "fsync",
+            "`fsync` is off: a crash of the server's host may damage the database, with the locks in it",
+        ));
     }
     if is_asynchronous {
-        warnings.push(
+        findings.push(Finding::of_setting(
+            FindingKind::NotDurable,
+            "synchronous_commit",
             "`synchronous_commit` is off: a crash of the server forgets the newest grants, and then a lock may be granted \
-             twice; set it to `on` for this role"
-                .into(),
-        );
+             twice; set it to `on` for this role",
+        ));
+    }
+    if standbys > 0 && (no_standby_counts || is_only_local) {
+        let (setting, is, remedy) = if no_standby_counts {
+            ("synchronous_standby_names", "empty", "name the standbys there")
+        } else {
+            ("synchronous_commit", "local", "set it to `on` for this role")
+        };
+        findings.push(Finding::of_setting(
+            FindingKind::AsynchronousStandby,
+            setting,
+            format!(
+                "`{setting}` is {is}, so commits wait for none of the {standbys} standbys: a failover forgets the newest \
+                 grants, and then a lock may be granted twice; {remedy}"
+            ),
+        ));
     }
     if idle != "0" {
-        warnings.push(format!(
-            "`idle_session_timeout` is {idle}: the server ends the connections of lock-db when nothing is locked for so long, \
-             and the next lock waits for a new one; set it to 0 for this role"
+        findings.push(Finding::of_setting(
+            FindingKind::IdleTimeout,
+            "idle_session_timeout",
+            format!(
+                "`idle_session_timeout` is {idle}: the server ends the connections of lock-db when nothing is locked for so \
+                 long, and the next lock waits for a new one; set it to 0 for this role"
+            ),
         ));
     }
     Ok(())

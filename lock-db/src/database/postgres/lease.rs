@@ -42,7 +42,8 @@ macro_rules! columns {
        (extract(epoch FROM create_time) * 1000000)::bigint,
        (extract(epoch FROM acquire_time) * 1000000)::bigint,
        (extract(epoch FROM expire_time) * 1000000)::bigint,
-       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text"
+       (extract(epoch FROM expire_time - clock_timestamp()) * 1000000)::bigint, ttl_micros, waiters::text,
+       previous_token"
     };
 }
 

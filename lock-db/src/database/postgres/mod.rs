@@ -46,9 +46,11 @@ mod queue;
 mod batch;
 mod check;
 mod errors;
+#[macro_use]
 mod lease;
 mod listener;
 mod migrate;
+mod operate;
 mod prune;
 mod row_lock;
 mod schema;
@@ -59,25 +61,25 @@ mod snapshots;
 mod transaction;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener};
 use sqlx::{ConnectOptions, Pool, Postgres};
 
 use super::driver::{
-    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
-    WakeUpDriver,
+    LeaseDriver, OperateDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver,
+    TransactionDriver, WakeUpDriver,
 };
 use super::{
-    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, Notification,
-    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released,
-    Renewal, Renewed, RowAttempt, RowClaim, Server, TablePart,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, ListPage, LockRow,
+    Notification, OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim,
+    Released, Renewal, Renewed, RowAttempt, RowClaim, Server, TablePart,
 };
-use crate::Kind;
 use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
+use crate::{Finding, Kind, RowHolder};
 
 /// With at least this many names, the rows are found `plainly`. With fewer names, the cost of one
 /// hot row would be noticeable.
@@ -113,7 +115,7 @@ impl SchemaDriver for Postgres {
         migrate::migrate(connection, schema).await
     }
 
-    async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<String>> {
+    async fn check(connection: &mut PgConnection, server: &Server) -> driver::Result<Vec<Finding>> {
         check::check(connection, server).await
     }
 
@@ -376,6 +378,41 @@ impl PruneDriver for Postgres {
         server: &Server,
     ) -> driver::Result<Option<String>> {
         prune::lacks_right(connection, server).await
+    }
+}
+
+impl OperateDriver for Postgres {
+    async fn list(
+        connection: &mut PgConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Vec<(String, LockRow)>> {
+        operate::list(connection, server, page).await
+    }
+
+    async fn row_holders(
+        connection: &mut PgConnection,
+        server: &Server,
+        ids: &[i64],
+    ) -> driver::Result<HashMap<i64, RowHolder>> {
+        operate::row_holders(connection, server, ids).await
+    }
+
+    async fn force_release(
+        connection: &mut PgConnection,
+        server: &Server,
+        name: &str,
+        row: &LockRow,
+    ) -> driver::Result<bool> {
+        operate::force_release(connection, server, name, row).await
+    }
+
+    async fn describe(connection: &mut PgConnection, _server: &Server) -> driver::Result<String> {
+        operate::describe(connection).await
+    }
+
+    async fn time(connection: &mut PgConnection) -> driver::Result<i64> {
+        operate::time(connection).await
     }
 }
 

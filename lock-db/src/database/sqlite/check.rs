@@ -9,6 +9,7 @@ use crate::database::StepError;
 use crate::database::driver;
 use crate::database::driver::SchemaDriver;
 use crate::database::{Fault, Server, foreign_write, name_for_check};
+use crate::{Finding, FindingKind};
 
 /// What locks do, on a row that is rolled back.
 const BEGIN: &str = "BEGIN IMMEDIATE";
@@ -19,7 +20,10 @@ const SETTINGS: &str = "
 SELECT (SELECT journal_mode FROM pragma_journal_mode), (SELECT synchronous FROM pragma_synchronous),
     (SELECT query_only FROM pragma_query_only)";
 
-pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) -> driver::Result<Vec<String>> {
+pub(super) async fn check(
+    connection: &mut SqliteConnection,
+    server: &Server,
+) -> driver::Result<Vec<Finding>> {
     let row = sqlx::query(SETTINGS).fetch_one(&mut *connection).await?;
     let (mode, synchronous, only_reads): (String, i64, bool) =
         (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
@@ -29,27 +33,35 @@ pub(super) async fn check(connection: &mut SqliteConnection, server: &Server) ->
         return Err(StepError::refused(message));
     }
     try_out(connection, server).await.map_err(|error| explained(error, server, only_reads))?;
-    let mut warnings = Vec::new();
+    let mut findings = Vec::new();
     if mode != "wal" {
-        warnings.push(format!(
-            "the journal mode is {mode}: with WAL (`SqliteConnectOptions::journal_mode(SqliteJournalMode::Wal)`) a transaction \
-             that reads keeps none that writes from its commit, and leases can be looked at while others write"
+        findings.push(Finding::of_setting(
+            FindingKind::JournalMode,
+            "journal_mode",
+            format!(
+                "the journal mode (`journal_mode`) is {mode}: with WAL \
+                 (`SqliteConnectOptions::journal_mode(SqliteJournalMode::Wal)`) a transaction that reads keeps none that \
+                 writes from its commit, and leases can be looked at while others write"
+            ),
         ));
     }
     if mode == "memory" {
-        warnings.push(
-            "the journal is kept in memory: a process that dies in the middle of a commit may damage the database, with the \
-             locks in it"
-                .into(),
-        );
+        findings.push(Finding::of_setting(
+            FindingKind::NotDurable,
+            "journal_mode",
+            "the journal is kept in memory (`journal_mode`): a process that dies in the middle of a commit may damage the \
+             database, with the locks in it",
+        ));
     }
     if synchronous == 0 {
-        warnings.push(
-            "`synchronous` is OFF: a crash of the host may damage the database, with the locks in it, or forget the newest grants"
-                .into(),
-        );
+        findings.push(Finding::of_setting(
+            FindingKind::NotDurable,
+            "synchronous",
+            "`synchronous` is OFF: a crash of the host may damage the database, with the locks in it, or forget the newest \
+             grants",
+        ));
     }
-    Ok(warnings)
+    Ok(findings)
 }
 
 /// Creates a row, writes it, and rolls back. Any obstacle to one of these steps shows as an error.

@@ -27,7 +27,8 @@ macro_rules! columns {
        CAST(unixepoch(create_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(acquire_time, 'subsec') * 1000000 AS INTEGER),
        CAST(unixepoch(expire_time, 'subsec') * 1000000 AS INTEGER),
-       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), ttl_micros, waiters"
+       CAST((unixepoch(expire_time, 'subsec') - unixepoch('now', 'subsec')) * 1000000 AS INTEGER), ttl_micros, waiters,
+       previous_token"
     };
 }
 

@@ -8,15 +8,17 @@ mod queue;
 
 mod check;
 mod errors;
+#[macro_use]
 mod lease;
 mod migrate;
+mod operate;
 mod prune;
 mod schema;
 mod snapshots;
 mod transaction;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -24,19 +26,19 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, Sqlite};
 
 use super::driver::{
-    LeaseDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver, TransactionDriver,
-    WakeUpDriver,
+    LeaseDriver, OperateDriver, PruneDriver, QueueDriver, RowLockDriver, SchemaDriver, SessionDriver,
+    TransactionDriver, WakeUpDriver,
 };
 use super::{
-    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, LockRow, OldSnapshots,
-    PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released, Renewal, Renewed,
-    RowAttempt, RowClaim, Server, TablePart,
+    BatchOutcome, Claim, Fault, Found, Grant, Guarded, LeaseKey, LeaseStatus, ListPage, LockRow,
+    OldSnapshots, PRIVATE_STATEMENTS, Probe, PruneScope, QueueChange, QueueEntry, ReleaseClaim, Released,
+    Renewal, Renewed, RowAttempt, RowClaim, Server, TablePart,
 };
 use crate::database::StepError;
 use crate::database::driver;
 use crate::name::Name;
 use crate::secret::Secret;
-use crate::{Error, Kind};
+use crate::{Error, Finding, Kind, RowHolder};
 
 impl SchemaDriver for Sqlite {
     const FOLDER: &'static str = "sqlite";
@@ -57,7 +59,7 @@ impl SchemaDriver for Sqlite {
         migrate::migrate(connection).await
     }
 
-    async fn check(connection: &mut SqliteConnection, server: &Server) -> driver::Result<Vec<String>> {
+    async fn check(connection: &mut SqliteConnection, server: &Server) -> driver::Result<Vec<Finding>> {
         check::check(connection, server).await
     }
 
@@ -291,6 +293,41 @@ impl PruneDriver for Sqlite {
         ids: &[i64],
     ) -> driver::Result<u64> {
         prune::remove(connection, server, scope, ids).await
+    }
+}
+
+impl OperateDriver for Sqlite {
+    async fn list(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Vec<(String, LockRow)>> {
+        operate::list(connection, server, page).await
+    }
+
+    async fn row_holders(
+        _connection: &mut SqliteConnection,
+        _server: &Server,
+        ids: &[i64],
+    ) -> driver::Result<HashMap<i64, RowHolder>> {
+        Ok(operate::row_holders(ids))
+    }
+
+    async fn force_release(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        name: &str,
+        row: &LockRow,
+    ) -> driver::Result<bool> {
+        operate::force_release(connection, server, name, row).await
+    }
+
+    async fn describe(connection: &mut SqliteConnection, _server: &Server) -> driver::Result<String> {
+        operate::describe(connection).await
+    }
+
+    async fn time(connection: &mut SqliteConnection) -> driver::Result<i64> {
+        operate::time(connection).await
     }
 }
 

@@ -199,6 +199,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 connection.used = now;
                 self.connection = Some(connection);
                 self.answered.set(Some(now));
+                self.vitals.answered(now);
                 result
             }
             OperationEnd::Answer(Err(broken)) => {

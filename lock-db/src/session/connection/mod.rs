@@ -14,7 +14,7 @@ mod operations;
 mod worker;
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,15 +26,16 @@ use tokio::time::timeout_at;
 use self::connector::WaitsForHook;
 use self::flush::{Flush, Flusher};
 use self::worker::WorkerLoop;
+use super::vitals::Vitals;
 use super::wakeup::notify::Notifications;
-use crate::Kind;
 use crate::database::Failure;
 use crate::database::{
-    Claim, Cluster, Grant, LeaseKey, LeaseStatus, Location, LockDatabase, LockRow, Notification,
+    Claim, Cluster, Grant, LeaseKey, LeaseStatus, ListPage, Location, LockDatabase, LockRow, Notification,
     OldSnapshots, Probe, PruneScope, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, TablePart,
 };
 use crate::name::Name;
 use crate::secret::Secret;
+use crate::{CheckReport, Kind, RowHolder};
 
 /// How long a server may take for one statement, connecting included. After that the connection is
 /// given up.
@@ -64,7 +65,10 @@ enum Operation {
     Renew(Vec<Renewal>, Duration, Reply<(Renewed, Instant)>),
     Release(ReleaseClaim, Duration, Reply<LeaseStatus>),
     Migrate(Reply<()>),
-    Check(bool, Reply<Vec<String>>),
+    Check(bool, Reply<CheckReport>),
+    List(ListPage, Reply<Vec<(String, LockRow)>>),
+    RowHolders(Vec<i64>, Reply<HashMap<i64, RowHolder>>),
+    ForceRelease(Name, Box<LockRow>, Reply<bool>),
     OldSnapshots(Reply<OldSnapshots>),
     NextInLine(Vec<i64>, Secret, Reply<Vec<i64>>),
     ReadPart(PruneScope, i64, Reply<TablePart>),
@@ -124,10 +128,14 @@ impl Operation {
             Self::Locate(_, reply) => reply.is_closed(),
             Self::OnRow(_, operation) => operation.is_forgotten(),
             Self::OnRows(_, operation) => operation.is_forgotten(),
-            Self::TakeUserLock(_, reply) | Self::Mark(_, reply) => reply.is_closed(),
+            Self::TakeUserLock(_, reply) | Self::Mark(_, reply) | Self::ForceRelease(_, _, reply) => {
+                reply.is_closed()
+            }
             Self::Connect(_, reply) | Self::Listen(reply) => reply.is_closed(),
             Self::Flush(flush) => flush.is_forgotten(),
             Self::Check(_, reply) => reply.is_closed(),
+            Self::List(_, reply) => reply.is_closed(),
+            Self::RowHolders(_, reply) => reply.is_closed(),
             Self::ReadPart(_, _, reply) => reply.is_closed(),
             Self::RemoveRows(_, _, reply) => reply.is_closed(),
             Self::OldSnapshots(reply) => reply.is_closed(),
@@ -161,15 +169,22 @@ impl Worker {
         location: &Arc<Location>,
         notifications: &Rc<Notifications>,
         flushed_by: Option<&Self>,
-        lost: &Rc<Notify>,
+        (lost, vitals): (&Rc<Notify>, &Arc<Vitals>),
     ) -> Self {
         let may_listen = flushed_by.is_none();
         let flusher = flushed_by.map(|second| Flusher::new(second.operations.downgrade()));
         let (operations, queue) = mpsc::unbounded_channel();
         let answered = Rc::default();
         let waits_for_hook = WaitsForHook::default();
-        let worker_loop =
-            WorkerLoop::new(application, location, &answered, notifications, lost, &waits_for_hook, flusher);
+        let worker_loop = WorkerLoop::new(
+            application,
+            location,
+            &answered,
+            notifications,
+            (lost, vitals),
+            &waits_for_hook,
+            flusher,
+        );
         tokio::task::spawn_local(worker_loop.serve(queue));
         Self {
             operations,
@@ -383,9 +398,26 @@ impl Worker {
         self.ask(MIGRATION_LIMIT, Operation::Migrate).await
     }
 
-    /// Locates the table again, and returns warnings about it. With `prunes` also if rows can't be
+    /// Returns a page of locks, with their whole names.
+    pub(super) async fn list(&self, page: ListPage) -> Result<Vec<(String, LockRow)>, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::List(page, reply)).await
+    }
+
+    /// Returns who has these rows of row locks locked. Ids that are missing in the result are not
+    /// locked.
+    pub(super) async fn row_holders(&self, ids: Vec<i64>) -> Result<HashMap<i64, RowHolder>, Failure> {
+        self.ask(STATEMENT_LIMIT, |reply| Operation::RowHolders(ids, reply)).await
+    }
+
+    /// Frees the lease of a row, if it has not changed since it was read.
+    pub(super) async fn force_release(&self, name: &Name, row: LockRow) -> Result<bool, Failure> {
+        let release = |reply| Operation::ForceRelease(name.clone(), Box::new(row), reply);
+        self.ask(STATEMENT_LIMIT, release).await
+    }
+
+    /// Locates the table again, and reports on it and its server. With `prunes` also if rows can't be
     /// deleted.
-    pub(super) async fn check(&self, prunes: bool) -> Result<Vec<String>, Failure> {
+    pub(super) async fn check(&self, prunes: bool) -> Result<CheckReport, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::Check(prunes, reply)).await
     }
 

@@ -1,7 +1,7 @@
 //! The operations of a connection worker: one step on the connection each.
 
 use std::cell::Cell;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sqlx::Connection as _;
 
@@ -10,10 +10,14 @@ use super::life::SILENCE;
 use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{
-    Claim, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim, Server,
-    StepError,
+    Claim, Cluster, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim,
+    Server, StepError,
 };
 use crate::name::Name;
+use crate::{CheckReport, CommitGuard, Finding, FindingKind};
+
+/// How far the clocks of the server and of this machine may differ.
+const MOST_APART: Duration = Duration::from_secs(5);
 
 impl<DB: LockDatabase> WorkerLoop<DB> {
     pub(super) async fn carry_out(&mut self, operation: Operation) {
@@ -62,6 +66,15 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             }
             Operation::Migrate(reply) => self.migrate(reply).await,
             Operation::Check(prunes, reply) => self.check(prunes, reply).await,
+            Operation::List(page, reply) => {
+                self.answer(reply, async |c, server| DB::list(c, server, &page).await).await;
+            }
+            Operation::RowHolders(ids, reply) => {
+                self.answer(reply, async |c, server| DB::row_holders(c, server, &ids).await).await;
+            }
+            Operation::ForceRelease(name, row, reply) => {
+                self.answer(reply, async |c, server| DB::force_release(c, server, &name, &row).await).await;
+            }
             Operation::ReadPart(scope, after, reply) => {
                 self.answer(reply, async |c, server| DB::read_part(c, server, &scope, after).await).await;
             }
@@ -117,16 +130,23 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         let _ = reply.send(answer);
     }
 
-    async fn check(&mut self, prunes: bool, reply: Reply<Vec<String>>) {
+    async fn check(&mut self, prunes: bool, reply: Reply<CheckReport>) {
         self.forget_table();
         self.answer(reply, async |c, server| {
-            let mut warnings = DB::check(c, server).await?;
-            if prunes {
-                warnings.extend(DB::lacks_right_to_delete(c, server).await?);
+            let mut findings = DB::check(c, server).await?;
+            if prunes && let Some(lacks) = DB::lacks_right_to_delete(c, server).await? {
+                findings.push(Finding::new(FindingKind::MissingRight, lacks));
             }
             let OldSnapshots { found, unseen } = old_snapshots::<DB>(c, server).await?;
-            warnings.extend(found.into_iter().chain(unseen));
-            Ok(warnings)
+            findings.extend(found.map(|found| Finding::new(FindingKind::OldSnapshot, found)));
+            findings.extend(unseen.map(|unseen| Finding::new(FindingKind::MissingRight, unseen)));
+            findings.extend(clock_differs::<DB>(c).await?);
+            let guard = match server.cluster {
+                _ if !DB::IS_REMOTE => CommitGuard::WholeDatabase,
+                Cluster::SinglePrimary => CommitGuard::RowLock,
+                Cluster::MultiPrimary => CommitGuard::Write,
+            };
+            Ok(CheckReport::new(DB::describe(c, server).await?, guard, findings))
         })
         .await;
     }
@@ -264,4 +284,26 @@ async fn old_snapshots<DB: LockDatabase>(
     let seen = DB::old_snapshots(connection, server).await?;
     server.table.set_old_versions(seen.found.is_some());
     Ok(seen)
+}
+
+/// Compares the clock of the server with that of this machine. Locks depend on the server's alone, but
+/// what people read beside each other does not.
+async fn clock_differs<DB: LockDatabase>(
+    connection: &mut DB::Connection,
+) -> Result<Option<Finding>, StepError> {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let before = now();
+    let server = DB::time(connection).await?;
+    let after = now();
+    let server = Duration::from_micros(u64::try_from(server).unwrap_or(0));
+    let apart = before.saturating_sub(server).max(server.saturating_sub(after));
+    let text = || {
+        let which = if server > after { "ahead of" } else { "behind" };
+        format!(
+            "the clock of the database is {} s {which} that of this machine: times of locks can't be compared with those of logs, \
+             and tokens that are made from the clock may jump when it is corrected; let both follow NTP",
+            apart.as_secs()
+        )
+    };
+    Ok((apart > MOST_APART).then(|| Finding::new(FindingKind::Clock, text())))
 }

@@ -18,6 +18,7 @@ use super::groups::Groups;
 use super::life::{CLOSE_LIMIT, DEAF_FOR, Link, Private, SILENCE};
 use super::{OnRow, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{Failure, Fault, Location, LockDatabase};
+use crate::session::vitals::{Vitals, Which};
 use crate::session::wakeup::notify::Notifications;
 
 /// How many requests are taken from the queue at once.
@@ -35,6 +36,7 @@ pub(super) struct WorkerLoop<DB: LockDatabase> {
     pub(super) pace: Duration,
     pub(super) earlier: Earlier,
     pub(super) lost: Rc<Notify>,
+    pub(super) vitals: Arc<Vitals>,
     /// Only of the first connection. The second one listens.
     pub(super) flusher: Option<Flusher>,
 }
@@ -45,7 +47,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         location: &Arc<Location>,
         answered: &Rc<Cell<Option<Instant>>>,
         notifications: &Rc<Notifications>,
-        lost: &Rc<Notify>,
+        (lost, vitals): (&Rc<Notify>, &Arc<Vitals>),
         waits_for_hook: &WaitsForHook,
         flusher: Option<Flusher>,
     ) -> Self {
@@ -60,13 +62,16 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             pace: Duration::ZERO,
             earlier: Earlier::default(),
             lost: Rc::clone(lost),
+            vitals: Arc::clone(vitals),
             flusher,
         }
     }
 
     pub(super) async fn serve(mut self, mut queue: mpsc::UnboundedReceiver<Operation>) {
         let mut round = Vec::with_capacity(ROUND);
+        let which = if self.flusher.is_some() { Which::First } else { Which::Second };
         loop {
+            self.vitals.set_open(which, self.connection.is_some());
             let rest = self.earlier.pause();
             let retires = self.retires_at();
             if retires.is_some_and(|at| at <= Instant::now()) {
@@ -89,6 +94,7 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             }
             self.carry_out_round(round.drain(..)).await;
         }
+        self.vitals.set_open(which, false);
         if let Some(Private { link: Link::Plain(connection), .. }) = self.connection {
             let _in_time = timeout(CLOSE_LIMIT, connection.close()).await;
         }

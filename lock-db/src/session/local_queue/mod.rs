@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, mpsc};
 
 use super::acquire::ACTION;
@@ -41,6 +42,8 @@ pub(crate) struct LocalQueues {
     session: mpsc::WeakUnboundedSender<Request>,
     /// Notified when a waiter arrives whose deadline is earlier than all others.
     sooner: Notify,
+    /// Notified when any waiter arrives.
+    arrived: Notify,
 }
 
 /// Data for the errors that callers get.
@@ -101,8 +104,19 @@ impl LocalQueues {
         reports: Reports,
     ) -> Arc<Self> {
         let (state, last_number) = (Mutex::default(), AtomicU64::new(0));
-        let (secrets, sooner) = (SecretSource::default(), Notify::new());
-        Arc::new(Self { state, last_number, hand_off, reports, queue_secret, secrets, session, sooner })
+        let secrets = SecretSource::default();
+        let (sooner, arrived) = (Notify::new(), Notify::new());
+        Arc::new(Self {
+            state,
+            last_number,
+            hand_off,
+            reports,
+            queue_secret,
+            secrets,
+            session,
+            sooner,
+            arrived,
+        })
     }
 
     pub(crate) fn hand_off(&self) -> HandOffLimits {
@@ -162,6 +176,7 @@ impl LocalQueues {
                         state.next_deadline = Some(deadline);
                         self.sooner.notify_one();
                     }
+                    self.arrived.notify_waiters();
                     return;
                 }
             }
@@ -189,6 +204,11 @@ impl LocalQueues {
         drop(state);
         // This also drops the permits that it already had.
         drop(waiting);
+    }
+
+    /// Resolves when a caller begins to wait, for whatever name, after this was called.
+    pub(super) fn arrival(&self) -> Notified<'_> {
+        self.arrived.notified()
     }
 
     /// Whether a caller waits for a name whose permit is taken.
