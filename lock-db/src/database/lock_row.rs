@@ -110,17 +110,16 @@ impl LockRow {
         let is_in_range = self.previous_token > 0
             && fencing_token > self.previous_token
             && fencing_token < self.fencing_token
-            && self.fencing_token.saturating_sub(fencing_token) < i64::from(MOST_HOLDERS);
+            && self.fencing_token.saturating_sub(fencing_token) < 4 * i64::from(MOST_HOLDERS);
         self.expires != 0 && (fencing_token == self.fencing_token || is_in_range)
     }
 
     /// What has become of a lease that this row does not hold any more.
     pub(crate) fn loss_of(&self, lease: &LeaseKey) -> Loss {
-        let by_force = lease.fencing_token.saturating_add(1);
         if self.secret_key == lease.secret.as_str() {
             if self.expires == 0 { Loss::ReleasedByHand } else { Loss::TakenOver }
-        } else if (self.secret_key == FORCED && self.fencing_token == by_force)
-            || self.previous_token == by_force
+        } else if self.is_just_forced(lease.fencing_token)
+            || self.previous_token == lease.fencing_token.saturating_add(1)
         {
             Loss::ForceReleased
         } else {
@@ -128,9 +127,15 @@ impl LockRow {
         }
     }
 
+    /// Whether the grant with this token was ended by force, and no other one followed. A grant would
+    /// have left the token behind in `previous_token`.
+    pub(crate) fn is_just_forced(&self, fencing_token: i64) -> bool {
+        self.fencing_token == fencing_token.saturating_add(1) && self.previous_token != fencing_token
+    }
+
     /// Whether the lock was granted to another holder after this one.
     pub(crate) fn has_new_holder(&self, before: &LeaseKey) -> bool {
-        self.fencing_token > before.fencing_token && self.secret_key != FORCED
+        self.fencing_token > before.fencing_token && !self.is_just_forced(before.fencing_token)
     }
 
     /// When it was read, by the database's clock.

@@ -117,8 +117,8 @@ pub struct LeaseKey {
     /// the secret again long after other holders had the lease.
     pub fencing_token: i64,
     /// Lower bound for `previous_token` in the snapshot of a transaction that this lease guards. It
-    /// is zero, or the token of a holder that got the lease by direct handover within the process.
-    /// Without it, the snapshot would show the same row before and after the handover.
+    /// is zero, or one less than the token of a holder that got the lease by direct handover within the
+    /// process. Without it, the snapshot would show the same row before and after the handover.
     pub mark: i64,
     pub ttl: Duration,
     /// The server that granted it.
@@ -257,18 +257,27 @@ pub struct ListPage {
     pub parts: Vec<String>,
     /// Only names behind this one.
     pub after: String,
+    /// Only names up to this one, where the part of the table ends that is read at once.
+    pub end: Option<String>,
     /// Only locks that are held, as far as the server tells.
     pub held_only: bool,
     pub limit: i64,
 }
 
 impl ListPage {
-    /// The bounds between which all names with the first part lie. The upper one is longer than any
-    /// name, and of the largest character.
-    pub(super) fn bounds(&self) -> (&str, String) {
+    /// The beginning of all names, and the first text that no such name reaches. `None`: there is no end.
+    pub(super) fn bounds(&self) -> (&str, Option<String>) {
         let first = self.parts.first().map_or("", String::as_str);
-        let above = if self.parts.len() > 1 { "\u{10FFFF}".repeat(64) } else { String::new() };
-        (first, format!("{first}{above}"))
+        let mut above = first.to_owned();
+        while let Some(last) = above.pop() {
+            // The order of UTF-8 is that of the characters.
+            let next = (last..=char::MAX).nth(1);
+            if let Some(next) = next {
+                above.push(next);
+                return (first, Some(above));
+            }
+        }
+        (first, None)
     }
 
     /// The names as LIKE writes them, with `!` as its escape character.

@@ -45,6 +45,7 @@ pub(crate) async fn lock_all<DB: LockDatabase>(
     transaction: &mut DB::Connection,
 ) -> Result<Option<Vec<HeldInTransaction>>, Error> {
     let started = Instant::now();
+    let _waits = context.session().vitals().wait();
     let names = in_order(context, names)?;
     let attempts = names.iter().map(|name| Attempt { context, name, kind, wait, started });
     // All rows are found before the first is locked. A locked row would block other requests that

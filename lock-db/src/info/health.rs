@@ -15,7 +15,7 @@ pub struct Health {
     /// How long ago the database last answered on such a connection. `None`: never yet.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::in_seconds"))]
     pub since_last_answer: Option<Duration>,
-    /// How many leases are held.
+    /// How many leases are held. One of them may be that of the background task which removes unused rows.
     pub held: usize,
     /// How many callers wait for a lock.
     pub waiting: usize,

@@ -102,10 +102,12 @@ pub struct LockInfo {
     /// The processes that wait for a lease, the first one first.
     ///
     /// Waiters behind others of the same process are not in the table, and neither are requests for
-    /// several locks, requests that are not [`fair`](crate::InsertLock::fair), and those for row locks.
+    /// several locks, requests that are not [`fair`](crate::InsertLock::fair), those for row locks and for
+    /// locks in a transaction. On clusters with several primaries there are none.
     pub waiting: Vec<Waiter>,
     /// Which transaction has the row of a row lock locked, as far as the server tells. `None` for a
-    /// lease.
+    /// lease, except one that [`info`](crate::Locks::info) sees kept by a transaction
+    /// ([`acquire_in`](crate::InsertLock::acquire_in)).
     pub row_holder: Option<RowHolder>,
     /// Whether this process is known to hold it, through the same [`Locks`](crate::Locks).
     pub is_here: bool,

@@ -153,9 +153,9 @@ impl<DB: LockDatabase> Lease<DB> {
     ///
     /// It resolves again at once as long as somebody waits. Waiters of this process are noticed at
     /// once, those of other processes within about half a second, for which the row is read twice a
-    /// second while this is awaited. Requests for several locks, and requests that are not
-    /// [`fair`](crate::InsertLock::fair), are not in the queue and not noticed. After the lease was
-    /// lost it may never resolve: see [`lost`](Self::lost).
+    /// second while this is awaited. Not noticed are those of other processes that are
+    /// [not in the queue](crate::LockInfo::waiting). After the lease was lost it may never resolve: see
+    /// [`lost`](Self::lost).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

@@ -63,7 +63,7 @@ impl<DB: LockDatabase> ListLocks<DB> {
     }
 
     async fn read(self) -> Result<Vec<LockInfo>, Error> {
-        let Self { context, pattern, held_only, limit, mut after } = self;
+        let Self { context, pattern, held_only, limit, after } = self;
         if limit == Some(0) {
             let (option, value) = ("limit", "0".to_owned());
             return Err(Error::InvalidOption { option, value, reason: "at least one lock is listed" });
@@ -87,23 +87,28 @@ impl<DB: LockDatabase> ListLocks<DB> {
         if parts.iter().map(String::len).sum::<usize>() > MAX_BYTES {
             return Ok(found);
         }
+        let mut after = format!("{prefix}{after}");
         loop {
             let left = limit.map_or(AT_ONCE, |limit| (limit - found.len()).min(AT_ONCE));
             let page = ListPage {
                 parts: parts.clone(),
-                after: if after.is_empty() { String::new() } else { format!("{prefix}{after}") },
+                after,
+                end: None,
                 held_only,
                 limit: i64::try_from(left).unwrap_or(i64::MAX),
             };
             let list = |answer| Request::List { page, prefix: prefix.len(), answer };
-            let read = context.session().ask(list).await?;
-            let is_last = read.len() < left;
+            let (read, end) = context.session().ask(list).await?;
+            let is_full = read.len() >= left;
             found.extend(read);
-            if is_last || limit.is_some_and(|limit| found.len() >= limit) {
+            if limit.is_some_and(|limit| found.len() >= limit) {
                 return Ok(found);
             }
-            let Some(last) = found.last() else { return Ok(found) };
-            last.name.clone_into(&mut after);
+            after = match (end, found.last()) {
+                (_, Some(last)) if is_full => format!("{prefix}{}", last.name),
+                (Some(end), _) => end,
+                (None, _) => return Ok(found),
+            };
         }
     }
 }

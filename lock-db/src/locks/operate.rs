@@ -7,7 +7,7 @@ use crate::{Error, Health, LockInfo};
 
 impl<DB: LockDatabase> Locks<DB> {
     /// Reads the lock of a name: who holds it, and who waits. Returns `None` if the name was never
-    /// used.
+    /// used. On PostgreSQL and SQLite that includes a name whose first transaction has not ended.
     ///
     /// For a row lock, the server is asked which transaction has the row locked: see
     /// [`LockInfo::row_holder`].

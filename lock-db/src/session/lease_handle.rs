@@ -84,7 +84,9 @@ impl LeaseHandle {
             session: self.session.clone(),
             released: AtomicBool::new(false),
             watched: OnceLock::new(),
-            mark: fencing_token,
+            // More than what its predecessors have written, and not its own number, which counts as that
+            // of the present grant.
+            mark: fencing_token - 1,
             is_marked: AtomicBool::new(false),
             transactions: AtomicUsize::new(0),
         }
@@ -136,13 +138,25 @@ impl LeaseHandle {
 
     /// Resolves while another caller of this process, or another process, waits for the lease.
     pub(crate) async fn wanted(&self) {
+        select! {
+            () = self.wanted_here() => {}
+            () = self.wanted_elsewhere() => {}
+        }
+    }
+
+    async fn wanted_here(&self) {
         loop {
             let arrival = self.queues.arrival();
-            if self.queues.has_waiters(self.name()) || self.is_wanted_elsewhere().await {
+            if self.queues.has_waiters(self.name()) {
                 return;
             }
-            let pause = clock::timeout(jitter(LOOK_AGAIN), arrival);
-            let _arrived_or_not = pause.await;
+            arrival.await;
+        }
+    }
+
+    async fn wanted_elsewhere(&self) {
+        while !self.is_wanted_elsewhere().await {
+            clock::sleep(jitter(LOOK_AGAIN)).await;
         }
     }
 

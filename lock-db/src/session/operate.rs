@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use super::actor::Actor;
 use super::connection::Worker;
-use super::retry::{PAUSE, patiently};
+use super::retry::{PAUSE, patiently, twice};
 use crate::database::{Failure, ListPage, LockRow};
 use crate::error::{Action, Loss};
 use crate::name::Name;
@@ -23,25 +23,31 @@ impl Actor {
         let read = async |worker: &Worker| worker.read(name).await;
         let failed = |failure: Failure| failure.into_error(Action::ReadRow, Some(name));
         let Some(row) = self.on_either(true, read).await.map_err(failed)? else { return Ok(None) };
-        let holders = self.row_holders(std::iter::once(&row)).await.map_err(failed)?;
+        // A lease may also be kept by a transaction (`acquire_in`).
+        let may_be_locked = row.kind == Kind::Row || row.is_free();
+        let ids = may_be_locked.then_some(row.id).into_iter().collect();
+        let holders = self.row_holders(ids).await.map_err(failed)?;
         Ok(Some(self.describe(name, row, &holders)))
     }
 
-    /// A page of locks, without the prefix of this `Locks`, which has `prefix` bytes.
-    pub(super) async fn list(&self, page: &ListPage, prefix: usize) -> Result<Vec<LockInfo>, Error> {
+    /// A page of locks, without the prefix of this `Locks`, which has `prefix` bytes. Also returns the
+    /// last name that was looked at, if there may be more.
+    pub(super) async fn list(
+        &self,
+        page: &ListPage,
+        prefix: usize,
+    ) -> Result<(Vec<LockInfo>, Option<String>), Error> {
         let failed = |failure: Failure| failure.into_error(Action::List, None);
         let read = async |worker: &Worker| worker.list(page.clone()).await;
-        let rows = self.on_either(true, read).await.map_err(failed)?;
-        let holders = self.row_holders(rows.iter().map(|(_, row)| row)).await.map_err(failed)?;
+        let (rows, end) = self.on_either(true, read).await.map_err(failed)?;
+        let row_locks = rows.iter().filter(|(_, row)| row.kind == Kind::Row);
+        let ids = row_locks.map(|(_, row)| row.id).collect();
+        let holders = self.row_holders(ids).await.map_err(failed)?;
         let describe = |(name, row)| self.describe(&Name::found(name, prefix), row, &holders);
-        Ok(rows.into_iter().map(describe).collect())
+        Ok((rows.into_iter().map(describe).collect(), end))
     }
 
-    async fn row_holders<'a>(
-        &self,
-        rows: impl Iterator<Item = &'a LockRow>,
-    ) -> Result<HashMap<i64, RowHolder>, Failure> {
-        let ids: Vec<i64> = rows.filter(|row| row.kind == Kind::Row).map(|row| row.id).collect();
+    async fn row_holders(&self, ids: Vec<i64>) -> Result<HashMap<i64, RowHolder>, Failure> {
         if ids.is_empty() {
             return Ok(HashMap::new());
         }
@@ -54,12 +60,15 @@ impl Actor {
         let (id, now) = (row.id, row.time());
         let mut info = row.into_info(name);
         info.is_here = is_here;
-        if info.kind == Kind::Row {
-            let holder = holders.get(&id).cloned().unwrap_or(RowHolder::Nobody);
-            if let RowHolder::Session(session) = &holder {
-                info.held_for = session.since.and_then(|since| (now - since).to_std().ok());
-            }
-            info.row_holder = Some(holder);
+        let holder = holders.get(&id).cloned();
+        info.row_holder = match holder {
+            None if info.kind == Kind::Row => Some(RowHolder::Nobody),
+            // Nothing says that a transaction has a free lease.
+            Some(RowHolder::Unknown(_)) if info.kind != Kind::Row => None,
+            holder => holder,
+        };
+        if let Some(RowHolder::Session(session)) = &info.row_holder {
+            info.held_for = session.since.and_then(|since| (now - since).to_std().ok());
         }
         info
     }
@@ -72,19 +81,35 @@ impl Actor {
     ) -> Result<bool, Error> {
         let failed = |failure: Failure| failure.into_error(Action::ForceRelease, Some(name));
         let started = Instant::now();
+        let mut tried: Option<LockRow> = None;
         loop {
             let row = patiently(async || self.worker.read(name).await).await.map_err(failed)?;
             let Some(row) = row else { return Ok(false) };
-            if row.kind == Kind::Row {
+            let was_forced = |before: &mut LockRow| {
+                let by_force = before.fencing_token.saturating_add(1);
+                row.is_just_forced(before.fencing_token) || row.previous_token == by_force
+            };
+            if let Some(before) = tried.take_if(was_forced) {
+                // The answer was lost.
+                self.after_a_forced_release(name, &before);
+                return Ok(true);
+            }
+            if row.kind != Kind::Insert {
                 return Err(Error::WrongKind { name: name.given(), wanted: Kind::Insert, found: row.kind });
             }
             if !row.is_grant(fencing_token) {
                 return Ok(false);
             }
-            if patiently(async || self.worker.force_release(name, row.clone()).await).await.map_err(failed)? {
-                self.after_a_forced_release(name, &row);
-                return Ok(true);
+            match twice(async || self.worker.force_release(name, row.clone()).await).await {
+                Ok(true) => {
+                    self.after_a_forced_release(name, &row);
+                    return Ok(true);
+                }
+                Ok(false) => {}
+                Err(failure) if failure.is_busy() => {}
+                Err(failure) => return Err(failed(failure)),
             }
+            tried = Some(row);
             if started.elapsed() > PATIENCE {
                 let reason = "a transaction that its holder has verified, or another one, has its row locked: end that \
                               transaction, or wait for its end";

@@ -78,11 +78,12 @@ pub(crate) enum Request {
         name: Name,
         answer: AnswerSender<Option<LockInfo>>,
     },
-    /// Reads a page of locks, for people. The names begin with a prefix of that many bytes.
+    /// Reads a page of locks, for people. The names begin with a prefix of that many bytes. Also answers
+    /// with the last name that was looked at, if there may be more.
     List {
         page: ListPage,
         prefix: usize,
-        answer: AnswerSender<Vec<LockInfo>>,
+        answer: AnswerSender<(Vec<LockInfo>, Option<String>)>,
     },
     /// Ends the lease whose grant has this number. Answers whether it was the present one.
     ForceRelease {

@@ -28,7 +28,9 @@ lock_tests::cases! {
 
     on every server:
     a_verified_transaction_holds_force_up,
-    nobody_is_stopped_by_a_list;
+    nobody_is_stopped_by_a_list,
+    waiters_are_not_named_as_holders,
+    a_lease_that_a_transaction_keeps_has_its_session;
 
     on postgres:
     the_session_that_holds_a_row_lock_is_named;
@@ -112,6 +114,9 @@ async fn a_list_is_in_the_order_of_bytes_and_in_pages<T: TestDatabase>(database:
         pages.extend(page.into_iter().map(|info| info.name));
     }
     assert_eq!(pages, made);
+    let empty = Locks::builder(database.pool(2).await).name_prefix("a").build();
+    use_once(&empty, "x").await;
+    assert_eq!(names(&empty.list("*").limit(1).await.unwrap()), [" "], "not the name that is the prefix");
     // More than one statement reads.
     database.run("DELETE FROM distributed_lock").await;
     let rows: Vec<String> = (0..2500).map(|number| format!("('n:{number:04}')")).collect();
@@ -120,6 +125,13 @@ async fn a_list_is_in_the_order_of_bytes_and_in_pages<T: TestDatabase>(database:
     assert_eq!((all.len(), all[0].name.as_str(), all[2499].name.as_str()), (2500, "n:0000", "n:2499"));
     let page = locks.list("*").limit(1200).after("n:0999").await.unwrap();
     assert_eq!((page.len(), page[0].name.as_str(), page[1199].name.as_str()), (1200, "n:1000", "n:2199"));
+    // A part of the table without any name that is asked for.
+    let rows: Vec<String> = (0..6000).map(|number| format!("('o:{number:04}')")).collect();
+    database.run(&format!("INSERT INTO distributed_lock (lock_name) VALUES {}", rows.join(","))).await;
+    use_once(&locks, "z:last").await;
+    assert_eq!(names(&locks.list("*last").await.unwrap()), ["z:last"]);
+    assert_eq!(names(&locks.list("*5999").limit(5).await.unwrap()), ["o:5999"]);
+    assert_eq!(locks.list("o:*").await.unwrap().len(), 6000);
 }
 
 async fn patterns_match_as_written<T: TestDatabase>(database: &T) {
@@ -497,6 +509,61 @@ async fn nobody_is_stopped_by_a_list<T: TestServer>(database: &T) {
         list.unwrap();
         guard.unwrap().expect("nobody holds it").commit().await.unwrap();
     }
+}
+
+/// One waits for a row at a time, and leaves other locks behind that are none on a row.
+async fn waiters_are_not_named_as_holders<T: TestServer>(database: &T) {
+    let (locks, other, operator) = (database.locks().await, database.locks().await, database.locks().await);
+    for name in ["a", "b"] {
+        locks.row_lock(name).acquire().await.unwrap().commit().await.unwrap();
+    }
+    let mut connection = database.connection().await;
+    let id = if T::NAME == "postgres" { "SELECT pg_backend_pid()" } else { "SELECT CONNECTION_ID()" };
+    let holder = T::Database::find_number(&mut connection, id).await.unwrap().unwrap();
+    let mut transaction = connection.begin().await.unwrap();
+    locks.row_lock("b").acquire_in(&mut transaction).await.unwrap();
+    let waiting: Vec<_> = [&locks, &other]
+        .into_iter()
+        .map(|locks| {
+            let (locks, pool) = (locks.clone(), locks.pool().clone());
+            tokio::spawn(async move {
+                let mut transaction = pool.begin().await.unwrap();
+                locks.row_lock("b").wait(HOUR).acquire_in(&mut transaction).await.unwrap();
+            })
+        })
+        .collect();
+    eventually(PATIENCE, async || database.activity().await.waiting >= 2).await;
+    let named = async || {
+        tokio::time::sleep(SHOWN_AFTER).await;
+        matches!(info(&operator, "b").await.row_holder, Some(RowHolder::Session(_)))
+    };
+    eventually(PATIENCE, named).await;
+    // Longer than a wait of one statement.
+    for _ in 0..20 {
+        tokio::time::sleep(SHOWN_AFTER).await;
+        let (a, b) = (info(&operator, "a").await, info(&operator, "b").await);
+        assert!(!matches!(a.row_holder, Some(RowHolder::Session(_))), "{a:?}");
+        if let Some(RowHolder::Session(session)) = &b.row_holder {
+            assert_eq!(session.id, holder, "{b:?}");
+        }
+        assert!(!names(&operator.list("*").held_only().await.unwrap()).contains(&"a"));
+    }
+    waiting.iter().for_each(tokio::task::JoinHandle::abort);
+    transaction.commit().await.unwrap();
+}
+
+async fn a_lease_that_a_transaction_keeps_has_its_session<T: TestServer>(database: &T) {
+    let (locks, operator) = (database.locks().await, database.locks().await);
+    use_once(&locks, "job").await;
+    assert!(info(&operator, "job").await.row_holder.is_none());
+    let mut connection = database.connection().await;
+    let mut transaction = connection.begin().await.unwrap();
+    locks.insert_lock("job").acquire_in(&mut transaction).await.unwrap();
+    let seen = info(&operator, "job").await;
+    // MariaDB shows only what another transaction waits for.
+    assert_eq!(seen.row_holder.is_some(), T::NAME != "mariadb", "{seen:?}");
+    assert!(!operator.force_release("job", seen.fencing_token).await.unwrap());
+    transaction.rollback().await.unwrap();
 }
 
 async fn the_session_that_holds_a_row_lock_is_named<T: TestDatabase>(database: &T) {

@@ -9,7 +9,16 @@ use crate::database::{ListPage, LockRow, Server};
 
 /// What operators ask. Everything but [`force_release`](Self::force_release) locks nothing.
 pub trait OperateDriver: sqlx::Database + Sized {
-    /// Returns rows with their whole names, in the order of the bytes of the names.
+    /// Returns the name at which a part of the table ends that is not too large to be read at once. The
+    /// part begins where the names of the page do. `None`: all that is left is one part.
+    fn end_of_part(
+        connection: &mut Self::Connection,
+        server: &Server,
+        page: &ListPage,
+    ) -> impl Future<Output = Result<Option<String>>> + Send;
+
+    /// Returns rows with their whole names, in the order of the bytes of the names. Reads no further than
+    /// the end of the page.
     fn list(
         connection: &mut Self::Connection,
         server: &Server,

@@ -34,6 +34,7 @@ use super::mysql_family::lease::granted;
 use super::mysql_family::queue::which;
 use crate::database::StepError;
 use crate::database::driver;
+use crate::database::lock_row::FORCED;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json, in_order,
@@ -90,6 +91,20 @@ ON DUPLICATE KEY UPDATE
     ttl_micros = 0
 RETURNING id"
 );
+
+/// See `OperateDriver::force_release`.
+const FORCE_RELEASE: &str = "
+INSERT INTO {table} (id, lock_name, secret_key)
+SELECT id, lock_name, ? FROM {table} AS held FORCE INDEX (distributed_lock_name)
+WHERE lock_name = ? AND fencing_token = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+ON DUPLICATE KEY UPDATE
+    expire_time = '1970-01-01 00:00:00',
+    ttl_micros = 0,
+    secret_key = VALUES(secret_key),
+    fencing_token = distributed_lock.fencing_token + 1
+RETURNING id";
 
 const RELEASE_LATER: &str = "
 INSERT INTO {table} (id, lock_name, expire_time, ttl_micros)
@@ -327,6 +342,16 @@ pub(super) async fn release(
     let (key, rest) = QueueEntry::parts(lease.entry.as_ref());
     let query = insert(server, RELEASE).bind(key).bind(lease.name.as_bytes());
     wrote(connection, query.bind(lease.secret.as_str()).bind(rest)).await
+}
+
+pub(super) async fn force_release(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    fencing_token: i64,
+) -> driver::Result<bool> {
+    let query = insert(server, FORCE_RELEASE).bind(FORCED).bind(name.as_bytes());
+    wrote(connection, query.bind(fencing_token)).await
 }
 
 pub(super) async fn release_later(

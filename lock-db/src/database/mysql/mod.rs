@@ -20,6 +20,7 @@ use super::mysql_family::queue::which;
 use super::mysql_family::transaction::STILL_IN_TRANSACTION;
 use crate::database::StepError;
 use crate::database::driver;
+use crate::database::lock_row::FORCED;
 use crate::database::wait_queue::key;
 use crate::database::{
     Claim, Cluster, Grant, LeaseStatus, QueueEntry, ReleaseClaim, Renewal, Renewed, Server, as_json,
@@ -81,6 +82,17 @@ SET lease.expire_time = '1970-01-01 00:00:00',
     lease.waiters = ",
     behind_others!("lease.waiters", "?", "?")
 );
+
+/// See `OperateDriver::force_release`.
+const FORCE_RELEASE: &str = "
+UPDATE (
+    SELECT id FROM {table} FORCE INDEX (distributed_lock_name)
+    WHERE lock_name = ? AND fencing_token = ? AND lock_kind = 'insert' AND expire_time > '1970-01-01 00:00:00'
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED) AS unlocked
+STRAIGHT_JOIN {table} AS lease FORCE INDEX (PRIMARY) ON lease.id = unlocked.id
+SET lease.expire_time = '1970-01-01 00:00:00', lease.ttl_micros = 0, lease.secret_key = ?,
+    lease.fencing_token = lease.fencing_token + 1";
 
 const RELEASE_LATER: &str = "
 UPDATE (
@@ -358,6 +370,16 @@ pub(super) async fn release(
     let (key, rest) = QueueEntry::parts(entry.as_ref());
     let query = sqlx::query(server.table.sql(RELEASE)).bind(name.as_bytes()).bind(secret.as_str());
     wrote(connection, query.bind(&key).bind(&key).bind(rest)).await
+}
+
+pub(super) async fn force_release(
+    connection: &mut MySqlConnection,
+    server: &Server,
+    name: &str,
+    fencing_token: i64,
+) -> driver::Result<bool> {
+    let query = sqlx::query(server.table.sql(FORCE_RELEASE)).bind(name.as_bytes()).bind(fencing_token);
+    wrote(connection, query.bind(FORCED)).await
 }
 
 pub(super) async fn release_later(

@@ -360,6 +360,14 @@ impl PruneDriver for MySql {
 }
 
 impl OperateDriver for MySql {
+    async fn end_of_part(
+        connection: &mut MySqlConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Option<String>> {
+        operate::end_of_part(connection, server, page).await
+    }
+
     async fn list(
         connection: &mut MySqlConnection,
         server: &Server,

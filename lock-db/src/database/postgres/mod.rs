@@ -382,6 +382,14 @@ impl PruneDriver for Postgres {
 }
 
 impl OperateDriver for Postgres {
+    async fn end_of_part(
+        connection: &mut PgConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Option<String>> {
+        operate::end_of_part(connection, server, page).await
+    }
+
     async fn list(
         connection: &mut PgConnection,
         server: &Server,

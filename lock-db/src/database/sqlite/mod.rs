@@ -297,6 +297,14 @@ impl PruneDriver for Sqlite {
 }
 
 impl OperateDriver for Sqlite {
+    async fn end_of_part(
+        connection: &mut SqliteConnection,
+        server: &Server,
+        page: &ListPage,
+    ) -> driver::Result<Option<String>> {
+        operate::end_of_part(connection, server, page).await
+    }
+
     async fn list(
         connection: &mut SqliteConnection,
         server: &Server,

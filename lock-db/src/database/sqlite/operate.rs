@@ -11,13 +11,25 @@ use crate::database::lock_row::FORCED;
 use crate::database::row::{self, lock_row};
 use crate::database::{ListPage, LockRow, Server};
 
+/// Names up to `?3`, or below `?4`; NULL is no limit.
+macro_rules! in_part {
+    () => {
+        "lock_name >= ?1 AND lock_name > ?2 AND (?3 IS NULL OR lock_name <= ?3) AND (?4 IS NULL OR lock_name < ?4)"
+    };
+}
+
+const END_OF_PART: &str =
+    concat!("SELECT lock_name FROM {table} WHERE ", in_part!(), " ORDER BY lock_name LIMIT 1 OFFSET 4999");
+
 const LIST: &str = concat!(
     "SELECT ",
     columns!(),
     ", lock_name FROM {table}
-WHERE lock_name >= ?1 AND lock_name <= ?2 AND lock_name > ?3 AND lock_name GLOB ?4
-    AND (NOT ?5 OR (lock_kind <> 'row' AND expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now')))
-ORDER BY lock_name LIMIT ?6"
+WHERE ",
+    in_part!(),
+    " AND lock_name GLOB ?5
+    AND (NOT ?6 OR (lock_kind <> 'row' AND expire_time > strftime('%Y-%m-%d %H:%M:%f000', 'now')))
+ORDER BY lock_name LIMIT ?7"
 );
 
 const FORCE_RELEASE: &str = "
@@ -29,14 +41,25 @@ const VERSION: &str = "SELECT sqlite_version()";
 
 const TIME: &str = "SELECT CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)";
 
+pub(super) async fn end_of_part(
+    connection: &mut SqliteConnection,
+    server: &Server,
+    page: &ListPage,
+) -> driver::Result<Option<String>> {
+    let (from, above) = page.bounds();
+    let query = sqlx::query_scalar(server.table.sql(END_OF_PART)).bind(from).bind(&page.after);
+    Ok(query.bind(None::<String>).bind(above).fetch_optional(connection).await?)
+}
+
 pub(super) async fn list(
     connection: &mut SqliteConnection,
     server: &Server,
     page: &ListPage,
 ) -> driver::Result<Vec<(String, LockRow)>> {
-    let (from, to) = page.bounds();
-    let query = sqlx::query(server.table.sql(LIST)).bind(from).bind(to).bind(&page.after).bind(page.glob());
-    let rows = query.bind(page.held_only).bind(page.limit).fetch_all(connection).await?;
+    let (from, above) = page.bounds();
+    let query = sqlx::query(server.table.sql(LIST)).bind(from).bind(&page.after).bind(&page.end).bind(above);
+    let query = query.bind(page.glob()).bind(page.held_only).bind(page.limit);
+    let rows = query.fetch_all(connection).await?;
     rows.iter().map(|row| Ok((row.try_get(row::COLUMNS)?, lock_row(row)?))).collect()
 }
 

@@ -44,6 +44,8 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 const MIGRATION_LIMIT: Duration = Duration::from_mins(2);
 /// How many names are read in one statement, so that other requests run in between.
 const TOGETHER: usize = 1000;
+/// Rows with their names, and the last name that was looked at if there may be more.
+type ListedPart = (Vec<(String, LockRow)>, Option<String>);
 /// The leases, if all were free; the kind of server that granted them; and when the statement was
 /// sent, which is the start of their TTL.
 type Acquired = (Option<Vec<Grant>>, Server, Instant);
@@ -66,7 +68,7 @@ enum Operation {
     Release(ReleaseClaim, Duration, Reply<LeaseStatus>),
     Migrate(Reply<()>),
     Check(bool, Reply<CheckReport>),
-    List(ListPage, Reply<Vec<(String, LockRow)>>),
+    List(ListPage, Reply<ListedPart>),
     RowHolders(Vec<i64>, Reply<HashMap<i64, RowHolder>>),
     ForceRelease(Name, Box<LockRow>, Reply<bool>),
     OldSnapshots(Reply<OldSnapshots>),
@@ -398,8 +400,9 @@ impl Worker {
         self.ask(MIGRATION_LIMIT, Operation::Migrate).await
     }
 
-    /// Returns a page of locks, with their whole names.
-    pub(super) async fn list(&self, page: ListPage) -> Result<Vec<(String, LockRow)>, Failure> {
+    /// Returns a page of locks with their whole names, and the end of the part of the table that was
+    /// read.
+    pub(super) async fn list(&self, page: ListPage) -> Result<ListedPart, Failure> {
         self.ask(STATEMENT_LIMIT, |reply| Operation::List(page, reply)).await
     }
 

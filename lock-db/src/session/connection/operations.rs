@@ -10,8 +10,8 @@ use super::life::SILENCE;
 use super::worker::WorkerLoop;
 use super::{Acquired, MIGRATION_LIMIT, OnRow, OnRows, Operation, Reply, STATEMENT_LIMIT};
 use crate::database::{
-    Claim, Cluster, Failure, Grant, LeaseStatus, LockDatabase, Notification, OldSnapshots, ReleaseClaim,
-    Server, StepError,
+    Claim, Cluster, Failure, Grant, LeaseStatus, ListPage, LockDatabase, Notification, OldSnapshots,
+    ReleaseClaim, Server, StepError,
 };
 use crate::name::Name;
 use crate::{CheckReport, CommitGuard, Finding, FindingKind};
@@ -67,7 +67,12 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
             Operation::Migrate(reply) => self.migrate(reply).await,
             Operation::Check(prunes, reply) => self.check(prunes, reply).await,
             Operation::List(page, reply) => {
-                self.answer(reply, async |c, server| DB::list(c, server, &page).await).await;
+                self.answer(reply, async |c, server| {
+                    let end = DB::end_of_part(c, server, &page).await?;
+                    let page = ListPage { end: end.clone(), ..page };
+                    Ok((DB::list(c, server, &page).await?, end))
+                })
+                .await;
             }
             Operation::RowHolders(ids, reply) => {
                 self.answer(reply, async |c, server| DB::row_holders(c, server, &ids).await).await;
