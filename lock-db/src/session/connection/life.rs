@@ -226,8 +226,8 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
         }
     }
 
-    /// Gives up a connection that is broken or silent.
-    fn leave(&mut self, connection: &Private<DB>) {
+    /// Gives up a connection that is broken or silent, or whose session may have something locked.
+    pub(super) fn leave(&mut self, connection: &Private<DB>) {
         self.earlier.mark_given_up();
         if matches!(connection.link, Link::Listening(_)) {
             self.notifications.end();

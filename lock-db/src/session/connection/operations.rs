@@ -128,9 +128,12 @@ impl<DB: LockDatabase> WorkerLoop<DB> {
                 DB::migrate(c, schema.as_deref()).await.map_err(Failure::new::<DB>)
             })
             .await;
-        if answer.is_err() {
-            // Closing the connection releases everything that the migration has locked.
-            self.connection = None;
+        if answer.is_err()
+            && let Some(connection) = self.connection.take()
+        {
+            // Its session keeps what the migration has locked until it ends, and the server may not
+            // notice at once that the connection is closed. So the next connection ends the session.
+            self.leave(&connection);
         }
         let _ = reply.send(answer);
     }
