@@ -2,6 +2,7 @@
 //!
 //! A statement that skips locked rows and writes the others is an UPDATE of a join with a SELECT.
 
+mod new_rows;
 mod queue;
 
 use std::time::Duration;
@@ -10,9 +11,10 @@ use sqlx::mysql::{MySqlArguments, MySqlConnection, MySqlRow};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, MySql};
 
+pub(super) use self::new_rows::acquire as acquire_or_make;
 use self::queue::all_or_none;
 pub(super) use self::queue::{dequeue, enqueue, set_waiters};
-use super::mysql_family::batch::{NewRows, batch_as_json, batch_part, still_ours};
+use super::mysql_family::batch::{batch_as_json, still_ours};
 use super::mysql_family::errors::{UNKNOWN_STATEMENT, number};
 use super::mysql_family::lease::granted;
 use super::mysql_family::literal;
@@ -208,37 +210,6 @@ SET lease.fencing_token = IF(unlocked.is_again, unlocked.last_token, GREATEST(
         WHEN unlocked.ttl = 0 AND unlocked.may_enqueue THEN ", with_entry!("lease.waiters", "unlocked.queue_key", "CONVERT(@lock_db_rest USING ascii)"), "
         ELSE lease.waiters END");
 
-/// How many rows of the names there are that may be new. A dirty read, which locks nothing. It also
-/// finds the row that an open transaction has made, so that nothing waits for that transaction.
-const FIND: &str = "
-SELECT COUNT(*) INTO @lock_db_found FROM {table} FORCE INDEX (distributed_lock_name) WHERE lock_name IN ";
-
-/// Makes the rows, granted, if there are none. `ON DUPLICATE` leaves rows as they are that others make
-/// at the same time. IGNORE would also hide that a secret was truncated. A row that is not made for its
-/// id is found missing by the next attempt, which reports it.
-///
-/// A list of values: an INSERT with a SELECT uses up numbers of the counter.
-const INSERT: &str = "
-INSERT INTO {table} (lock_name, secret_key, owner, ttl_micros, expire_time, fencing_token) VALUES ";
-
-const OR_LEAVE: &str = " ON DUPLICATE KEY UPDATE secret_key = distributed_lock.secret_key";
-
-/// If some of the rows are there: the names of the others, as JSON in a variable. Also a dirty read. An
-/// INSERT that reads the table itself would lock the gaps in which the rows belong, and two of them
-/// would wait for each other.
-const NEW: &str = "
-SELECT JSON_ARRAYAGG(asked.lock_name) INTO @lock_db_new
-FROM JSON_TABLE(@lock_db_maybe, '$[*]' COLUMNS (
-        lock_name VARCHAR(510) PATH '$[0]', makes_row BIGINT PATH '$[4]')) AS asked
-LEFT JOIN {table} AS lease FORCE INDEX (distributed_lock_name) ON lease.lock_name = UNHEX(asked.lock_name)
-WHERE asked.makes_row AND lease.id IS NULL";
-
-/// Makes those rows, free, for `BATCH` to take. IGNORE can't hide a truncated name, because the column
-/// was checked to hold the longest name.
-const MAKE: &str = "
-INSERT IGNORE INTO {table} (lock_name)
-SELECT UNHEX(new_name) FROM JSON_TABLE(@lock_db_new, '$[*]' COLUMNS (new_name VARCHAR(510) PATH '$')) AS made";
-
 /// Which of the leases are ours, and whether the request was carried out: released, or taken so
 /// recently that more time is left than the holder will rely on. Runs in the transaction of
 /// `BATCH`, whose locks it needs: right after the commit, another process may take a released
@@ -412,18 +383,6 @@ pub(super) async fn renew(
     Ok(in_order(leases, found, Some(read_at)))
 }
 
-/// `acquire`, or makes the row.
-pub(super) async fn acquire_or_make(
-    connection: &mut MySqlConnection,
-    server: &Server,
-    claim: &Claim,
-) -> driver::Result<Option<Grant>> {
-    let taken = batch_part(connection, server, &[], std::slice::from_ref(claim)).await?;
-    Ok(taken.grants.into_iter().next().flatten())
-}
-
-const DIRTY: &str = "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED";
-
 /// Returns all rows that are ours now.
 pub(super) async fn batch(
     connection: &mut MySqlConnection,
@@ -445,22 +404,7 @@ pub(super) async fn batch(
     // Sent as text, so that all of it is in one message and the server reaches the COMMIT whatever
     // happens to this process. Nothing in it needs escaping, except the quotes of a text in a text.
     let sql = if makes_rows {
-        let known = batch_as_json(releases, claims.iter().filter(|claim| !claim.makes_row));
-        let NewRows { names, values } = NewRows::of(claims);
-        let find = format!("{}{names}", server.table.sql(FIND).0);
-        let insert = format!("{}{values}{OR_LEAVE}", server.table.sql(INSERT).0).replace('\'', "''");
-        format!(
-            "{set}; {DIRTY}; {find};
-            SET @lock_db_all = @lock_db_asked, @lock_db_maybe = IF(@lock_db_found = 0, '[]', @lock_db_asked),
-                @lock_db_insert = IF(@lock_db_found = 0, '{insert}', 'DO 0'),
-                @lock_db_asked = IF(@lock_db_found = 0, '{known}', @lock_db_asked);
-            {DIRTY}; EXECUTE lock_db_new; PREPARE lock_db_insert FROM @lock_db_insert;
-            START TRANSACTION{begin}; EXECUTE lock_db_make; EXECUTE lock_db_batch;
-            SET @lock_db_now = UTC_TIMESTAMP(6),
-                @lock_db_token = TIMESTAMPDIFF(MICROSECOND, '1970-01-01 00:00:00', UTC_TIMESTAMP(6));
-            EXECUTE lock_db_insert;
-            SET @lock_db_asked = @lock_db_all; EXECUTE lock_db_outcome{end}"
-        )
+        new_rows::message(server, releases, claims, &set, begin, end)
     } else {
         format!("{set}; START TRANSACTION{begin}; EXECUTE lock_db_batch; EXECUTE lock_db_outcome{end}")
     };
@@ -472,8 +416,8 @@ pub(super) async fn batch(
                 format!("PREPARE {name} FROM '{}'", server.table.sql(sql).0.replace('\'', "''"))
             };
             let statements = [
-                ("lock_db_new", NEW),
-                ("lock_db_make", MAKE),
+                ("lock_db_new", new_rows::NEW),
+                ("lock_db_make", new_rows::MAKE),
                 ("lock_db_batch", BATCH),
                 ("lock_db_outcome", OUTCOME),
             ];
