@@ -15,6 +15,7 @@
     missing_docs
 )]
 
+mod account;
 mod at_end;
 mod cases;
 mod database;
@@ -33,6 +34,7 @@ mod servers;
 mod sqlite;
 mod wait_queue;
 
+pub use account::account;
 pub use at_end::AtEnd;
 pub use cases::{Case, CaseRuntime, ignore, long_run, rounds, run_case, run_future};
 pub use database::{Activity, Backend, TestDatabase, TestServer, connection, is_taken, migrated, pool};

@@ -1,10 +1,10 @@
 //! What is done to a table that is in use: by replication, policies and triggers.
 
 use lock_db::{Error, Locks};
-use lock_tests::{PostgresServer, TestDatabase, pool};
+use lock_tests::{PostgresServer, TestDatabase, account, pool};
 use sqlx::Postgres;
 
-use super::requests::{Answer, Answers, account, all_are_granted, ask, locks_in_use, nothing_is_called_held};
+use super::requests::{Answer, Answers, all_are_granted, ask, locks_in_use, nothing_is_called_held};
 use super::rows_hidden::{ENABLE, grant};
 use super::triggers::is_not_granted_under;
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use lock_db::{Error, Locks};
-use lock_tests::{PostgresServer, TestDatabase, TestServer, pool};
+use lock_tests::{PostgresServer, TestDatabase, TestServer, account, pool};
 use sqlx::Postgres;
 
-use super::requests::{account, all_are_granted, all_are_refused, ask, locks_in_use};
+use super::requests::{all_are_granted, all_are_refused, ask, locks_in_use};
 
 lock_tests::cases! {
     on every server:

@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use lock_db::{Error, Lease, Leases, LockDatabase, Locks, RowGuard, distributed_lock};
-use lock_tests::{AtEnd, Backend, TestDatabase};
+use lock_tests::{Backend, TestDatabase};
 use sqlx::Pool;
-use url::Url;
 
 /// Longer than it takes to be refused, and shorter than a wait that is waited out.
 const WAIT: Duration = Duration::from_secs(3);
@@ -172,30 +171,4 @@ pub async fn is_refused_as_unsupported<DB: Backend>(
     let checked = locks.check().await;
     assert!(checked.as_ref().is_err_and(is_right), "{what}: {checked:?}");
     all_are_refused(what, &ask(locks, pool).await, is_right);
-}
-
-/// An account of the server, besides that of the test. Dropped with what is answered besides its URL.
-pub async fn account<T: TestDatabase>(database: &T) -> (String, String, AtEnd<T::Database>) {
-    let mut url = Url::parse(database.url()).unwrap();
-    let name = if T::NAME == "postgres" {
-        format!("{}_app", database.text("SELECT current_database()").await)
-    } else {
-        format!("{}_a", database.text("SELECT DATABASE()").await)
-    };
-    url.set_username(&name).unwrap();
-    url.set_password(Some("secret")).unwrap();
-    let (create, account, end) = if T::NAME == "postgres" {
-        let end = vec![format!("DROP OWNED BY {name}"), format!("DROP ROLE {name}")];
-        (format!("CREATE ROLE {name} LOGIN PASSWORD 'secret'"), name, end)
-    } else {
-        let account = format!("'{name}'@'%'");
-        (
-            format!("CREATE USER {account} IDENTIFIED BY 'secret'"),
-            account.clone(),
-            vec![format!("DROP USER {account}")],
-        )
-    };
-    let at_end = AtEnd::new(database.url(), end);
-    database.run(&create).await;
-    (url.into(), account, at_end)
 }

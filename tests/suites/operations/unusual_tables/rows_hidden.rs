@@ -1,10 +1,10 @@
 //! Row level security, for a role that does not own the table.
 
 use lock_db::Locks;
-use lock_tests::{PostgresServer, TestDatabase, pool};
+use lock_tests::{PostgresServer, TestDatabase, account, pool};
 use sqlx::Postgres;
 
-use super::requests::{account, all_are_granted, ask, is_refused_as_unsupported, locks_in_use};
+use super::requests::{all_are_granted, ask, is_refused_as_unsupported, locks_in_use};
 
 lock_tests::cases! {
     on postgres:
