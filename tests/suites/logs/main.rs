@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod pruning;
+
 use std::time::{Duration, Instant};
 
 use lock_db::{Error, Locks, Loss};
@@ -362,5 +364,5 @@ async fn a_timeout_behind_a_writer_names_the_caller_as_possible_writer<T: TestDa
 }
 
 fn main() -> std::process::ExitCode {
-    lock_tests::run([cases()], [])
+    lock_tests::run([cases(), pruning::cases()], [])
 }
