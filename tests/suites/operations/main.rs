@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod dirty_reads;
 mod failed_notifications;
 mod mysql_user_lock;
 mod one_table;
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     lock_tests::run(
         [
+            dirty_reads::cases(),
             failed_notifications::cases(),
             mysql_user_lock::cases(),
             one_table::cases(),
