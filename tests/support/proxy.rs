@@ -52,6 +52,8 @@ struct Way {
     paused: watch::Sender<bool>,
     reads: AtomicUsize,
     held: AtomicUsize,
+    watched: Mutex<Option<&'static [u8]>>,
+    seen: AtomicUsize,
     ends_after: Mutex<Vec<&'static [u8]>>,
 }
 
@@ -150,6 +152,19 @@ impl Proxy {
         *self.way(direction).ends_after.lock().expect("no panic") = marks.to_vec();
     }
 
+    /// Counts the reads with these bytes from now on.
+    pub fn watch_for(&self, direction: Direction, mark: &'static [u8]) {
+        let way = self.way(direction);
+        *way.watched.lock().expect("no panic") = Some(mark);
+        way.seen.store(0, Ordering::SeqCst);
+    }
+
+    /// How many reads had the bytes of [`watch_for`](Self::watch_for). The text of a prepared
+    /// statement passes once on each connection.
+    pub fn seen(&self, direction: Direction) -> usize {
+        self.way(direction).seen.load(Ordering::SeqCst)
+    }
+
     /// Refuses new connections, like a server that is down. Open connections are not affected.
     pub fn refuse(&self) {
         self.state.admission.send_replace(Admission::Refuse);
@@ -211,7 +226,16 @@ impl Way {
             paused: watch::Sender::new(false),
             reads: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
+            watched: Mutex::default(),
+            seen: AtomicUsize::new(0),
             ends_after: Mutex::default(),
+        }
+    }
+
+    fn watch(&self, bytes: &[u8]) {
+        let watched = *self.watched.lock().expect("no panic");
+        if watched.is_some_and(|mark| bytes.windows(mark.len()).any(|window| window == mark)) {
+            self.seen.fetch_add(1, Ordering::SeqCst);
         }
     }
 
@@ -328,6 +352,7 @@ async fn pump(
                 0 => at_end = true,
                 length => {
                     let arrival = Instant::now() + *delay.borrow_and_update();
+                    way.watch(&buffer[..length]);
                     let end = way.end_in(&buffer[..length]);
                     at_end = end.is_some();
                     held.push(arrival, buffer[..end.unwrap_or(length)].to_vec());

@@ -1,9 +1,13 @@
 //! A process that waits for many names writes their queues together.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lock_db::{Error, Lease, Locks};
 use lock_tests::{Direction, MOST_QUEUED, Proxy, Queued, TestDatabase, TestServer, eventually, set_queue};
+use sqlx::pool::PoolOptions;
 use tokio::task::JoinSet;
 
 lock_tests::cases! {
@@ -17,7 +21,11 @@ lock_tests::cases! {
     many_waiters_enqueue_and_leave_in_a_few_messages,
     many_waiters_renew_their_entries_in_a_few_messages,
     many_locks_that_become_free_are_taken_in_a_few_messages,
+    the_first_connection_scans_without_a_second_one,
     locked_rows_do_not_delay_the_queues_of_others;
+
+    on sqlite:
+    many_locks_are_taken_where_a_hook_refuses_a_second_connection;
 }
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -122,6 +130,49 @@ async fn many_locks_that_become_free_are_taken_in_a_few_messages<T: TestServer>(
     let sent = proxy.reads(Direction::ToServer) - before;
     assert!(sent < MANY, "{sent} messages to take {MANY} locks that became free");
     assert_eq!(with_entries(database, "many", 0).await, MANY);
+}
+
+/// The server refuses the second connection, or does not answer it. The first one scans then.
+async fn the_first_connection_scans_without_a_second_one<T: TestServer>(database: &T) {
+    for is_silent in [false, true] {
+        let proxy = database.proxy();
+        let far = far(database, &proxy).await;
+        let near = database.locks().await;
+        let names = names("many", MANY);
+        let held = near.insert_locks(&names).ttl(LONG).acquire().await.unwrap();
+        // The first one and that of the pool.
+        eventually(PATIENCE, async || proxy.open() == 2).await;
+        if is_silent {
+            proxy.swallow();
+        } else {
+            proxy.refuse();
+        }
+        proxy.watch_for(Direction::ToServer, scan::<T>());
+        let mut waiting = wait_for::<T>(&far, &names);
+        eventually(PATIENCE, async || with_entries(database, "many", 1).await == MANY).await;
+        eventually(PATIENCE, async || proxy.seen(Direction::ToServer) > 0).await;
+        proxy.delay(Direction::ToServer, Duration::from_millis(5));
+        let before = proxy.reads(Direction::ToServer);
+        held.release().await.unwrap();
+        let mut taken = Vec::new();
+        while let Some(lease) = waiting.join_next().await {
+            taken.push(lease.unwrap().unwrap());
+        }
+        let sent = proxy.reads(Direction::ToServer) - before;
+        assert!(sent < MANY, "silent: {is_silent}: {sent} messages to take {MANY} locks that became free");
+        assert_eq!(with_entries(database, "many", 0).await, MANY);
+        for lease in taken {
+            lease.release().await.unwrap();
+        }
+    }
+}
+
+/// Only a scan has this text.
+fn scan<T: TestDatabase>() -> &'static [u8] {
+    match T::NAME {
+        "postgres" => b"FROM unnest((SELECT $1::bigint[])) AS asked (id) JOIN",
+        _ => b"SELECT id, LEFT(waiters, ",
+    }
 }
 
 /// Some are held, some are free, some have no row, some queues are full, and some have only entries
@@ -261,5 +312,25 @@ async fn locked_rows_do_not_delay_the_queues_of_others<T: TestServer>(database: 
     assert_eq!(with_entries(database, "lock", 0).await, locked.len());
     holder.release().await.unwrap();
     transaction.commit().await.unwrap();
+    release_each::<T>(waiting).await;
+}
+
+/// The hook of the pool accepts only the first connection.
+async fn many_locks_are_taken_where_a_hook_refuses_a_second_connection<T: TestDatabase>(database: &T) {
+    let near = database.locks().await;
+    let made = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&made);
+    let options = PoolOptions::<T::Database>::new().after_connect(move |_, _| {
+        let is_first = counted.fetch_add(1, SeqCst) == 0;
+        let refused = || sqlx::Error::Configuration("one connection is enough".into());
+        Box::pin(async move { if is_first { Ok(()) } else { Err(refused()) } })
+    });
+    let locks = Locks::new(options.connect_lazy(database.url()).unwrap());
+    let names = names("many", MANY);
+    let held = near.insert_locks(&names).ttl(LONG).acquire().await.unwrap();
+    let waiting = wait_for::<T>(&locks, &names);
+    eventually(PATIENCE, async || with_entries(database, "many", 1).await == MANY).await;
+    eventually(PATIENCE, async || made.load(SeqCst) > 1).await;
+    held.release().await.unwrap();
     release_each::<T>(waiting).await;
 }
