@@ -152,6 +152,10 @@ struct Arguments {
     #[arg(long, value_name = "FOLDER")]
     plots: Option<PathBuf>,
 
+    /// Measure how accurate the delay is on this machine, with an echo server, and nothing else
+    #[arg(long)]
+    measure_proxy: bool,
+
     /// Set for child processes
     #[arg(long, hide = true)]
     child: bool,
@@ -176,6 +180,8 @@ async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let exit = if arguments.child {
         child::main().await.map(|()| ExitCode::SUCCESS)
+    } else if arguments.measure_proxy {
+        proxy::accuracy::measure().map(|()| ExitCode::SUCCESS)
     } else {
         measure(&arguments).await
     };

@@ -4,6 +4,7 @@
 //! does not use tokio: tokio's timers are accurate to a millisecond, and the delay within a
 //! datacenter is shorter.
 
+pub(crate) mod accuracy;
 mod connection;
 #[cfg(test)]
 mod tests;

@@ -1,50 +1,17 @@
 //! The proxy between a client and an echo server.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::Shutdown;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
-
 use super::Proxy;
+use super::accuracy::{connect, echo_server, ping};
 
 type Tested = anyhow::Result<()>;
 
-/// A server that sends back what it receives, until each client ends.
-fn echo_server() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for client in listener.incoming().flatten() {
-            thread::spawn(move || {
-                client.set_nodelay(true)?;
-                std::io::copy(&mut &client, &mut &client)?;
-                client.shutdown(Shutdown::Write)
-            });
-        }
-    });
-    Ok(port)
-}
-
-fn connect(port: u16) -> anyhow::Result<TcpStream> {
-    let stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    Ok(stream)
-}
-
 fn proxy(delay: Duration) -> anyhow::Result<Proxy> {
     Proxy::start("127.0.0.1".to_owned(), echo_server()?, delay)
-}
-
-fn ping(mut stream: &TcpStream, message: &[u8]) -> anyhow::Result<Duration> {
-    let mut answer = vec![0; message.len()];
-    let begin = Instant::now();
-    stream.write_all(message)?;
-    stream.read_exact(&mut answer)?;
-    anyhow::ensure!(answer == message, "another answer");
-    Ok(begin.elapsed())
 }
 
 #[test]
@@ -171,57 +138,5 @@ fn sleeps_when_nothing_happens() -> Tested {
     ping(&connect(proxy.port)?, b"another")?;
     let used = proxy.processor_time().saturating_sub(before);
     assert!(used < Duration::from_millis(100), "{used:?} of processor time");
-    Ok(())
-}
-
-/// Prints how accurate the delay is on this machine:
-/// `cargo test --release -- --ignored --nocapture accuracy`
-#[test]
-#[ignore = "prints figures"]
-fn accuracy() -> Tested {
-    const CALLERS: u32 = 12;
-    const REQUESTS: u32 = 2000;
-
-    let percentiles = |histogram: &Histogram<u64>| {
-        [0.5, 0.99].map(|quantile| Duration::from_nanos(histogram.value_at_quantile(quantile)))
-    };
-    for callers in [1, CALLERS] {
-        for delay in [None, Some(0), Some(500), Some(2000)] {
-            let server = echo_server()?;
-            let delay = delay.map(Duration::from_micros);
-            let proxy = delay.map(|delay| Proxy::start("127.0.0.1".to_owned(), server, delay)).transpose()?;
-            let port = proxy.as_ref().map_or(server, |proxy| proxy.port);
-            let begin = Instant::now();
-            let threads: Vec<_> = (0..callers)
-                .map(|_caller| {
-                    thread::spawn(move || {
-                        let stream = connect(port)?;
-                        (0..REQUESTS).map(|_| ping(&stream, &[7; 200])).collect::<anyhow::Result<Vec<_>>>()
-                    })
-                })
-                .collect();
-            let mut round_trips = Histogram::<u64>::new(3)?;
-            for thread in threads {
-                for took in thread.join().unwrap_or_else(|_panic| anyhow::bail!("a panic"))? {
-                    round_trips.record(u64::try_from(took.as_nanos())?)?;
-                }
-            }
-            let number = f64::from(REQUESTS * callers);
-            let per_second = number / begin.elapsed().as_secs_f64();
-            let mut late = Histogram::<u64>::new(3)?;
-            let mut used = Duration::ZERO;
-            if let Some(proxy) = &proxy {
-                proxy.add_lateness_to(&mut late)?;
-                used = proxy.processor_time();
-            }
-            println!(
-                "{callers} connections, {delay:?} each way: round trip {:?} (p50, p99), late {:?}, \
-                 {per_second:.0} a second, {:.1} us of processor time each",
-                percentiles(&round_trips),
-                percentiles(&late),
-                used.as_secs_f64() * 1e6 / number,
-            );
-        }
-    }
     Ok(())
 }
