@@ -123,8 +123,8 @@ fn part(page: &ListPage) -> [Vec<u8>; 3] {
     [from.as_bytes().to_vec(), page.after.as_bytes().to_vec(), to]
 }
 
-fn whole(name: Vec<u8>) -> String {
-    String::from_utf8_lossy(&name).into_owned()
+fn whole(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
 }
 
 pub(super) async fn end_of_part(
@@ -134,7 +134,8 @@ pub(super) async fn end_of_part(
 ) -> driver::Result<Option<String>> {
     let [from, after, to] = part(page);
     let query = sqlx::query_scalar(server.table.sql(END_OF_PART)).bind(from).bind(after).bind(to);
-    Ok(query.fetch_optional(connection).await?.map(whole))
+    let end: Option<Vec<u8>> = query.fetch_optional(connection).await?;
+    Ok(end.map(|name| whole(&name)))
 }
 
 pub(super) async fn list(

@@ -31,7 +31,7 @@ use crate::database::{Claim, LeaseKey, RowKey, Server};
 use crate::error::Loss;
 use crate::interleavings::{draw, explore, pause};
 use crate::secret::Secret;
-use crate::session::{LeaseRequest, LeaseState, Session, SessionChannel, SessionState};
+use crate::session::{LeaseRequest, LeaseState, Session, SessionChannel, SessionState, Vitals};
 
 /// A time that does not pass during a test.
 const LONG: Duration = Duration::from_hours(1);
@@ -102,7 +102,7 @@ impl World {
         let queues = LocalQueues::new(weak.clone(), plan.hand_off, Secret::generate().unwrap(), reports);
         let (database, holders) = (Arc::<Database>::default(), Arc::<Holders>::default());
         let channel = SessionChannel { requests: sender, queues: Arc::clone(&queues) };
-        let session = Session { state: Mutex::new(SessionState::Running(channel)) };
+        let session = Session { state: Mutex::new(SessionState::Running(channel)), vitals: Vitals::new() };
         let world = Self { session, queues, database, holders, plan };
         let (database, holders, queues) =
             (Arc::clone(&world.database), Arc::clone(&world.holders), Arc::clone(&world.queues));
