@@ -15,7 +15,14 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 pub(crate) struct Args {
     /// The database that has the table `distributed_lock`: postgres://…, mysql://… (also MariaDB) or
     /// sqlite://…
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL", global = true, default_value = "")]
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        global = true,
+        default_value = ""
+    )]
     pub(crate) database_url: String,
     #[command(subcommand)]
     pub(crate) command: Command,

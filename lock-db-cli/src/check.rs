@@ -12,7 +12,11 @@ pub(crate) async fn check(locks: &AnyLocks, what: &CheckArgs) -> anyhow::Result<
         line(&serde_json::to_string_pretty(&report)?)?;
         return Ok(Exit::Done);
     }
-    line(&format!("{}: locks can be kept. A guarded commit holds others off {}.", report.server(), report.guard()))?;
+    line(&format!(
+        "{}: locks can be kept. A guarded commit holds others off {}.",
+        report.server(),
+        report.guard()
+    ))?;
     for warning in report.warnings() {
         line(&format!("warning: {}", shown(warning)))?;
     }

@@ -24,7 +24,9 @@ pub(crate) fn connect(url: &str) -> anyhow::Result<AnyLocks> {
         // The program makes no database where the address has a mistake.
         "sqlite" => locks::<Sqlite>(SqliteConnectOptions::from_str(url)),
         _ if url.is_empty() => {
-            bail!("which database? Set DATABASE_URL, or give --database-url postgres://…, mysql://… or sqlite://…")
+            bail!(
+                "which database? Set DATABASE_URL, or give --database-url postgres://…, mysql://… or sqlite://…"
+            )
         }
         _ => bail!("an address begins with postgres://, mysql:// or sqlite://"),
     }

@@ -42,8 +42,11 @@ pub(crate) fn time(moment: DateTime<Utc>) -> String {
 
 /// A duration for people: in seconds, or in milliseconds below one.
 pub(crate) fn duration(time: Duration) -> String {
-    let rounded =
-        if time < Duration::from_secs(1) { u64::try_from(time.as_millis()).map(Duration::from_millis).unwrap_or(time) } else { Duration::from_secs(time.as_secs()) };
+    let rounded = if time < Duration::from_secs(1) {
+        u64::try_from(time.as_millis()).map(Duration::from_millis).unwrap_or(time)
+    } else {
+        Duration::from_secs(time.as_secs())
+    };
     humantime::format_duration(rounded).to_string()
 }
 

@@ -30,7 +30,8 @@ fn facts(info: &LockInfo) -> Vec<(&'static str, String)> {
     match &info.row_holder {
         Some(RowHolder::Session(session)) => {
             let host = session.host.iter().map(|host| format!("from {}", shown(host)));
-            let application = session.application_name.iter().map(|name| format!("application {}", shown(name)));
+            let application =
+                session.application_name.iter().map(|name| format!("application {}", shown(name)));
             let since = session.since.map(|since| format!("since {}", time(since)));
             let session: Vec<String> = host.chain(application).chain(since).collect();
             facts.push(("session", session.join(", ")));

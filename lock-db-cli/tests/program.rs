@@ -162,7 +162,9 @@ async fn wrong_arguments_are_told_from_a_wrong_database() {
     }
     let missing = printed("", &["list"], 1).await;
     assert!(missing.contains("DATABASE_URL"), "{missing}");
-    for url in ["redis://localhost", "nonsense", "postgres://me:secret@[::1", "sqlite:///no/such/folder/locks.db"] {
+    for url in
+        ["redis://localhost", "nonsense", "postgres://me:secret@[::1", "sqlite:///no/such/folder/locks.db"]
+    {
         let failed = printed(url, &["list"], 1).await;
         assert!(!failed.contains("secret"), "{failed}");
     }

@@ -127,15 +127,14 @@ impl LockRow {
         }
     }
 
-    /// Whether the grant with this token was ended by force, and no other one followed. A grant would
-    /// have left the token behind in `previous_token`.
+    /// Whether the grant with this token was ended by force, and no other one followed.
     pub(crate) fn is_just_forced(&self, fencing_token: i64) -> bool {
-        self.fencing_token == fencing_token.saturating_add(1) && self.previous_token != fencing_token
+        self.secret_key == FORCED && self.fencing_token == fencing_token.saturating_add(1)
     }
 
     /// Whether the lock was granted to another holder after this one.
     pub(crate) fn has_new_holder(&self, before: &LeaseKey) -> bool {
-        self.fencing_token > before.fencing_token && !self.is_just_forced(before.fencing_token)
+        self.fencing_token > before.fencing_token && self.secret_key != FORCED
     }
 
     /// When it was read, by the database's clock.

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use super::actor::Actor;
 use super::connection::Worker;
 use super::retry::{PAUSE, patiently, twice};
-use crate::database::{Failure, ListPage, LockRow};
+use crate::database::{Failure, Fault, ListPage, LockRow};
 use crate::error::{Action, Loss};
 use crate::name::Name;
 use crate::{Error, Kind, LockInfo, RowHolder};
@@ -22,7 +22,7 @@ impl Actor {
     pub(super) async fn info(&self, name: &Name) -> Result<Option<LockInfo>, Error> {
         let read = async |worker: &Worker| worker.read(name).await;
         let failed = |failure: Failure| failure.into_error(Action::ReadRow, Some(name));
-        let Some(row) = self.on_either(true, read).await.map_err(failed)? else { return Ok(None) };
+        let Some(row) = self.on_second(read).await.map_err(failed)? else { return Ok(None) };
         // A lease may also be kept by a transaction (`acquire_in`).
         let may_be_locked = row.kind == Kind::Row || row.is_free();
         let ids = may_be_locked.then_some(row.id).into_iter().collect();
@@ -39,7 +39,7 @@ impl Actor {
     ) -> Result<(Vec<LockInfo>, Option<String>), Error> {
         let failed = |failure: Failure| failure.into_error(Action::List, None);
         let read = async |worker: &Worker| worker.list(page.clone()).await;
-        let (rows, end) = self.on_either(true, read).await.map_err(failed)?;
+        let (rows, end) = self.on_second(read).await.map_err(failed)?;
         let row_locks = rows.iter().filter(|(_, row)| row.kind == Kind::Row);
         let ids = row_locks.map(|(_, row)| row.id).collect();
         let holders = self.row_holders(ids).await.map_err(failed)?;
@@ -51,7 +51,22 @@ impl Actor {
         if ids.is_empty() {
             return Ok(HashMap::new());
         }
-        self.on_either(true, async |worker: &Worker| worker.row_holders(ids.clone()).await).await
+        self.on_second(async |worker: &Worker| worker.row_holders(ids.clone()).await).await
+    }
+
+    /// Uses the renewal connection, so that no acquire waits. If that one can't be had, the other one; not
+    /// if the server is silent.
+    async fn on_second<T>(
+        &self,
+        operation: impl AsyncFn(&Worker) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        patiently(async || match twice(async || operation(&self.renewals).await).await {
+            Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence() => {
+                twice(async || operation(&self.worker).await).await
+            }
+            answer => answer,
+        })
+        .await
     }
 
     fn describe(&self, name: &Name, row: LockRow, holders: &HashMap<i64, RowHolder>) -> LockInfo {

@@ -148,7 +148,7 @@ impl Actor {
     }
 
     /// Uses the renewal connection, or the other one if it can't be had.
-    pub(super) async fn on_either<T>(
+    async fn on_either<T>(
         &self,
         is_patient: bool,
         operation: impl AsyncFn(&Worker) -> Result<T, Failure>,
