@@ -21,7 +21,7 @@ fn quiet_if_closed(printed: io::Result<()>) -> io::Result<()> {
 
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
     table
 }
 

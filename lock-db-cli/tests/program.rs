@@ -18,7 +18,7 @@ lock_tests::cases! {
     unused_rows_are_removed;
 
     without a database:
-    wrong_arguments_are_told_from_a_wrong_database;
+    wrong_arguments_are_told_from_a_wrong_database (current_thread);
 }
 
 const HOUR: Duration = Duration::from_hours(1);
