@@ -55,13 +55,15 @@ impl Actor {
     }
 
     /// Uses the renewal connection, so that no acquire waits. If that one can't be had, the other one; not
-    /// if the server is silent.
+    /// if the server is silent, or a hook of the application is in the way.
     async fn on_second<T>(
         &self,
         operation: impl AsyncFn(&Worker) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         patiently(async || match twice(async || operation(&self.renewals).await).await {
-            Err(failure) if failure.fault == Fault::Disconnected && !failure.is_silence() => {
+            Err(failure)
+                if failure.fault == Fault::Disconnected && !failure.is_silence() && !failure.is_hook() =>
+            {
                 twice(async || operation(&self.worker).await).await
             }
             answer => answer,

@@ -79,14 +79,12 @@ const LIST_TO: &str = list!(" AND lock_name <= $6 COLLATE \"C\"");
 /// not whose savepoint. That is one of those which write in the table and began before. It is looked
 /// whether the transaction is open before and after that.
 ///
-/// Transactions that a lease guards share locks on its row, so there only a number that is found counts.
-///
 /// A prepared transaction has no session. What a session of another role does is hidden from ordinary
 /// roles, but not who it is.
 const ROW_HOLDERS: &str = concat!(
     "
 WITH locked AS MATERIALIZED (
-    SELECT lease.id, lease.xmax AS number, lease.lock_kind = 'row' AS is_row FROM {table} AS lease
+    SELECT lease.id, lease.xmax AS number FROM {table} AS lease
     WHERE lease.id = ANY ($1) AND ",
     is_open!("lease.xmax"),
     "),
@@ -101,7 +99,7 @@ candidates AS MATERIALIZED (
     SELECT locked.id, locked.number, writers.pid
     FROM locked
     LEFT JOIN writers ON writers.number = locked.number
-        OR (locked.is_row AND age(writers.number) > age(locked.number)
+        OR (age(writers.number) > age(locked.number)
             AND NOT EXISTS (SELECT 1 FROM writers AS itself WHERE itself.number = locked.number)))
 SELECT candidates.id, candidates.pid::bigint, session.usename::text,
     COALESCE(host(session.client_addr), session.client_hostname), session.application_name,
