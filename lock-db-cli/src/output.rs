@@ -42,11 +42,9 @@ pub(crate) fn time(moment: DateTime<Utc>) -> String {
 
 /// A duration for people: in seconds, or in milliseconds below one.
 pub(crate) fn duration(time: Duration) -> String {
-    let rounded = if time < Duration::from_secs(1) {
-        u64::try_from(time.as_millis()).map(Duration::from_millis).unwrap_or(time)
-    } else {
-        Duration::from_secs(time.as_secs())
-    };
+    let unit = if time < Duration::from_secs(1) { Duration::from_millis(1) } else { Duration::from_secs(1) };
+    let beyond = time.as_nanos() % unit.as_nanos();
+    let rounded = time.saturating_sub(Duration::from_nanos(u64::try_from(beyond).unwrap_or(0)));
     humantime::format_duration(rounded).to_string()
 }
 
