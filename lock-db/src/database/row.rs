@@ -34,6 +34,19 @@ where
 /// How many columns [`lock_row`] decodes: the index of the next one.
 pub(super) const COLUMNS: usize = 12;
 
+/// Decodes rows that are followed by their names.
+#[cfg(any(feature = "postgres", feature = "_sqlite"))]
+pub(super) fn named_rows<R: Row>(rows: &[R]) -> driver::Result<Vec<(String, LockRow)>>
+where
+    usize: ColumnIndex<R>,
+    for<'r> i64: Decode<'r, R::Database> + Type<R::Database>,
+    for<'r> &'r str: Decode<'r, R::Database> + Type<R::Database>,
+    for<'r> String: Decode<'r, R::Database> + Type<R::Database>,
+    R::Database: Database<Row = R>,
+{
+    rows.iter().map(|row| Ok((row.try_get(COLUMNS)?, lock_row(row)?))).collect()
+}
+
 /// Decodes what each database's `READ_PART` selects: the id, whether the row may be removed, its
 /// name and queue, and the time.
 pub(super) fn table_part<R: Row>(rows: &[R]) -> driver::Result<TablePart>

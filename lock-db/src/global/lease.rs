@@ -75,7 +75,7 @@ impl AnyLease {
         self.lease.lost().await;
     }
 
-    /// Resolves as soon as somebody else waits for this lock, as [`Lease::wanted`].
+    /// Resolves as soon as another request waits for this lock, as [`Lease::wanted`].
     ///
     /// # Cancel safety
     ///

@@ -20,11 +20,12 @@ use std::time::Duration;
 use self::shared_transaction::SharedTransaction;
 use crate::database::LockDatabase;
 use crate::lease::{InsertLock, InsertLocks, LeaseOptions};
+use crate::locks::ListOptions;
 use crate::options::Wait;
 use crate::reentrancy::{self, Entered, Held, ReentryKey};
 use crate::runtime::Runtime;
 use crate::session::LeaseHandle;
-use crate::{CheckReport, Error, Health, Lease, LockInfo, Locks};
+use crate::{CheckReport, Error, Health, Lease, ListLocks, LockInfo, Locks};
 
 pub(crate) use self::held_lock::{HeldLock, TakingLock};
 pub use self::insert_lock::{AnyInsertLock, AnyInsertLocks};
@@ -87,13 +88,7 @@ pub(crate) trait ErasedLocks: Send + Sync {
 
     fn info<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<LockInfo>, Error>>;
 
-    fn list(
-        &self,
-        pattern: &str,
-        held_only: bool,
-        limit: Option<usize>,
-        after: Option<&str>,
-    ) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>>;
+    fn list(&self, asked: ListOptions) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>>;
 
     fn force_release<'a>(&'a self, name: &'a str, fencing_token: i64) -> BoxFuture<'a, Result<bool, Error>>;
 
@@ -182,24 +177,8 @@ impl<DB: LockDatabase> ErasedLocks for Locks<DB> {
         Box::pin(self.info(name))
     }
 
-    fn list(
-        &self,
-        pattern: &str,
-        held_only: bool,
-        limit: Option<usize>,
-        after: Option<&str>,
-    ) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>> {
-        let mut list = self.list(pattern);
-        if held_only {
-            list = list.held_only();
-        }
-        if let Some(limit) = limit {
-            list = list.limit(limit);
-        }
-        if let Some(after) = after {
-            list = list.after(after);
-        }
-        list.into_future()
+    fn list(&self, asked: ListOptions) -> BoxFuture<'static, Result<Vec<LockInfo>, Error>> {
+        ListLocks::new(Arc::clone(self.context()), asked).into_future()
     }
 
     fn force_release<'a>(&'a self, name: &'a str, fencing_token: i64) -> BoxFuture<'a, Result<bool, Error>> {

@@ -32,38 +32,50 @@ const AT_ONCE: usize = 1000;
 #[must_use = "it is sent by `.await`"]
 pub struct ListLocks<DB: LockDatabase> {
     context: Arc<Context<DB>>,
-    pattern: String,
-    held_only: bool,
-    limit: Option<usize>,
-    after: String,
+    asked: ListOptions,
+}
+
+/// What a list is asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct ListOptions {
+    pub(crate) pattern: String,
+    pub(crate) held_only: bool,
+    pub(crate) limit: Option<usize>,
+    pub(crate) after: String,
+}
+
+impl ListOptions {
+    pub(crate) fn new(pattern: &str) -> Self {
+        Self { pattern: pattern.to_owned(), held_only: false, limit: None, after: String::new() }
+    }
 }
 
 impl<DB: LockDatabase> ListLocks<DB> {
-    pub(super) fn new(context: Arc<Context<DB>>, pattern: &str) -> Self {
-        Self { context, pattern: pattern.to_owned(), held_only: false, limit: None, after: String::new() }
+    pub(crate) fn new(context: Arc<Context<DB>>, asked: ListOptions) -> Self {
+        Self { context, asked }
     }
 
     /// Only locks that are held. Row locks are among them where the server tells which rows are
     /// locked: see [`RowHolder`](crate::RowHolder).
     pub fn held_only(mut self) -> Self {
-        self.held_only = true;
+        self.asked.held_only = true;
         self
     }
 
     /// At most this many locks, at least one. Without it, all of them.
     pub fn limit(mut self, limit: usize) -> Self {
-        self.limit = Some(limit);
+        self.asked.limit = Some(limit);
         self
     }
 
     /// Only locks whose names come after this one: the last name of the page before.
     pub fn after(mut self, name: impl AsRef<str>) -> Self {
-        name.as_ref().clone_into(&mut self.after);
+        name.as_ref().clone_into(&mut self.asked.after);
         self
     }
 
     async fn read(self) -> Result<Vec<LockInfo>, Error> {
-        let Self { context, pattern, held_only, limit, after } = self;
+        let Self { context, asked: ListOptions { pattern, held_only, limit, after } } = self;
         if limit == Some(0) {
             let (option, value) = ("limit", "0".to_owned());
             return Err(Error::InvalidOption { option, value, reason: "at least one lock is listed" });
@@ -158,30 +170,18 @@ impl<DB: LockDatabase> Locks<DB> {
     ///
     /// The request may be dropped at any time.
     pub fn list(&self, pattern: impl AsRef<str>) -> ListLocks<DB> {
-        ListLocks::new(Arc::clone(self.context()), pattern.as_ref())
+        ListLocks::new(Arc::clone(self.context()), ListOptions::new(pattern.as_ref()))
     }
 }
 
 impl<DB: LockDatabase> Clone for ListLocks<DB> {
     fn clone(&self) -> Self {
-        Self {
-            context: Arc::clone(&self.context),
-            pattern: self.pattern.clone(),
-            held_only: self.held_only,
-            limit: self.limit,
-            after: self.after.clone(),
-        }
+        Self { context: Arc::clone(&self.context), asked: self.asked.clone() }
     }
 }
 
 impl<DB: LockDatabase> std::fmt::Debug for ListLocks<DB> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("ListLocks")
-            .field("pattern", &self.pattern)
-            .field("held_only", &self.held_only)
-            .field("limit", &self.limit)
-            .field("after", &self.after)
-            .finish_non_exhaustive()
+        formatter.debug_struct("ListLocks").field("asked", &self.asked).finish_non_exhaustive()
     }
 }

@@ -11,6 +11,7 @@ use sqlx::Pool;
 
 pub use self::builder::LocksBuilder;
 pub use self::list::ListLocks;
+pub(crate) use self::list::ListOptions;
 use crate::context::Context;
 use crate::database::LockDatabase;
 use crate::database::PruneScope;

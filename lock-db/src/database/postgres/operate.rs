@@ -7,7 +7,7 @@ use sqlx::postgres::PgConnection;
 
 use crate::database::driver;
 use crate::database::lock_row::{FORCED, timestamp};
-use crate::database::row::{self, lock_row};
+use crate::database::row::named_rows;
 use crate::database::{ListPage, LockRow, Server};
 use crate::{DatabaseSession, RowHolder};
 
@@ -165,7 +165,7 @@ pub(super) async fn list(
         query = query.bind(to);
     }
     let rows = query.fetch_all(connection).await?;
-    rows.iter().map(|row| Ok((row.try_get(row::COLUMNS)?, lock_row(row)?))).collect()
+    named_rows(&rows)
 }
 
 pub(super) async fn row_holders(

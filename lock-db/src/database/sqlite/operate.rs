@@ -2,13 +2,12 @@
 
 use std::collections::HashMap;
 
-use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::RowHolder;
 use crate::database::driver;
 use crate::database::lock_row::FORCED;
-use crate::database::row::{self, lock_row};
+use crate::database::row::named_rows;
 use crate::database::{ListPage, LockRow, Server};
 
 /// Names up to `?3`, or below `?4`; NULL is no limit.
@@ -60,7 +59,7 @@ pub(super) async fn list(
     let query = sqlx::query(server.table.sql(LIST)).bind(from).bind(&page.after).bind(&page.end).bind(above);
     let query = query.bind(page.glob()).bind(page.held_only).bind(page.limit);
     let rows = query.fetch_all(connection).await?;
-    rows.iter().map(|row| Ok((row.try_get(row::COLUMNS)?, lock_row(row)?))).collect()
+    named_rows(&rows)
 }
 
 /// SQLite does not tell which connection writes.
