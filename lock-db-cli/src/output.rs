@@ -6,12 +6,12 @@ use std::time::Duration;
 use comfy_table::{Table, presets};
 use lock_db::chrono::{DateTime, SecondsFormat, Utc};
 
-/// Prints a line. `Err`: nobody reads it any more.
+/// Prints a line. A reader that has closed the pipe is no error.
 pub(crate) fn line(text: &str) -> io::Result<()> {
     quiet_if_closed(writeln!(io::stdout(), "{text}"))
 }
 
-/// A reader such as `head` may have enough.
+/// A reader such as `head` closes the pipe early.
 fn quiet_if_closed(printed: io::Result<()>) -> io::Result<()> {
     match printed {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -78,7 +78,7 @@ pub enum Loss {
     TakenOver,
     /// The row says that the lock was released, and this process did not release it.
     ReleasedByHand,
-    /// Somebody has ended the lease: see [`Locks::force_release`](crate::Locks::force_release).
+    /// The lease was ended by force: see [`Locks::force_release`](crate::Locks::force_release).
     ForceReleased,
     /// The row was deleted from `distributed_lock`.
     RowDeleted,
@@ -121,7 +121,7 @@ impl fmt::Display for Loss {
             Self::NotRenewed => "its lease could not be renewed in time",
             Self::TakenOver => "the table names another owner, or it was released by hand",
             Self::ReleasedByHand => "released by hand",
-            Self::ForceReleased => "somebody has released it by force",
+            Self::ForceReleased => "it was released by force",
             Self::RowDeleted => "its row was deleted from `distributed_lock`",
             Self::TransactionEnded => "the transaction that held it is gone",
             Self::Closed => "its `Locks` was closed",

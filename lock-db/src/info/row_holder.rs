@@ -11,14 +11,14 @@ use chrono::{DateTime, Utc};
 ///   `performance_schema.data_locks` and `performance_schema.threads`.
 /// - MariaDB shows it to accounts with the privilege PROCESS, and only while another transaction waits
 ///   for the row.
-/// - Both show transactions as they were when nobody had asked for a tenth of a second.
+/// - Both refresh what they show only when it was not read for a tenth of a second.
 /// - SQLite shows nothing. Its one writer is the holder of every row lock.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum RowHolder {
     /// No transaction had the row locked.
-    Nobody,
+    Unlocked,
     /// This session of the server.
     Session(DatabaseSession),
     /// The server does not tell. In words for people: why, and which right is missing.

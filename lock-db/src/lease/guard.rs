@@ -151,7 +151,7 @@ impl<DB: LockDatabase> Lease<DB> {
     /// Resolves as soon as another caller of this process, or another process, waits for this lock. So
     /// a long job can step down at a point where it may be interrupted. The lock does not change.
     ///
-    /// It resolves again at once as long as somebody waits. Waiters of this process are noticed at
+    /// It resolves again at once as long as a request waits. Waiters of this process are noticed at
     /// once, those of other processes within about half a second, for which the row is read twice a
     /// second while this is awaited. Not noticed are those of other processes that are
     /// [not in the queue](crate::LockInfo::waiting). After the lease was lost it may never resolve: see

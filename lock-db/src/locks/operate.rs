@@ -45,8 +45,8 @@ impl<DB: LockDatabase> Locks<DB> {
         self.context().session().ask(|answer| Request::Info { name, answer }).await
     }
 
-    /// Ends a lease by force, whoever holds it, if it is the grant with this number. Returns whether it
-    /// was.
+    /// Ends a lease by force, from any process, if its present grant has this number. Returns whether it
+    /// had.
     ///
     /// The number is that of [`LockInfo::fencing_token`], so a lock that was granted again meanwhile is
     /// not touched. `false` also for a lock that is free and for a name that was never used. A lock that
@@ -92,7 +92,7 @@ impl<DB: LockDatabase> Locks<DB> {
         self.context().session().ask(release).await
     }
 
-    /// How this `Locks` is doing, for a readiness probe. Takes no time, because it asks nobody.
+    /// How this `Locks` is doing, for a readiness probe. Takes no time, because it does not ask the database.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

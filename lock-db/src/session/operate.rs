@@ -79,7 +79,7 @@ impl Actor {
         info.is_here = is_here;
         let holder = holders.get(&id).cloned();
         info.row_holder = match holder {
-            None if info.kind == Kind::Row => Some(RowHolder::Nobody),
+            None if info.kind == Kind::Row => Some(RowHolder::Unlocked),
             // Nothing says that a transaction has a free lease.
             Some(RowHolder::Unknown(_)) if info.kind != Kind::Row => None,
             holder => holder,

@@ -20,15 +20,15 @@ lock_tests::cases! {
     a_holder_is_told_of_force_although_the_lock_was_granted_again,
     a_lock_that_is_kept_after_its_release_is_freed,
     a_waiter_gets_a_lock_that_was_released_by_force,
-    a_lease_is_wanted_while_somebody_waits,
-    health_asks_nobody,
+    a_lease_is_wanted_while_a_request_waits,
+    health_does_not_ask_the_database,
     a_report_names_the_server,
     what_is_seen_can_be_serialized,
     all_of_it_works_where_the_database_is_known_at_run_time;
 
     on every server:
     a_verified_transaction_holds_force_up,
-    nobody_is_stopped_by_a_list,
+    a_list_stops_no_other_request,
     waiters_are_not_named_as_holders,
     a_lease_that_a_transaction_keeps_has_its_session;
 
@@ -44,7 +44,7 @@ lock_tests::cases! {
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// InnoDB shows transactions as they were when nobody had asked for a tenth of a second.
+/// InnoDB refreshes what it shows only when it was not read for a tenth of a second.
 const SHOWN_AFTER: Duration = Duration::from_millis(150);
 const HOUR: Duration = Duration::from_hours(1);
 const SHORT: Duration = Duration::from_secs(3);
@@ -365,12 +365,12 @@ async fn a_waiter_gets_a_lock_that_was_released_by_force<T: TestDatabase>(databa
     tokio::time::timeout(PATIENCE, here).await.unwrap().unwrap();
 }
 
-async fn a_lease_is_wanted_while_somebody_waits<T: TestDatabase>(database: &T) {
+async fn a_lease_is_wanted_while_a_request_waits<T: TestDatabase>(database: &T) {
     let (locks, other) = (database.locks().await, database.locks().await);
     let lease = locks.insert_lock("job").ttl(HOUR).acquire().await.unwrap();
     let any = AnyLocks::from(locks.clone()).insert_lock("any").ttl(HOUR).acquire().await.unwrap();
     let not_yet = tokio::time::timeout(Duration::from_millis(700), lease.wanted()).await;
-    assert!(not_yet.is_err(), "nobody waits");
+    assert!(not_yet.is_err(), "no request waits");
     for waiter in [&locks, &other] {
         let wait = |name: &'static str| {
             let waiter = waiter.clone();
@@ -389,7 +389,7 @@ async fn a_lease_is_wanted_while_somebody_waits<T: TestDatabase>(database: &T) {
     }
 }
 
-async fn health_asks_nobody<T: TestDatabase>(database: &T) {
+async fn health_does_not_ask_the_database<T: TestDatabase>(database: &T) {
     let locks = Locks::new(database.pool(8).await);
     let health = locks.health();
     assert_eq!(
@@ -486,7 +486,7 @@ async fn a_verified_transaction_holds_force_up<T: TestServer>(database: &T) {
 }
 
 /// Lists lock no rows, and see none of those that others have locked.
-async fn nobody_is_stopped_by_a_list<T: TestServer>(database: &T) {
+async fn a_list_stops_no_other_request<T: TestServer>(database: &T) {
     let (locks, operator) = (database.locks().await, database.locks().await);
     // Its row is seen once it is committed.
     locks.row_lock("row").acquire().await.unwrap().commit().await.unwrap();
@@ -507,7 +507,7 @@ async fn nobody_is_stopped_by_a_list<T: TestServer>(database: &T) {
         let list = operator.list("*");
         let (list, guard) = tokio::join!(list, locks.row_lock("row").try_acquire());
         list.unwrap();
-        guard.unwrap().expect("nobody holds it").commit().await.unwrap();
+        guard.unwrap().expect("it is free").commit().await.unwrap();
     }
 }
 
@@ -569,7 +569,7 @@ async fn a_lease_that_a_transaction_keeps_has_its_session<T: TestServer>(databas
 async fn the_session_that_holds_a_row_lock_is_named<T: TestDatabase>(database: &T) {
     let (locks, operator) = (database.locks().await, database.locks().await);
     locks.row_lock("row").acquire().await.unwrap().commit().await.unwrap();
-    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Nobody));
+    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Unlocked));
     assert!(operator.list("*").held_only().await.unwrap().is_empty());
 
     let mut connection = database.connection().await;
@@ -598,13 +598,13 @@ async fn the_session_that_holds_a_row_lock_is_named<T: TestDatabase>(database: &
     assert!(!session.user.is_empty() && session.host.is_some() && session.since.is_some(), "{session:?}");
     assert!(seen.held_for.is_some() && seen.held_until.is_none() && seen.holders.is_empty(), "{seen:?}");
     assert_eq!((names(&list), &list[0].row_holder), (vec!["row"], &seen.row_holder));
-    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Nobody));
+    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Unlocked));
 }
 
 async fn the_connection_that_holds_a_row_lock_is_named<T: TestDatabase>(database: &T) {
     let (locks, operator) = (database.locks().await, database.locks().await);
     locks.row_lock("row").acquire().await.unwrap().commit().await.unwrap();
-    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Nobody));
+    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Unlocked));
     let mut connection = database.connection().await;
     let number = T::Database::find_number(&mut connection, "SELECT CONNECTION_ID()").await.unwrap().unwrap();
     let mut transaction = connection.begin().await.unwrap();
@@ -621,7 +621,7 @@ async fn the_connection_that_holds_a_row_lock_is_named<T: TestDatabase>(database
     assert!(info(&operator, "row").await.held_for.unwrap() < PATIENCE, "{seen:?}");
     assert_eq!(names(&operator.list("*").held_only().await.unwrap()), ["row"]);
     transaction.rollback().await.unwrap();
-    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Nobody));
+    assert_eq!(info(&operator, "row").await.row_holder, Some(RowHolder::Unlocked));
 }
 
 async fn the_connection_that_holds_a_row_lock_is_named_while_another_waits<T: TestDatabase>(database: &T) {
